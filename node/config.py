@@ -1,0 +1,280 @@
+"""Every setting of the node, its unit, range and default. `config/node.toml` explains each key; a test keeps the two equal.
+
+Order, strongest first: command line, `OPENLORA_` variables (`OPENLORA_SERVER__PORT=9000`), the TOML file, these defaults.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from node.errors import ConfigError
+
+_SIZE_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def _parse_size(value: Any) -> Any:
+    """Accept 1048576 or "1MiB"; leave anything else to pydantic, whose error names the field."""
+    if not isinstance(value, str):
+        return value
+    for unit in ("KiB", "MiB", "GiB", "B"):
+        number = value.removesuffix(unit).strip()
+        if value.endswith(unit) and number.isdigit():
+            return int(number) * _SIZE_UNITS[unit]
+    raise ValueError(f"{value!r} is not a size; write whole bytes or a number with B, KiB, MiB or GiB, such as \"512MiB\"")
+
+
+Bytes = Annotated[int, BeforeValidator(_parse_size), Field(ge=0)]
+Ppm = Annotated[int, Field(ge=0, le=1_000_000)]
+Address = Annotated[str, Field(pattern=r"^0x[0-9a-fA-F]{40}$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ServerSettings(_Section):
+    """Where the node listens and what it refuses at the door."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8080  # 0: any free port, printed at start
+    api_keys_file: Path | None = None  # one "name key" pair a line; mode 0600
+    insecure: bool = False  # serve other hosts than loopback without API keys
+    max_body_bytes: Bytes = 4 << 20
+    max_concurrent_requests: Annotated[int, Field(ge=1)] = 256
+    max_choices: Annotated[int, Field(ge=1, le=128)] = 8
+    max_stop_sequences: Annotated[int, Field(ge=1)] = 8
+    max_logprobs: Annotated[int, Field(ge=0, le=100)] = 20
+    default_max_tokens: Annotated[int, Field(ge=1)] = 256
+    body_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0
+
+
+class ModelSettings(_Section):
+    """The base model."""
+
+    path: str = "smollm2-135m-instruct"  # the packaged model, a directory, a .gguf file or a hub id
+    revision: str | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    max_model_len: Annotated[int, Field(ge=16)] | None = None  # None: what the model was trained for, at most 8192
+
+
+class EngineSettings(_Section):
+    """The engine process."""
+
+    threads: Annotated[int, Field(ge=0)] = 0  # 0: one for each core
+    kernels: Literal["auto", "cpp", "reference"] = "auto"
+    deterministic: bool = False
+    kv_cache_bytes: Bytes = 256 << 20
+    kv_block_size: Annotated[int, Field(ge=4, le=256)] = 16
+    max_sequences: Annotated[int, Field(ge=1)] = 64  # running together
+    max_batch_tokens: Annotated[int, Field(ge=16)] = 512  # rows in one step: the prefill chunk that others wait for
+    queue_limit: Annotated[int, Field(ge=1)] = 1024  # sequences waiting
+    prefix_cache: bool = True
+    start_timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    stall_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+
+
+class AdapterSettings(_Section):
+    """Where adapters come from and how much memory they may take."""
+
+    directory: Path | None = None  # every sub-directory with an adapter_config.json is served; None: the demo adapters
+    roots: tuple[Path, ...] = ()  # further directories that `adapter_source: local` may name
+    allow_hub: bool = True
+    cache_dir: Path | None = None  # None: <data_dir>/adapters
+    memory_bytes: Bytes = 256 << 20
+    page_rank: Annotated[int, Field(ge=1, le=64)] = 8
+    max_rank: Annotated[int, Field(ge=1, le=256)] = 256
+    max_adapter_bytes: Bytes = 2 << 30
+    max_terms: Annotated[int, Field(ge=1, le=64)] = 8  # adapters in one request
+    fetch_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    negative_cache_s: Annotated[float, Field(ge=0)] = 60.0
+
+
+class PricingSettings(_Section):
+    """What a request costs, in wei of the payment token."""
+
+    input_token_wei: Annotated[int, Field(ge=0)] = 1_000_000_000
+    output_token_wei: Annotated[int, Field(ge=0)] = 3_000_000_000
+    require_payment: bool = False  # refuse requests without a voucher (402)
+
+
+class SplitSettings(_Section):
+    """How a fee is shared, in parts per million. A request without an adapter pays the node alone."""
+
+    node_ppm: Ppm = 500_000
+    trainer_ppm: Ppm = 200_000
+    data_ppm: Ppm = 300_000
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> SplitSettings:
+        total = self.node_ppm + self.trainer_ppm + self.data_ppm
+        if total != 1_000_000:
+            raise ValueError(f"node_ppm + trainer_ppm + data_ppm is {total}; the shares must add up to 1,000,000")
+        return self
+
+
+class LedgerSettings(_Section):
+    """The local ledger."""
+
+    url: str | None = None  # None: SQLite in <data_dir>/ledger.sqlite
+    group_commit_ms: Annotated[float, Field(ge=0, le=1000)] = 2.0
+
+
+class ChainSettings(_Section):
+    """The EVM chain that rewards are settled on."""
+
+    profile: Literal["embedded", "anvil", "openledger-testnet", "openledger", "custom", "none"] = "embedded"
+    rpc_url: str | None = None
+    chain_id: int | None = None
+    escrow_address: Address | None = None
+    rewards_address: Address | None = None
+    registry_address: Address | None = None
+    token_address: Address | None = None
+    challenge_delay_s: Annotated[int, Field(ge=1)] = 5  # deployment argument of the embedded profile
+    epoch_s: Annotated[float, Field(ge=0)] = 0.0  # 0: only `openlora-node epochs close` closes an epoch
+    confirmations: Annotated[int, Field(ge=0)] = 1
+    rpc_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    reserve_address: Address | None = None  # shares of adapters without a manifest; None: the operator's payout address
+
+
+class TelemetrySettings(_Section):
+    """Logs and metrics."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["auto", "json", "console"] = "auto"
+
+
+def default_data_dir() -> Path:
+    """$XDG_DATA_HOME/openlora, else ~/.local/share/openlora."""
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "openlora"
+
+
+class Settings(BaseSettings):
+    """All sections together. Build it with `load_settings`, which turns every mistake into a ConfigError."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="OPENLORA_", env_nested_delimiter="__", extra="forbid", frozen=True, nested_model_default_partial_update=True
+    )
+
+    data_dir: Path = Field(default_factory=default_data_dir)
+    server: ServerSettings = ServerSettings()
+    model: ModelSettings = ModelSettings()
+    engine: EngineSettings = EngineSettings()
+    adapters: AdapterSettings = AdapterSettings()
+    pricing: PricingSettings = PricingSettings()
+    split: SplitSettings = SplitSettings()
+    ledger: LedgerSettings = LedgerSettings()
+    chain: ChainSettings = ChainSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Environment over what `load_settings` read from the file; the command line is applied last, by `load_settings`."""
+        return env_settings, init_settings
+
+
+def load_settings(config_file: Path | None = None, overrides: dict[str, Any] | None = None) -> Settings:
+    """Read the settings.
+
+    Args:
+        config_file: A TOML file, or None for defaults and environment only.
+        overrides: Values from the command line, by dotted key ("server.port"), strongest of all.
+
+    Raises:
+        ConfigError: Unknown key (the nearest known one is named), wrong type, out of range, unreadable file.
+    """
+    values = _read_toml(config_file) if config_file is not None else {}
+    _refuse_unknown(values, Settings, str(config_file))
+    _refuse_unknown_environment()
+    try:
+        settings = Settings(**values)
+        for key, value in (overrides or {}).items():
+            settings = _with_override(settings, key, value)
+    except ValidationError as error:
+        raise ConfigError(_describe(error)) from error
+    return settings
+
+
+def _with_override(settings: Settings, key: str, value: Any) -> Settings:
+    """Return `settings` with one dotted key replaced and its section validated again."""
+    head, _, tail = key.partition(".")
+    if not tail:
+        return settings.model_copy(update={head: Path(value) if head == "data_dir" else value})
+    section = getattr(settings, head)
+    return settings.model_copy(update={head: type(section)(**{**section.model_dump(), tail: value})})
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"the configuration file {path} does not exist; name another with --config") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the configuration file {path} cannot be read as UTF-8 text; check its type and permissions") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"the configuration file {path} is not valid TOML: {error}") from error
+
+
+def _refuse_unknown(values: dict[str, Any], model: type[BaseModel], where: str, prefix: str = "") -> None:
+    """Name the nearest known key for every key that does not exist."""
+    for key, value in values.items():
+        field = model.model_fields.get(key)
+        if field is None:
+            raise ConfigError(_unknown(prefix + key, [prefix + name for name in model.model_fields], where))
+        if isinstance(value, dict) and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            _refuse_unknown(value, field.annotation, where, f"{prefix}{key}.")
+
+
+def _refuse_unknown_environment() -> None:
+    """A mistyped OPENLORA_ variable is as wrong as a mistyped key: it would silently do nothing."""
+    known = {f"OPENLORA_{name}".upper() for name in _known_keys(Settings, separator="__")}
+    for name in os.environ:
+        if name.startswith("OPENLORA_") and name not in known:
+            raise ConfigError(_unknown(name, sorted(known), "the environment"))
+
+
+def _known_keys(model: type[BaseModel], separator: str = ".", prefix: str = "") -> list[str]:
+    """Every key, sections included, joined by `separator`."""
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys.extend(_known_keys(field.annotation, separator, f"{prefix}{name}{separator}"))
+    return keys
+
+
+def _unknown(key: str, known: list[str], where: str) -> str:
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    return f"unknown setting {key} in {where}{hint}"
+
+
+def _describe(error: ValidationError) -> str:
+    """One line a mistake: field path, the value given, what is allowed."""
+    lines = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"]) or "settings"
+        given = item.get("input")
+        shown = f" (given: {given!r})" if not isinstance(given, dict) else ""
+        lines.append(f"{path}: {item['msg'].removeprefix('Value error, ')}{shown}")
+    return "; ".join(lines)
+
+
+def profiles() -> tuple[str, ...]:
+    """The chain profiles by name."""
+    return get_args(ChainSettings.model_fields["profile"].annotation)

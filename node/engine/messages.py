@@ -1,0 +1,114 @@
+"""What the API process and the engine process say to each other (msgspec over two bounded ZeroMQ queues).
+
+Down: one `Submit` per sequence (a request with `n` choices is n sequences), `Cancel`, `Shutdown`.
+Up: one `Ready` after start, then one `Step` per engine step that has anything to say, and `Stats` at least once a second.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from node.request import AdapterTerm, DrawnToken, Sampling
+
+
+class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
+    """Run one sequence. `sequence_id` is unique for the life of the node; `tenant` and the terms key fairness and the prefix cache."""
+
+    sequence_id: str
+    tenant: str
+    prompt_ids: tuple[int, ...]
+    terms: tuple[AdapterTerm, ...]
+    sampling: Sampling
+    choice_index: int = 0
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """Stop a sequence within one step. Its last event has finish_reason "cancelled". Unknown ids are ignored."""
+
+    sequence_id: str
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """Finish nothing more: answer every running sequence with "cancelled" and exit."""
+
+
+Command = Submit | Cancel | Shutdown
+
+
+class LinearShape(msgspec.Struct, frozen=True):
+    """One kind of linear module of the base that an adapter may change, for validating adapters without torch.
+
+    `name` is the module's path inside the transformers model with the layer number as `{layer}`, for example
+    "model.layers.{layer}.self_attn.q_proj" or "lm_head"; `layer_count` is 1 for modules outside the layers.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    layer_count: int
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """The engine can serve. Everything the API process needs to know about the model, so that it never imports torch."""
+
+    model_id: str
+    base_id: str  # content hash of the base model, 64 hex digits
+    architecture: str
+    dtype: str
+    device: str
+    kernels: str  # "cpp-avx512bf16", "cpp-avx512", "cpp-avx2", "reference"
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    tokenizer_dir: str  # holds tokenizer.json and, where the model has one, chat_template.jinja and special_tokens.json
+    linears: tuple[LinearShape, ...]
+    kv_block_count: int
+    kv_block_size: int
+    max_rank: int
+
+
+class SequenceEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step produced for one sequence.
+
+    `finish_reason` is None while it runs, else "stop" (end-of-sequence id), "length", "cancelled" or "error" (then `error_code`
+    and `error_message` are set, in the vocabulary of `node.errors`). Token ids of an end-of-sequence are included.
+    """
+
+    sequence_id: str
+    tokens: tuple[DrawnToken, ...] = ()
+    prompt_logprobs: tuple[float | None, ...] | None = None  # once, with the first tokens
+    cached_prompt_tokens: int = 0  # prefix-cache hit, once, with the first tokens
+    finish_reason: str | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+
+
+class Step(msgspec.Struct, frozen=True, tag="step"):
+    """All sequence events of one engine step, in one message."""
+
+    events: tuple[SequenceEvent, ...]
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
+    """Counters and gauges of the engine. `*_total` only grow during a process's life."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    resident_adapters: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()
+    adapter_slots: int = 0
+    steps_total: int = 0
+    prompt_tokens_total: int = 0
+    cached_prompt_tokens_total: int = 0
+    output_tokens_total: int = 0
+    preemptions_total: int = 0
+    adapter_loads_total: int = 0
+    adapter_evictions_total: int = 0
+    adapter_load_seconds_total: float = 0.0
+    max_adapters_in_one_step: int = 0  # distinct adapters in one decode step, the largest seen
+    last_step_adapters: tuple[str, ...] = ()
+
+
+Event = Ready | Step | Stats

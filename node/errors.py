@@ -1,0 +1,183 @@
+"""The error tree of the node.
+
+    NodeError
+    |-- RequestError              the caller's body or parameters
+    |   |-- ContextLengthError    prompt and answer do not fit the model
+    |   |-- UnsupportedError      a named feature this node does not have
+    |   `-- ModelNotFoundError    `model` is neither the base nor an adapter
+    |-- AdapterError              a named adapter cannot be used
+    |   |-- AdapterIdError        the name itself is malformed
+    |   |-- AdapterNotFoundError  no source has it
+    |   |-- AdapterForbiddenError the source refuses us, or we refuse the source
+    |   |-- AdapterInvalidError   the files are there and are not a LoRA adapter of this base
+    |   |-- AdapterChangedError   other bytes under a pinned hash
+    |   `-- AdapterUnavailableError  the source or the cache fails now; later may work
+    |-- AuthError                 no key, wrong key, key without the right
+    |-- PaymentError              voucher missing, malformed, too small, not covered
+    |-- OverloadedError           a queue is full
+    |-- EngineError               the engine process died, stalled or refused the work
+    |-- LedgerError               the ledger did not commit
+    |-- ChainError                RPC, transaction, contract
+    |-- KeystoreError             key files and passwords
+    |-- ConfigError               a setting, before anything starts
+    `-- ModelLoadError            the base model cannot be run
+
+Every message says what happened, the value, the limit and the remedy. `code` is stable and is what programs match on.
+HTTP status and process exit codes are assigned in one place each: `node.api.errors` and `node.cli.exits`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class NodeError(Exception):
+    """Anything the node reports to a user, with a stable code.
+
+    Args:
+        message: What happened, the offending value, the limit and the remedy. Never the text of a library's exception.
+        code: Overrides the class's code where one class covers several documented codes.
+        param: The request field at fault, in the client's own spelling (`messages[2].content`), or None.
+        retry_after_s: Seconds after which a retry may succeed, or None when a retry does not help.
+    """
+
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(
+        self, message: str, *, code: str | None = None, param: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.error_code = code or type(self).code
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    @property
+    def is_retryable(self) -> bool:
+        """Whether the same request may succeed later without change."""
+        return self.retry_after_s is not None
+
+
+class RequestError(NodeError):
+    """The request itself is wrong; sending it again cannot help. Codes: invalid_request, invalid_json."""
+
+    code = "invalid_request"
+
+
+class ContextLengthError(RequestError):
+    """Prompt tokens plus requested tokens exceed the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class UnsupportedError(RequestError):
+    """The request names a feature this node does not offer. Codes: param_not_supported, modality_not_supported."""
+
+    code = "param_not_supported"
+
+
+class ModelNotFoundError(RequestError):
+    """`model` is neither the base model nor a known adapter."""
+
+    code = "model_not_found"
+
+
+class AdapterError(NodeError):
+    """A named adapter cannot be used; the node and every other adapter are unaffected."""
+
+    code = "adapter_error"
+
+
+class AdapterIdError(AdapterError):
+    """The adapter name does not follow the grammar of names."""
+
+    code = "adapter_id_invalid"
+
+
+class AdapterNotFoundError(AdapterError):
+    """No configured source knows the adapter."""
+
+    code = "adapter_not_found"
+
+
+class AdapterForbiddenError(AdapterError):
+    """Codes: source_forbidden (we refuse the source), adapter_gated (the source refuses us)."""
+
+    code = "source_forbidden"
+
+
+class AdapterInvalidError(AdapterError):
+    """The files are not a usable LoRA adapter of this base model.
+
+    Codes: adapter_format_unsupported, adapter_corrupt, adapter_header_too_large, adapter_too_many_tensors, adapter_dtype,
+    adapter_rank_unsupported, adapter_base_mismatch, adapter_nonfinite, adapter_config_invalid, adapter_code_refused,
+    adapter_feature_unsupported, adapter_manifest_invalid, adapter_too_large.
+    """
+
+    code = "adapter_corrupt"
+
+
+class AdapterChangedError(AdapterError):
+    """The bytes under a pinned hash or revision are not the bytes that were pinned."""
+
+    code = "adapter_digest_mismatch"
+
+
+class AdapterUnavailableError(AdapterError):
+    """Fetching or caching fails now. Codes: source_unavailable, source_limit, cache_full, adapter_queue_full."""
+
+    code = "source_unavailable"
+
+
+class AuthError(NodeError):
+    """Codes: invalid_api_key, permission_denied."""
+
+    code = "invalid_api_key"
+
+
+class PaymentError(NodeError):
+    """Codes: payment_required, voucher_invalid, voucher_too_small, deposit_too_small."""
+
+    code = "voucher_invalid"
+
+
+class OverloadedError(NodeError):
+    """A bounded queue is full. Codes: queue_full, draining."""
+
+    code = "queue_full"
+
+
+class EngineError(NodeError):
+    """Codes: engine_unavailable (process down or restarting), engine_failed (this request failed inside it)."""
+
+    code = "engine_unavailable"
+
+
+class LedgerError(NodeError):
+    """Codes: ledger_unavailable, ledger_locked, ledger_schema_newer, ledger_corrupt."""
+
+    code = "ledger_unavailable"
+
+
+class ChainError(NodeError):
+    """Codes: chain_unreachable, chain_mismatch, transaction_failed, transaction_unknown, contract_missing."""
+
+    code = "chain_unreachable"
+
+
+class KeystoreError(NodeError):
+    """Codes: keystore_password, keystore_damaged, keystore_permissions, keystore_missing."""
+
+    code = "keystore_damaged"
+
+
+class ConfigError(NodeError):
+    """A setting is unknown, malformed, out of range or unsafe. Codes: config_invalid, port_in_use, secret_permissions."""
+
+    code = "config_invalid"
+
+
+class ModelLoadError(NodeError):
+    """Codes: model_not_found_on_disk, model_unsupported, model_corrupt, model_too_large."""
+
+    code = "model_unsupported"

@@ -1,0 +1,65 @@
+"""The LoRA arguments of one step, shared by the torch reference and the compiled kernels.
+
+Shape letters: T rows (tokens), N (row, adapter) terms of the step, S slots, P pages, M modules of the model, R page rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class LoraPool:
+    """Adapter memory and the tables that say which slot owns which pages. Owned and mutated by `node.adapters.pool` only.
+
+    Attributes:
+        pages: [P, page_elements] float32 or bfloat16. See `PageLayout` for the order inside a page.
+        slot_pages: [S, max_pages_per_slot] int32. Page numbers of a slot in rank order; unused entries are -1.
+        ranks: [M, S] int32. Rank of module m in slot s; 0 where the adapter does not touch the module.
+        scales: [M, S] float32. alpha / r, alpha / sqrt(r) for rsLoRA, per module.
+        page_rank: R.
+    """
+
+    pages: Tensor
+    slot_pages: Tensor
+    ranks: Tensor
+    scales: Tensor
+    page_rank: int
+
+
+@dataclass(slots=True)
+class LoraRows:
+    """Which adapters each row of the step uses: a compressed sparse row list of (slot, weight) terms.
+
+    Attributes:
+        row_start: [T + 1] int32. Terms of row t are row_start[t] .. row_start[t + 1] - 1, in recipe order.
+        slot: [N] int32. Slot of each term.
+        weight: [N] float32. Recipe weight of each term; the kernel multiplies it with the module's scale.
+    """
+
+    row_start: Tensor
+    slot: Tensor
+    weight: Tensor
+
+
+def lora_rows(terms: list[tuple[tuple[int, float], ...]], counts: list[int], device: torch.device) -> LoraRows | None:
+    """Build `LoraRows` for sequences that contribute `counts[i]` consecutive rows with the (slot, weight) terms `terms[i]`.
+
+    Returns None when no row uses an adapter, so that a base-only step pays nothing for LoRA.
+    """
+    if not any(terms):
+        return None
+    starts, slots, weights = [0], [], []
+    for sequence_terms, count in zip(terms, counts, strict=True):
+        for _ in range(count):
+            slots.extend(slot for slot, _ in sequence_terms)
+            weights.extend(weight for _, weight in sequence_terms)
+            starts.append(len(slots))
+    return LoraRows(
+        row_start=torch.tensor(starts, dtype=torch.int32, device=device),
+        slot=torch.tensor(slots, dtype=torch.int32, device=device),
+        weight=torch.tensor(weights, dtype=torch.float32, device=device),
+    )

@@ -1,0 +1,68 @@
+"""What one step hands to a model, and what stays in memory between steps.
+
+Shape letters: T rows (tokens of all sequences, concatenated), Q sequences in the step, W rows that want logits,
+V vocabulary, B block size, G key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from node.kernels.lora import LoraPool, LoraRows
+
+
+@dataclass(slots=True)
+class StepInputs:
+    """One step's batch as flat tensors.
+
+    Attributes:
+        token_ids: [T] int64.
+        positions: [T] int64. Absolute position of each row in its sequence.
+        kv_slots: [T] int64. Where the row's key and value go: block * B + offset.
+        query_start: [Q + 1] int32. Rows of sequence q are query_start[q] .. query_start[q + 1] - 1.
+        context_lens: [Q] int32. Tokens of the sequence after this step; the last row attends to all of them.
+        block_tables: [Q, max_blocks] int32. Unused entries are 0.
+        logit_rows: [W] int64. Rows whose logits are wanted.
+        lora: None when no row uses an adapter.
+        has_prefill: Whether any sequence has more than one row (lets a kernel choose its path; never changes the result).
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    kv_slots: Tensor
+    query_start: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    logit_rows: Tensor
+    lora: LoraRows | None
+    has_prefill: bool
+
+
+@dataclass(slots=True)
+class KVCache:
+    """Paged keys and values of every layer.
+
+    Attributes:
+        keys: one [blocks, G, B, D] tensor a layer.
+        values: the same.
+        block_size: B.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    block_size: int
+
+    @property
+    def block_count(self) -> int:
+        return int(self.keys[0].shape[0])
+
+
+class CausalLM(Protocol):
+    """A decoder the engine can run. Stateless between calls but for its weights."""
+
+    def forward(self, inputs: StepInputs, kv: KVCache, pool: LoraPool | None) -> Tensor:
+        """Return logits [W, V] float32 of `inputs.logit_rows`, after writing the step's keys and values into `kv`."""
+        ...
