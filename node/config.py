@@ -27,7 +27,7 @@ def _parse_size(value: Any) -> Any:
         number = value.removesuffix(unit).strip()
         if value.endswith(unit) and number.isdigit():
             return int(number) * _SIZE_UNITS[unit]
-    raise ValueError(f"{value!r} is not a size; write whole bytes or a number with B, KiB, MiB or GiB, such as \"512MiB\"")
+    raise ValueError(f'{value!r} is not a size; write whole bytes or a number with B, KiB, MiB or GiB, such as "512MiB"')
 
 
 Bytes = Annotated[int, BeforeValidator(_parse_size), Field(ge=0)]
@@ -225,7 +225,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ConfigError(f"the configuration file {path} does not exist; name another with --config") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the configuration file {path} cannot be read as UTF-8 text; check its type and permissions") from error
+        raise ConfigError(f"the configuration file {path} cannot be read as UTF-8 text; check type and permissions") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"the configuration file {path} is not valid TOML: {error}") from error
 
