@@ -6,7 +6,9 @@ Order, strongest first: command line, `OPENLORA_` variables (`OPENLORA_SERVER__P
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
+import tempfile
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -278,3 +280,20 @@ def _describe(error: ValidationError) -> str:
 def profiles() -> tuple[str, ...]:
     """The chain profiles by name."""
     return get_args(ChainSettings.model_fields["profile"].annotation)
+
+
+_SOCKET_PATH_MAX = 90  # an AF_UNIX path holds 107 bytes; socket names take up to 17
+
+
+def runtime_dir(settings: Settings) -> Path:
+    """Where the node's sockets live, mode 0700 by whoever creates it: in the data directory when that path is short enough."""
+    inside = settings.data_dir / "run"
+    if len(os.fsencode(inside.absolute())) <= _SOCKET_PATH_MAX:
+        return inside
+    digest = hashlib.sha256(os.fsencode(settings.data_dir.absolute())).hexdigest()[:16]
+    return Path(os.environ.get("XDG_RUNTIME_DIR", tempfile.gettempdir())) / f"openlora-{os.getuid()}-{digest}"
+
+
+def admin_socket(settings: Settings) -> Path:
+    """The Unix socket on which a running node answers the operator's own commands."""
+    return runtime_dir(settings) / "admin.sock"

@@ -1,0 +1,57 @@
+"""Run an operator's command where the data is: inside the running node, or on its files when no node runs.
+
+The ledger has one writer. A running node holds it, so the command travels to that node over the admin socket; otherwise this
+process opens the books itself for the length of one command.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import aiohttp
+
+from node.config import Settings, admin_socket
+from node.errors import EngineError, NodeError
+
+_TIMEOUT_S = 600.0  # an epoch's transactions wait for blocks
+
+
+def operate(settings: Settings, operation: str, /, **arguments: Any) -> Any:
+    """Run `operation` ("epochs.close") and return its JSON answer.
+
+    Raises:
+        NodeError: What the operation raised, with its code, whichever process it ran in.
+    """
+    return asyncio.run(_operate(settings, operation, arguments))
+
+
+async def _operate(settings: Settings, operation: str, arguments: dict[str, Any]) -> Any:
+    if admin_socket(settings).exists():
+        try:
+            return await _ask_running_node(settings, operation, arguments)
+        except aiohttp.ClientConnectorError:
+            pass  # a socket file without a listener is what kill -9 leaves behind
+    if operation.startswith("adapters."):
+        raise EngineError(
+            f"no node is running on {settings.data_dir}; adapters are checked against the loaded base model, "
+            "so start one first: openlora-node start",
+            code="node_not_running",
+        )
+    from node.app import open_books, settlement_operations
+
+    async with open_books(settings) as books:
+        return await settlement_operations(books)[operation](**arguments)
+
+
+async def _ask_running_node(settings: Settings, operation: str, arguments: dict[str, Any]) -> Any:
+    connector = aiohttp.UnixConnector(path=str(admin_socket(settings)))
+    timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
+    async with (
+        aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
+        session.post(f"http://node/{operation}", json=arguments) as answer,
+    ):
+        body = await answer.json()
+    if answer.status != 200:
+        raise NodeError(body["message"], code=body["code"])
+    return body

@@ -1,0 +1,64 @@
+"""`openlora-node start`: open the rooms, say where everything is, serve until SIGTERM, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from node.cli.options import ConfigOption, DataDirOption, settings_from
+from node.config import Settings
+
+
+def start(
+    config: ConfigOption = None,
+    host: Annotated[str | None, typer.Option(help="Listen here; beyond loopback API keys or --insecure are needed.")] = None,
+    port: Annotated[int | None, typer.Option(help="0 takes a free port.")] = None,
+    data_dir: DataDirOption = None,
+    model: Annotated[str | None, typer.Option(help="A directory, a .gguf file or a hub id.")] = None,
+    adapters_dir: Annotated[Path | None, typer.Option(help="Serve every adapter in this directory.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Serve other hosts without API keys.")] = False,
+) -> None:
+    """Serve. Without options: the embedded model, three demo adapters, a local ledger and a development chain.
+
+    Examples:
+
+        openlora-node start
+
+        openlora-node start --model Qwen/Qwen3-0.6B --adapters-dir ./adapters --port 9000
+    """
+    settings = settings_from(
+        config,
+        data_dir,
+        server_host=host,
+        server_port=port,
+        server_insecure=insecure or None,
+        model_path=model,
+        adapters_directory=adapters_dir.expanduser().absolute() if adapters_dir else None,
+    )
+    import uvloop
+
+    uvloop.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> None:
+    from node.app import open_node
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _stop_once, stop, loop)
+    async with open_node(settings) as node:
+        typer.echo(node.banner())
+        await stop.wait()
+        typer.echo("draining: new requests are refused, running ones finish")
+
+
+def _stop_once(stop: asyncio.Event, loop: asyncio.AbstractEventLoop) -> None:
+    """Drain on the first signal; a second one finds the default action and ends the process at once."""
+    stop.set()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
