@@ -52,7 +52,9 @@ def lora_rows(terms: list[tuple[tuple[int, float], ...]], counts: list[int], dev
     """
     if not any(terms):
         return None
-    starts, slots, weights = [0], [], []
+    starts: list[int] = [0]
+    slots: list[int] = []
+    weights: list[float] = []
     for sequence_terms, count in zip(terms, counts, strict=True):
         for _ in range(count):
             slots.extend(slot for slot, _ in sequence_terms)
