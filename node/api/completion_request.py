@@ -1,0 +1,109 @@
+"""Reading `POST /v1/completions`."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from node.api.fields import Fields, shown
+from node.api.generation import Generation, Limits, NamedTerm, Prompt
+from node.api.model_fields import read_model, read_source
+from node.api.sampling_fields import (
+    read_choice_count,
+    read_max_tokens,
+    read_sampling,
+    read_stop,
+    read_stream,
+    refuse_guidance,
+    refuse_structured_output,
+)
+from node.errors import ContextLengthError, RequestError
+
+
+def read_completion(body: dict[str, Any], limits: Limits, random_source: random.Random) -> Generation:
+    """Check every field.
+
+    Raises:
+        RequestError: A field is missing, of the wrong type or out of its range.
+        UnsupportedError: suffix, echo, structured output.
+    """
+    fields = Fields(body)
+    model = read_model(fields)
+    prompts = _read_prompts(fields, limits)
+    fields.refuse("suffix", "", remedy="put the whole context into `prompt`")
+    fields.refuse("echo", False, remedy="prepend the prompt yourself")
+    refuse_structured_output(fields)
+    refuse_guidance(fields)
+    is_stream, has_usage_chunk = read_stream(fields)
+    source, token = read_source(fields)
+    logprobs = fields.integer("logprobs", 0, limits.max_logprobs)
+    top_logprobs = -1 if logprobs is None else logprobs
+    choice_count = read_choice_count(fields, limits)
+    if choice_count * len(prompts) > limits.max_sequences:
+        raise RequestError(
+            f"`prompt` and `n` ask for {choice_count * len(prompts)} answers, more than {limits.max_sequences}; send several requests",
+            param="n",
+        )
+    max_new_tokens = read_max_tokens(fields, "max_tokens")
+    sampling = read_sampling(fields, limits, random_source, top_logprobs)
+    stop = read_stop(fields, "stop", limits)
+    fields.label("user")
+    return Generation(
+        shape="completion",
+        model=model,
+        terms=(NamedTerm(model),) if model else (),
+        prompts=prompts,
+        sampling=sampling,
+        max_new_tokens=16 if max_new_tokens is None else max_new_tokens,  # OpenAI's default for this endpoint
+        choice_count=choice_count,
+        stop=stop,
+        adapter_source=source,
+        adapter_token=token,
+        is_stream=is_stream,
+        has_usage_chunk=has_usage_chunk,
+        top_logprobs=top_logprobs,
+        warnings=tuple(fields.unknown()),
+    )
+
+
+def _read_prompts(fields: Fields, limits: Limits) -> tuple[Prompt, ...]:
+    """A string, a list of strings, a list of token ids, or a list of such lists; never a mixture."""
+    value = fields.raw("prompt")
+    if isinstance(value, str):
+        return (_text_prompt(value, "prompt"),)
+    if not isinstance(value, list) or not value:
+        raise fields.error("prompt", "must be a non-empty string, list of strings, list of token ids or list of such lists")
+    if all(_is_id(item) for item in value):
+        return (_ids_prompt(value, "prompt", limits),)
+    if len(value) > limits.max_prompts:
+        raise fields.error("prompt", f"must have at most {limits.max_prompts} prompts")
+    if all(isinstance(item, str) for item in value):
+        return tuple(_text_prompt(item, f"prompt[{index}]") for index, item in enumerate(value))
+    if all(isinstance(item, list) for item in value):
+        return tuple(_ids_prompt(item, f"prompt[{index}]", limits) for index, item in enumerate(value))
+    raise fields.error("prompt", "must not mix strings, token ids and lists")
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _text_prompt(text: str, name: str) -> Prompt:
+    if not text:
+        raise RequestError(f"`{name}` must not be empty. Given: ''", param=name)
+    return Prompt(text=text)
+
+
+def _ids_prompt(ids: list[Any], name: str, limits: Limits) -> Prompt:
+    if not ids:
+        raise RequestError(f"`{name}` must not be empty. Given: []", param=name)
+    if len(ids) >= limits.max_model_len:
+        raise ContextLengthError(
+            f"`{name}` has {len(ids)} tokens; the model's context of {limits.max_model_len} must also hold the answer", param=name
+        )
+    for token_id in ids:
+        if not _is_id(token_id) or not 0 <= token_id < limits.vocab_size:
+            raise RequestError(
+                f"`{name}` must hold token ids between 0 and {limits.vocab_size - 1}. Given: {shown(token_id)}", param=name
+            )
+    return Prompt(token_ids=tuple(ids))

@@ -1,0 +1,127 @@
+"""Reading LoRAX's `POST /`, `/generate` and `/generate_stream`, with the wording of LoRAX's own validation.
+
+Sources: `router/src/lib.rs` and `router/src/validation.rs` of LoRAX; lorax-client 0.6.3 sends all 22 parameters, nulls included.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+from typing import Any
+
+from node.api.fields import Fields
+from node.api.generation import Generation, Limits, NamedTerm, Prompt
+from node.api.model_fields import read_merge, read_source
+from node.api.sampling_fields import read_seed, read_stop, refuse_structured_output
+from node.errors import RequestError
+from node.request import Sampling
+
+_MAX_INTEGER = (1 << 32) - 1
+
+
+def read_lorax(
+    body: dict[str, Any], limits: Limits, random_source: random.Random, bearer: str | None = None, is_stream: bool | None = None
+) -> Generation:
+    """Check every field.
+
+    Args:
+        bearer: The token of the Authorization header; the adapter source's credential where the body has none.
+        is_stream: What the route says, or None on `/`, where the body's `stream` says it.
+
+    Raises:
+        RequestError: A field is missing, of the wrong type or out of its range.
+        UnsupportedError: best_of above 1, watermark, structured output, merges other than linear.
+    """
+    outer = Fields(body)
+    inputs = outer.text("inputs", limits.max_text_chars)
+    if not inputs:
+        raise RequestError("`inputs` cannot be empty", param="inputs")
+    body_stream = outer.boolean("stream")
+    fields = outer.inner("parameters") or Fields({})
+    generation = _read_parameters(fields, limits, random_source, bearer)
+    streams = body_stream if is_stream is None else is_stream
+    if streams and generation.has_prompt_details:
+        raise RequestError(
+            "`decoder_input_details` == true is not supported when streaming tokens", param="parameters.decoder_input_details"
+        )
+    return replace(
+        generation,
+        prompts=(Prompt(text=inputs),),
+        is_stream=streams,
+        warnings=(*outer.unknown(), *fields.unknown()),
+    )
+
+
+def _read_parameters(fields: Fields, limits: Limits, random_source: random.Random, bearer: str | None) -> Generation:
+    model, terms = _read_adapters(fields, limits)
+    source, token = read_source(fields)
+    refuse_structured_output(fields)
+    fields.refuse("watermark", False, remedy="leave it out")
+    _refuse_best_of(fields)
+    has_prompt_details = fields.boolean("decoder_input_details")
+    has_details = fields.boolean("details") or has_prompt_details
+    alternatives = fields.integer("return_k_alternatives", 0, limits.max_logprobs)
+    sampling = _read_sampling(fields, limits, random_source)
+    fields.ignore("apply_chat_template")
+    return Generation(
+        shape="lorax",
+        model=model,
+        terms=terms,
+        prompts=(),
+        sampling=_with_logprobs(sampling, alternatives or 0, has_prompt_details),
+        max_new_tokens=fields.integer("max_new_tokens", 1, _MAX_INTEGER, "must be strictly positive"),
+        stop=read_stop(fields, "stop", limits),
+        adapter_source=source,
+        adapter_token=token or bearer,
+        truncate_prompt_tokens=fields.integer("truncate", 1, limits.max_model_len),
+        top_logprobs=alternatives or 0,
+        has_details=has_details,
+        has_prompt_details=has_prompt_details,
+        has_prompt_text=fields.boolean("return_full_text"),
+    )
+
+
+def _with_logprobs(sampling: Sampling, alternatives: int, has_prompt_details: bool) -> Sampling:
+    values = {name: getattr(sampling, name) for name in Sampling.__struct_fields__}
+    return Sampling(**{**values, "logprobs": alternatives, "prompt_logprobs": has_prompt_details})
+
+
+def _read_adapters(fields: Fields, limits: Limits) -> tuple[str, tuple[NamedTerm, ...]]:
+    adapter_id = fields.label("adapter_id", 512) or ""
+    merged = read_merge(fields, limits)
+    if adapter_id and merged:
+        raise RequestError("at most one of `adapter_id` or `adapters` may be provided", param="parameters.merged_adapters")
+    if merged:
+        return ",".join(term.name for term in merged), merged
+    return adapter_id, (NamedTerm(adapter_id),) if adapter_id else ()
+
+
+def _refuse_best_of(fields: Fields) -> None:
+    best_of = fields.integer("best_of", 1, 1, "must be > 0 and <= 1")
+    fields.ignore("best_of")
+    del best_of
+
+
+def _read_sampling(fields: Fields, limits: Limits, random_source: random.Random) -> Sampling:
+    """LoRAX draws only when asked to: any of the sampling parameters asks, else the answer is greedy."""
+    temperature = fields.number("temperature", 0, math.inf, rule="must be non-negative")
+    top_k = fields.integer("top_k", 1, _MAX_INTEGER, "must be strictly positive")
+    top_p = fields.number("top_p", 0, 1, above_minimum=True, rule="must be > 0.0 and < 1.0")
+    typical_p = fields.number("typical_p", 0, 1, above_minimum=True, rule="must be > 0.0 and < 1.0")
+    is_drawn = fields.boolean("do_sample") or any(value is not None for value in (temperature, top_k, top_p, typical_p))
+    ignores_eos = fields.boolean("ignore_eos_token")
+    repetition = fields.number("repetition_penalty", 0, math.inf, above_minimum=True, rule="must be strictly positive")
+    penalty_rule = "must be >= -2.0 and <= 2.0"
+    return Sampling(
+        max_new_tokens=0,
+        temperature=(1.0 if temperature is None else temperature) if is_drawn else 0.0,
+        top_k=min(top_k or 0, limits.vocab_size),
+        top_p=top_p or 1.0,
+        typical_p=typical_p or 1.0,
+        repetition_penalty=repetition or 1.0,
+        frequency_penalty=fields.number("frequency_penalty", -2, 2, rule=penalty_rule) or 0.0,
+        presence_penalty=fields.number("presence_penalty", -2, 2, rule=penalty_rule) or 0.0,
+        seed=read_seed(fields, random_source),
+        stop_token_ids=() if ignores_eos else limits.eos_token_ids,
+    )
