@@ -1,0 +1,421 @@
+"""Who runs in the next step. Plain Python: no torch, no clock, no thread, so every rule here can be tested in microseconds.
+
+A step has at most `max_batch_tokens` rows. They are given out in this order:
+1. one row to every running sequence that draws a token;
+2. a quarter of the rest to the prefill that arrived first, so that no stream of short prompts can starve a long one;
+3. newly admitted sequences, fairest client first (`node.engine.fairness`);
+4. unfinished prefills, those with the fewest chunks so far first: a long prompt delays another by at most one chunk.
+
+When a running sequence needs a block and none is free, the sequence that arrived last gives up all of its own and waits again; its
+tokens stay, so it continues with the same answer (recompute instead of swapping: the KV cache is in host memory already).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from node.engine.blocks import BlockPool, extend_keys, namespace_key
+from node.engine.fairness import OUTPUT_TOKEN_COST, PROMPT_TOKEN_COST, FairQueue
+from node.engine.messages import SequenceEvent, Submit
+from node.engine.residency import AdapterMemory, ResidencyState
+from node.engine.sequence import Sequence
+from node.request import DrawnToken
+
+PROMPT_LOGPROB_ROWS = 64  # a row's logits take vocabulary x 4 bytes, so a chunk that wants all of them is kept small
+PREFETCH_LIMIT = 16  # waiting recipes whose adapters are fetched ahead in one step
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """Bounds from the settings; see `EngineSettings`."""
+
+    max_sequences: int
+    max_batch_tokens: int
+    queue_limit: int
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Rows of one sequence in one step: tokens `start` .. `start + count - 1`."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def draws_token(self) -> bool:
+        """Whether the last row's logits give the next token."""
+        return self.start + self.count == len(self.sequence.tokens)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.sequence.wants_prompt_logprobs
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """The rows of one step, and what became of sequences that will not run at all."""
+
+    work: list[Work] = field(default_factory=list)
+    events: list[SequenceEvent] = field(default_factory=list)
+    row_count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkResult:
+    """What a step computed for one `Work`.
+
+    Attributes:
+        drawn: The next token when the work draws one; None when it does not, or when the logits were not finite.
+        prompt_logprobs: Log-probability of the token after each row, for works that want them.
+    """
+
+    drawn: DrawnToken | None = None
+    prompt_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened since the process started."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    max_adapters_in_one_step: int = 0
+    last_step_adapters: tuple[str, ...] = ()
+
+
+class Scheduler:
+    """Turns arrivals into step plans, and step results into events.
+
+    Args:
+        blocks: The KV blocks; used by this scheduler alone.
+        limits: Bounds.
+        adapters: Adapter memory, asked through a small door.
+        base_id: Content hash of the base model, part of every prefix-cache key.
+    """
+
+    def __init__(self, blocks: BlockPool, limits: SchedulerLimits, adapters: AdapterMemory, base_id: str) -> None:
+        self.counters = Counters()
+        self._blocks = blocks
+        self._limits = limits
+        # Every running sequence needs a row each step once it draws tokens.
+        self._max_running = min(limits.max_sequences, limits.max_batch_tokens)
+        self._adapters = adapters
+        self._base_id = base_id
+        self._queue = FairQueue()
+        self._running: list[Sequence] = []  # in order of arrival
+        self._by_id: dict[str, Sequence] = {}
+        self._arrivals = 0
+
+    @property
+    def running_count(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting_count(self) -> int:
+        return len(self._queue)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running) or len(self._queue) > 0
+
+    def waiting_adapters(self) -> tuple[str, ...]:
+        """Adapters that waiting sequences name, each once."""
+        return tuple(dict.fromkeys(term.adapter_id for sequence in self._queue for term in sequence.terms))
+
+    # ---- arrivals
+
+    def add(self, submit: Submit) -> SequenceEvent | None:
+        """Queue a sequence; returns its only event when it can never run or the queue is full."""
+        sequence = Sequence(submit, self._arrivals, namespace_key(submit.tenant, self._base_id, submit.terms))
+        self._arrivals += 1
+        refusal = self._refusal(sequence)
+        if refusal is None:
+            self._by_id[sequence.id] = sequence
+            self._queue.join(sequence)
+        return refusal
+
+    def cancel(self, sequence_id: str) -> SequenceEvent | None:
+        """Stop a sequence now; returns its last event, or None when it is not here."""
+        sequence = self._by_id.get(sequence_id)
+        if sequence is None:
+            return None
+        self._retire(sequence)
+        return sequence.event(finish_reason="cancelled")
+
+    def cancel_all(self) -> list[SequenceEvent]:
+        """Stop everything; returns the last events."""
+        return [event for event in map(self.cancel, list(self._by_id)) if event is not None]
+
+    def _refusal(self, sequence: Sequence) -> SequenceEvent | None:
+        limits, wanted = self._limits, sequence.prompt_count + sequence.sampling.max_new_tokens
+        if sequence.id in self._by_id:
+            return sequence.error("engine_failed", f"sequence {sequence.id} is running already; ids must be unique")
+        if sequence.prompt_count == 0:
+            return sequence.error("invalid_request", "the prompt has no tokens; at least 1 is needed")
+        if wanted > limits.max_model_len:
+            return sequence.error(
+                "context_length_exceeded",
+                f"the prompt has {sequence.prompt_count} tokens and {sequence.sampling.max_new_tokens} more were asked for; "
+                f"the model's context is {limits.max_model_len} tokens; shorten the prompt or ask for fewer",
+            )
+        # The last token drawn is never fed back, so it needs no block.
+        block_count = self._blocks.blocks_for(max(wanted - 1, sequence.prompt_count))
+        if block_count > self._blocks.block_count:
+            return sequence.error(
+                "context_length_exceeded",
+                f"{wanted} tokens need {block_count} KV blocks and the engine has {self._blocks.block_count}; "
+                "shorten the request or raise engine.kv_cache_bytes",
+            )
+        if len(self._queue) >= limits.queue_limit:
+            return sequence.error(
+                "queue_full", f"{len(self._queue)} sequences are waiting, the limit is {limits.queue_limit}; retry later"
+            )
+        return None
+
+    # ---- planning
+
+    def plan(self) -> StepPlan:
+        """Choose the rows of the next step. Every plan with work must be answered by `complete` before the next `plan`."""
+        plan = StepPlan()
+        self._adapters.begin_step()
+        self._plan_decodes(plan)
+        self._plan_first_prefill(plan)
+        self._admit(plan)
+        self._plan_prefills(plan)
+        while not plan.work and self._running:
+            # Only prefills run and none can grow: let the last one go, so that the first one can.
+            self._preempt(self._running[-1])
+            self._plan_prefills(plan)
+        return plan
+
+    def _budget(self, plan: StepPlan) -> int:
+        return self._limits.max_batch_tokens - plan.row_count
+
+    def _plan_decodes(self, plan: StepPlan) -> None:
+        """Oldest first, so that a victim (latest arrived) never has work in this plan already."""
+        for sequence in list(self._running):
+            if sequence.remaining_count != 1:
+                continue
+            while sequence in self._running and not self._grow(sequence, 1):
+                self._preempt(self._running[-1])
+            if sequence in self._running:
+                self._give(plan, sequence, 1)
+
+    def _plan_first_prefill(self, plan: StepPlan) -> None:
+        first = next((sequence for sequence in self._running if sequence.remaining_count > 1), None)
+        if first is not None and first.chunk_count > 0:
+            self._give_chunk(plan, first, self._budget(plan) // 4)
+
+    def _plan_prefills(self, plan: StepPlan) -> None:
+        planned = {work.sequence.id: index for index, work in enumerate(plan.work)}
+        unfinished = [sequence for sequence in self._running if sequence.remaining_count > 1 or sequence.id not in planned]
+        unfinished.sort(
+            key=lambda sequence: (sequence.chunk_count, self._queue.counter(sequence.fair_key), sequence.arrival_index)
+        )
+        for sequence in unfinished:
+            if sequence.id in planned:
+                self._extend_chunk(plan, planned[sequence.id])
+            else:
+                self._give_chunk(plan, sequence, self._budget(plan))
+
+    def _give_chunk(self, plan: StepPlan, sequence: Sequence, limit: int) -> None:
+        """Plan as many prefill rows as the limit, the sequence and the free blocks allow; none is a possible answer."""
+        count = min(limit, self._budget(plan), self._chunk_limit(sequence))
+        count = min(count, self._room(sequence))
+        if count > 0 and self._grow(sequence, count):
+            sequence.chunk_count += 1
+            self._give(plan, sequence, count)
+
+    def _extend_chunk(self, plan: StepPlan, index: int) -> None:
+        """Give what is left of the step to a sequence that has a share of it."""
+        work = plan.work[index]
+        total = min(work.count + self._budget(plan), self._chunk_limit(work.sequence), self._room(work.sequence))
+        if total > work.count and self._grow(work.sequence, total):
+            plan.work[index] = Work(work.sequence, work.start, total)
+            self._account(plan, work.sequence, total - work.count, PROMPT_TOKEN_COST)
+
+    def _chunk_limit(self, sequence: Sequence) -> int:
+        remaining = sequence.remaining_count
+        return min(remaining, PROMPT_LOGPROB_ROWS) if sequence.wants_prompt_logprobs else remaining
+
+    def _room(self, sequence: Sequence) -> int:
+        """Rows that fit into the sequence's own blocks and all free ones."""
+        return (len(sequence.blocks) + self._blocks.free_count) * self._blocks.block_size - sequence.computed_count
+
+    def _give(self, plan: StepPlan, sequence: Sequence, count: int) -> None:
+        cost = OUTPUT_TOKEN_COST if sequence.output_count and sequence.remaining_count == 1 else PROMPT_TOKEN_COST
+        plan.work.append(Work(sequence, sequence.computed_count, count))
+        self._account(plan, sequence, count, cost)
+
+    def _account(self, plan: StepPlan, sequence: Sequence, count: int, cost: int) -> None:
+        plan.row_count += count
+        self._queue.charge(sequence.fair_key, count * cost)
+
+    def _grow(self, sequence: Sequence, count: int) -> bool:
+        """Hold enough blocks for `count` more rows; takes none when there are not enough."""
+        missing = self._blocks.blocks_for(sequence.computed_count + count) - len(sequence.blocks)
+        if missing > self._blocks.free_count:
+            return False
+        for _ in range(missing):
+            block = self._blocks.allocate()
+            if block is None:
+                raise RuntimeError("the block pool counted a free block it does not have")
+            sequence.blocks.append(block)
+        return True
+
+    # ---- admission
+
+    def _admit(self, plan: StepPlan) -> None:
+        """Move waiting sequences to the running ones, fairest first; one that waits for an adapter holds up nobody."""
+        not_ready_count = 0
+        is_open = True
+        for sequence in self._queue.in_order():
+            residency = self._adapters.ensure(sequence.terms)
+            if residency.state is ResidencyState.FAILED:
+                self._retire(sequence)
+                plan.events.append(sequence.error(residency.code, residency.message))
+                continue
+            is_ready = residency.state is ResidencyState.READY
+            # Once one is refused for want of rows or blocks nobody may overtake it; the rest of the walk only prefetches.
+            is_open = is_open and self._has_place(plan)
+            if is_ready and is_open and self._start(plan, sequence):
+                continue
+            is_open = is_open and not is_ready
+            not_ready_count += 1
+            if not_ready_count >= PREFETCH_LIMIT:
+                return
+
+    def _has_place(self, plan: StepPlan) -> bool:
+        return len(self._running) < self._max_running and self._budget(plan) > 0
+
+    def _start(self, plan: StepPlan, sequence: Sequence) -> bool:
+        """Admit a sequence whose adapters are ready, if blocks for all of its tokens can be found beside what prefills still need."""
+        matched = self._match(sequence)
+        idle_count = sum(not self._blocks.is_held(block) for block in matched)
+        needed = self._blocks.blocks_for(len(sequence.tokens)) - len(matched) + idle_count
+        if needed > self._blocks.free_count - self._owed_blocks():
+            return False
+        self._queue.take(sequence)
+        self._adapters.pin(sequence.terms)
+        self._blocks.share(matched)
+        sequence.blocks.extend(matched)
+        sequence.published_count = len(matched)
+        sequence.computed_count = len(matched) * self._blocks.block_size
+        if not sequence.is_admitted:
+            sequence.is_admitted = True
+            sequence.cached_count = sequence.computed_count
+            self.counters.prompt_tokens += sequence.prompt_count
+            self.counters.cached_prompt_tokens += sequence.cached_count
+        self._insert_running(sequence)
+        self._give_chunk(plan, sequence, self._budget(plan))
+        return True
+
+    def _match(self, sequence: Sequence) -> list[int]:
+        """Blocks of the longest cached prefix; at least one token is left to compute, because its logits are needed."""
+        extend_keys(sequence.keys, sequence.namespace, sequence.tokens, self._blocks.block_size, len(sequence.tokens))
+        if sequence.wants_prompt_logprobs:
+            return []
+        return self._blocks.match(sequence.keys[: (len(sequence.tokens) - 1) // self._blocks.block_size])
+
+    def _owed_blocks(self) -> int:
+        """Blocks that running prefills were promised and do not hold yet."""
+        return sum(self._blocks.blocks_for(len(sequence.tokens)) - len(sequence.blocks) for sequence in self._running)
+
+    def _insert_running(self, sequence: Sequence) -> None:
+        """Keep the order of arrival; a preempted sequence comes back to its old place."""
+        index = len(self._running)
+        while index and self._running[index - 1].arrival_index > sequence.arrival_index:
+            index -= 1
+        self._running.insert(index, sequence)
+
+    # ---- results
+
+    def complete(self, plan: StepPlan, results: Seq[WorkResult]) -> list[SequenceEvent]:
+        """Take over what a step computed; returns the events it caused, in plan order."""
+        self._count_step(plan)
+        events = []
+        for work, result in zip(plan.work, results, strict=True):
+            event = self._advance(work, result)
+            if event is not None:
+                events.append(event)
+        return events
+
+    def _advance(self, work: Work, result: WorkResult) -> SequenceEvent | None:
+        sequence, draws_token = work.sequence, work.draws_token
+        for index, logprob in enumerate(result.prompt_logprobs):
+            if work.start + index + 1 == len(sequence.prompt_logprobs) < sequence.prompt_count:
+                sequence.prompt_logprobs.append(logprob)
+        sequence.computed_count += work.count
+        self._publish(sequence)
+        if not draws_token:
+            return None
+        if result.drawn is None:
+            self._retire(sequence)
+            return sequence.error(
+                "engine_failed", "the model gave logits that are not finite numbers; try another adapter or weight"
+            )
+        if sequence.sampling.max_new_tokens == 0:
+            self._retire(sequence)
+            return sequence.event(finish_reason="length")
+        return self._append(sequence, result.drawn)
+
+    def _append(self, sequence: Sequence, drawn: DrawnToken) -> SequenceEvent:
+        sequence.tokens.append(drawn.token_id)
+        self.counters.output_tokens += 1
+        reason = None
+        if drawn.token_id in sequence.sampling.stop_token_ids:
+            reason = "stop"
+        elif sequence.output_count >= sequence.sampling.max_new_tokens:
+            reason = "length"
+        if reason is not None:
+            self._retire(sequence)
+        return sequence.event((drawn,), reason)
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Offer the blocks that became full to the prefix cache."""
+        full_count = sequence.computed_count // self._blocks.block_size
+        if full_count == sequence.published_count:
+            return
+        extend_keys(sequence.keys, sequence.namespace, sequence.tokens, self._blocks.block_size, sequence.computed_count)
+        for index in range(sequence.published_count, full_count):
+            self._blocks.publish(sequence.blocks[index], sequence.keys[index])
+        sequence.published_count = full_count
+
+    def _count_step(self, plan: StepPlan) -> None:
+        decoding = [work.sequence for work in plan.work if work.draws_token and work.sequence.output_count]
+        adapters = tuple(dict.fromkeys(term.adapter_id for sequence in decoding for term in sequence.terms))
+        self.counters.steps += 1
+        self.counters.last_step_adapters = adapters
+        self.counters.max_adapters_in_one_step = max(self.counters.max_adapters_in_one_step, len(adapters))
+
+    # ---- leaving
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take back every block; the sequence waits again with the tokens it has."""
+        self._stop_running(sequence)
+        sequence.computed_count = 0
+        sequence.published_count = 0
+        sequence.chunk_count = 0
+        self._queue.put_back(sequence)
+        self.counters.preemptions += 1
+
+    def _retire(self, sequence: Sequence) -> None:
+        """A sequence is over, whether it ran or waited."""
+        del self._by_id[sequence.id]
+        if sequence in self._running:
+            self._stop_running(sequence)
+        else:
+            self._queue.take(sequence)
+        self._queue.leave(sequence)
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._blocks.release(sequence.blocks)
+        del sequence.blocks[:]
+        self._adapters.unpin(sequence.terms)
