@@ -1,8 +1,8 @@
 """The development chain as a program: `python -m node.settlement.embedded_chain --data-dir DIR`.
 
 One process, one thread for the chain, JSON-RPC over HTTP on loopback. It holds no keys. It is not a settlement layer: nobody else
-keeps a copy of it. It announces itself with one JSON line on stdout and ends when its stdin closes, which happens when its parent is
-gone, however that died.
+keeps a copy of it. It announces itself with one JSON line on stdout and ends when its stdin closes, which happens when its parent
+is gone, however that died.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The development chain's state machine: one py-evm chain in memory, one block for each transaction.
 
-Semantics: the same genesis and the same (timestamp, raw transaction) sequence give the same block hashes, always. Nothing here reads
-a clock or a random source, which is what makes a replay of the log land on the same head.
+Semantics: the same genesis and the same (timestamp, raw transaction) sequence give the same block hashes, always. Nothing here
+reads a clock or a random source, which is what makes a replay of the log land on the same head.
 """
 
 from __future__ import annotations

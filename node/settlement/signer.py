@@ -1,0 +1,62 @@
+"""Who signs: an address and three ways to sign, wherever the key is kept."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from eth_account import Account
+from eth_account.signers.local import LocalAccount
+from eth_keys.datatypes import PrivateKey
+
+
+class Signer(Protocol):
+    """What the node asks of a key. A remote signer implements the same four names."""
+
+    @property
+    def address(self) -> str:
+        """Checksummed address."""
+
+    def sign_transaction(self, transaction: dict[str, Any]) -> bytes:
+        """A complete transaction (nonce, fees, gas, chainId, to, value, data) as signed raw bytes."""
+
+    def sign_hash(self, digest: bytes) -> bytes:
+        """65 bytes (r, s, v with v 27 or 28) over a 32-byte digest that is already domain-separated."""
+
+    def sign_typed(self, domain: dict[str, Any], types: dict[str, Any], message: dict[str, Any]) -> bytes:
+        """65 bytes over EIP-712 typed data."""
+
+
+class LocalSigner:
+    """A key in this process's memory. Shows its address and nothing else."""
+
+    __slots__ = ("_account", "_key")
+
+    def __init__(self, private_key: bytes) -> None:
+        self._account: LocalAccount = Account.from_key(private_key)
+        self._key = PrivateKey(private_key)
+
+    @property
+    def address(self) -> str:
+        """Checksummed address."""
+        return str(self._account.address)
+
+    def sign_transaction(self, transaction: dict[str, Any]) -> bytes:
+        """See `Signer`."""
+        return bytes(self._account.sign_transaction(transaction).raw_transaction)
+
+    def sign_hash(self, digest: bytes) -> bytes:
+        """See `Signer`."""
+        if len(digest) != 32:
+            raise ValueError(f"a digest has 32 bytes, not {len(digest)}")
+        signature = self._key.sign_msg_hash(digest)
+        return bytes(signature.r.to_bytes(32, "big") + signature.s.to_bytes(32, "big") + bytes([27 + signature.v]))
+
+    def sign_typed(self, domain: dict[str, Any], types: dict[str, Any], message: dict[str, Any]) -> bytes:
+        """See `Signer`."""
+        return bytes(self._account.sign_typed_data(domain, types, message).signature)
+
+    def __repr__(self) -> str:
+        return f"LocalSigner({self.address})"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a signer is not copied to another process")
