@@ -18,12 +18,12 @@ def gguf_config(file: GgufFile) -> dict[str, Any]:
     """Return the transformers configuration that describes this file.
 
     Raises:
-        ModelLoadError: model_unsupported for other architectures, experts and partial rotary; model_corrupt when a size is missing.
+        ModelLoadError: model_unsupported for other architectures, experts, partial rotary; model_corrupt when a size is missing.
     """
     architecture = file.metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ModelLoadError(
-            f"{file.path} is of architecture {architecture!r}; supported in GGUF are {', '.join(ARCHITECTURES)}; use another base model"
+            f"{file.path} is of architecture {architecture!r}; GGUF files of {', '.join(ARCHITECTURES)} run; use another model"
         )
     known = _Known(file, architecture)
     if known.get("expert_count", 0):
@@ -71,7 +71,9 @@ class _Known:
         if value is None:
             raise ModelLoadError(f"{self._file.path} has no {self._prefix}{key}; download the model again", code="model_corrupt")
         if isinstance(value, list):
-            raise ModelLoadError(f"{self._prefix}{key} of {self._file.path} differs by layer; one value for all layers is supported")
+            raise ModelLoadError(
+                f"{self._prefix}{key} of {self._file.path} differs by layer; one value for all layers is supported"
+            )
         return value
 
 
@@ -87,7 +89,9 @@ def _rope_parameters(known: _Known) -> dict[str, Any]:
     parameters: dict[str, Any] = {"rope_theta": known.get("rope.freq_base", 10_000.0)}
     scaling = known.get("rope.scaling.type", "none")
     if scaling not in _SCALING_TYPES:
-        raise ModelLoadError(f"rope.scaling.type is {scaling!r}; supported are {', '.join(_SCALING_TYPES)}; use another base model")
+        raise ModelLoadError(
+            f"rope.scaling.type is {scaling!r}; supported are {', '.join(_SCALING_TYPES)}; use another base model"
+        )
     parameters["rope_type"] = _SCALING_TYPES[scaling]
     if scaling != "none":
         parameters["factor"] = known.get("rope.scaling.factor", 1.0)

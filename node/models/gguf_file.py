@@ -23,7 +23,7 @@ from torch import Tensor
 from node.errors import ModelLoadError
 
 QUANTISATIONS: Final = frozenset(
-    "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()
+    ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 )  # what `gguf` dequantises exactly as llama.cpp does and people publish
 _SCALARS: Final = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _TYPES: Final = {int(item): item for item in GGMLQuantizationType}
@@ -63,9 +63,13 @@ class GgufFile:
                 header = _Header(path, file)
                 self.metadata, self.tensors = header.parse()
         except OSError as error:
-            raise ModelLoadError(f"{path} cannot be read; check that it exists and its permissions", code="model_corrupt") from error
+            raise ModelLoadError(
+                f"{path} cannot be read; check that it exists and its permissions", code="model_corrupt"
+            ) from error
         except (struct.error, UnicodeDecodeError, ValueError, MemoryError) as error:
-            raise ModelLoadError(f"the header of {path} is not a GGUF header; download the model again", code="model_corrupt") from error
+            raise ModelLoadError(
+                f"the header of {path} is not a GGUF header; download the model again", code="model_corrupt"
+            ) from error
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """Dequantise one tensor into a new contiguous CPU tensor of `dtype`, a few megabytes at a time.
@@ -103,7 +107,9 @@ class _Header:
             raise _corrupt(f"{self._path} has {self._size} bytes and does not start as a GGUF file")
         version = self._scalar("<I")
         if version not in (2, 3):
-            raise ModelLoadError(f"{self._path} is GGUF version {version}; little-endian versions 2 and 3 are supported; convert it")
+            raise ModelLoadError(
+                f"{self._path} is GGUF version {version}; little-endian versions 2 and 3 are supported; convert it"
+            )
         tensor_count, key_count = self._count("<Q"), self._count("<Q")
         metadata = {self._string(): self._value(self._scalar("<I"), 0) for _ in range(key_count)}
         directory = [self._tensor() for _ in range(tensor_count)]

@@ -73,7 +73,7 @@ def rope_config(config: Mapping[str, Any], head_dim: int, trained_len: int) -> R
     rope_type = str(stated.get("rope_type", stated.get("type")) or "default")
     if rope_type not in ROPE_TYPES:
         raise ModelLoadError(
-            f"rope_type is {rope_type!r}, which this node cannot compute; known are {', '.join(ROPE_TYPES)}; use another base model"
+            f"rope_type is {rope_type!r}, which is not supported; known are {', '.join(ROPE_TYPES)}; use another base model"
         )
     partial = _number(stated, "partial_rotary_factor", _number(config, "partial_rotary_factor", 1.0))
     if partial != 1.0:
@@ -111,7 +111,9 @@ def _stated_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
         raise ModelLoadError(f"the rope parameters of config.json are {stated!r}; an object is needed")
     nested = [key for key, value in stated.items() if isinstance(value, Mapping)]
     if nested:
-        raise ModelLoadError(f"the rope parameters differ by layer type ({', '.join(nested)}); one set for all layers is supported")
+        raise ModelLoadError(
+            f"the rope parameters differ by layer type ({', '.join(nested)}); one set for all layers is supported"
+        )
     return stated
 
 

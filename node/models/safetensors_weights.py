@@ -57,7 +57,8 @@ class SafetensorsWeights:
         file = self._files[name]
         try:
             with safe_open(str(file), framework="pt") as handle:
-                return handle.get_tensor(name).to(dtype, copy=True).contiguous()
+                tensor: Tensor = handle.get_tensor(name)
+                return tensor.to(dtype, copy=True).contiguous()
         except (SafetensorError, OSError) as error:
             raise _corrupt(f"tensor {name} cannot be read from {file}") from error
 
@@ -74,11 +75,15 @@ def read_header(file: Path) -> dict[str, Any]:
             prefix = handle.read(8)
             header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 2 <= header_bytes <= min(_HEADER_LIMIT_BYTES, size - 8):
-                raise _corrupt(f"{file} has {size} bytes and states a header of {header_bytes}: it is cut short or no safetensors file")
+                raise _corrupt(
+                    f"{file} has {size} bytes and states a header of {header_bytes}: it is cut short or no safetensors file"
+                )
             header = json.loads(handle.read(header_bytes))
         ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
         expected = 8 + header_bytes + max(ends, default=0)
-        if not all(isinstance(entry["shape"], list) and entry["dtype"] for name, entry in header.items() if name != "__metadata__"):
+        if not all(
+            isinstance(entry["shape"], list) and entry["dtype"] for name, entry in header.items() if name != "__metadata__"
+        ):
             raise _corrupt(f"{file} has a header without shapes")
     except OSError as error:
         raise ModelLoadError(f"{file} cannot be read; check that it exists and its permissions", code="model_corrupt") from error

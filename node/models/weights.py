@@ -34,7 +34,8 @@ def read_checked(weights: Weights, name: str, shape: tuple[int, ...], dtype: tor
     """
     if name not in weights.names():
         raise ModelLoadError(
-            f"the checkpoint has no tensor {name}, which its configuration calls for; download the model again", code="model_corrupt"
+            f"the checkpoint has no tensor {name}, which its configuration calls for; download the model again",
+            code="model_corrupt",
         )
     if weights.shape(name) != shape:
         raise ModelLoadError(

@@ -1,0 +1,134 @@
+"""The decoder of the Llama, Mistral, Qwen2 and Qwen3 families.
+
+Semantics, for each layer (2302.13971):
+    h = rms_norm(x);  q, k, v = W_qkv h;  x += W_o attention(rope(q), rope(k), v)
+    h = rms_norm(x);  x += W_down (silu(W_gate h) * W_up h)
+and logits = W_head rms_norm(x). q, k, v share one matrix product, gate and up another. Every product adds each row's own
+adapters (`node.kernels`).
+
+Shape letters: T rows (tokens), W rows that want logits, H hidden, V vocabulary, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from node.kernels.lora import LoraPool, LoraRows
+from node.kernels.ops import Kernels, LoraSpans, PackedLinear
+from node.models.inputs import KVCache, StepInputs
+
+
+@dataclass(frozen=True, slots=True)
+class FusedLinear:
+    """One product of several linear modules: packed weight, bias [O] or None, and the modules' places in an adapter page."""
+
+    packed: PackedLinear
+    bias: Tensor | None
+    spans: LoraSpans
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """One layer. Norms are [H]; q_norm and k_norm are [D] or None; `window` counts tokens, None for all.
+
+    `next_norm` is the norm that the following layer begins with (the final norm in the last layer): this layer's last
+    addition and that norm are one operation.
+    """
+
+    qkv: FusedLinear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    window: int | None
+    o: FusedLinear
+    post_attention_norm: Tensor
+    gate_up: FusedLinear
+    down: FusedLinear
+    next_norm: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderWeights:
+    """Everything the decoder computes with. embedding: [V, H]; first_norm: [H]; cos, sin: [positions, D / 2] float32."""
+
+    embedding: Tensor
+    first_norm: Tensor
+    layers: tuple[DecoderLayer, ...]
+    head: FusedLinear
+    cos: Tensor
+    sin: Tensor
+    eps: float
+    scale: float  # of the attention scores: D ** -0.5
+
+
+class Decoder:
+    """A `CausalLM`. Keeps nothing between calls but its weights, which `kernels` packed."""
+
+    def __init__(self, weights: DecoderWeights, kernels: Kernels) -> None:
+        self._weights = weights
+        self._kernels = kernels
+        self._head_module = int(weights.head.spans.table[0, 0])
+
+    @torch.inference_mode()
+    def forward(self, inputs: StepInputs, kv: KVCache, pool: LoraPool | None) -> Tensor:
+        """Run one step.
+
+        Args:
+            inputs: The step's rows. kv: written at `inputs.kv_slots`, read through `inputs.block_tables`.
+            pool: Adapter memory; needed when `inputs.lora` is not None.
+
+        Returns:
+            [W, V] float32. Logits of `inputs.logit_rows`.
+        """
+        kernels, weights, lora, eps = self._kernels, self._weights, inputs.lora, self._weights.eps
+        linear, add_rms_norm = kernels.linear, kernels.add_rms_norm
+
+        def project(rows: Tensor, module: FusedLinear) -> Tensor:
+            return linear(rows, module.packed, module.bias, pool=pool, rows=lora, spans=module.spans)
+
+        x = weights.embedding[inputs.token_ids]
+        h = kernels.rms_norm(x, weights.first_norm, eps)
+        for layer, keys, values in zip(weights.layers, kv.keys, kv.values, strict=True):
+            q = kernels.rope_kv_write(
+                project(h, layer.qkv),
+                weights.cos,
+                weights.sin,
+                inputs.positions,
+                inputs.kv_slots,
+                keys,
+                values,
+                q_norm=layer.q_norm,
+                k_norm=layer.k_norm,
+                eps=eps,
+            )
+            h = kernels.paged_attention(
+                q, keys, values, inputs.block_tables, inputs.query_start, inputs.context_lens, weights.scale, layer.window
+            )
+            h = add_rms_norm(project(h, layer.o), x, layer.post_attention_norm, eps)  # x += W_o attention
+            h = kernels.silu_mul(project(h, layer.gate_up))
+            h = add_rms_norm(project(h, layer.down), x, layer.next_norm, eps)  # x += W_down (...)
+        return self._logits(h, inputs, pool)
+
+    def _logits(self, h: Tensor, inputs: StepInputs, pool: LoraPool | None) -> Tensor:
+        """Project the wanted rows on the vocabulary. A row that adapters do not change here is not looked up at all."""
+        head, lora = self._weights.head, inputs.lora
+        if inputs.logit_rows.numel() == 0:
+            return torch.empty((0, head.packed.out_features), dtype=torch.float32)
+        if pool is None or not bool(pool.ranks[self._head_module].any()):
+            lora = None
+        rows = None if lora is None else select_rows(lora, inputs.logit_rows)
+        return self._kernels.linear(
+            h[inputs.logit_rows], head.packed, head.bias, pool=pool, rows=rows, spans=head.spans, out_dtype=torch.float32
+        )
+
+
+def select_rows(lora: LoraRows, rows: Tensor) -> LoraRows:
+    """The adapters of some rows, in the order of `rows` [W] int64."""
+    first = lora.row_start[rows].long()
+    counts = lora.row_start[rows + 1].long() - first
+    row_start = torch.zeros(rows.numel() + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=row_start[1:])
+    terms = torch.arange(int(row_start[-1])) + torch.repeat_interleave(first - row_start[:-1], counts)
+    return LoraRows(row_start=row_start.int(), slot=lora.slot[terms], weight=lora.weight[terms])

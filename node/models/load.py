@@ -1,0 +1,106 @@
+"""Load a base model: files in, a decoder that can run out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from node.errors import ModelLoadError
+from node.kernels.layout import PageLayout
+from node.kernels.ops import Kernels
+from node.models.base_identity import base_id
+from node.models.decoder import Decoder
+from node.models.decoder_weights import decoder_weights
+from node.models.gguf_file import GgufFile
+from node.models.gguf_weights import GgufWeights
+from node.models.inputs import KVCache
+from node.models.model_config import read_spec
+from node.models.safetensors_weights import SafetensorsWeights
+from node.models.source import ModelFiles
+from node.models.spec import ModelSpec
+from node.models.weights import Weights
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to run.
+
+    Attributes:
+        model: The decoder.
+        spec: Its sizes; `spec.linear_kinds` is what an adapter may change.
+        base_id: Content hash, 64 hex digits.
+        layout: Where each linear module lies in an adapter page.
+        dtype: Of weights, activations and keys and values.
+    """
+
+    model: Decoder
+    spec: ModelSpec
+    base_id: str
+    layout: PageLayout
+    dtype: torch.dtype
+
+
+def load_model(
+    files: ModelFiles,
+    dtype: torch.dtype,
+    kernels: Kernels,
+    *,
+    max_model_len: int | None = None,
+    page_rank: int = 8,
+    hash_cache: Path | None = None,
+) -> LoadedModel:
+    """Read a base model into memory.
+
+    Args:
+        files: From `source.resolve`.
+        dtype: float32 or bfloat16.
+        kernels: Packs the weights and runs them.
+        max_model_len: Longest context, tokens; None for what the model was trained for, at most 8192.
+        page_rank: Ranks of an adapter page.
+        hash_cache: Where content hashes are remembered between starts; None forgets.
+
+    Raises:
+        ModelLoadError: model_unsupported, model_corrupt or model_too_large. Refused before memory is spent where possible.
+    """
+    spec = read_spec(files, max_model_len)
+    layout = PageLayout(spec.linears, page_rank)
+    content_hash = base_id(files, hash_cache)
+    try:
+        weights = decoder_weights(spec, _open_weights(files, spec), dtype, kernels, layout)
+    except MemoryError as error:
+        raise ModelLoadError(
+            f"{files.model_id} does not fit into memory; choose a smaller model", code="model_too_large"
+        ) from error
+    return LoadedModel(Decoder(weights, kernels), spec, content_hash, layout, dtype)
+
+
+def make_kv_cache(spec: ModelSpec, size_bytes: int, block_size: int, dtype: torch.dtype) -> KVCache:
+    """Allocate paged keys and values for all layers in at most `size_bytes`.
+
+    A sequence can never be longer than the whole cache: serve min(`spec.max_model_len`, `block_count * block_size`) tokens.
+
+    Raises:
+        ModelLoadError: model_too_large. Not even one block fits.
+    """
+    block_bytes = 2 * spec.layer_count * spec.kv_size * block_size * dtype.itemsize
+    block_count = size_bytes // block_bytes
+    if block_count < 1:
+        raise ModelLoadError(
+            f"a KV cache of {size_bytes} bytes does not hold one block of {block_bytes} bytes; raise engine.kv_cache_bytes",
+            code="model_too_large",
+        )
+    shape = (block_count, spec.kv_head_count, block_size, spec.head_dim)
+    # Zeros, not empty: a page that the kernel reads past a sequence's end must hold numbers, and untouched zeros cost no memory.
+    keys = [torch.zeros(shape, dtype=dtype) for _ in range(spec.layer_count)]
+    values = [torch.zeros(shape, dtype=dtype) for _ in range(spec.layer_count)]
+    return KVCache(keys, values, block_size)
+
+
+def _open_weights(files: ModelFiles, spec: ModelSpec) -> Weights:
+    if files.kind == "gguf":
+        return GgufWeights(GgufFile(files.weights[0]), spec.head_count, spec.kv_head_count)
+    return SafetensorsWeights(files.weights)
