@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +17,8 @@ def parse_strict(raw: bytes, what: str, code: str) -> Any:
     Raises:
         AdapterInvalidError: With `code`; the message begins with `what`.
     """
+    if raw.startswith(codecs.BOM_UTF8):
+        raise AdapterInvalidError(f"{what} begins with a byte order mark; save it without one", code=code)
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique(what, code), parse_constant=_refuse_constant(what, code))
     except UnicodeDecodeError as error:

@@ -1,0 +1,212 @@
+"""From a directory of files to an adapter that may be served: checked, bound to the base, hashed.
+
+One verifier serves all threads. A directory whose files have not changed (device, inode, size, time of change) is not read again.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from attribution import identity
+from attribution.errors import IdentityError, ManifestError
+from attribution.manifest import MAX_BYTES as MAX_MANIFEST_BYTES
+from attribution.manifest import Manifest
+from node.adapters.binding import BoundModule, LinearTable, bind
+from node.adapters.lora_config import CONFIG_FILE, read_lora_config
+from node.adapters.regular_file import read_whole
+from node.adapters.safetensors_file import SafetensorsFile, TensorEntry
+from node.errors import AdapterInvalidError
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+MANIFEST_FILE = "manifest.json"
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE)
+PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+HASH_THREADS = 2  # verification shares the machine with the engine
+MAX_DIRECTORY_ENTRIES = 10_000
+MAX_REMEMBERED = 4096
+_INFINITE_BF16 = np.uint16(0x7F80)  # all exponent bits: infinity or not a number
+
+Fingerprint = tuple[tuple[int, int, int, int] | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """How many layers of one kind of linear module an adapter changes, for example 30 of 30."""
+
+    module: str  # "model.layers.{layer}.self_attn.q_proj"
+    adapted_count: int
+    base_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedAdapter:
+    """An adapter that may be served. `rank` is its largest; `size_bytes` the length of its weights file."""
+
+    adapter_id: str
+    directory: Path
+    rank: int
+    coverage: tuple[Coverage, ...]
+    size_bytes: int
+    manifest: Manifest | None
+    manifest_hash: str | None
+
+
+class AdapterVerifier:
+    """Verifies directories against one base model. Safe to call from several threads.
+
+    Args:
+        table: The base's linear modules.
+        base_id: The base's content hash.
+        max_rank: Limit on the rank of any module.
+        max_bytes: Limit on the weights file.
+    """
+
+    def __init__(self, table: LinearTable, base_id: str, *, max_rank: int, max_bytes: int) -> None:
+        self._table = table
+        self._base_id = base_id
+        self._max_rank = max_rank
+        self._max_bytes = max_bytes
+        self._remembered: OrderedDict[tuple[Path, Fingerprint], VerifiedAdapter] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def verify(self, directory: Path) -> VerifiedAdapter:
+        """Check everything about the adapter in `directory` (two files, and manifest.json where it has one).
+
+        Raises:
+            AdapterInvalidError: With the code of what is wrong; the message names the file, tensor or module.
+        """
+        key = (directory, fingerprint(directory))
+        with self._lock:
+            if key in self._remembered:
+                self._remembered.move_to_end(key)
+                return self._remembered[key]
+        verified = self._verify(directory)
+        if fingerprint(directory) != key[1]:
+            raise AdapterInvalidError("the adapter's files changed while they were read; try again when they are complete")
+        with self._lock:
+            self._remembered[key] = verified
+            while len(self._remembered) > MAX_REMEMBERED:
+                self._remembered.popitem(last=False)
+        return verified
+
+    def _verify(self, directory: Path) -> VerifiedAdapter:
+        _refuse_code_and_pickle(directory)
+        config = read_lora_config(directory, self._max_rank)
+        with SafetensorsFile.open(directory / WEIGHTS_FILE, self._max_bytes) as weights:
+            bound = bind(weights.entries, config, self._table)
+            tensors = [_hashable(weights, entry) for entry in weights.entries.values()]
+            try:
+                adapter_id = identity.adapter_id(tensors, config.raw, threads=HASH_THREADS)
+            except IdentityError as error:
+                raise AdapterInvalidError(f"{CONFIG_FILE}: {error}", code="adapter_config_invalid") from error
+            size_bytes = weights.size_bytes
+        manifest = self._read_manifest(directory, adapter_id)
+        return VerifiedAdapter(
+            adapter_id=adapter_id,
+            directory=directory,
+            rank=max(module.rank for module in bound),
+            coverage=_coverage(bound, self._table),
+            size_bytes=size_bytes,
+            manifest=manifest,
+            manifest_hash=manifest.manifest_hash() if manifest is not None else None,
+        )
+
+    def _read_manifest(self, directory: Path, adapter_id: str) -> Manifest | None:
+        """The manifest, which must speak of exactly these weights on exactly this base; None where the adapter has none."""
+        if not os.path.lexists(directory / MANIFEST_FILE):
+            return None
+        code = "adapter_manifest_invalid"
+        try:
+            manifest = Manifest.parse(read_whole(directory / MANIFEST_FILE, MAX_MANIFEST_BYTES, code))
+        except ManifestError as error:
+            raise AdapterInvalidError(f"{MANIFEST_FILE}: {error}", code=code) from error
+        if manifest.adapter_id != adapter_id:
+            raise AdapterInvalidError(
+                f"{MANIFEST_FILE} is of adapter {manifest.adapter_id}, the files are adapter {adapter_id}; write it again",
+                code=code,
+            )
+        if manifest.base_id != self._base_id:
+            raise AdapterInvalidError(
+                f"{MANIFEST_FILE} says the adapter was trained on base {manifest.base_id}; this node serves base {self._base_id}",
+                code="adapter_base_mismatch",
+            )
+        return manifest
+
+
+def fingerprint(directory: Path) -> Fingerprint:
+    """What changes when a file of the adapter is written or replaced; None stands for a file that is not there."""
+    return tuple(_file_fingerprint(directory / name) for name in ADAPTER_FILES)
+
+
+def _file_fingerprint(path: Path) -> tuple[int, int, int, int] | None:
+    try:
+        status = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def refuse_names(names: list[str]) -> None:
+    """Refuse an adapter by the names of its files, before any of them is opened or fetched.
+
+    Raises:
+        AdapterInvalidError: adapter_code_refused (Python files), adapter_format_unsupported (no safetensors weights).
+    """
+    scripts = [name for name in names if name.endswith(".py")]
+    if scripts:
+        raise AdapterInvalidError(
+            f"the adapter holds program code ({scripts[0][:80]!a}); an adapter is data only, remove it",
+            code="adapter_code_refused",
+        )
+    if WEIGHTS_FILE not in names:
+        pickles = [name for name in names if name.endswith(PICKLE_ENDINGS)]
+        found = f" (it has {pickles[0][:80]!a})" if pickles else ""
+        raise AdapterInvalidError(
+            f"only safetensors adapters are accepted: {WEIGHTS_FILE} is missing{found}; save it with safe_serialization=True",
+            code="adapter_format_unsupported",
+        )
+
+
+def _refuse_code_and_pickle(directory: Path) -> None:
+    names: list[str] = []
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            names.append(entry.name)
+            if len(names) > MAX_DIRECTORY_ENTRIES:
+                raise AdapterInvalidError(f"the adapter's directory has more than {MAX_DIRECTORY_ENTRIES} entries")
+    refuse_names(sorted(names))
+
+
+def _hashable(weights: SafetensorsFile, entry: TensorEntry) -> identity.TensorEntry:
+    """A tensor as the content hash wants it. Looking for NaN happens in the same read, so each byte is fetched once."""
+
+    def read() -> bytes:
+        data = weights.read_bytes(entry.name)
+        _refuse_nonfinite(data, entry)
+        return data
+
+    return identity.TensorEntry(entry.name, entry.dtype, entry.shape, read)
+
+
+def _refuse_nonfinite(data: bytes, entry: TensorEntry) -> None:
+    if entry.dtype == "BF16":
+        is_finite = not ((np.frombuffer(data, np.uint16) & _INFINITE_BF16) == _INFINITE_BF16).any()
+    else:
+        is_finite = bool(np.isfinite(np.frombuffer(data, np.float32 if entry.dtype == "F32" else np.float16)).all())
+    if not is_finite:
+        raise AdapterInvalidError(f"tensor {entry.name!r} holds NaN or infinity", code="adapter_nonfinite")
+
+
+def _coverage(bound: tuple[BoundModule, ...], table: LinearTable) -> tuple[Coverage, ...]:
+    adapted: dict[str, int] = {}
+    for module in bound:
+        kind = table.shapes[module.name].name
+        adapted[kind] = adapted.get(kind, 0) + 1
+    base = {linear.name: linear.layer_count for linear in table.shapes.values()}
+    return tuple(Coverage(kind, count, base[kind]) for kind, count in adapted.items())
