@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from node.kernels.lora import LoraRows
+from node.models.decoder import select_rows
+
+FAMILIES = [
+    "llama",
+    "llama-tied",
+    "llama-biased",
+    "llama-wide-heads",
+    "mistral",
+    "mistral-sliding",
+    "qwen2",
+    "qwen2-sliding",
+    "qwen3",
+    "qwen3-biased-sliding",
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_each_family_equals_transformers(family, make_tiny, load, drive, prompts, mixed_schedule, error):
+    tiny = make_tiny(family)
+    loaded = load(tiny.directory)
+    whole, chunked = drive(loaded), drive(loaded)
+    for name, ids in prompts.items():
+        whole.add(name, ids)
+        chunked.add(name, ids)
+    lengths = {name: len(ids) for name, ids in prompts.items()}
+
+    for logits in (whole.run([lengths]), chunked.run(mixed_schedule(lengths))):
+        for name, ids in prompts.items():
+            assert logits[name].dtype == torch.float32
+            assert error(logits[name], tiny.logits(ids)) < 1e-4, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_each_family_equals_transformers_generate(family, make_tiny, load, drive, prompts):
+    tiny = make_tiny(family)
+    driver = drive(load(tiny.directory))
+    for name, ids in prompts.items():
+        driver.add(name, ids)
+
+    answers = driver.greedy(14)
+
+    for name, ids in prompts.items():
+        prompt = torch.tensor([ids])
+        reference = tiny.reference.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=14, eos_token_id=-1, pad_token_id=0
+        )
+        assert answers[name] == reference[0, len(ids) :].tolist(), name
+
+
+def test_forward_bfloat16_stays_near_float32(make_tiny, load, drive, prompts, error):
+    tiny = make_tiny("llama")
+    driver = drive(load(tiny.directory, dtype=torch.bfloat16))
+    driver.add("a", prompts["a"])
+
+    logits = driver.run([{"a": len(prompts["a"])}])["a"]
+
+    ours = error(logits, tiny.logits(prompts["a"]))
+    tiny.reference.to(torch.bfloat16)
+    theirs = error(tiny.logits(prompts["a"]), logits)
+    assert 0 < ours < 0.05
+    assert theirs < 0.05
+
+
+def test_forward_only_wanted_rows_returns_those_rows(tiny_llama, load, drive, prompts):
+    driver, other = drive(load(tiny_llama.directory)), drive(load(tiny_llama.directory))
+    driver.add("a", prompts["a"])
+    other.add("a", prompts["a"])
+    everything = driver.step({"a": 29})["a"]
+    seen = []
+    forward = other.loaded.model.forward
+
+    def last_row_only(inputs, kv, pool):
+        inputs.logit_rows = torch.tensor([28, 3])
+        seen.append(forward(inputs, kv, pool))
+        return seen[-1].new_zeros(29, 1)
+
+    other.loaded = type("Loaded", (), {"model": type("Model", (), {"forward": staticmethod(last_row_only)})})
+    other.step({"a": 29})
+
+    torch.testing.assert_close(seen[0], everything[[28, 3]])
+
+
+def test_forward_no_wanted_row_returns_empty_logits(tiny_llama, load, drive, prompts):
+    driver = drive(load(tiny_llama.directory))
+    driver.add("a", prompts["a"])
+    forward, kv = driver.loaded.model.forward, driver.kv
+    captured = []
+
+    def nothing_wanted(inputs, kv, pool):
+        inputs.logit_rows = torch.empty(0, dtype=torch.int64)
+        captured.append(forward(inputs, kv, pool))
+        return torch.zeros(29, 1)
+
+    driver.loaded = type("Loaded", (), {"model": type("Model", (), {"forward": staticmethod(nothing_wanted)})})
+    driver.step({"a": 29})
+
+    assert captured[0].shape == (0, 97)
+    assert (kv.keys[0] != 1e4).any(), "keys are written all the same"
+
+
+def test_select_rows_keeps_terms_and_their_order():
+    rows = LoraRows(
+        row_start=torch.tensor([0, 2, 2, 3, 6], dtype=torch.int32),
+        slot=torch.tensor([5, 1, 7, 2, 3, 4], dtype=torch.int32),
+        weight=torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]),
+    )
+
+    chosen = select_rows(rows, torch.tensor([3, 1, 0]))
+
+    assert chosen.row_start.tolist() == [0, 3, 3, 5]
+    assert chosen.slot.tolist() == [2, 3, 4, 5, 1]
+    assert chosen.weight.tolist() == pytest.approx([0.4, 0.5, 0.6, 0.1, 0.2])
+    assert chosen.row_start.dtype == torch.int32
