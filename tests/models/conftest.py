@@ -120,8 +120,8 @@ class Driver:
     def add(self, name: str, ids: list[int], terms: tuple[tuple[int, float], ...] = ()) -> None:
         self.ids[name], self.terms[name], self.done[name], self.blocks[name] = list(ids), terms, 0, []
 
-    def step(self, rows: dict[str, int]) -> dict[str, Tensor]:
-        """Advance each named sequence by that many tokens; return the logits [count, V] of each."""
+    def inputs(self, rows: dict[str, int]) -> StepInputs:
+        """Lay out a step that advances each named sequence by that many tokens and wants the logits of all of them."""
         tokens, positions, slots, starts, lengths = [], [], [], [0], []
         for name, count in rows.items():
             first, last = self.done[name], self.done[name] + count
@@ -134,7 +134,7 @@ class Driver:
             lengths.append(last)
             self.done[name] = last
         width = max(len(self.blocks[name]) for name in rows)
-        inputs = StepInputs(
+        return StepInputs(
             token_ids=torch.tensor(tokens),
             positions=torch.tensor(positions),
             kv_slots=torch.tensor(slots),
@@ -145,8 +145,14 @@ class Driver:
             lora=lora_rows([self.terms[name] for name in rows], list(rows.values()), torch.device("cpu")),
             has_prefill=max(rows.values()) > 1,
         )
-        logits = self.loaded.model.forward(inputs, self.kv, self.pool)
-        return {name: logits[starts[i] : starts[i + 1]] for i, name in enumerate(rows)}
+
+    def forward(self, inputs: StepInputs) -> Tensor:
+        return self.loaded.model.forward(inputs, self.kv, self.pool)
+
+    def step(self, rows: dict[str, int]) -> dict[str, Tensor]:
+        """Advance each named sequence by that many tokens; return the logits [count, V] of each."""
+        logits = self.forward(self.inputs(rows)).split(list(rows.values()))
+        return dict(zip(rows, logits, strict=True))
 
     def run(self, schedule: list[dict[str, int]]) -> dict[str, Tensor]:
         """Logits of all positions of every sequence after all steps of the schedule."""
