@@ -39,11 +39,9 @@ def read_completion(body: dict[str, Any], limits: Limits, random_source: random.
     logprobs = fields.integer("logprobs", 0, limits.max_logprobs)
     top_logprobs = -1 if logprobs is None else logprobs
     choice_count = read_choice_count(fields, limits)
-    if choice_count * len(prompts) > limits.max_sequences:
-        raise RequestError(
-            f"`prompt` and `n` ask for {choice_count * len(prompts)} answers, more than {limits.max_sequences}; send several requests",
-            param="n",
-        )
+    answers = choice_count * len(prompts)
+    if answers > limits.max_sequences:
+        raise RequestError(f"`prompt` and `n` ask for {answers} answers; the limit is {limits.max_sequences}", param="n")
     max_new_tokens = read_max_tokens(fields, "max_tokens")
     sampling = read_sampling(fields, limits, random_source, top_logprobs)
     stop = read_stop(fields, "stop", limits)

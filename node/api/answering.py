@@ -1,0 +1,88 @@
+"""What every generation route needs: limits, the request path, who is calling, headers, JSON."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from node.api.errors import meaning_of
+from node.api.exchange import Exchange
+from node.api.generation import Generation, Limits
+from node.api.serve import Caller, RequestPath
+from node.api.tokenizer import TextTokenizer
+from node.api.voucher_header import read_voucher
+from node.errors import NodeError
+from node.telemetry.metrics import NodeMetrics
+
+TENANT = web.RequestKey("tenant", str)
+REQUEST_ID = web.RequestKey("request_id", str)
+_MAX_WARNINGS_CHARS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """Shared by the OpenAI and the LoRAX routes."""
+
+    path: RequestPath
+    limits: Limits
+    tokenizer: TextTokenizer
+    metrics: NodeMetrics
+    random_source: random.Random
+    now: Callable[[], datetime]
+    base_name: str
+    max_body_bytes: int
+    body_timeout_s: float
+    has_api_keys: bool
+
+    def caller(self, request: web.Request) -> Caller:
+        """Tenant from the API key, payment from the voucher header.
+
+        Raises:
+            PaymentError: The header is there and malformed.
+        """
+        return Caller(request[TENANT], request.path, read_voucher(request.headers.getall("x-openlora-voucher", [])))
+
+    def request_id(self, request: web.Request) -> str:
+        """Id of this HTTP exchange, for logs and error bodies."""
+        return request[REQUEST_ID]
+
+    def headers(self, generation: Generation, exchange: Exchange) -> dict[str, str]:
+        """What is known at admission."""
+        headers = {
+            "x-openlora-receipt": exchange.request_id,
+            "x-model-id": _latin(self.base_name),
+        }
+        recipe = exchange.opening.recipe
+        if recipe:
+            headers["x-adapter-id"] = _latin(",".join(item.entry.name for item in recipe))
+            headers["x-openlora-adapters"] = ",".join(item.entry.adapter_id for item in recipe)
+            headers["x-adapter-source"] = generation.adapter_source or "local"
+        headers.update(warning_headers(generation.warnings))
+        return headers
+
+    def json(self, body: Any, headers: dict[str, str]) -> web.Response:
+        """A JSON answer."""
+        return web.Response(body=msgspec.json.encode(body), headers=headers, content_type="application/json")
+
+    def count_failure(self, error: NodeError) -> None:
+        """One more failed request, under LoRAX's label."""
+        self.metrics.lorax_failure.labels(meaning_of(error).lorax_type).inc()
+
+
+def warning_headers(names: tuple[str, ...]) -> dict[str, str]:
+    """`x-openlora-warnings` lists fields that were ignored, cut to a sane length."""
+    if not names:
+        return {}
+    text = "ignored unknown fields: " + ", ".join(names)
+    return {"x-openlora-warnings": _latin(text)[:_MAX_WARNINGS_CHARS]}
+
+
+def _latin(text: str) -> str:
+    """A header value may hold printable ASCII only; the rest is escaped, so that no name can break the header apart."""
+    return "".join(char if " " <= char <= "~" else char.encode("unicode_escape").decode() for char in text)

@@ -1,0 +1,142 @@
+"""What the API room needs from the other rooms, as small protocols, so that each can be replaced by a fake in a test."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from node.api.api_keys import ApiKeys
+from node.config import PricingSettings, ServerSettings
+from node.engine.messages import Ready, SequenceEvent, Stats, Submit
+from node.telemetry.metrics import NodeMetrics
+
+
+class Engine(Protocol):
+    """The engine process, seen from here."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process runs and answers."""
+
+    @property
+    def stats(self) -> Stats:
+        """The newest counters; at most about a second old."""
+
+    def submit(self, submit: Submit) -> AsyncIterator[SequenceEvent]:
+        """Run one sequence and follow it to its last event."""
+
+    def cancel(self, sequence_id: str) -> None:
+        """Stop a sequence within one step; never blocks, unknown ids are ignored."""
+
+
+class CatalogEntry(Protocol):
+    """One adapter that can be served."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def adapter_id(self) -> str: ...
+    @property
+    def directory(self) -> Path: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def manifest(self) -> Any: ...
+    @property
+    def manifest_hash(self) -> str | None: ...
+
+
+class Catalog(Protocol):
+    """Which adapters exist."""
+
+    async def resolve(self, name: str, source: str | None = None, token: str | None = None) -> CatalogEntry:
+        """Find, fetch and verify an adapter by name; raises AdapterError."""
+
+    def entries(self) -> Sequence[CatalogEntry]:
+        """The adapters that are known now, in the order of their names."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeEntry:
+    """One adapter of a request as the books need it: who it is, and with what weight it was used."""
+
+    entry: CatalogEntry
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """A request at admission.
+
+    Attributes:
+        prompts: Token ids of every distinct prompt.
+        max_output_tokens: The most that all choices together can produce; bounds the price.
+        voucher: The decoded payment header, or None.
+    """
+
+    request_id: str
+    tenant: str
+    recipe: tuple[RecipeEntry, ...]
+    prompts: tuple[tuple[int, ...], ...]
+    max_output_tokens: int
+    voucher: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """A request at its end: `status` is ok, cancelled or failed; `outputs` are the token ids delivered, choice by choice."""
+
+    request_id: str
+    status: str
+    finish_reason: str
+    outputs: tuple[tuple[int, ...], ...]
+    cached_tokens: int
+
+
+class Books(Protocol):
+    """Ledger and voucher desk together: what is admitted is closed exactly once."""
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the last commit succeeded."""
+
+    async def open(self, opening: Opening) -> None:
+        """Reserve the price and make the admission durable; raises PaymentError, LedgerError."""
+
+    async def close(self, closing: Closing) -> dict[str, Any]:
+        """Make the record durable and return the signed receipt bundle; raises LedgerError."""
+
+    async def receipt(self, request_id: str, tenant: str) -> dict[str, Any] | None:
+        """The bundle of a closed request of this tenant, or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Everything the API is built from.
+
+    Attributes:
+        api_keys: None serves without keys (loopback, or `--insecure`).
+        random_source: Draws seeds for requests without one.
+        new_id: A fresh request id, unguessable and unique for the life of the node.
+        clock: Monotonic seconds, for durations.
+        now: UTC time, for what clients and templates see.
+    """
+
+    engine: Engine
+    catalog: Catalog
+    books: Books
+    ready: Ready
+    server: ServerSettings
+    pricing: PricingSettings
+    max_terms: int
+    api_keys: ApiKeys | None
+    metrics: NodeMetrics
+    random_source: random.Random
+    new_id: Callable[[], str]
+    clock: Callable[[], float]
+    now: Callable[[], datetime]
+    version: str

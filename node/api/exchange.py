@@ -1,0 +1,144 @@
+"""One admitted request: its sequences run, their tokens become pieces of text, and its books are closed exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from node.api.choice import Choice, Piece
+from node.api.doors import Books, Closing, Engine, Opening
+from node.api.errors import engine_error
+from node.api.interleave import interleave
+from node.engine.messages import SequenceEvent, Submit
+from node.errors import EngineError
+
+
+class Exchange:
+    """Between admission and receipt.
+
+    Args:
+        submits: One message for each choice; `choices` are their growing texts, in the same order.
+        is_streamed: Pieces leave as they come. Tokens of an answer that leaves in one go count as delivered only with it.
+    """
+
+    def __init__(
+        self,
+        opening: Opening,
+        submits: tuple[Submit, ...],
+        choices: tuple[Choice, ...],
+        engine: Engine,
+        books: Books,
+        clock: Callable[[], float],
+        is_streamed: bool,
+    ) -> None:
+        self.opening = opening
+        self.choices = choices
+        self.first_token_s: float | None = None
+        self.started_s = clock()
+        self.receipt: dict[str, Any] | None = None
+        self._submits = submits
+        self._engine = engine
+        self._books = books
+        self._clock = clock
+        self._is_streamed = is_streamed
+        self._closing: asyncio.Task[dict[str, Any]] | None = None
+
+    @property
+    def request_id(self) -> str:
+        """Also the receipt's id."""
+        return self.opening.request_id
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every choice has its finish reason."""
+        return all(choice.finish_reason is not None for choice in self.choices)
+
+    @property
+    def prompt_token_count(self) -> int:
+        """Over all prompts, each counted once whatever the number of choices."""
+        return sum(len(ids) for ids in self.opening.prompts)
+
+    @property
+    def output_token_count(self) -> int:
+        """Over all choices, end-of-sequence tokens included."""
+        return sum(len(choice.token_ids) for choice in self.choices)
+
+    @property
+    def cached_token_count(self) -> int:
+        """Prompt tokens whose work the prefix cache saved, each prompt's best hit counted once."""
+        best: dict[int, int] = {}
+        for choice in self.choices:
+            best[choice.prompt_index] = max(best.get(choice.prompt_index, 0), choice.cached_prompt_tokens)
+        return sum(best.values())
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """The answer as it grows. A piece counts as delivered when the reader comes back for the next one.
+
+        Raises:
+            NodeError: The engine failed or is gone; the typed error says which.
+        """
+        async with aclosing(interleave([self._follow(submit) for submit in self._submits])) as events:
+            async for index, event in events:
+                choice = self.choices[index]
+                if choice.finish_reason is not None:
+                    continue
+                if self.first_token_s is None and event.tokens:
+                    self.first_token_s = self._clock()
+                piece = choice.take(event)
+                if piece.finish_reason == "stop_sequence" and event.finish_reason is None:
+                    self._engine.cancel(self._submits[index].sequence_id)
+                yield piece
+                if self._is_streamed:
+                    choice.delivered_count = len(choice.token_ids)
+                if self.is_finished:
+                    return
+        if not self.is_finished:
+            raise EngineError("the engine ended the answer without a finish reason; send the request again", retry_after_s=1.0)
+
+    async def _follow(self, submit: Submit) -> AsyncIterator[SequenceEvent]:
+        async for event in self._engine.submit(submit):
+            if event.finish_reason == "error":
+                raise engine_error(event.error_code, event.error_message)
+            if event.finish_reason == "cancelled":
+                raise EngineError("the engine stopped this sequence because it is shutting down; retry later", retry_after_s=1.0)
+            yield event
+            if event.finish_reason is not None:
+                return
+
+    async def commit(self) -> dict[str, Any]:
+        """Close the books of a complete answer; what the client gets after this is paid for.
+
+        Raises:
+            LedgerError: The record is not durable; the answer must end with this error and has no receipt.
+        """
+        for choice in self.choices:
+            choice.delivered_count = len(choice.token_ids)
+        self.receipt = await self._close("ok", self._finish_reason())
+        return self.receipt
+
+    async def abandon(self, status: str, finish_reason: str) -> None:
+        """Stop what still runs and close the books as `status`, unless they are closed already."""
+        for submit, choice in zip(self._submits, self.choices, strict=True):
+            if choice.finish_reason is None:
+                self._engine.cancel(submit.sequence_id)
+        if self._closing is None:
+            await self._close(status, finish_reason)
+
+    async def _close(self, status: str, finish_reason: str) -> dict[str, Any]:
+        """The task outlives a cancelled caller: a client that hangs up cannot interrupt its own record."""
+        outputs = tuple(tuple(choice.token_ids[: choice.delivered_count]) for choice in self.choices)
+        closing = Closing(self.request_id, status, finish_reason, outputs, self.cached_token_count)
+        self._closing = asyncio.create_task(self._books.close(closing))
+        return await asyncio.shield(self._closing)
+
+    async def settled(self) -> None:
+        """Wait until the books are closed, however that ended."""
+        if self._closing is not None:
+            await asyncio.wait([self._closing])
+
+    def _finish_reason(self) -> str:
+        """One word for the record: "length" if any choice was cut off, else how they ended."""
+        reasons = {choice.finish_reason for choice in self.choices}
+        return "length" if "length" in reasons else "stop"

@@ -1,0 +1,121 @@
+"""Answers in OpenAI's shapes, chat and completions, whole and in chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from node.api.choice import Choice, Piece, TextToken
+from node.api.exchange import Exchange
+from node.api.generation import Generation
+from node.api.tokenizer import TextTokenizer
+from node.request import TokenLogprob
+
+_FINISH = {"stop": "stop", "stop_sequence": "stop", "length": "length"}
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAiAnswers:
+    """Builds the JSON of one request's answer.
+
+    Attributes:
+        created_s: UTC seconds.
+        model: Name that the answer carries: the adapter's, or the base model's.
+    """
+
+    generation: Generation
+    exchange: Exchange
+    tokenizer: TextTokenizer
+    created_s: int
+    model: str
+
+    def whole(self, texts: list[str], tokens: list[list[TextToken]], receipt: dict[str, Any]) -> dict[str, Any]:
+        """The complete answer."""
+        rows = zip(self.exchange.choices, texts, tokens, strict=True)
+        choices = [self._choice(choice, text, parts) for choice, text, parts in rows]
+        kind = "chat.completion" if self._is_chat else "text_completion"
+        return {**self._frame(kind), "choices": choices, "usage": self.usage(), "openlora": self.proof(receipt)}
+
+    def opening_chunk(self) -> dict[str, Any] | None:
+        """Chat announces every choice's role before its text."""
+        if not self._is_chat:
+            return None
+        choices = [
+            {"index": choice.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+            for choice in self.exchange.choices
+        ]
+        return {**self._frame("chat.completion.chunk"), "choices": choices}
+
+    def chunk(self, piece: Piece, text_offset: int) -> dict[str, Any]:
+        """One piece. `text_offset` is where its text begins in the choice, for completion log-probabilities."""
+        finish = _FINISH[piece.finish_reason] if piece.finish_reason is not None else None
+        logprobs = self._logprobs(list(piece.tokens), text_offset) if piece.tokens else None
+        entry: dict[str, Any] = {"index": piece.choice_index, "logprobs": logprobs, "finish_reason": finish}
+        if self._is_chat:
+            entry["delta"] = {"content": piece.text} if piece.text or finish is None else {}
+            return {**self._frame("chat.completion.chunk"), "choices": [entry]}
+        entry["text"] = piece.text
+        return {**self._frame("text_completion"), "choices": [entry]}
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """The extra last chunk of `stream_options.include_usage`."""
+        kind = "chat.completion.chunk" if self._is_chat else "text_completion"
+        return {**self._frame(kind), "choices": [], "usage": self.usage()}
+
+    def usage(self) -> dict[str, Any]:
+        """Token counts."""
+        prompt, output = self.exchange.prompt_token_count, self.exchange.output_token_count
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": output,
+            "total_tokens": prompt + output,
+            "prompt_tokens_details": {"cached_tokens": self.exchange.cached_token_count},
+        }
+
+    def proof(self, receipt: dict[str, Any]) -> dict[str, Any]:
+        """What ties the answer to its record."""
+        return {"request_id": self.exchange.request_id, "receipt": receipt}
+
+    @property
+    def _is_chat(self) -> bool:
+        return self.generation.shape == "chat"
+
+    def _frame(self, kind: str) -> dict[str, Any]:
+        prefix = "chatcmpl-" if self._is_chat else "cmpl-"
+        return {"id": prefix + self.exchange.request_id, "object": kind, "created": self.created_s, "model": self.model}
+
+    def _choice(self, choice: Choice, text: str, tokens: list[TextToken]) -> dict[str, Any]:
+        finish = _FINISH[choice.finish_reason or "stop"]
+        entry: dict[str, Any] = {"index": choice.index, "logprobs": self._logprobs(tokens, 0), "finish_reason": finish}
+        if self._is_chat:
+            return {**entry, "message": {"role": "assistant", "content": text, "refusal": None}}
+        return {**entry, "text": text}
+
+    def _logprobs(self, tokens: list[TextToken], text_offset: int) -> dict[str, Any] | None:
+        if self.generation.top_logprobs < 0:
+            return None
+        if self._is_chat:
+            return {"content": [self._chat_logprob(token) for token in tokens], "refusal": None}
+        return self._completion_logprobs(tokens, text_offset)
+
+    def _chat_logprob(self, token: TextToken) -> dict[str, Any]:
+        drawn = token.drawn
+        own = self._named(TokenLogprob(drawn.token_id, drawn.logprob if drawn.logprob is not None else 0.0))
+        return {**own, "top_logprobs": [self._named(item) for item in drawn.top]}
+
+    def _named(self, item: TokenLogprob) -> dict[str, Any]:
+        raw = self.tokenizer.token_bytes(item.token_id)
+        return {"token": raw.decode("utf-8", errors="replace"), "logprob": item.logprob, "bytes": list(raw)}
+
+    def _completion_logprobs(self, tokens: list[TextToken], text_offset: int) -> dict[str, Any]:
+        offsets, position = [], text_offset
+        for token in tokens:
+            offsets.append(position)
+            position += len(token.text)
+        top = [{self.tokenizer.token_text(item.token_id): item.logprob for item in token.drawn.top} for token in tokens]
+        return {
+            "tokens": [self.tokenizer.token_text(token.drawn.token_id) for token in tokens],
+            "token_logprobs": [token.drawn.logprob for token in tokens],
+            "top_logprobs": top if self.generation.top_logprobs > 0 else None,
+            "text_offset": offsets,
+        }

@@ -1,0 +1,108 @@
+"""`POST /v1/chat/completions` and `POST /v1/completions`."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import Any
+
+from aiohttp import web
+
+from node.api.answering import Answering
+from node.api.body import read_json
+from node.api.chat_request import read_chat
+from node.api.choice import TextToken
+from node.api.completion_request import read_completion
+from node.api.errors import openai_body
+from node.api.exchange import Exchange
+from node.api.generation import Generation
+from node.api.openai_answers import OpenAiAnswers
+from node.api.serve import Caller
+from node.api.sse import EventStream
+from node.errors import NodeError
+
+
+class OpenAiRoutes:
+    """Reads OpenAI's requests and writes OpenAI's answers; everything between is `RequestPath`."""
+
+    def __init__(self, answering: Answering) -> None:
+        self._answering = answering
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        """One chat completion."""
+        body = await read_json(request, self._answering.max_body_bytes, self._answering.body_timeout_s)
+        generation = read_chat(body, self._answering.limits, self._answering.random_source)
+        return await self._answer(request, generation)
+
+    async def completion(self, request: web.Request) -> web.StreamResponse:
+        """One completion, of one or several prompts."""
+        body = await read_json(request, self._answering.max_body_bytes, self._answering.body_timeout_s)
+        generation = read_completion(body, self._answering.limits, self._answering.random_source)
+        return await self._answer(request, generation)
+
+    async def _answer(self, request: web.Request, generation: Generation) -> web.StreamResponse:
+        caller = self._answering.caller(request)
+        if generation.is_stream:
+            return await self._stream(request, generation, caller)
+        async with self._answering.path.admitted(generation, caller) as exchange:
+            texts, tokens = await collect(exchange)
+            receipt = await exchange.commit()
+            answers = self._answers(generation, exchange)
+            headers = self._answering.headers(generation, exchange)
+            return self._answering.json(answers.whole(texts, tokens, receipt), headers)
+
+    async def _stream(self, request: web.Request, generation: Generation, caller: Caller) -> web.StreamResponse:
+        """Errors before the first token are plain answers with their status; later ones are an event, then [DONE]."""
+        stream = EventStream(request, {})
+        try:
+            async with self._answering.path.admitted(generation, caller) as exchange:
+                stream.add_headers(self._answering.headers(generation, exchange))
+                await self._send_pieces(stream, self._answers(generation, exchange), exchange)
+        except NodeError as error:
+            if not stream.is_open:
+                raise
+            self._answering.count_failure(error)
+            await stream.send(openai_body(error, self._answering.request_id(request)))
+        await stream.send_done()
+        return await stream.close()
+
+    async def _send_pieces(self, stream: EventStream, answers: OpenAiAnswers, exchange: Exchange) -> None:
+        offsets = [0] * len(exchange.choices)
+        async with aclosing(exchange.pieces()) as pieces:
+            async for piece in pieces:
+                if not stream.is_open and (opening := answers.opening_chunk()) is not None:
+                    await stream.send(opening)
+                chunk = answers.chunk(piece, offsets[piece.choice_index])
+                offsets[piece.choice_index] += len(piece.text)
+                if exchange.is_finished:
+                    await self._send_last(stream, answers, exchange, chunk)
+                elif piece.text or piece.tokens or piece.finish_reason:
+                    await stream.send(chunk)
+
+    async def _send_last(self, stream: EventStream, answers: OpenAiAnswers, exchange: Exchange, chunk: dict[str, Any]) -> None:
+        """The record is durable before the end of the answer leaves; the receipt rides on the very last chunk."""
+        receipt = await exchange.commit()
+        if not answers.generation.has_usage_chunk:
+            await stream.send({**chunk, "openlora": answers.proof(receipt)})
+            return
+        await stream.send(chunk)
+        await stream.send({**answers.usage_chunk(), "openlora": answers.proof(receipt)})
+
+    def _answers(self, generation: Generation, exchange: Exchange) -> OpenAiAnswers:
+        return OpenAiAnswers(
+            generation,
+            exchange,
+            self._answering.tokenizer,
+            int(self._answering.now().timestamp()),
+            generation.model or self._answering.base_name,
+        )
+
+
+async def collect(exchange: Exchange) -> tuple[list[str], list[list[TextToken]]]:
+    """Text and tokens of every choice, complete."""
+    texts = [""] * len(exchange.choices)
+    tokens: list[list[TextToken]] = [[] for _ in exchange.choices]
+    async with aclosing(exchange.pieces()) as pieces:
+        async for piece in pieces:
+            texts[piece.choice_index] += piece.text
+            tokens[piece.choice_index].extend(piece.tokens)
+    return texts, tokens
