@@ -63,6 +63,6 @@ class Payer:
     def charge(self, max_fee_wei: int, fee_wei: int) -> None:
         """Replace one request's `max_fee_wei` by the fee of its receipt."""
         if not 0 <= fee_wei <= max_fee_wei <= self._open_wei:
-            raise ValueError(f"fee {fee_wei} wei, promised {max_fee_wei} wei, open {self._open_wei} wei: each must hold the one before")
+            raise ValueError(f"fee {fee_wei} > promised {max_fee_wei} > open {self._open_wei} wei: each must hold the one before")
         self._open_wei -= max_fee_wei
         self._used_wei += fee_wei
