@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Any
 
 from attribution.errors import CanonicalError
 
 MAX_INTEGER = 2**53 - 1  # RFC 8785 numbers are IEEE doubles; beyond this two integers would share one spelling
 MAX_DEPTH = 64
+_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_BRACKETS = re.compile(r"[\[\]{}]")
 
 
 def dumps(value: Any) -> bytes:
@@ -40,6 +43,7 @@ def loads(data: bytes, *, max_bytes: int = 4 << 20) -> Any:
         raise CanonicalError(f"the JSON is {len(data)} bytes; the limit is {max_bytes}")
     try:
         text = data.decode("utf-8")
+        _check_depth(text)
         return json.loads(
             text,
             object_pairs_hook=_unique_object,
@@ -51,13 +55,20 @@ def loads(data: bytes, *, max_bytes: int = 4 << 20) -> Any:
         raise CanonicalError(f"the JSON is not UTF-8: byte {error.start} cannot be decoded") from error
     except json.JSONDecodeError as error:
         raise CanonicalError(f"not JSON: the text stops making sense at line {error.lineno}, column {error.colno}") from error
-    except RecursionError as error:
-        raise CanonicalError(f"the JSON nests too deeply; the limit is {MAX_DEPTH}") from error
 
 
 def digest(value: Any) -> str:
     """SHA-256 over the canonical bytes, 64 hex digits: what `sha256sum` prints for a file that holds them."""
     return hashlib.sha256(dumps(value)).hexdigest()
+
+
+def _check_depth(text: str) -> None:
+    """Refuse deep nesting before parsing: json's C scanner recurses, and with a raised recursion limit it overruns the stack."""
+    depth = 0
+    for bracket in _BRACKETS.findall(_STRINGS.sub("", text)):
+        depth += 1 if bracket in "[{" else -1
+        if depth > MAX_DEPTH:
+            raise CanonicalError(f"the JSON nests deeper than {MAX_DEPTH}; flatten it")
 
 
 def _ordered(value: Any, depth: int) -> Any:

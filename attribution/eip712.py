@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 from eth_utils.crypto import keccak
@@ -95,37 +94,6 @@ def full_message(domain: Domain, struct: StructType, message: Mapping[str, Any])
         "domain": values,
         "message": dict(message),
     }
-
-
-def digest_of(typed: Mapping[str, Any]) -> bytes:
-    """The digest of typed data in wallet form, for signers that are handed nothing else.
-
-    Raises:
-        SignatureError: Types that are not flat, or a message or domain that does not fit them.
-    """
-    try:
-        name = typed["primaryType"]
-        fields = tuple((item["name"], item["type"]) for item in typed["types"][name])
-        values = typed["domain"]
-        domain_fields = tuple((field_name, kind) for field_name, kind in _DOMAIN_FIELDS if field_name in values)
-        message = typed["message"]
-    except (KeyError, TypeError) as error:
-        raise SignatureError("typed data needs types, primaryType, domain and message") from error
-    if len(domain_fields) != len(values):
-        raise SignatureError(f"the domain has the fields {', '.join(values)}; EIP-712 defines name, version, chainId, "
-                             "verifyingContract and salt")  # fmt: skip
-    separator = _separator(tuple((key, values[key]) for key, _ in domain_fields), domain_fields)
-    return keccak(b"\x19\x01" + separator + _struct(name, fields).struct_hash(message))
-
-
-@lru_cache(maxsize=64)
-def _struct(name: str, fields: tuple[tuple[str, str], ...]) -> StructType:
-    return StructType(name, fields)
-
-
-@lru_cache(maxsize=64)
-def _separator(values: tuple[tuple[str, Any], ...], fields: tuple[tuple[str, str], ...]) -> bytes:
-    return StructType("EIP712Domain", fields).struct_hash(dict(values))
 
 
 def _word(kind: str, value: Any, where: str) -> bytes:

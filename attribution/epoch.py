@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from attribution.eip712 import Domain, StructType, digest, full_message
+from attribution.eip712 import Domain, StructType, digest
 from attribution.signing import Signer
 
 EPOCH = StructType(
@@ -54,4 +54,4 @@ class EpochStatement:
 
     def sign(self, domain: Domain, signer: Signer) -> bytes:
         """The operator's signature, 65 bytes."""
-        return signer.sign_typed(full_message(domain, EPOCH, self.message()))
+        return signer.sign_hash(self.digest(domain))

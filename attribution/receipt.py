@@ -11,7 +11,7 @@ import msgspec
 
 from attribution import record as records
 from attribution.digests import SALT_BYTES, token_digest
-from attribution.eip712 import Domain, StructType, digest, full_message
+from attribution.eip712 import Domain, StructType, digest
 from attribution.errors import RecordError, SignatureError, Unauthenticated
 from attribution.manifest import Manifest
 from attribution.record import Record
@@ -87,7 +87,7 @@ def message_of(record: Record, record_hash: str) -> dict[str, Any]:
 
 def sign(record: Record, record_hash: str, domain: Domain, signer: Signer) -> bytes:
     """The operator's signature under a record, 65 bytes."""
-    return signer.sign_typed(full_message(domain, RECEIPT, message_of(record, record_hash)))
+    return signer.sign_hash(digest(domain, RECEIPT, message_of(record, record_hash)))
 
 
 def bundle(record: Record, record_hash: str, chain_id: int, signer: str, signature: bytes, salts: Salts) -> dict[str, Any]:

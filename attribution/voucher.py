@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from attribution.eip712 import Domain, StructType, digest, full_message
+from attribution.eip712 import Domain, StructType, digest
 from attribution.signing import Signer, recover
 
 VOUCHER = StructType(
@@ -42,7 +42,7 @@ class Voucher:
 
     def sign(self, domain: Domain, signer: Signer) -> bytes:
         """The payer's signature, 65 bytes."""
-        return signer.sign_typed(full_message(domain, VOUCHER, self.message()))
+        return signer.sign_hash(self.digest(domain))
 
     def signer_of(self, domain: Domain, signature: bytes) -> str:
         """Who signed it. Whether that is the payer is the caller's question. Raises SignatureError when nobody did."""
@@ -67,4 +67,4 @@ class Collection:
 
     def sign(self, domain: Domain, signer: Signer) -> bytes:
         """The operator's signature, 65 bytes."""
-        return signer.sign_typed(full_message(domain, COLLECTION, self.message()))
+        return signer.sign_hash(self.digest(domain))

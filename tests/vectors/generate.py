@@ -52,7 +52,11 @@ def canonical_cases() -> dict[str, Any]:
         [],
         {"nested": {"z": {}, "y": [[], [1, [2, [3]]]]}},
     ]
-    return {"cases": [{"value": value, "utf8_hex": canonical.dumps(value).hex(), "sha256": canonical.digest(value)} for value in values]}
+    return {
+        "cases": [
+            {"value": value, "utf8_hex": canonical.dumps(value).hex(), "sha256": canonical.digest(value)} for value in values
+        ]
+    }
 
 
 def identity_cases() -> dict[str, Any]:
@@ -72,7 +76,9 @@ def identity_cases() -> dict[str, Any]:
         for config in configs
     ]
     lengths = [0, 1, 1000, LEAF_BYTES, LEAF_BYTES + 1, 3 * LEAF_BYTES + 5]
-    trees = [{"length_bytes": n, "byte_at": "i*31 mod 251", "root": tree_hash(bytes(i * 31 % 251 for i in range(n)))} for n in lengths]
+    trees = [
+        {"length_bytes": n, "byte_at": "i*31 mod 251", "root": tree_hash(bytes(i * 31 % 251 for i in range(n)))} for n in lengths
+    ]
     return {"trees": trees, "adapters": adapters}
 
 
@@ -125,7 +131,8 @@ def eip712_cases() -> dict[str, Any]:
 def eip712_case(name: str, domain: Domain, kind: StructType, message: dict[str, Any], word: str) -> dict[str, Any]:
     signer = LocalSigner(key(word))
     typed = full_message(domain, kind, message)
-    shown = {field: str(value) if kind == "uint256" else value for (field, kind), value in zip(kind.fields, message.values(), strict=True)}
+    kinds = dict(kind.fields)
+    shown = {field: str(value) if kinds[field] == "uint256" else value for field, value in message.items()}
     return {
         "name": name,
         "domain": typed["domain"],
@@ -135,7 +142,7 @@ def eip712_case(name: str, domain: Domain, kind: StructType, message: dict[str, 
         "digest": hexed(digest(domain, kind, message)),
         "signer": signer.address,
         "private_key": hexed(key(word)),
-        "signature": hexed(signer.sign_typed(typed)),
+        "signature": hexed(signer.sign_hash(digest(domain, kind, message))),
     }
 
 
@@ -231,7 +238,8 @@ def main(arguments: list[str]) -> int:
         stale.append(name)
         if "--check" not in arguments:
             path.write_text(text)
-    print("unchanged" if not stale else f"{'differ' if '--check' in arguments else 'written'}: {', '.join(stale)}")
+    word = "differ" if "--check" in arguments else "written"
+    sys.stdout.write(f"{word}: {', '.join(stale)}\n" if stale else "unchanged\n")
     return 1 if stale and "--check" in arguments else 0
 
 
