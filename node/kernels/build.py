@@ -18,7 +18,16 @@ from pathlib import Path
 
 from node.errors import ConfigError
 
-FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-pthread")
+FLAGS = (
+    "-O3",
+    "-std=c++20",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    "-pthread",
+)
 ISA_FLAGS = {
     "cpu/isa_avx2.cc": ("-mavx2", "-mfma", "-mf16c"),
     "cpu/isa_avx512.cc": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
