@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from node.kernels.layout import PageLayout
 from node.kernels.lora import LoraPool, lora_rows
 from node.kernels.torch_kernels import TorchKernels
 from node.models.inputs import KVCache, StepInputs
@@ -217,3 +219,58 @@ def prompts() -> dict[str, list[int]]:
 def error() -> Callable[[Tensor, Tensor], float]:
     """max|difference| / max|reference|: how the project states the error of logits."""
     return lambda ours, reference: float((ours - reference).abs().max() / reference.abs().max())
+
+
+@pytest.fixture(scope="session")
+def peft_pool() -> Callable[..., tuple[Any, LoraPool]]:
+    """Add random adapters to a transformers model; return the PEFT model and a pool whose slot i holds the i-th adapter."""
+
+    def peft_pool(
+        reference: Any, adapters: dict[str, LoraConfig], layout: PageLayout, b_scale: float = 1.0
+    ) -> tuple[Any, LoraPool]:
+        model = _with_adapters(reference, adapters, b_scale)
+        return model, _filled_pool(model, list(adapters), layout)
+
+    return peft_pool
+
+
+def _with_adapters(reference: Any, adapters: dict[str, LoraConfig], b_scale: float) -> Any:
+    """The PEFT model with every adapter, A and B random, no two alike."""
+    generator = torch.Generator().manual_seed(5)
+    first, *others = adapters
+    model = get_peft_model(reference, adapters[first], adapter_name=first).eval()
+    for name in others:
+        model.add_adapter(name, adapters[name])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                scale = b_scale if "lora_B" in name else 1.0
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def _filled_pool(model: Any, adapters: list[str], layout: PageLayout) -> LoraPool:
+    """PEFT's adapters in scattered pages, unused ranks poisoned."""
+    per_slot = layout.pages_for_rank(64)  # the largest rank of any test
+    order = torch.randperm(per_slot * len(adapters), generator=torch.Generator().manual_seed(2)).int()
+    pool = LoraPool(
+        pages=torch.full((order.numel(), layout.page_elements), float("nan")),
+        slot_pages=order.view(len(adapters), per_slot).contiguous(),
+        ranks=torch.zeros(layout.module_count, len(adapters), dtype=torch.int32),
+        scales=torch.zeros(layout.module_count, len(adapters)),
+        page_rank=layout.page_rank,
+    )
+    modules = dict(model.named_modules())
+    for span in layout.spans.values():
+        module = modules.get("base_model.model." + span.name)
+        for slot, name in enumerate(adapters):
+            if name not in getattr(module, "lora_A", {}):
+                continue
+            a, b = module.lora_A[name].weight.detach(), module.lora_B[name].weight.detach().T
+            pool.ranks[span.index, slot], pool.scales[span.index, slot] = a.shape[0], module.scaling[name]
+            for rank in range(a.shape[0]):
+                page = pool.pages[pool.slot_pages[slot, rank // layout.page_rank]]
+                row = rank % layout.page_rank
+                page[span.a_offset + row * span.in_features :][: span.in_features] = a[rank]
+                page[span.b_offset + row * span.out_features :][: span.out_features] = b[rank]
+    return pool

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-
-from node.kernels.lora import LoraPool
+from peft import LoraConfig
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS = {
@@ -17,60 +15,25 @@ ADAPTERS = {
     "rank64": {"r": 64, "lora_alpha": 16, "target_modules": ALL},
     "rslora": {"r": 8, "lora_alpha": 4, "target_modules": ALL, "use_rslora": True},
     "rank_pattern": {"r": 4, "lora_alpha": 8, "target_modules": ALL, "rank_pattern": {"q_proj": 20, "layers.1.mlp.up_proj": 9}},
-    "alpha_pattern": {"r": 4, "lora_alpha": 8, "target_modules": ALL, "alpha_pattern": {"o_proj": 1, "layers.0.mlp.down_proj": 40}},
+    "alpha_pattern": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ALL,
+        "alpha_pattern": {"o_proj": 1, "layers.0.mlp.down_proj": 40},
+    },
     "head": {"r": 8, "lora_alpha": 8, "target_modules": ["lm_head", "q_proj"]},
 }
 
 
-def with_adapters(reference, adapters):
-    """The PEFT model with every adapter, A and B random, no two alike."""
-    generator = torch.Generator().manual_seed(5)
-    names = list(adapters)
-    model = get_peft_model(reference, LoraConfig(**adapters[names[0]]), adapter_name=names[0]).eval()
-    for name in names[1:]:
-        model.add_adapter(name, LoraConfig(**adapters[name]))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
-    return model
-
-
-def fill_pool(model, adapters, layout):
-    """Put PEFT's adapters into pages, scattered, unused ranks poisoned: slot i holds the i-th adapter."""
-    per_slot = layout.pages_for_rank(64)
-    order = torch.randperm(per_slot * len(adapters), generator=torch.Generator().manual_seed(2)).int()
-    pool = LoraPool(
-        pages=torch.full((order.numel(), layout.page_elements), float("nan")),
-        slot_pages=order.view(len(adapters), per_slot).contiguous(),
-        ranks=torch.zeros(layout.module_count, len(adapters), dtype=torch.int32),
-        scales=torch.zeros(layout.module_count, len(adapters)),
-        page_rank=layout.page_rank,
-    )
-    modules = dict(model.named_modules())
-    for span in layout.spans.values():
-        module = modules.get("base_model.model." + span.name)
-        for slot, name in enumerate(adapters):
-            if name not in getattr(module, "lora_A", {}):
-                continue
-            a, b = module.lora_A[name].weight.detach(), module.lora_B[name].weight.detach().T
-            pool.ranks[span.index, slot], pool.scales[span.index, slot] = a.shape[0], module.scaling[name]
-            for rank in range(a.shape[0]):
-                page = pool.pages[pool.slot_pages[slot, rank // layout.page_rank]]
-                row = rank % layout.page_rank
-                page[span.a_offset + row * span.in_features :][: span.in_features] = a[rank]
-                page[span.b_offset + row * span.out_features :][: span.out_features] = b[rank]
-    return pool
-
-
 @pytest.fixture(params=["llama", "qwen3-biased-sliding", "llama-tied"])
-def many(request, make_tiny, load):
+def many(request, make_tiny, load, peft_pool):
     """A loaded base, the PEFT model of it, and a pool with all adapters; the tied model's head stays untouched in PEFT too."""
     tiny = make_tiny(request.param)
     loaded = load(tiny.directory)
-    adapters = {name: config for name, config in ADAPTERS.items() if name != "head" or request.param != "llama-tied"}
-    model = with_adapters(tiny.reference, adapters)
-    return loaded, model, fill_pool(model, adapters, loaded.layout), list(adapters)
+    chosen = [name for name in ADAPTERS if name != "head" or request.param != "llama-tied"]
+    model, pool = peft_pool(tiny.reference, {name: LoraConfig(**ADAPTERS[name]) for name in chosen}, loaded.layout)
+    assert set(pool.ranks[:, chosen.index("rank_pattern")].tolist()) == {0, 4, 9, 20}
+    return loaded, model, pool, chosen
 
 
 def peft_logits(model, name, ids):
@@ -124,12 +87,12 @@ def test_greedy_every_adapter_in_one_batch_equals_peft_generate(many, drive, pro
     assert len({tuple(answer) for answer in answers.values()}) > 3
 
 
-def test_forward_weighted_adapters_equal_peft_with_merged_weights(make_tiny, load, drive, prompts, error):
+def test_forward_weighted_adapters_equal_peft_with_merged_weights(make_tiny, load, drive, prompts, peft_pool, error):
     tiny = make_tiny("llama")
     loaded = load(tiny.directory)
-    adapters = {name: ADAPTERS[name] for name in ("rank8", "rank64", "head")}
-    model = with_adapters(tiny.reference, adapters)
-    driver = drive(loaded, fill_pool(model, adapters, loaded.layout))
+    adapters = {name: LoraConfig(**ADAPTERS[name]) for name in ("rank8", "rank64", "head")}
+    model, pool = peft_pool(tiny.reference, adapters, loaded.layout)
+    driver = drive(loaded, pool)
     driver.add("mix", prompts["a"], ((0, 0.5), (2, 1.25), (1, -0.3)))
     driver.add("base", prompts["b"])
 
