@@ -56,3 +56,16 @@ class DrawnToken(msgspec.Struct, frozen=True):
     token_id: int
     logprob: float | None = None
     top: tuple[TokenLogprob, ...] = ()
+
+
+class LinearShape(msgspec.Struct, frozen=True):
+    """One kind of linear module of the base that an adapter may change, for validating adapters without torch.
+
+    `name` is the module's path inside the transformers model with the layer number as `{layer}`, for example
+    "model.layers.{layer}.self_attn.q_proj" or "lm_head"; `layer_count` is 1 for modules outside the layers.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    layer_count: int

@@ -1,8 +1,8 @@
 """Who is next: fair queueing over (tenant, recipe) by virtual token counters.
 
-Source: Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024), the VTC scheduler that S-LoRA ships. Every client has a
-counter of tokens served; the waiting client with the smallest counter goes next; a client that was away is lifted to the smallest
-counter of those present, so that idling earns no credit. Nobody starves: whoever waits keeps its counter while all others' grow.
+Source: Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024), the VTC scheduler that S-LoRA ships. Every client
+has a counter of tokens served; the waiting client with the smallest counter goes next; a client that was away is lifted to the
+smallest counter of those present, so that idling earns no credit. Nobody starves: whoever waits keeps its counter, others' grow.
 """
 
 from __future__ import annotations

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import msgspec
 
-from node.request import AdapterTerm, DrawnToken, Sampling
+from node.request import AdapterTerm, DrawnToken, LinearShape, Sampling
+
+__all__ = ["Cancel", "Command", "Event", "LinearShape", "Ready", "SequenceEvent", "Shutdown", "Stats", "Step", "Submit"]
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
-    """Run one sequence. `sequence_id` is unique for the life of the node; `tenant` and the terms key fairness and the prefix cache."""
+    """Run one sequence.
+
+    `sequence_id` is unique for the life of the node; `tenant` and the terms key fairness and the prefix cache.
+    """
 
     sequence_id: str
     tenant: str
@@ -33,19 +38,6 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
 
 
 Command = Submit | Cancel | Shutdown
-
-
-class LinearShape(msgspec.Struct, frozen=True):
-    """One kind of linear module of the base that an adapter may change, for validating adapters without torch.
-
-    `name` is the module's path inside the transformers model with the layer number as `{layer}`, for example
-    "model.layers.{layer}.self_attn.q_proj" or "lm_head"; `layer_count` is 1 for modules outside the layers.
-    """
-
-    name: str
-    in_features: int
-    out_features: int
-    layer_count: int
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):

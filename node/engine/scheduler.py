@@ -6,8 +6,8 @@ A step has at most `max_batch_tokens` rows. They are given out in this order:
 3. newly admitted sequences, fairest client first (`node.engine.fairness`);
 4. unfinished prefills, those with the fewest chunks so far first: a long prompt delays another by at most one chunk.
 
-When a running sequence needs a block and none is free, the sequence that arrived last gives up all of its own and waits again; its
-tokens stay, so it continues with the same answer (recompute instead of swapping: the KV cache is in host memory already).
+When a running sequence needs a block and none is free, the sequence that arrived last gives up all of its own and waits again;
+its tokens stay, so it continues with the same answer (recompute instead of swapping: the KV cache is in host memory already).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
+from node.adapters.residency import AdapterMemory, ResidencyState
 from node.engine.blocks import BlockPool, extend_keys, namespace_key
 from node.engine.fairness import OUTPUT_TOKEN_COST, PROMPT_TOKEN_COST, FairQueue
 from node.engine.messages import SequenceEvent, Submit
-from node.engine.residency import AdapterMemory, ResidencyState
 from node.engine.sequence import Sequence
 from node.request import DrawnToken
 
@@ -295,7 +295,7 @@ class Scheduler:
         return len(self._running) < self._max_running and self._budget(plan) > 0
 
     def _start(self, plan: StepPlan, sequence: Sequence) -> bool:
-        """Admit a sequence whose adapters are ready, if blocks for all of its tokens can be found beside what prefills still need."""
+        """Admit a sequence whose adapters are ready, if blocks for all of its tokens are left beside what prefills need."""
         matched = self._match(sequence)
         idle_count = sum(not self._blocks.is_held(block) for block in matched)
         needed = self._blocks.blocks_for(len(sequence.tokens)) - len(matched) + idle_count

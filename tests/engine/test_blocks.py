@@ -91,7 +91,8 @@ class BlockPoolMachine(RuleBasedStateMachine):
             assert (block is None) == (free_before == 0)
             if block is None:
                 break
-            assert all(block not in sequence for sequence in self.held) and block not in blocks
+            assert all(block not in sequence for sequence in self.held)
+            assert block not in blocks
             self.contents[block] = key
             self.pool.publish(block, key)
             blocks = [*blocks, block]

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from node.adapters.residency import LOADING, READY, Residency, ResidencyState
 from node.engine.blocks import BlockPool
 from node.engine.messages import Submit
-from node.engine.residency import LOADING, READY, Residency, ResidencyState
 from node.engine.scheduler import Scheduler, SchedulerLimits, WorkResult
 from node.request import AdapterTerm, DrawnToken, Sampling
 
@@ -162,7 +162,8 @@ def test_long_prompt_is_chunked_and_delays_others_by_at_most_one_chunk():
     assert bench.tokens["short"] == expected(range(8), 1)
     bench.run()
     chunks = [count for plan in bench.plans for name, _, count in plan if name == "long"]
-    assert max(chunks) == 16 and len(chunks) >= 8
+    assert max(chunks) == 16
+    assert len(chunks) >= 8
     assert bench.tokens["long"] == expected(range(120), 1)
 
 
@@ -255,10 +256,12 @@ def test_cancel_frees_blocks_and_unpins():
     bench = Bench()
     bench.add("a", range(10), max_new_tokens=50, adapters=("x",))
     bench.step()
-    assert bench.blocks.used_count > 0 and bench.adapters.pins == {"x": 1}
+    assert bench.blocks.used_count > 0
+    assert bench.adapters.pins == {"x": 1}
     event = bench.scheduler.cancel("a")
     assert event.finish_reason == "cancelled"
-    assert bench.blocks.used_count == 0 and bench.adapters.pins == {"x": 0}
+    assert bench.blocks.used_count == 0
+    assert bench.adapters.pins == {"x": 0}
     assert not bench.scheduler.has_work
 
 
@@ -282,7 +285,8 @@ def test_cancel_all_ends_everything():
     bench.add("b", range(4))
     bench.step()
     assert {event.sequence_id for event in bench.scheduler.cancel_all()} == {"a", "b"}
-    assert not bench.scheduler.has_work and bench.blocks.used_count == 0
+    assert not bench.scheduler.has_work
+    assert bench.blocks.used_count == 0
 
 
 def test_adapter_that_loads_does_not_block_others():
@@ -292,7 +296,8 @@ def test_adapter_that_loads_does_not_block_others():
     bench.add("runs", range(3), adapters=("fast",))
     for _ in range(5):
         bench.step()
-    assert bench.finish_reason("runs") == "length" and "waits" not in bench.events
+    assert bench.finish_reason("runs") == "length"
+    assert "waits" not in bench.events
     del bench.adapters.state["slow"]
     bench.run()
     assert bench.finish_reason("waits") == "length"
@@ -332,7 +337,8 @@ def test_non_finite_logits_fail_only_their_sequence():
 
 def test_queue_over_its_limit_is_refused():
     bench = Bench(queue_limit=2)
-    assert bench.add("a", [1]) is None and bench.add("b", [1]) is None
+    assert bench.add("a", [1]) is None
+    assert bench.add("b", [1]) is None
     refusal = bench.add("c", [1])
     assert (refusal.finish_reason, refusal.error_code) == ("error", "queue_full")
     bench.run()
@@ -343,7 +349,8 @@ def test_queue_over_its_limit_is_refused():
 def test_prompt_too_long_is_refused_with_both_numbers(prompt_count, new_count, part):
     bench = Bench(block_count=8 if part == "KV blocks" else 200)
     refusal = bench.add("a", range(prompt_count), max_new_tokens=new_count)
-    assert refusal.error_code == "context_length_exceeded" and part in refusal.error_message
+    assert refusal.error_code == "context_length_exceeded"
+    assert part in refusal.error_message
     assert not bench.scheduler.has_work
 
 

@@ -1,6 +1,6 @@
 """What the scheduler needs to know about adapter memory, and no more.
 
-`node.adapters.pool.AdapterPool` is the real one; tests give the scheduler a few lines of Python instead.
+`node.adapters.pool.AdapterPool` is the real one; tests give the scheduler a few lines of Python instead. No torch here.
 """
 
 from __future__ import annotations

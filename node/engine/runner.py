@@ -1,0 +1,90 @@
+"""Runs a step plan: tensors in, tokens out. Owns the model, the KV cache and the adapter memory; knows no queue and no user."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from node.engine.batch import build_inputs
+from node.engine.sampler import DrawRow, draw, next_token_logprobs
+from node.engine.scheduler import StepPlan, Work, WorkResult
+from node.kernels.lora import LoraPool
+from node.models.inputs import CausalLM, KVCache
+from node.request import DrawnToken
+
+
+class SlotTable(Protocol):
+    """Where resident adapters are. `node.adapters.pool.AdapterPool` is one."""
+
+    @property
+    def tensors(self) -> LoraPool: ...
+
+    def slot_of(self, adapter_id: str) -> int: ...
+
+
+class Runner:
+    """One device's arithmetic, one step at a time.
+
+    Args:
+        model: The decoder.
+        kv: Its paged cache; block numbers of the plan index it.
+        adapters: Adapter memory that the plan's adapters are resident in.
+    """
+
+    def __init__(self, model: CausalLM, kv: KVCache, adapters: SlotTable) -> None:
+        self._model = model
+        self._kv = kv
+        self._adapters = adapters
+
+    @torch.inference_mode()
+    def step(self, plan: StepPlan) -> list[WorkResult]:
+        """Compute every row of the plan; returns one result per work, in plan order."""
+        inputs = build_inputs(plan.work, self._kv.block_size, self._adapters.slot_of)
+        logits = self._model.forward(inputs, self._kv, self._adapters.tensors)
+        return sample(plan.work, logits)
+
+
+def sample(work: list[Work], logits: Tensor) -> list[WorkResult]:
+    """Turn the logits of a step into results. logits: [W, V] float32, rows as `batch.logit_rows` asked for them."""
+    prompt_logprobs: dict[int, tuple[float, ...]] = {}
+    places: dict[int, int] = {}  # work index -> its place among the drawing rows
+    drawing_rows: list[int] = []
+    row = 0
+    for index, item in enumerate(work):
+        if item.wants_prompt_logprobs:
+            prompt_logprobs[index] = _prompt_logprobs(item, logits[row : row + item.count])
+        elif not item.draws_token:
+            continue
+        row += item.count if item.wants_prompt_logprobs else 1
+        if item.draws_token:
+            places[index] = len(drawing_rows)
+            drawing_rows.append(row - 1)
+    drawn = _draw(logits, drawing_rows, [work[index] for index in places])
+    return [
+        WorkResult(drawn[places[index]] if index in places else None, prompt_logprobs.get(index, ()))
+        for index in range(len(work))
+    ]
+
+
+def _draw(logits: Tensor, rows: list[int], work: list[Work]) -> list[DrawnToken | None]:
+    """Draw one token for each of `rows`."""
+    if not rows:
+        return []
+    if len(rows) != logits.shape[0]:
+        logits = logits[rows]
+    return draw(logits, [_draw_row(item) for item in work])
+
+
+def _draw_row(item: Work) -> DrawRow:
+    sequence = item.sequence
+    return DrawRow(sequence.sampling, sequence.submit.choice_index, sequence.tokens, sequence.prompt_count)
+
+
+def _prompt_logprobs(item: Work, logits: Tensor) -> tuple[float, ...]:
+    """Log-probability of the prompt token after each row; rows at or beyond the prompt's end have none."""
+    following = item.sequence.tokens[item.start + 1 : min(item.start + item.count + 1, item.sequence.prompt_count)]
+    if not following:
+        return ()
+    return tuple(next_token_logprobs(logits[: len(following)], torch.tensor(list(following), dtype=torch.int64)))

@@ -1,0 +1,156 @@
+"""The next token of every row, and its log-probabilities.
+
+Rows share operations, never results: what a row draws has the same bits whatever else is in the batch. The noise of a draw is one
+number per row (`node.engine.noise`), turned into a token by inverting the cumulative distribution; Gumbel noise for every token
+of the vocabulary would draw from the same distribution and costs 49,152 hashes a row.
+
+Shape letters: W rows that want logits, n rows of one kind, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from node.engine import filters
+from node.engine.noise import uniform
+from node.request import DrawnToken, Sampling, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class DrawRow:
+    """What the sampler knows of one row. `tokens` are prompt and output so far; the token drawn gets position len(tokens)."""
+
+    sampling: Sampling
+    choice_index: int
+    tokens: array[int]
+    prompt_count: int
+
+
+def draw(logits: Tensor, rows: Sequence[DrawRow]) -> list[DrawnToken | None]:
+    """Draw one token a row.
+
+    Args:
+        logits: [W, V] float32, unmodified.
+        rows: W of them.
+
+    Returns:
+        One token a row; None where the logits are not finite, so that nobody is served noise as an answer.
+    """
+    if not rows:
+        return []
+    best, token_ids = logits.max(dim=1)
+    # max propagates NaN, so a row is sound exactly when its largest logit is finite.
+    is_sound = best.isfinite().tolist()
+    chosen = token_ids.tolist()
+    special = [index for index, row in enumerate(rows) if not _is_plain(row.sampling) and is_sound[index]]
+    if special:
+        for index, token_id in zip(special, _draw_special(logits, [rows[i] for i in special], special), strict=True):
+            chosen[index] = token_id
+    logprobs = _logprobs(logits, rows, chosen, is_sound)
+    return [(logprobs.get(index) or DrawnToken(token_id)) if is_sound[index] else None for index, token_id in enumerate(chosen)]
+
+
+def next_token_logprobs(logits: Tensor, token_ids: Tensor) -> list[float]:
+    """Log-probability of `token_ids` [n] under `logits` [n, V], for prompts."""
+    return logits.log_softmax(dim=1).gather(1, token_ids[:, None])[:, 0].tolist()
+
+
+def _is_plain(sampling: Sampling) -> bool:
+    """Greedy and unpenalised: the argmax is the answer."""
+    return sampling.temperature == 0 and not _is_shifted(sampling)
+
+
+def _is_shifted(sampling: Sampling) -> bool:
+    return (
+        sampling.repetition_penalty != 1
+        or sampling.frequency_penalty != 0
+        or sampling.presence_penalty != 0
+        or bool(sampling.logit_bias)
+    )
+
+
+def _draw_special(logits: Tensor, rows: list[DrawRow], indexes: list[int]) -> list[int]:
+    """Draw for rows that are not plain. logits: [W, V]; rows and indexes: n."""
+    x = logits[indexes]  # a copy: the caller's logits stay unmodified
+    for index, row in enumerate(rows):
+        if _is_shifted(row.sampling):
+            _shift(x[index], row)
+    chosen = x.argmax(dim=1).tolist()
+    random = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
+    if random:
+        drawn = _draw_random(x[random], [rows[index] for index in random])
+        for index, token_id in zip(random, drawn, strict=True):
+            chosen[index] = token_id
+    return chosen
+
+
+def _shift(row: Tensor, asked: DrawRow) -> None:
+    """Apply penalties and bias to one row [V], in place."""
+    sampling = asked.sampling
+    tokens = torch.from_numpy(np.frombuffer(asked.tokens, dtype=np.int64).copy())
+    if sampling.repetition_penalty != 1:
+        filters.penalise_repetition(row, tokens, sampling.repetition_penalty)
+    if sampling.frequency_penalty or sampling.presence_penalty:
+        filters.penalise_output(row, tokens[asked.prompt_count :], sampling.frequency_penalty, sampling.presence_penalty)
+    if sampling.logit_bias:
+        filters.add_bias(row, sampling.logit_bias)
+
+
+def _draw_random(x: Tensor, rows: list[DrawRow]) -> list[int]:
+    """Temperature, filters in the order of `Sampling`, then one draw a row. x: [n, V], overwritten."""
+    x -= x.amax(dim=1, keepdim=True)  # a tiny temperature then leads to -inf, never to +inf
+    x /= torch.tensor([[row.sampling.temperature] for row in rows], dtype=x.dtype)
+    _apply(x, rows, filters.keep_top_k, lambda s: s.top_k, off=0, dtype=torch.int64)
+    _apply(x, rows, filters.keep_typical, lambda s: s.typical_p, off=1.0)
+    _apply(x, rows, filters.keep_top_p, lambda s: s.top_p, off=1.0)
+    _apply(x, rows, filters.keep_min_p, lambda s: s.min_p, off=0.0)
+    cumulative = x.softmax(dim=1).double().cumsum(dim=1)
+    noise = [[uniform(row.sampling.seed, row.choice_index, len(row.tokens))] for row in rows]
+    target = torch.tensor(noise, dtype=torch.float64) * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    # The product may round up to the total; the last token of positive probability is then the answer.
+    last = torch.searchsorted(cumulative, cumulative[:, -1:])[:, 0]
+    return torch.minimum(index, last).tolist()
+
+
+def _apply(
+    x: Tensor,
+    rows: list[DrawRow],
+    keep: Callable[[Tensor, Tensor], Tensor],
+    parameter: Callable[[Sampling], float],
+    *,
+    off: float,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Run one filter over the rows of `x` [n, V] that ask for it, in place."""
+    asking = [index for index, row in enumerate(rows) if parameter(row.sampling) != off]
+    if asking:
+        values = torch.tensor([[parameter(rows[index].sampling)] for index in asking], dtype=dtype)
+        x[asking] = keep(x[asking], values)
+
+
+def _logprobs(logits: Tensor, rows: Sequence[DrawRow], chosen: list[int], is_sound: list[bool]) -> dict[int, DrawnToken]:
+    """The tokens of rows that asked for log-probabilities, by row."""
+    asking = [index for index, row in enumerate(rows) if row.sampling.logprobs >= 0 and is_sound[index]]
+    if not asking:
+        return {}
+    log_p = logits[asking].log_softmax(dim=1)
+    result = {}
+    for place, index in enumerate(asking):
+        top = _top(log_p[place], rows[index].sampling.logprobs)
+        result[index] = DrawnToken(chosen[index], float(log_p[place, chosen[index]]), top)
+    return result
+
+
+def _top(log_p: Tensor, count: int) -> tuple[TokenLogprob, ...]:
+    """The `count` most likely tokens of one row [V], best first."""
+    if count == 0:
+        return ()
+    values, ids = torch.topk(log_p, min(count, log_p.shape[0]))
+    return tuple(TokenLogprob(token_id, value) for token_id, value in zip(ids.tolist(), values.tolist(), strict=True))
