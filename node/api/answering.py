@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import random
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -15,7 +18,7 @@ from node.api.errors import meaning_of
 from node.api.exchange import Exchange
 from node.api.generation import Generation, Limits
 from node.api.serve import Caller, RequestPath
-from node.api.tokenizer import TextTokenizer
+from node.api.tokenizer import TextTokenizer, TokenSpan
 from node.api.voucher_header import read_voucher
 from node.errors import NodeError
 from node.telemetry.metrics import NodeMetrics
@@ -32,8 +35,10 @@ class Answering:
     path: RequestPath
     limits: Limits
     tokenizer: TextTokenizer
+    executor: Executor
     metrics: NodeMetrics
     random_source: random.Random
+    clock: Callable[[], float]
     now: Callable[[], datetime]
     base_name: str
     max_body_bytes: int
@@ -46,7 +51,8 @@ class Answering:
         Raises:
             PaymentError: The header is there and malformed.
         """
-        return Caller(request[TENANT], request.path, read_voucher(request.headers.getall("x-openlora-voucher", [])))
+        voucher = read_voucher(request.headers.getall("x-openlora-voucher", []))
+        return Caller(request[REQUEST_ID], request[TENANT], request.path, voucher)
 
     def request_id(self, request: web.Request) -> str:
         """Id of this HTTP exchange, for logs and error bodies."""
@@ -65,6 +71,11 @@ class Answering:
             headers["x-adapter-source"] = generation.adapter_source or "local"
         headers.update(warning_headers(generation.warnings))
         return headers
+
+    async def spans(self, text: str, adds_special: bool) -> list[TokenSpan]:
+        """Tokens of a text with offsets, off the event loop."""
+        work = functools.partial(self.tokenizer.spans, text, adds_special=adds_special)
+        return await asyncio.get_running_loop().run_in_executor(self.executor, work)
 
     def json(self, body: Any, headers: dict[str, str]) -> web.Response:
         """A JSON answer."""

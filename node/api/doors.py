@@ -9,6 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from structlog.typing import FilteringBoundLogger
+
 from node.api.api_keys import ApiKeys
 from node.config import PricingSettings, ServerSettings
 from node.engine.messages import Ready, SequenceEvent, Stats, Submit
@@ -135,6 +137,7 @@ class Services:
     max_terms: int
     api_keys: ApiKeys | None
     metrics: NodeMetrics
+    logger: FilteringBoundLogger
     random_source: random.Random
     new_id: Callable[[], str]
     clock: Callable[[], float]

@@ -79,6 +79,7 @@ def _by_code() -> dict[str, HttpMeaning]:
         "source_limit": _adapter(504),
         "cache_full": _adapter(507, "server_error"),
         "draining": HttpMeaning(503, "service_unavailable_error", 503, "healthcheck"),
+        "incomplete_generation": HttpMeaning(500, "server_error", 500, "incomplete_generation"),
         "engine_failed": HttpMeaning(500, "server_error", 424, "generation"),
     }
 

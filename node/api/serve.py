@@ -28,8 +28,9 @@ from node.telemetry.metrics import NodeMetrics
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks: `tenant` keys fairness and the prefix cache, `voucher` is the decoded payment header."""
+    """Who asks, under which id: `tenant` keys fairness and the prefix cache, `voucher` is the decoded payment header."""
 
+    request_id: str
     tenant: str
     route: str
     voucher: Mapping[str, Any] | None = None
@@ -47,7 +48,6 @@ class RequestPath:
         books: Books,
         engine: Engine,
         metrics: NodeMetrics,
-        new_id: Callable[[], str],
         clock: Callable[[], float],
     ) -> None:
         self._gate = gate
@@ -57,7 +57,6 @@ class RequestPath:
         self._books = books
         self._engine = engine
         self._metrics = metrics
-        self._new_id = new_id
         self._clock = clock
 
     @asynccontextmanager
@@ -96,7 +95,7 @@ class RequestPath:
         prompts = await self._prompting.tokenize(generation)
         budget = self._prompting.budget(generation, prompts)
         opening = Opening(
-            request_id=self._new_id(),
+            request_id=caller.request_id,
             tenant=caller.tenant,
             recipe=recipe,
             prompts=prompts,

@@ -1,0 +1,115 @@
+"""Builds the HTTP application: every route on one screen."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from aiohttp import web
+
+from node.api.answering import Answering
+from node.api.chat_template import ChatTemplate
+from node.api.doors import Services
+from node.api.engine_gauges import read_gauges
+from node.api.gate import Gate
+from node.api.generation import Limits
+from node.api.lorax_routes import LoraxRoutes
+from node.api.middleware import answer_errors, authenticate, identify
+from node.api.model_routes import ModelRoutes
+from node.api.openai_routes import OpenAiRoutes
+from node.api.prompting import Prompting
+from node.api.readiness import Readiness
+from node.api.recipes import Recipes
+from node.api.serve import RequestPath
+from node.api.status_routes import StatusRoutes
+from node.api.tokenizer import TextTokenizer
+
+GATE = web.AppKey("gate", Gate)
+_TOKENIZER_THREADS = 2
+
+
+def build_application(services: Services) -> web.Application:
+    """The application for `Listener`.
+
+    Raises:
+        ModelLoadError: The tokenizer or chat template in `Ready.tokenizer_dir` cannot be read.
+    """
+    application = web.Application(
+        middlewares=[
+            identify(services.new_id),
+            answer_errors(services.metrics, services.logger, services.clock),
+            authenticate(services.api_keys),
+        ],
+        client_max_size=services.server.max_body_bytes,
+    )
+    gate = Gate(services.server.max_concurrent_requests, services.server.drain_timeout_s)
+    application[GATE] = gate
+    answering = _answering(services, gate, application)
+    openai, lorax = OpenAiRoutes(answering), LoraxRoutes(answering)
+    models = ModelRoutes(answering, services.catalog, services.ready, services.server, services.version)
+    probe_id = services.ready.eos_token_ids[0] if services.ready.eos_token_ids else 0
+    status = StatusRoutes(answering, Readiness(services.engine, services.books, gate, probe_id), services.books)
+    services.metrics.watch_engine(lambda: read_gauges(services), lambda: services.now().timestamp())
+    application.add_routes(
+        [
+            web.post("/v1/chat/completions", openai.chat),
+            web.post("/v1/completions", openai.completion),
+            web.get("/v1/models", models.models),
+            web.get("/v1/models/{id:.+}", models.model),
+            web.get("/v1/receipts/{id}", status.receipt),
+            web.post("/", lorax.compatible),
+            web.post("/invocations", lorax.compatible),
+            web.post("/generate", lorax.generate),
+            web.post("/generate_stream", lorax.generate_stream),
+            web.post("/tokenize", models.tokenize),
+            web.get("/", status.health),
+            web.get("/health", status.health),
+            web.get("/ping", status.health),
+            web.get("/info", models.info),
+            web.get("/metrics", status.metrics),
+        ]
+    )
+    return application
+
+
+def _answering(services: Services, gate: Gate, application: web.Application) -> Answering:
+    directory = Path(services.ready.tokenizer_dir)
+    tokenizer = TextTokenizer.open(directory)
+    limits = Limits.of(
+        services.server,
+        vocab_size=services.ready.vocab_size,
+        max_model_len=services.ready.max_model_len,
+        eos_token_ids=services.ready.eos_token_ids,
+        max_terms=services.max_terms,
+    )
+    executor = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenize")
+
+    async def close_executor(_: web.Application) -> None:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+    application.on_cleanup.append(close_executor)
+    template = ChatTemplate.open(directory, tokenizer.special, services.now)
+    path = RequestPath(
+        gate=gate,
+        recipes=Recipes(services.catalog, services.ready.model_id),
+        prompting=Prompting(tokenizer, template, limits, executor),
+        tokenizer=tokenizer,
+        books=services.books,
+        engine=services.engine,
+        metrics=services.metrics,
+        clock=services.clock,
+    )
+    return Answering(
+        path=path,
+        limits=limits,
+        tokenizer=tokenizer,
+        executor=executor,
+        metrics=services.metrics,
+        random_source=services.random_source,
+        clock=services.clock,
+        now=services.now,
+        base_name=services.ready.model_id,
+        max_body_bytes=services.server.max_body_bytes,
+        body_timeout_s=services.server.body_timeout_s,
+        has_api_keys=services.api_keys is not None,
+    )

@@ -1,0 +1,35 @@
+"""The engine's counters as metrics, with adapters by the names that clients use."""
+
+from __future__ import annotations
+
+from node.api.doors import Services
+from node.telemetry.metrics import EngineGauges
+
+_COUNTERS = {
+    "engine_steps": ("Steps of the engine", "steps_total"),
+    "engine_prompt_tokens": ("Prompt tokens computed or found cached", "prompt_tokens_total"),
+    "engine_cached_prompt_tokens": ("Prompt tokens found in the prefix cache", "cached_prompt_tokens_total"),
+    "engine_output_tokens": ("Tokens drawn", "output_tokens_total"),
+    "engine_preemptions": ("Sequences set back because KV blocks ran out", "preemptions_total"),
+    "adapter_loads": ("Adapters brought into engine memory", "adapter_loads_total"),
+    "adapter_evictions": ("Adapters put out of engine memory", "adapter_evictions_total"),
+    "adapter_load_seconds": ("Time spent loading adapters", "adapter_load_seconds_total"),
+}
+
+
+def read_gauges(services: Services) -> EngineGauges:
+    """The newest numbers. An adapter without a name any more shows its content hash."""
+    stats = services.engine.stats
+    names = {entry.adapter_id: entry.name for entry in services.catalog.entries()}
+    return EngineGauges(
+        is_up=services.engine.is_alive,
+        running=stats.running,
+        waiting=stats.waiting,
+        kv_used=stats.kv_blocks_used,
+        kv_total=stats.kv_blocks_total,
+        kv_block_size=services.ready.kv_block_size,
+        adapter_slots=stats.adapter_slots,
+        running_adapters=tuple(sorted(names.get(item, item) for item in stats.resident_adapters)),
+        waiting_adapters=tuple(sorted(names.get(item, item) for item in stats.waiting_adapters)),
+        counters=tuple((name, text, float(getattr(stats, field))) for name, (text, field) in _COUNTERS.items()),
+    )

@@ -1,0 +1,67 @@
+"""The listening socket: opens, and closes by draining."""
+
+from __future__ import annotations
+
+import errno
+
+from aiohttp import web
+
+from node.api.application import GATE
+from node.errors import ConfigError
+
+_MAX_HEADER_BYTES = 8190
+_CANCEL_TIMEOUT_S = 5.0
+
+
+class Listener:
+    """One HTTP server on one address. `open` to start; `close` drains.
+
+    Handlers are cancelled when their client hangs up: that is what stops a generation within a step.
+    """
+
+    def __init__(self, application: web.Application) -> None:
+        self._application = application
+        self._runner = web.AppRunner(
+            application,
+            handler_cancellation=True,
+            access_log=None,
+            max_line_size=_MAX_HEADER_BYTES,
+            max_field_size=_MAX_HEADER_BYTES,
+            shutdown_timeout=_CANCEL_TIMEOUT_S,
+        )
+
+    async def open(self, host: str, port: int) -> int:
+        """Listen.
+
+        Args:
+            port: 0 takes any free one.
+
+        Returns:
+            The port in use.
+
+        Raises:
+            ConfigError: port_in_use, or an address this machine does not have.
+        """
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, host, port).start()
+        except OSError as error:
+            await self._runner.cleanup()
+            if error.errno == errno.EADDRINUSE:
+                raise ConfigError(
+                    f"port {port} on {host} is in use by another program; choose one with --port, or 0 for any free port",
+                    code="port_in_use",
+                ) from error
+            raise ConfigError(f"cannot listen on {host} port {port}; check server.host and server.port") from error
+        bound: int = self._runner.addresses[0][1]
+        return bound
+
+    async def close(self, drain_timeout_s: float) -> bool:
+        """Refuse new requests, let those inside finish, cancel what is left (it is recorded as cancelled), stop listening.
+
+        Returns:
+            Whether every request finished by itself.
+        """
+        is_drained = await self._application[GATE].drain(drain_timeout_s)
+        await self._runner.cleanup()
+        return is_drained

@@ -1,0 +1,103 @@
+"""`POST /`, `/generate`, `/generate_stream` (and `/invocations`) as LoRAX has them."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import Any
+
+from aiohttp import web
+
+from node.api.answering import Answering
+from node.api.api_keys import bearer_token
+from node.api.body import read_json
+from node.api.errors import lorax_body
+from node.api.exchange import Exchange
+from node.api.generation import Generation
+from node.api.lorax_answers import LoraxAnswers
+from node.api.lorax_request import read_lorax
+from node.api.openai_routes import collect
+from node.api.sse import EventStream
+from node.errors import EngineError, NodeError
+
+
+class LoraxRoutes:
+    """Reads LoRAX's requests and writes LoRAX's answers; everything between is `RequestPath`."""
+
+    def __init__(self, answering: Answering) -> None:
+        self._answering = answering
+
+    async def compatible(self, request: web.Request) -> web.StreamResponse:
+        """`POST /`: the body's `stream` chooses; a whole answer is a list of one."""
+        body = await self._body(request)
+        if body.get("stream") is True:
+            return await self._stream(request, body)
+        return await self._whole(request, body, is_list=True)
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        """`POST /generate`: one object."""
+        return await self._whole(request, await self._body(request), is_list=False)
+
+    async def generate_stream(self, request: web.Request) -> web.StreamResponse:
+        """`POST /generate_stream`: events."""
+        return await self._stream(request, await self._body(request))
+
+    async def _body(self, request: web.Request) -> dict[str, Any]:
+        return await read_json(request, self._answering.max_body_bytes, self._answering.body_timeout_s)
+
+    def _read(self, request: web.Request, body: dict[str, Any], is_stream: bool) -> Generation:
+        """Authorization doubles as the adapter source's token, as LoRAX has it, but never when it carries this node's own key."""
+        has_keys = self._answering.has_api_keys
+        bearer = None if has_keys else bearer_token(request.headers.getall("Authorization", []))
+        return read_lorax(body, self._answering.limits, self._answering.random_source, bearer, is_stream)
+
+    async def _whole(self, request: web.Request, body: dict[str, Any], *, is_list: bool) -> web.StreamResponse:
+        generation = self._read(request, body, is_stream=False)
+        async with self._answering.path.admitted(generation, self._answering.caller(request)) as exchange:
+            texts, tokens = await collect(exchange)
+            receipt = await exchange.commit()
+            answer = LoraxAnswers(generation, exchange, self._answering.tokenizer).whole(texts[0], tokens[0], receipt)
+            headers = {**self._answering.headers(generation, exchange), **self._figures(exchange)}
+            return self._answering.json([answer] if is_list else answer, headers)
+
+    async def _stream(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        """LoRAX answers 200 and puts every error, even a wrong parameter, into the stream; there is no [DONE]."""
+        stream = EventStream(request, {})
+        try:
+            generation = self._read(request, body, is_stream=True)
+            async with self._answering.path.admitted(generation, self._answering.caller(request)) as exchange:
+                stream.add_headers(self._answering.headers(generation, exchange))
+                await self._send_tokens(stream, LoraxAnswers(generation, exchange, self._answering.tokenizer), exchange)
+        except NodeError as error:
+            self._answering.count_failure(error)
+            await stream.send(lorax_body(error, self._answering.request_id(request)))
+        return await stream.close()
+
+    async def _send_tokens(self, stream: EventStream, answers: LoraxAnswers, exchange: Exchange) -> None:
+        text = ""
+        async with aclosing(exchange.pieces()) as pieces:
+            async for piece in pieces:
+                text += piece.text
+                last = len(piece.tokens) - 1 if exchange.is_finished else len(piece.tokens)
+                for token in piece.tokens[:last]:
+                    await stream.send(answers.event(token))
+                if exchange.is_finished:
+                    if not piece.tokens:
+                        raise EngineError("the answer ended without a last token", code="incomplete_generation")
+                    receipt = await exchange.commit()
+                    await stream.send(answers.last_event(piece.tokens[-1], text, receipt))
+
+    def _figures(self, exchange: Exchange) -> dict[str, str]:
+        """LoRAX's token and time headers; times are whole milliseconds."""
+        now_s = self._answering.clock()
+        total_ms = round((now_s - exchange.started_s) * 1000)
+        first_ms = round(((exchange.first_token_s or now_s) - exchange.started_s) * 1000)
+        output_count = exchange.output_token_count
+        return {
+            "x-total-time": str(total_ms),
+            "x-time-to-first-token": str(first_ms),
+            "x-time-per-token": str(round(total_ms / max(1, output_count))),
+            "x-prompt-tokens": str(exchange.prompt_token_count),
+            "x-generated-tokens": str(output_count),
+            "x-skipped-tokens": "0",
+            "x-total-tokens": str(exchange.prompt_token_count + output_count),
+        }

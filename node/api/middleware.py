@@ -1,0 +1,114 @@
+"""Around every route: an id, the caller's key, and an answer for every error in the shape of the route."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import structlog
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from node.api.answering import REQUEST_ID, TENANT
+from node.api.api_keys import ApiKeys
+from node.api.errors import error_headers, lorax_body, meaning_of, openai_body
+from node.errors import NodeError, RequestError
+from node.telemetry.metrics import NodeMetrics
+
+OPEN_PATHS = frozenset({"/health", "/ping"})
+_LORAX_PATHS = frozenset({"/", "/invocations", "/generate", "/generate_stream", "/health", "/ping", "/info", "/tokenize"})
+ANONYMOUS = "anonymous"
+
+
+def identify(new_id: Callable[[], str]) -> Middleware:
+    """Give the request an id of ours. A client's own `x-request-id` is never a key of anything: ids must not be forgeable."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        request[REQUEST_ID] = new_id()
+        request[TENANT] = ANONYMOUS
+        return await handler(request)
+
+    return middleware
+
+
+def authenticate(keys: ApiKeys | None) -> Middleware:
+    """Every path needs a key, unknown ones too, except the two that load balancers ask."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if keys is not None and request.path not in OPEN_PATHS:
+            request[TENANT] = keys.check(request.headers.getall("Authorization", []), request.remote or "")
+        return await handler(request)
+
+    return middleware
+
+
+def answer_errors(metrics: NodeMetrics, logger: structlog.typing.FilteringBoundLogger, clock: Callable[[], float]) -> Middleware:
+    """Turn every exception into the route's own error shape; nothing unknown shows its text."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        started_s = clock()
+        metrics.lorax_requests.inc()
+        error: NodeError | None = None
+        try:
+            response = await handler(request)
+        except NodeError as caught:
+            error = caught
+        except web.HTTPException as caught:
+            error = _of_http(request, caught)
+        except ConnectionError:
+            logger.info("client_gone", request_id=request[REQUEST_ID], route=_route(request))
+            raise
+        except Exception:
+            logger.exception("internal_error", request_id=request[REQUEST_ID], route=_route(request))
+            error = NodeError("the node made a mistake; the request id below finds it in the node's log")
+        if error is not None:
+            response = _answer(request, error)
+            metrics.lorax_failure.labels(meaning_of(error).lorax_type).inc()
+        elif response.status < 400:
+            metrics.lorax_success.inc()
+        if not response.prepared:
+            response.headers["x-request-id"] = request[REQUEST_ID]
+        logger.info(
+            "request",
+            request_id=request[REQUEST_ID],
+            route=_route(request),
+            status=response.status,
+            code=error.error_code if error is not None else None,
+            duration_ms=round((clock() - started_s) * 1000, 1),
+        )
+        return response
+
+    return middleware
+
+
+def _answer(request: web.Request, error: NodeError) -> web.Response:
+    meaning, request_id = meaning_of(error), request[REQUEST_ID]
+    body: dict[str, Any]
+    if request.path in _LORAX_PATHS:
+        status, body = meaning.lorax_status, lorax_body(error, request_id)
+    else:
+        status, body = meaning.status, openai_body(error, request_id)
+    headers = error_headers(error)
+    return web.Response(status=status, body=msgspec.json.encode(body), headers=headers, content_type="application/json")
+
+
+def _of_http(request: web.Request, error: web.HTTPException) -> NodeError:
+    """aiohttp's own refusals, in our words."""
+    if error.status == 404:
+        return RequestError(f"there is no {request.path[:200]!r} here; see /v1/models, /v1/chat/completions", code="not_found")
+    if error.status == 405:
+        allowed = ", ".join(sorted(getattr(error, "allowed_methods", ())))
+        return RequestError(f"{request.method[:16]} is not allowed here; use {allowed}", code="method_not_allowed")
+    if error.status == 413:
+        return RequestError("the request body is too large", code="body_too_large")
+    return RequestError(f"the HTTP request was refused with status {error.status}")
+
+
+def _route(request: web.Request) -> str:
+    """The route's pattern, never the raw path: a label or log field with client text would grow without bound."""
+    resource = request.match_info.route.resource
+    return resource.canonical if resource is not None else "unmatched"

@@ -1,0 +1,49 @@
+"""`GET /health` and its aliases, `GET /metrics`, `GET /v1/receipts/{id}`: how the node is, and what it has signed."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+from aiohttp import web
+from prometheus_client import generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from node.api.answering import TENANT, Answering
+from node.api.doors import Books
+from node.api.readiness import Readiness
+from node.errors import RequestError
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class StatusRoutes:
+    """Small answers about the node itself."""
+
+    def __init__(self, answering: Answering, readiness: Readiness, books: Books) -> None:
+        self._answering = answering
+        self._readiness = readiness
+        self._books = books
+
+    async def health(self, request: web.Request) -> web.Response:
+        """200 with an empty body, as LoRAX has it, once a token was made and while records can be written; else 503."""
+        await self._readiness.check()
+        return web.Response()
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        """Prometheus text, rendered on a thread: a scrape must not hold up tokens."""
+        body = await asyncio.to_thread(generate_latest, self._answering.metrics.registry)
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def receipt(self, request: web.Request) -> web.Response:
+        """The signed receipt of one of the caller's own requests; other tenants' ids look the same as unknown ones."""
+        request_id = request.match_info["id"]
+        bundle = None
+        if _REQUEST_ID.fullmatch(request_id):
+            bundle = await self._books.receipt(request_id, request[TENANT])
+        if bundle is None:
+            raise RequestError(
+                f"there is no receipt {request_id[:128]!r}; ids are in the x-openlora-receipt header of an answer",
+                code="receipt_not_found",
+            )
+        return self._answering.json(bundle, {})
