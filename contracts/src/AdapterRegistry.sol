@@ -114,8 +114,7 @@ contract AdapterRegistry is IAdapterRegistry, Guarded, EIP712 {
         string calldata uri
     ) internal view returns (bytes32) {
         bytes32 uriHash = keccak256(bytes(uri));
-        return _hashTypedDataV4(
-            keccak256(abi.encode(ADAPTER_TYPEHASH, adapterId, manifestHash, baseId, trainer, uriHash))
-        );
+        return
+            _hashTypedDataV4(keccak256(abi.encode(ADAPTER_TYPEHASH, adapterId, manifestHash, baseId, trainer, uriHash)));
     }
 }

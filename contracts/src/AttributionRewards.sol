@@ -160,9 +160,8 @@ contract AttributionRewards is IAttributionRewards, Guarded, EIP712 {
     /// @inheritdoc IAttributionRewards
     function leafOf(address operator, address account, uint256 cumulative) public view returns (bytes32) {
         // Hashed twice: an inner node is the hash of 64 bytes, a leaf that of 32, so neither passes for the other.
-        return keccak256(
-            bytes.concat(keccak256(abi.encode(block.chainid, address(this), operator, account, cumulative)))
-        );
+        return
+            keccak256(bytes.concat(keccak256(abi.encode(block.chainid, address(this), operator, account, cumulative))));
     }
 
     /* INTERNAL */

@@ -117,11 +117,7 @@ interface IAttributionRewards {
 
     /// @notice `account` received `amount`, proven by epoch `epochId`.
     event Claimed(
-        address indexed operator,
-        address indexed account,
-        uint256 indexed epochId,
-        uint256 amount,
-        uint256 claimed
+        address indexed operator, address indexed account, uint256 indexed epochId, uint256 amount, uint256 claimed
     );
 
     /* FUNCTIONS */
@@ -140,20 +136,13 @@ interface IAttributionRewards {
     /// @notice Pays `account` what it has earned and not yet received, by any active epoch of `operator`.
     /// @dev Anyone may send it; the money goes to `account` only. Prefer the newest active epoch: payments proven by
     /// newer epochs use up an older one's total.
-    function claim(
-        address operator,
-        uint256 epochId,
-        address account,
-        uint256 cumulative,
-        bytes32[] calldata proof
-    ) external;
+    function claim(address operator, uint256 epochId, address account, uint256 cumulative, bytes32[] calldata proof)
+        external;
 
     /// @notice `claim` for several accounts; entries already paid are skipped, so that nobody can spoil a batch by
     /// claiming first. Any other fault reverts the whole batch.
     /// @return paidAmount Sum of what was paid.
-    function claimMany(address operator, uint256 epochId, Claim[] calldata claims)
-        external
-        returns (uint256 paidAmount);
+    function claimMany(address operator, uint256 epochId, Claim[] calldata claims) external returns (uint256 paidAmount);
 
     /// @notice The one token of this contract.
     function TOKEN() external view returns (IERC20);
