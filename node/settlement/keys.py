@@ -1,7 +1,7 @@
 """The node's keys: one file for each duty, made at the first start.
 
-`operator` signs receipts, collections and epochs and never sends a transaction. `submitter` sends transactions and holds gas money
-only. `payout` receives the node's share; a running node needs its address and never its key.
+`operator` signs receipts, collections and epochs and never sends a transaction. `submitter` sends transactions and holds only gas
+money. `payout` receives the node's share; a running node needs its address and never its key.
 """
 
 from __future__ import annotations
