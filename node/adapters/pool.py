@@ -1,8 +1,8 @@
 """Adapter memory of the engine: which adapter has which slot and pages, and who must leave for whom.
 
 Called by the step loop only. An adapter goes through: inspected (headers read, size known), filling (owns a slot and pages that
-no step can see), resident. The least recently used resident adapter leaves first; one that runs, or that an earlier sequence of this
-step wants, never does. That order makes progress certain: the first in line only ever waits for adapters that finish.
+no step can see), resident. The least recently used resident adapter leaves first; one that runs, or that an earlier sequence of
+this step wants, never does. That order makes progress certain: the first in line only ever waits for adapters that finish.
 """
 
 from __future__ import annotations
@@ -254,3 +254,7 @@ class AdapterPool:
             code="adapter_too_large",
         )
         return Residency(ResidencyState.FAILED, error.error_code, error.message)
+
+    def close(self) -> None:
+        """End the loader thread."""
+        self._loader.close()

@@ -10,7 +10,19 @@ import msgspec
 
 from node.request import AdapterTerm, DrawnToken, LinearShape, Sampling
 
-__all__ = ["Cancel", "Command", "Event", "LinearShape", "Ready", "SequenceEvent", "Shutdown", "Stats", "Step", "Submit"]
+__all__ = [
+    "Cancel",
+    "Command",
+    "Event",
+    "LinearShape",
+    "Ready",
+    "SequenceEvent",
+    "Shutdown",
+    "StartFailed",
+    "Stats",
+    "Step",
+    "Submit",
+]
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
@@ -59,6 +71,14 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     max_rank: int
 
 
+class StartFailed(msgspec.Struct, frozen=True, tag="start_failed"):
+    """Instead of `Ready`: the engine cannot serve with these settings, and starting it again will not help."""
+
+    kind: str  # the class in `node.errors`
+    code: str
+    message: str
+
+
 class SequenceEvent(msgspec.Struct, frozen=True, kw_only=True):
     """What one step produced for one sequence.
 
@@ -103,4 +123,4 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     last_step_adapters: tuple[str, ...] = ()
 
 
-Event = Ready | Step | Stats
+Event = Ready | StartFailed | Step | Stats

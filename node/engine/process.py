@@ -1,0 +1,73 @@
+"""The engine process: `python -m node.engine.process`, started by `node.engine.client`.
+
+Standard input brings one line of configuration and stays open: when it ends, the parent is gone and so is this process. Nothing
+is written but logs on standard error and the sockets in the runtime directory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from pathlib import Path
+
+import msgspec
+
+from node.config import AdapterSettings, EngineSettings, ModelSettings
+from node.engine.channel import EngineChannel
+from node.engine.launch import LaunchConfig
+from node.engine.loop import EngineLoop
+from node.engine.messages import StartFailed
+from node.errors import NodeError
+
+EXIT_START_FAILED = 3
+EXIT_ORPHANED = 4
+
+
+def main() -> int:
+    """Serve until told to stop; returns the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=LaunchConfig)
+    threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
+    channel = EngineChannel(Path(config.runtime_dir), config.high_water_mark)
+    try:
+        return _serve(config, channel)
+    finally:
+        channel.close()
+
+
+def _serve(config: LaunchConfig, channel: EngineChannel) -> int:
+    # Imported late: torch takes seconds, and the parent's death must be noticed meanwhile.
+    from node.engine.engine import open_engine
+
+    try:
+        engine = open_engine(
+            ModelSettings.model_validate(config.model),
+            EngineSettings.model_validate(config.engine),
+            AdapterSettings.model_validate(config.adapters),
+            Path(config.state_dir),
+            channel.ring,
+        )
+    except NodeError as error:
+        channel.send(StartFailed(type(error).__name__, error.error_code, error.message))
+        return EXIT_START_FAILED
+    ready = engine.ready
+    logging.getLogger(__name__).info("serving %s (%s) with %s kernels", ready.model_id, ready.dtype, ready.kernels)
+    channel.send(ready)
+    try:
+        EngineLoop(engine, channel).run()
+    finally:
+        engine.close()
+    return 0
+
+
+def _exit_with_parent() -> None:
+    """Wait for the end of standard input. No clean-up: nobody is left to hear of it, and nothing here is durable."""
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    os._exit(EXIT_ORPHANED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
