@@ -9,6 +9,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,  # of the HTTP library that huggingface_hub uses: a connection that breaks in mid-download
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -38,7 +39,7 @@ def download(model_id: str, revision: str | None) -> Path:
         raise _refused(
             f"{shown} is not cached and the hub cannot be reached; go online, unset HF_HUB_OFFLINE, or name a directory"
         ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HfHubHTTPError, HTTPError, HFValidationError, OSError) as error:
         raise _refused(f"fetching {shown} from the hub failed; try again or name a local directory") from error
 
 
