@@ -10,6 +10,8 @@ import hashlib
 import struct
 from collections.abc import Sequence
 
+from attribution.errors import RecordError
+
 SALT_BYTES = 32
 
 
@@ -24,7 +26,7 @@ def token_digest(salt: bytes, sequences: Sequence[Sequence[int]]) -> str:
         64 hex digits.
 
     Raises:
-        ValueError: The salt has another length. struct.error: A token id outside 0..2**32-1.
+        ValueError: The salt has another length. RecordError: A token id outside 0..2**32-1.
     """
     if len(salt) != SALT_BYTES:
         raise ValueError(f"the salt has {len(salt)} bytes; it must have {SALT_BYTES}")
@@ -41,4 +43,7 @@ def tenant_digest(tenant: str, salt: bytes) -> str:
 
 
 def _big_endian(ids: Sequence[int]) -> bytes:
-    return struct.pack(f">{len(ids)}I", *ids)
+    try:
+        return struct.pack(f">{len(ids)}I", *ids)
+    except struct.error as error:
+        raise RecordError("a token id is not an integer from 0 to 2**32 - 1") from error

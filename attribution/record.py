@@ -6,6 +6,7 @@ auditor rebuilds a record from its own facts and compares. Records form a chain:
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import Any
 
@@ -110,7 +111,12 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def record_hash(self) -> str:
         """SHA-256 of `to_bytes()`, 64 hex digits."""
-        return canonical.digest(msgspec.to_builtins(self))
+        return hash_bytes(self.to_bytes())
+
+
+def hash_bytes(body: bytes) -> str:
+    """The hash of a record from its canonical bytes, 64 hex digits."""
+    return hashlib.sha256(body).hexdigest()
 
 
 def build(facts: Facts, *, sequence: int, previous_hash: str) -> Record:

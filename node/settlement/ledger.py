@@ -1,0 +1,247 @@
+"""The ledger: every admitted request gets exactly one record, committed before its answer ends.
+
+`admit` returns when "this request exists" is on the disk, `close` when its record is. Both run on the event loop and hand the
+work to one writer thread; reads run on a thread and a connection of their own. Nothing here knows of tensors or HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Engine, insert, select
+from sqlalchemy.exc import SQLAlchemyError
+
+from attribution.receipt import receipt_domain
+from attribution.signing import Signer
+from node.errors import LedgerError
+from node.settlement.admission import Admission, Outcome, open_request
+from node.settlement.ledger_database import DatabaseLock, explain, make_engine, migrate, parse_url
+from node.settlement.ledger_reads import EarningRow, LedgerReads, LedgerTotals, StoredRecord
+from node.settlement.ledger_writer import HEALED_KEY, Admit, Close, LedgerWriter, SignedReceipt, Transact
+from node.settlement.tables import META
+
+TENANT_SALT_KEY = "tenant_salt"
+_Result = TypeVar("_Result")
+
+
+class Ledger:
+    """One node's ledger. `await open()` before, `await shutdown()` after.
+
+    Args:
+        url: sqlite:///PATH or postgresql+psycopg://...
+        clock_ms: UTC milliseconds.
+        signer: The operator's receipt key; its address is the operator of every record.
+        chain_id: What receipts are signed for.
+        group_commit_ms: How long a commit waits for company.
+        queue_limit: Pieces of work that may wait for the writer.
+        busy_timeout_ms: How long a commit waits for another process on the same SQLite file.
+        retry_s: Pause between attempts while the database does not commit.
+        random_bytes: Source of salts.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        clock_ms: Callable[[], int],
+        signer: Signer,
+        chain_id: int,
+        group_commit_ms: float = 2.0,
+        queue_limit: int = 8192,
+        busy_timeout_ms: int = 5000,
+        retry_s: float = 1.0,
+        random_bytes: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        self.url = url
+        self._clock_ms, self._signer, self._random_bytes = clock_ms, signer, random_bytes
+        self._parsed = parse_url(url)
+        self._busy_timeout_ms = busy_timeout_ms
+        self._writer_options: dict[str, Any] = {
+            "group_commit_ms": group_commit_ms,
+            "retry_s": retry_s,
+            "queue_limit": queue_limit,
+        }
+        self._domain = receipt_domain(chain_id)
+        self._reader_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger-reader")
+        self._lock: DatabaseLock | None = None
+        self._engine: Engine | None = None
+        self._writer: LedgerWriter | None = None
+        self._reads: LedgerReads | None = None
+        self._tenant_salt = b""
+
+    @property
+    def operator(self) -> str:
+        """Address of the receipt key."""
+        return self._signer.address
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the last commit succeeded. While False nothing is admitted and readiness says 503."""
+        return self._writer is not None and self._writer.is_healthy
+
+    async def open(self) -> int:
+        """Lock, migrate and load the ledger, and close what a crash left open.
+
+        Returns:
+            How many requests were interrupted by the crash.
+
+        Raises:
+            LedgerError: ledger_locked, ledger_schema_newer, ledger_corrupt, or ledger_unavailable with the reason.
+        """
+        return await asyncio.to_thread(self._open)
+
+    async def shutdown(self) -> None:
+        """Commit what waits, then let go of files, threads and the lock."""
+        await asyncio.to_thread(self._shutdown)
+
+    async def admit(self, admission: Admission) -> None:
+        """Make a request durable before the engine sees it.
+
+        Raises:
+            RequestError: Its recipe cannot be recorded. OverloadedError: Too much work waits.
+            LedgerError: ledger_unavailable; the request must not be served.
+        """
+        if not self.is_healthy:
+            raise LedgerError("the ledger does not commit; nothing is admitted until it does", retry_after_s=5.0)
+        request = open_request(
+            admission,
+            operator=self.operator,
+            admitted_ms=self._clock_ms(),
+            tenant_salt=self._tenant_salt,
+            random_bytes=self._random_bytes,
+        )
+        await self._submit(lambda done: Admit(request, done))
+
+    async def close(self, outcome: Outcome) -> SignedReceipt:
+        """Make the record of a request durable and return its signed receipt. The answer's last event waits for this.
+
+        Cancelling the caller does not cancel the record.
+
+        Raises:
+            LedgerError: ledger_unavailable; the answer must end with that error instead of a receipt.
+        """
+        signed: SignedReceipt = await self._submit(lambda done: Close(outcome, done))
+        return signed
+
+    async def transact(self, work: Callable[[Connection], _Result]) -> _Result:
+        """Run `work` in one write transaction on the writer's thread; it commits when `work` returns.
+
+        Raises:
+            NodeError: What `work` raised. LedgerError: The transaction did not commit.
+        """
+        result: _Result = await self._submit(lambda done: Transact(work, done))
+        return result
+
+    def used_wei(self, payer: str) -> int:
+        """What a payer's records cost so far, of usage it signed for."""
+        return self._opened_writer().used_wei(payer)
+
+    async def receipt(self, request_id: str) -> dict[str, Any] | None:
+        """The receipt bundle of a request, or None when it has no record (yet)."""
+        return await self.read(lambda reads: reads.receipt(request_id))
+
+    async def records(self, after: int = 0, limit: int = 100) -> list[StoredRecord]:
+        """Records above a sequence number, in order, at most 1,000 a call."""
+        return await self.read(lambda reads: reads.records(after, limit))
+
+    async def earnings(self, *, account: str | None = None, adapter_id: str | None = None) -> list[EarningRow]:
+        """Earnings of one account, of one adapter, or all; largest first."""
+        return await self.read(lambda reads: reads.earnings(account=account, adapter_id=adapter_id))
+
+    async def totals(self) -> LedgerTotals:
+        """Counts and sums over all records."""
+        return await self.read(lambda reads: reads.totals())
+
+    async def verify_chain(self) -> int:
+        """Replay all records; how many there are. Raises LedgerError (ledger_corrupt) at the first wrong one."""
+        return await self.read(lambda reads: reads.verify_chain())
+
+    async def read(self, query: Callable[[LedgerReads], _Result]) -> _Result:
+        """Run a query on the reading thread."""
+        reads = self._reads
+        if reads is None:
+            raise LedgerError("the ledger is closed; start the node again")
+        return await asyncio.get_running_loop().run_in_executor(self._reader_thread, query, reads)
+
+    def _open(self) -> int:
+        engine = make_engine(self._parsed, busy_timeout_ms=self._busy_timeout_ms)
+        try:
+            self._lock = DatabaseLock(self._parsed, engine)
+            migrate(engine)
+            with engine.begin() as connection:
+                self._tenant_salt = _single_values(connection, self._clock_ms())
+            writer = LedgerWriter(
+                engine,
+                clock_ms=self._clock_ms,
+                signer=self._signer,
+                domain=self._domain,
+                explain=lambda error: explain(error, self._parsed),
+                **self._writer_options,
+            )
+            interrupted = writer.load()
+            self._reads = LedgerReads(self.url)
+        except (SQLAlchemyError, OSError) as error:
+            self._release()
+            raise explain(error, self._parsed) from error
+        except LedgerError:
+            self._release()
+            raise
+        writer.start()
+        self._engine, self._writer = engine, writer
+        return interrupted
+
+    def _shutdown(self) -> None:
+        if self._writer is not None:
+            self._writer.stop()
+        self._reader_thread.shutdown(wait=True)
+        if self._reads is not None:
+            self._reads.close()
+            self._reads = None
+        if self._engine is not None:
+            self._engine.dispose()
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _opened_writer(self) -> LedgerWriter:
+        if self._writer is None:
+            raise LedgerError("the ledger is not open; start the node again")
+        return self._writer
+
+    async def _submit(self, make: Callable[[Callable[[Any, BaseException | None], None]], Admit | Close | Transact]) -> Any:
+        """Put work on the writer's queue and wait for its commit."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+
+        def settle(result: Any, error: BaseException | None) -> None:
+            if future.done():
+                return
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+
+        def done(result: Any, error: BaseException | None) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(settle, result, error)
+
+        self._opened_writer().put(make(done))
+        return await future
+
+
+def _single_values(connection: Connection, now_ms: int) -> bytes:
+    """Make the ledger's single values at first open; the tenant salt."""
+    known = dict(connection.execute(select(META.c.key, META.c.value)).tuples().all())
+    for key, value in ((TENANT_SALT_KEY, secrets.token_hex(32)), (HEALED_KEY, str(now_ms))):
+        if key not in known:
+            connection.execute(insert(META).values(key=key, value=value))
+            known[key] = value
+    return bytes.fromhex(known[TENANT_SALT_KEY])

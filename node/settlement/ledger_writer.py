@@ -1,0 +1,349 @@
+"""The one thread that writes the ledger. Work that arrives within a few milliseconds shares one commit.
+
+Order in the hash chain is decided here and nowhere else. A commit that fails fails everything in its group; the writer then
+reloads what the database really holds and keeps trying, closing the requests whose answers were lost as failed, until one
+commit succeeds.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, Engine, select, update
+from sqlalchemy.exc import SQLAlchemyError
+
+from attribution import receipt, record
+from attribution.eip712 import Domain
+from attribution.errors import AttributionError
+from attribution.receipt import Salts
+from attribution.signing import Signer
+from node.errors import LedgerError, NodeError, OverloadedError
+from node.settlement.admission import OpenRequest, Outcome
+from node.settlement.ledger_state import Group, LedgerState
+from node.settlement.tables import META, RECORDS
+
+MAX_GROUP = 256
+HEALED_KEY = "healed_ms"
+_LOG = logging.getLogger(__name__)
+
+Done = Callable[[Any, BaseException | None], None]
+
+
+class SignedReceipt(msgspec.Struct, frozen=True, kw_only=True):
+    """A committed record with the operator's signature. `bundle` is the JSON that verifies offline."""
+
+    request_id: str
+    sequence: int
+    record_hash: str
+    fee_wei: int
+    bundle: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """Make "this request was admitted" durable."""
+
+    request: OpenRequest
+    done: Done
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Make the record of a request durable; the result is its SignedReceipt."""
+
+    outcome: Outcome
+    done: Done
+
+
+@dataclass(frozen=True, slots=True)
+class Transact:
+    """Run other work (an epoch, an intent's end) in a transaction of its own; the result is what it returns."""
+
+    work: Callable[[Connection], Any]
+    done: Done
+
+
+class LedgerWriter:
+    """Owns the write connection and the state. `start`, then `put`; `stop` drains what was put before it.
+
+    Args:
+        engine: Write engine.
+        clock_ms: UTC milliseconds.
+        signer: The operator's receipt key.
+        domain: EIP-712 domain of receipts.
+        group_commit_ms: How long the first piece of work waits for company.
+        retry_s: Pause between attempts while the database does not commit.
+        queue_limit: Pieces of work that may wait.
+        explain: Turns a database's error into a LedgerError.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        clock_ms: Callable[[], int],
+        signer: Signer,
+        domain: Domain,
+        group_commit_ms: float,
+        retry_s: float,
+        queue_limit: int,
+        explain: Callable[[BaseException], LedgerError],
+    ) -> None:
+        self._engine, self._clock_ms, self._signer, self._domain = engine, clock_ms, signer, domain
+        self._group_s, self._retry_s, self._explain = group_commit_ms / 1000, retry_s, explain
+        self._queue: queue.Queue[Admit | Close | Transact | None] = queue.Queue(queue_limit)
+        self._connection: Connection | None = None
+        self._state = LedgerState()
+        self._lost: set[str] = set()  # open requests whose answers ended without a receipt
+        self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
+        self.is_healthy = True
+
+    def load(self) -> int:
+        """Read the state and close what a crash left open as interrupted, fee 0. Called before `start`.
+
+        Returns:
+            How many requests were interrupted.
+        """
+        with self._begin() as connection:
+            self._state = LedgerState.load(connection)
+            interrupted = list(self._state.open_requests.values())
+            group = Group(self._state)
+            for request in interrupted:
+                outcome = Outcome(request_id=request.request_id, status="interrupted", finish_reason="interrupted")
+                self._append(group, request, outcome)
+            group.write(connection)
+        group.merge()
+        return len(interrupted)
+
+    def start(self) -> None:
+        """Begin to write."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finish what waits, then end. Blocks."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+        self._disconnect()
+
+    def put(self, item: Admit | Close | Transact) -> None:
+        """Hand over work without blocking.
+
+        Raises:
+            OverloadedError: Too much work waits. LedgerError: The writer does not run.
+        """
+        if not self._thread.is_alive():
+            raise LedgerError("the ledger is closed; start the node again")
+        try:
+            self._queue.put_nowait(item)
+        except queue.Full:
+            raise OverloadedError(
+                f"{self._queue.maxsize} pieces of ledger work wait already; try again later", retry_after_s=1.0
+            ) from None
+
+    def used_wei(self, payer: str) -> int:
+        """What a payer's committed records cost so far. Safe from any thread: payers are replaced, never changed."""
+        known = self._state.payers.get(payer)
+        return 0 if known is None else known.used_wei
+
+    def _run(self) -> None:
+        is_last = False
+        while not is_last:
+            items, is_last = self._gather()
+            try:
+                self._serve(items)
+            except BaseException:
+                # A defect must not leave callers waiting for ever: answer what waits, then let the thread die loudly.
+                self.is_healthy = False
+                self._refuse(items)
+                raise
+
+    def _serve(self, items: list[Admit | Close | Transact]) -> None:
+        if not self.is_healthy:
+            self._heal()
+        if not self.is_healthy:
+            self._refuse(items)
+            return
+        grouped = [item for item in items if not isinstance(item, Transact)]
+        if grouped:
+            self._commit_group(grouped)
+        for item in items:
+            if isinstance(item, Transact):
+                self._commit_transaction(item)
+
+    def _refuse(self, items: list[Admit | Close | Transact]) -> None:
+        """Answer without trying: the database does not commit. Lost closes are recorded as failed later."""
+        self._remember_lost(items)
+        for item in items:
+            item.done(None, LedgerError("the ledger does not commit; nothing is admitted until it does", retry_after_s=5.0))
+
+    def _gather(self) -> tuple[list[Admit | Close | Transact], bool]:
+        """Wait for work, then a little longer for more. While unhealthy, come back empty-handed after a pause."""
+        items: list[Admit | Close | Transact] = []
+        deadline: float | None = None if self.is_healthy else time.monotonic() + self._retry_s
+        while len(items) < MAX_GROUP:
+            timeout = None if deadline is None else deadline - time.monotonic()
+            try:
+                item = self._queue.get(timeout=timeout) if timeout is None or timeout > 0 else self._queue.get_nowait()
+            except queue.Empty:
+                break
+            if item is None:
+                return items, True
+            if not items:
+                deadline = time.monotonic() + self._group_s
+            items.append(item)
+        return items, False
+
+    def _commit_group(self, items: list[Admit | Close]) -> None:
+        group, results = Group(self._state), []
+        try:
+            with self._begin() as connection:
+                known = self._known(connection, items)
+                for item in items:
+                    results.append(self._apply(group, item, known))
+                group.write(connection)
+        except (SQLAlchemyError, OSError) as error:
+            self._fail(items, error)
+            return
+        group.merge()
+        for item, (result, problem) in zip(items, results, strict=True):
+            item.done(result, problem)
+
+    def _apply(self, group: Group, item: Admit | Close, known: set[str]) -> tuple[Any, NodeError | None]:
+        """One piece of work inside the group: its result, or why it alone is refused."""
+        if isinstance(item, Admit):
+            request_id = item.request.request_id
+            if request_id in known or group.open_request(request_id) is not None:
+                return None, LedgerError(f"request {request_id} was admitted before; every request has an id of its own")
+            group.admit(item.request)
+            return None, None
+        request = group.open_request(item.outcome.request_id)
+        if request is None:
+            return None, LedgerError(f"request {item.outcome.request_id} is not open: never admitted, or closed before")
+        try:
+            return self._append(group, request, item.outcome), None
+        except AttributionError as error:
+            return None, LedgerError(f"request {request.request_id} has no valid record: {error}")
+
+    def _append(self, group: Group, request: OpenRequest, outcome: Outcome) -> SignedReceipt:
+        """Build, hash and sign the next record."""
+        facts = request.facts(outcome, self._clock_ms())
+        built = record.build(facts, sequence=group.sequence + 1, previous_hash=group.record_hash)
+        body = built.to_bytes()
+        record_hash = record.hash_bytes(body)
+        signature = receipt.sign(built, record_hash, self._domain, self._signer)
+        row: dict[str, object] = {
+            "sequence": built.sequence,
+            "request_id": request.request_id,
+            "record_hash": record_hash,
+            "status": built.status,
+            "payer": built.payer,
+            "fee_wei": int(built.fee_wei),
+            "finished_ms": built.finished_ms,
+            "chain_id": self._domain.chain_id,
+            "signer": self._signer.address,
+            "signature": signature,
+            "prompt_salt": request.prompt_salt,
+            "output_salt": request.output_salt,
+            "body": body,
+        }
+        group.add(request, built, record_hash, row)
+        salts = Salts(request.prompt_salt, request.output_salt)
+        bundle = receipt.bundle(built, record_hash, self._domain.chain_id, self._signer.address, signature, salts)
+        return SignedReceipt(
+            request_id=request.request_id,
+            sequence=built.sequence,
+            record_hash=record_hash,
+            fee_wei=int(built.fee_wei),
+            bundle=bundle,
+        )
+
+    def _known(self, connection: Connection, items: list[Admit | Close]) -> set[str]:
+        """Which of the ids to admit have a record already."""
+        asked = [item.request.request_id for item in items if isinstance(item, Admit)]
+        if not asked:
+            return set()
+        return set(connection.execute(select(RECORDS.c.request_id).where(RECORDS.c.request_id.in_(asked))).scalars())
+
+    def _commit_transaction(self, item: Transact) -> None:
+        try:
+            with self._begin() as connection:
+                result = item.work(connection)
+        except NodeError as error:
+            item.done(None, error)
+        except (SQLAlchemyError, OSError) as error:
+            self._fail([item], error)
+        else:
+            item.done(result, None)
+
+    def _fail(self, items: Sequence[Admit | Close | Transact], error: BaseException) -> None:
+        """Nothing of the group is durable as far as anyone may know."""
+        explained = self._explain(error)
+        _LOG.error("ledger commit failed: %s", explained.message)
+        self.is_healthy = False
+        self._remember_lost(items)
+        self._disconnect()
+        for item in items:
+            item.done(None, explained)
+
+    def _remember_lost(self, items: Sequence[Admit | Close | Transact]) -> None:
+        for item in items:
+            if isinstance(item, Close):
+                self._lost.add(item.outcome.request_id)
+
+    def _heal(self) -> None:
+        """Reload what really committed, then commit the lost requests as failed. Succeeds or leaves everything as it was."""
+        try:
+            with self._begin() as connection:
+                state = LedgerState.load(connection)
+                group = Group(state)
+                lost = [request for request_id, request in state.open_requests.items() if request_id in self._lost]
+                for request in lost:
+                    outcome = Outcome(request_id=request.request_id, status="failed", finish_reason="ledger_unavailable")
+                    self._append(group, request, outcome)
+                group.write(connection)
+                values = {"value": str(self._clock_ms())}
+                connection.execute(update(META).where(META.c.key == HEALED_KEY).values(**values))
+        except (SQLAlchemyError, OSError):
+            self._disconnect()
+            return
+        group.merge()
+        self._state, self._lost = state, set()
+        self.is_healthy = True
+        _LOG.info("ledger commits again; %d requests closed as failed", len(lost))
+
+    def _begin(self) -> Any:
+        """A transaction on the writer's own connection."""
+        if self._connection is None:
+            self._connection = self._engine.connect()
+        return _Transaction(self._connection)
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.invalidate()
+            self._connection.close()
+            self._connection = None
+
+
+class _Transaction:
+    """`with` around one transaction that hands out the connection, not the transaction."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def __enter__(self) -> Connection:
+        self._transaction = self._connection.begin()
+        return self._connection
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._transaction.commit()
+        else:
+            self._transaction.rollback()
