@@ -99,7 +99,7 @@ def bundle(record: Record, record_hash: str, chain_id: int, signer: str, signatu
         "receipt": {**message, "feeWei": record.fee_wei},
         "signer": signer,
         "signature": "0x" + signature.hex(),
-        "record": msgspec.to_builtins(record),
+        "record": msgspec.json.decode(msgspec.json.encode(record)),
         "salts": {"prompt": salts.prompt.hex(), "output": salts.output.hex()},
     }
 

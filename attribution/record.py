@@ -194,7 +194,7 @@ def parse(data: bytes | dict[str, Any]) -> Record:
     try:
         return msgspec.convert(value, Record, strict=True)
     except msgspec.ValidationError as error:
-        where = str(error).rpartition("`$")[2].rstrip("`").lstrip(".") or "the top level"
+        where = str(error).rpartition(" - at `$.")[2].rstrip("`") or "a field"
         raise RecordError(f"not a record of schema {SCHEMA}: {where} is missing, unknown or of the wrong type") from error
 
 

@@ -239,7 +239,7 @@ class Ledger:
 
 def _single_values(connection: Connection, now_ms: int) -> bytes:
     """Make the ledger's single values at first open; the tenant salt."""
-    known = dict(connection.execute(select(META.c.key, META.c.value)).tuples().all())
+    known = {row.key: row.value for row in connection.execute(select(META))}
     for key, value in ((TENANT_SALT_KEY, secrets.token_hex(32)), (HEALED_KEY, str(now_ms))):
         if key not in known:
             connection.execute(insert(META).values(key=key, value=value))
