@@ -17,6 +17,15 @@ from node.engine.messages import Ready, SequenceEvent, Stats, Submit
 from node.telemetry.metrics import NodeMetrics
 
 
+class SequenceEvents(Protocol):
+    """The events of one sequence, in order; ends after the one with a `finish_reason`."""
+
+    def __aiter__(self) -> AsyncIterator[SequenceEvent]: ...
+
+    async def aclose(self) -> None:
+        """Stop following; a sequence that still runs is cancelled."""
+
+
 class Engine(Protocol):
     """The engine process, seen from here."""
 
@@ -28,8 +37,8 @@ class Engine(Protocol):
     def stats(self) -> Stats:
         """The newest counters; at most about a second old."""
 
-    def submit(self, submit: Submit) -> AsyncIterator[SequenceEvent]:
-        """Run one sequence and follow it to its last event."""
+    def submit(self, submit: Submit) -> SequenceEvents:
+        """Run one sequence and follow it to its last event; raises EngineError, OverloadedError."""
 
     def cancel(self, sequence_id: str) -> None:
         """Stop a sequence within one step; never blocks, unknown ids are ignored."""
@@ -112,8 +121,8 @@ class Books(Protocol):
     async def close(self, closing: Closing) -> dict[str, Any]:
         """Make the record durable and return the signed receipt bundle; raises LedgerError."""
 
-    async def receipt(self, request_id: str, tenant: str) -> dict[str, Any] | None:
-        """The bundle of a closed request of this tenant, or None."""
+    async def receipt(self, request_id: str) -> dict[str, Any] | None:
+        """The bundle of a closed request, or None."""
 
 
 @dataclass(frozen=True, slots=True)

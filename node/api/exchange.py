@@ -98,14 +98,13 @@ class Exchange:
             raise EngineError("the engine ended the answer without a finish reason; send the request again", retry_after_s=1.0)
 
     async def _follow(self, submit: Submit) -> AsyncIterator[SequenceEvent]:
-        async for event in self._engine.submit(submit):
-            if event.finish_reason == "error":
-                raise engine_error(event.error_code, event.error_message)
-            if event.finish_reason == "cancelled":
-                raise EngineError("the engine stopped this sequence because it is shutting down; retry later", retry_after_s=1.0)
-            yield event
-            if event.finish_reason is not None:
-                return
+        async with aclosing(self._engine.submit(submit)) as events:
+            async for event in events:
+                if event.finish_reason == "error":
+                    raise engine_error(event.error_code, event.error_message)
+                if event.finish_reason == "cancelled":
+                    raise EngineError("the engine is stopping and gave this sequence up; retry later", retry_after_s=1.0)
+                yield event
 
     async def commit(self) -> dict[str, Any]:
         """Close the books of a complete answer; what the client gets after this is paid for.

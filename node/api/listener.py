@@ -10,7 +10,9 @@ from node.api.application import GATE
 from node.errors import ConfigError
 
 _MAX_HEADER_BYTES = 8190
-_CANCEL_TIMEOUT_S = 5.0
+_AFTER_DRAIN_S = 0.1  # aiohttp's own wait before it cancels handlers: draining came before
+_CLOSE_BOOKS_S = 10.0
+_LINGER_S = 1.0  # reading the rest of a refused body, before the connection is closed
 
 
 class Listener:
@@ -27,7 +29,8 @@ class Listener:
             access_log=None,
             max_line_size=_MAX_HEADER_BYTES,
             max_field_size=_MAX_HEADER_BYTES,
-            shutdown_timeout=_CANCEL_TIMEOUT_S,
+            shutdown_timeout=_AFTER_DRAIN_S,
+            lingering_time=_LINGER_S,
         )
 
     async def open(self, host: str, port: int) -> int:
@@ -62,6 +65,9 @@ class Listener:
         Returns:
             Whether every request finished by itself.
         """
-        is_drained = await self._application[GATE].drain(drain_timeout_s)
+        gate = self._application[GATE]
+        is_drained = await gate.drain(drain_timeout_s)
         await self._runner.cleanup()
+        # aiohttp cancels handlers without waiting for them; theirs are the last records.
+        await gate.drain(_CLOSE_BOOKS_S)
         return is_drained

@@ -1,0 +1,232 @@
+"""LoRAX's endpoints over fakes: shapes, statuses, explicit nulls, merges."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from node.errors import AdapterInvalidError, AdapterUnavailableError, OverloadedError
+
+ALL_NULL = dict.fromkeys(
+    (
+        "adapter_id",
+        "adapter_source",
+        "merged_adapters",
+        "api_token",
+        "best_of",
+        "temperature",
+        "repetition_penalty",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "max_new_tokens",
+        "return_full_text",
+        "truncate",
+        "return_k_alternatives",
+        "seed",
+        "response_format",
+    )
+)
+
+
+def ask(**parameters):
+    return {"inputs": "hi", "parameters": parameters}
+
+
+def events_of(text):
+    return [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n") if line]
+
+
+async def test_root_answers_with_a_list_of_one(client):
+    answer = await client.post("/", json=ask(details=True))
+    body = await answer.json()
+    assert isinstance(body, list)
+    assert len(body) == 1
+    assert body[0]["generated_text"] == "hello world"
+    details = body[0]["details"]
+    assert {"finish_reason", "prompt_tokens", "generated_tokens", "skipped_tokens", "seed", "prefill", "tokens"} == set(details)
+    assert details["finish_reason"] == "eos_token"
+    assert details["tokens"][0] == {
+        "id": details["tokens"][0]["id"],
+        "text": "hello",
+        "logprob": -0.5,
+        "special": False,
+        "skipped": False,
+    }
+    assert details["tokens"][-1]["special"] is True
+
+
+async def test_generate_answers_with_one_object_and_receipt(bench, client):
+    answer = await client.post("/generate", json=ask(adapter_id="alice"))
+    body = await answer.json()
+    assert "details" not in body
+    assert body["openlora"]["request_id"] == answer.headers["x-openlora-receipt"]
+    assert answer.headers["x-adapter-id"] == "alice"
+    assert answer.headers["x-model-id"] == "tiny-base"
+    assert int(answer.headers["x-generated-tokens"]) == len(bench.one_closing().outputs[0])
+
+
+async def test_every_optional_parameter_may_be_null(client):
+    answer = await client.post("/generate", json={"inputs": "hi", "parameters": ALL_NULL, "stream": False, "unknown": 1})
+    assert answer.status == 200
+    assert (await client.post("/generate", json={"inputs": "hi", "parameters": None})).status == 200
+
+
+async def test_stream_has_one_event_a_token_and_no_done(bench, client):
+    answer = await client.post("/generate_stream", json=ask(details=True))
+    events = events_of(await answer.text())
+    assert [event["token"]["text"] for event in events[:-1]] == ["hello", " wor", "l", "d"]
+    assert all(event["generated_text"] is None for event in events[:-1])
+    assert events[-1]["generated_text"] == "hello world"
+    assert events[-1]["details"]["finish_reason"] == "eos_token"
+    assert "openlora" in events[-1]
+    assert len(events) == len(bench.one_closing().outputs[0])
+
+
+async def test_root_with_stream_true_streams(client):
+    answer = await client.post("/", json={**ask(), "stream": True})
+    assert answer.content_type == "text/event-stream"
+    assert events_of(await answer.text())[-1]["generated_text"] == "hello world"
+
+
+async def test_stop_string_is_in_neither_tokens_nor_text(client):
+    body = await (await client.post("/generate", json=ask(stop=["o wor"], details=True))).json()
+    assert body["generated_text"] == "hell"
+    assert body["details"]["finish_reason"] == "stop_sequence"
+    assert "".join(token["text"] for token in body["details"]["tokens"]) == "hell"
+
+
+async def test_decoder_input_details_give_the_prefill(bench, client):
+    body = await (await client.post("/generate", json=ask(decoder_input_details=True))).json()
+    prefill = body["details"]["prefill"]
+    assert [item["id"] for item in prefill] == bench.tokenizer.encode("hi")
+    assert prefill[0]["logprob"] is None
+    assert prefill[1]["logprob"] == -1.0
+
+
+async def test_return_full_text_prepends_the_prompt(client):
+    body = await (await client.post("/generate", json=ask(return_full_text=True))).json()
+    assert body["generated_text"] == "hihello world"
+
+
+async def test_truncate_keeps_the_end_of_the_prompt(bench, client):
+    await client.post("/generate", json={"inputs": "abc", "parameters": {"truncate": 1}})
+    assert list(bench.engine.submits[0].prompt_ids) == bench.tokenizer.encode("c")
+
+
+async def test_alternatives_are_listed_when_asked_for(client):
+    body = await (await client.post("/generate", json=ask(return_k_alternatives=2, details=True))).json()
+    assert len(body["details"]["tokens"][0]["alternative_tokens"]) == 2
+
+
+async def test_greedy_unless_a_sampling_parameter_is_set(bench, client):
+    await client.post("/generate", json=ask())
+    await client.post("/generate", json=ask(top_p=0.5))
+    await client.post("/generate", json=ask(do_sample=True, temperature=0.5, seed=3))
+    assert [submit.sampling.temperature for submit in bench.engine.submits] == [0.0, 1.0, 0.5]
+    assert bench.engine.submits[2].sampling.seed == 3
+
+
+async def test_linear_merge_becomes_weighted_terms(bench, client):
+    merge = {"ids": ["alice", "org/bob"], "weights": [0.25, 0.75], "merge_strategy": "linear", "density": 0.0}
+    answer = await client.post("/generate", json=ask(merged_adapters=merge))
+    assert answer.status == 200
+    terms = bench.engine.submits[0].terms
+    assert [(term.adapter_id, term.weight) for term in terms] == [("1" * 64, 0.25), ("2" * 64, 0.75)]
+    assert answer.headers["x-adapter-id"] == "alice,org/bob"
+
+
+TOO_LONG = {"inputs": "a" * 600, "parameters": {}}
+VALIDATION = {
+    "inputs empty": ({"inputs": ""}, "`inputs` cannot be empty"),
+    "inputs missing": ({}, "`inputs` cannot be empty"),
+    "temperature": (ask(temperature=-1), "`parameters.temperature` must be non-negative"),
+    "top_p": (ask(top_p=0), "must be > 0.0 and < 1.0"),
+    "typical_p": (ask(typical_p=1.5), "must be > 0.0 and < 1.0"),
+    "top_k": (ask(top_k=0), "must be strictly positive"),
+    "repetition_penalty": (ask(repetition_penalty=0), "must be strictly positive"),
+    "frequency_penalty": (ask(frequency_penalty=3), "must be >= -2.0 and <= 2.0"),
+    "max_new_tokens": (ask(max_new_tokens=0), "must be strictly positive"),
+    "stop": (ask(stop=["x"] * 9), "supports up to 8 stop sequences"),
+    "best_of": (ask(best_of=2), "`parameters.best_of` must be > 0 and <= 1. Given: 2"),
+    "watermark": (ask(watermark=True), "`parameters.watermark`"),
+    "response_format": (ask(response_format={"type": "json_object", "schema": {}}), "`parameters.response_format`"),
+    "both adapters": (ask(adapter_id="alice", merged_adapters={"ids": ["alice"]}), "at most one of"),
+    "merge empty": (ask(merged_adapters={"ids": []}), "`parameters.merged_adapters.ids`"),
+    "merge lengths": (ask(merged_adapters={"ids": ["alice"], "weights": [1, 2]}), "must have as many values"),
+    "merge ties": (ask(merged_adapters={"ids": ["alice"], "merge_strategy": "ties"}), "'ties'"),
+    "merge unknown": (ask(merged_adapters={"ids": ["alice"], "merge_strategy": "blend"}), "must be linear"),
+    "merge zero": (ask(merged_adapters={"ids": ["alice"], "weights": [0]}), "every weight"),
+    "merge twice": (ask(merged_adapters={"ids": ["alice", "alice"], "weights": [1, 1]}), "twice"),
+    "merge too many": (ask(merged_adapters={"ids": ["a", "b", "c", "d", "e"]}), "at most 4 items"),
+    "too long": (TOO_LONG, "`inputs` tokens + `max_new_tokens` must be <= 512"),
+}
+
+
+@pytest.mark.parametrize("name", VALIDATION)
+async def test_wrong_parameter_is_422_validation(bench, client, name):
+    body, text = VALIDATION[name]
+    answer = await client.post("/generate", json=body)
+    error = await answer.json()
+    assert (answer.status, error["error_type"]) == (422, "validation")
+    assert error["error"].startswith("Input validation error: ")
+    assert text in error["error"]
+    assert bench.books.opened == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        (AdapterInvalidError("rank 512 exceeds the maximum of 128", code="adapter_rank_unsupported"), "adapter_rank_unsupported"),
+        (AdapterUnavailableError("the source does not answer", retry_after_s=3), "source_unavailable"),
+    ],
+)
+async def test_adapter_failure_is_424_generation_with_its_code(bench, client, fault, code):
+    bench.catalog.faults["broken"] = fault
+    answer = await client.post("/generate", json=ask(adapter_id="broken"))
+    error = await answer.json()
+    assert (answer.status, error["error_type"], error["code"]) == (424, "generation", code)
+
+
+async def test_unknown_adapter_is_424_generation(client):
+    answer = await client.post("/generate", json=ask(adapter_id="nobody"))
+    assert (answer.status, (await answer.json())["error_type"]) == (424, "generation")
+
+
+async def test_stream_errors_arrive_inside_a_200_stream(bench, client):
+    for body in (ask(temperature=-1), ask(adapter_id="nobody"), ask(decoder_input_details=True)):
+        answer = await client.post("/generate_stream", json=body)
+        events = events_of(await answer.text())
+        assert answer.status == 200
+        assert [set(event) >= {"error", "error_type"} for event in events] == [True]
+    assert bench.books.opened == []
+
+
+async def test_full_house_is_429_overloaded(make_bench, make_client):
+    bench = make_bench(max_concurrent_requests=1)
+    client = await make_client(bench)
+    bench.engine.hold_after = 1
+    running = await client.post("/generate_stream", json=ask())
+    await bench.engine.held.wait()
+    refused = await client.post("/generate", json=ask())
+    assert (refused.status, (await refused.json())["error_type"]) == (429, "overloaded")
+    assert refused.headers["Retry-After"] == "1"
+    running.close()
+
+
+async def test_authorization_is_the_source_token_only_without_api_keys(bench, client):
+    await client.post("/generate", json=ask(adapter_id="alice"), headers={"Authorization": "Bearer hf_secret"})
+    assert bench.catalog.asked == [("alice", None, "hf_secret")]
+
+
+async def test_overload_of_the_catalog_keeps_its_status(bench, client):
+    bench.catalog.faults["cold"] = OverloadedError("too many downloads", code="adapter_queue_full", retry_after_s=2.5)
+    answer = await client.post("/generate", json=ask(adapter_id="cold"))
+    assert (answer.status, answer.headers["Retry-After"]) == (429, "3")
+
+
+async def test_tokenize_gives_ids_texts_and_offsets(client):
+    answer = await client.post("/tokenize", json={"inputs": "hello w"})
+    body = await answer.json()
+    assert [(item["text"], item["start"], item["stop"]) for item in body] == [("hello", 0, 5), (" w", 5, 7)]
