@@ -23,6 +23,7 @@ RECIPE_SCHEMA = "openlora.recipe/1"
 GENESIS_HASH = "0" * 64
 MAX_REQUEST_ID_CHARS = 128
 _HASH = re.compile(r"[0-9a-f]{64}")
+_FIELD_AT_FAULT = re.compile(r"(?:unknown field `|`\$\.)([^`]+)`")
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]{40}")
 
 
@@ -194,7 +195,8 @@ def parse(data: bytes | dict[str, Any]) -> Record:
     try:
         return msgspec.convert(value, Record, strict=True)
     except msgspec.ValidationError as error:
-        where = str(error).rpartition(" - at `$.")[2].rstrip("`") or "a field"
+        found = _FIELD_AT_FAULT.search(str(error))
+        where = found[1] if found else "the top level"
         raise RecordError(f"not a record of schema {SCHEMA}: {where} is missing, unknown or of the wrong type") from error
 
 

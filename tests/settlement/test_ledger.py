@@ -334,7 +334,7 @@ async def test_after_shutdown_everything_is_refused(make):
 @pytest.mark.parametrize(
     ("statement", "words"),
     [
-        ('UPDATE ledger_record SET body = replace(body, \'"fee_wei":"240"\', \'"fee_wei":"241"\') WHERE sequence = 2', "fee_wei"),
+        ("UPDATE ledger_record SET body = CAST(replace(body, '240', '241') AS BLOB) WHERE sequence = 2", "amount|fee_wei|split"),
         ("DELETE FROM ledger_record WHERE sequence = 2", "does not continue"),
         ("UPDATE ledger_record SET signature = zeroblob(65) WHERE sequence = 3", "signature"),
         ("UPDATE ledger_record SET body = CAST(replace(body, 'stop', 'halt') AS BLOB) WHERE sequence = 2", "bytes are not"),
