@@ -134,8 +134,10 @@ def forge_path(env: dict[str, str]) -> str:
 
 
 def run_forge_tests(env: dict[str, str]) -> int:
-    """Runs `forge test` and compares the gas snapshot; returns forge's exit status."""
-    return _run([forge_path(env), "test"], {**env, "FORGE_SNAPSHOT_CHECK": "true"}, COMPILE_TIMEOUT_S).returncode
+    """Runs forge's formatter check, tests and gas snapshot comparison; returns the first exit status that is not 0."""
+    forge, check_gas = forge_path(env), {**env, "FORGE_SNAPSHOT_CHECK": "true"}
+    formatted = _run([forge, "fmt", "--check"], env, COMPILE_TIMEOUT_S).returncode
+    return formatted or _run([forge, "test"], check_gas, COMPILE_TIMEOUT_S).returncode
 
 
 def _run(command: list[str], env: dict[str, str], timeout_s: int, **kwargs: Any) -> subprocess.CompletedProcess[str]:

@@ -229,6 +229,7 @@ contract AttributionRewardsTest is Base {
 
         vm.assertEq(token.balanceOf(_account(0)), 75, "first");
         vm.assertEq(token.balanceOf(_account(1)), 125, "second");
+        vm.assertEq(rewards.claimed(OPERATOR, _account(0)), 75, "claimed");
     }
 
     function test_claim_oldEpochStillActive_pays() public {

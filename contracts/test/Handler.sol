@@ -30,6 +30,9 @@ contract Handler is Base {
     /// @notice How often each action went through, so that a run can be seen to do something.
     mapping(bytes4 action => uint256) public successes;
 
+    /// @notice How many claims paid an account that had been paid before.
+    uint256 public repeatedClaims;
+
     /// @dev Entries of every epoch, as the operator published them.
     mapping(address operator => mapping(uint256 epochId => uint256[])) internal entries;
 
@@ -91,7 +94,7 @@ contract Handler is Base {
     function collect(uint256 payerSeed, uint256 operatorSeed, uint96 amount) external {
         address payer = payerAt(payerSeed);
         address operator = operatorAt(operatorSeed);
-        if (escrow.balanceOf(payer) == 0) return;
+        if (escrow.balanceOf(payer) == 0) this.deposit(payerSeed, amount);
         uint256 taken = _bound(amount, 1, escrow.balanceOf(payer));
         IUsageEscrow.Thaw memory thawBefore = escrow.thawOf(payer);
         bytes32 others = _stateOf(operatorAt(operatorSeed % 2 + 1));
@@ -106,15 +109,16 @@ contract Handler is Base {
 
     /* ACTIONS: EPOCHS */
 
-    function submitEpoch(uint256 operatorSeed, uint96[3] calldata earned, uint96 totalSeed) external {
+    function submitEpoch(uint256 operatorSeed, uint96[3] calldata earned, uint96 totalSeed, bool isHonest) external {
         address operator = operatorAt(operatorSeed);
         uint256 funded = rewards.funded(operator);
-        if (funded == 0) return;
+        if (funded < ACCOUNTS) return;
         uint256 epochId = rewards.epochCount(operator);
+        uint256 mostEach = isHonest ? funded / ACCOUNTS : funded;
         for (uint256 i = 0; i < ACCOUNTS; i++) {
-            entries[operator][epochId].push(_bound(earned[i], 1, funded));
+            entries[operator][epochId].push(_bound(earned[i], 1, mostEach));
         }
-        uint256 total = _bound(totalSeed, _standing(operator), funded);
+        uint256 total = isHonest ? funded : _bound(totalSeed, _standing(operator), funded);
 
         _submit(operatorKeys[operatorSeed % 2], _leaves(operator, entries[operator][epochId]).root(), total);
 
@@ -140,22 +144,34 @@ contract Handler is Base {
 
     /* ACTIONS: CLAIMS */
 
-    function claim(uint256 operatorSeed, uint256 epochSeed, uint256 accountSeed) external {
+    /// @dev `isPatient` waits for the epoch's activation, so that claims are not rare.
+    function claim(uint256 operatorSeed, uint256 epochSeed, uint256 accountSeed, bool isPatient) external {
         address operator = operatorAt(operatorSeed);
         if (rewards.epochCount(operator) == 0) return;
         uint256 epochId = epochSeed % rewards.epochCount(operator);
         uint256 index = accountSeed % ACCOUNTS;
-        uint256[] memory earned = entries[operator][epochId];
         uint256 claimedBefore = rewards.claimed(operator, _account(index));
         uint256 balanceBefore = token.balanceOf(_account(index));
         bytes32 others = _stateOf(operatorAt(operatorSeed % 2 + 1));
+        if (isPatient) _await(operator, epochId);
 
-        try rewards.claim(operator, epochId, _account(index), earned[index], _leaves(operator, earned).proof(index)) {
-            _checkPaid(operator, epochId, index, earned[index] - claimedBefore, balanceBefore);
-        } catch {
+        if (_tryClaim(operator, epochId, index)) {
+            uint256 amount = entries[operator][epochId][index] - claimedBefore;
+            _checkPaid(operator, epochId, index, amount, balanceBefore);
+        } else {
             vm.assertEq(rewards.claimed(operator, _account(index)), claimedBefore, "a failed claim left a trace");
         }
         vm.assertEq(_stateOf(operatorAt(operatorSeed % 2 + 1)), others, "a claim reached another operator");
+    }
+
+    function _tryClaim(address operator, uint256 epochId, uint256 index) internal returns (bool) {
+        uint256[] memory earned = entries[operator][epochId];
+        bytes32[] memory proof = _leaves(operator, earned).proof(index);
+        try rewards.claim(operator, epochId, _account(index), earned[index], proof) {
+            return true;
+        } catch {
+            return false;
+        }
     }
 
     function _checkPaid(address operator, uint256 epochId, uint256 index, uint256 amount, uint256 balanceBefore)
@@ -170,6 +186,7 @@ contract Handler is Base {
             largestPayingTotal[operator] = epoch.totalCumulative;
         }
         successes[this.claim.selector]++;
+        if (rewards.claimed(operator, _account(index)) != amount) repeatedClaims++;
     }
 
     /* VIEWS */
@@ -187,6 +204,11 @@ contract Handler is Base {
         for (uint256 i = 0; i < ACCOUNTS; i++) {
             sum += rewards.claimed(operator, _account(i));
         }
+    }
+
+    function _await(address operator, uint256 epochId) internal {
+        uint64 activatesAt = rewards.epochOf(operator, epochId).activatesAt;
+        if (block.timestamp < activatesAt) vm.warp(activatesAt);
     }
 
     function _standing(address operator) internal view returns (uint256) {

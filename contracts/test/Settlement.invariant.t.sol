@@ -73,11 +73,13 @@ contract SettlementInvariantTest is Base {
     function test_handler_everyAction_goesThrough() public {
         handler.deposit(0, 1000);
         handler.collect(0, 0, 600);
-        handler.submitEpoch(0, [uint96(100), 200, 300], 599);
-        handler.submitEpoch(0, [uint96(100), 200, 300], 599);
-        handler.voidEpoch(0, 1);
+        handler.submitEpoch(0, [uint96(100), 200, 300], 599, false);
+        handler.submitEpoch(0, [uint96(150), 150, 150], 0, true);
+        handler.submitEpoch(0, [uint96(100), 200, 300], 600, false);
+        handler.voidEpoch(0, 2);
         handler.warp(uint16(DELAY));
-        handler.claim(0, 0, 0);
+        handler.claim(0, 0, 0, false);
+        handler.claim(0, 1, 0, true);
         handler.startThaw(0, 10);
         handler.withdraw(0);
 
@@ -93,5 +95,6 @@ contract SettlementInvariantTest is Base {
         for (uint256 i = 0; i < actions.length; i++) {
             vm.assertGe(handler.successes(actions[i]), 1, "an action never went through");
         }
+        vm.assertEq(handler.repeatedClaims(), 1, "no account was paid twice");
     }
 }
