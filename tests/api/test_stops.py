@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +22,7 @@ def run(stops: tuple[str, ...], pieces: list[str]) -> tuple[str, bool]:
 @given(STOPS, TEXT, st.lists(st.integers(0, 40)))
 def test_result_does_not_depend_on_the_pieces(stops, text, cuts):
     marks = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
-    pieces = [text[start:stop] for start, stop in zip(marks, marks[1:], strict=False)]
+    pieces = [text[start:stop] for start, stop in pairwise(marks)]
     assert run(stops, pieces) == run(stops, list(text)) == run(stops, [text])
 
 

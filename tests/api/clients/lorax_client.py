@@ -84,7 +84,7 @@ def main() -> None:
     if adapter and second:
         merge = MergedAdapters(ids=[adapter, second], weights=[0.5, 0.5], merge_strategy="linear", density=0.0)
         result["merged"] = client.generate("Once", merged_adapters=merge, adapter_source="local", max_new_tokens=8).generated_text
-    print(json.dumps(result))
+    sys.stdout.write(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def main() -> None:
     result["errors"] = errors(client, base)
     if adapter:
         result["adapter"] = chat(client, adapter)
-    print(json.dumps(result))
+    sys.stdout.write(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,228 @@
+"""API keys, health by proof, models, metrics, receipts, logs, and what the room must not import."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+
+from node.api.api_keys import ApiKeys
+from node.engine.messages import Stats
+from node.errors import AuthError, ConfigError, OverloadedError
+
+KEY = "k-0123456789abcdef"
+CHAT = {"model": "alice", "messages": [{"role": "user", "content": "top secret prompt"}], "max_tokens": 8}
+
+
+def digest(key):
+    return hashlib.sha256(key.encode()).digest()
+
+
+@pytest.fixture
+async def locked(make_bench, make_client):
+    bench = make_bench(keys={"ann": digest(KEY), "bob": digest("another-key-123456")})
+    return bench, await make_client(bench)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [],
+        [("Authorization", "Bearer wrong")],
+        [("Authorization", f"Bearer {KEY[:-1]}")],
+        [("Authorization", f"Bearer {KEY}x")],
+        [("Authorization", f"Basic {KEY}")],
+        [("Authorization", "Bearer k\u00e9y")],
+        [("Authorization", "Bearer " + "x" * 2000)],
+        [("Authorization", f"Bearer {KEY}"), ("Authorization", f"Bearer {KEY}")],
+    ],
+)
+async def test_wrong_key_is_401_with_one_text(locked, headers):
+    _, client = locked
+    texts = set()
+    for path in ("/v1/models", "/metrics", "/v1/receipts/x", "/nothing"):
+        answer = await client.get(path, headers=headers)
+        error = (await answer.json())["error"]
+        assert (answer.status, error["code"]) == (401, "invalid_api_key")
+        texts.add(error["message"])
+    assert len(texts) == 1
+
+
+async def test_lorax_route_with_wrong_key_has_its_own_shape(locked):
+    _, client = locked
+    answer = await client.post("/generate", json={"inputs": "x"})
+    assert (answer.status, (await answer.json())["error_type"]) == (401, "authentication")
+
+
+async def test_right_key_names_the_tenant_and_is_never_a_source_token(locked):
+    bench, client = locked
+    headers = {"Authorization": f"Bearer {KEY}"}
+    assert (await client.post("/v1/chat/completions", json=CHAT, headers=headers)).status == 200
+    body = {"inputs": "x", "parameters": {"adapter_id": "alice"}}
+    assert (await client.post("/generate", json=body, headers=headers)).status == 200
+    assert {submit.tenant for submit in bench.engine.submits} == {"ann"}
+    assert all(token is None for _, _, token in bench.catalog.asked)
+
+
+async def test_health_and_ping_are_open(locked):
+    _, client = locked
+    assert (await client.get("/health")).status == 200
+    assert (await client.get("/ping")).status == 200
+
+
+def test_guessing_is_429_until_the_window_has_passed():
+    now = [0.0]
+    keys = ApiKeys({"ann": digest(KEY)}, lambda: now[0])
+    for _ in range(100):
+        with pytest.raises(AuthError):
+            keys.check(["Bearer wrong"], "10.0.0.1")
+    with pytest.raises(OverloadedError):
+        keys.check([f"Bearer {KEY}"], "10.0.0.1")
+    assert keys.check([f"Bearer {KEY}"], "10.0.0.2") == "ann"
+    now[0] = 61.0
+    assert keys.check([f"Bearer {KEY}"], "10.0.0.1") == "ann"
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "code"),
+    [
+        (f"ann {KEY}\n", 0o644, "secret_permissions"),
+        ("", 0o600, "config_invalid"),
+        ("ann short\n", 0o600, "config_invalid"),
+        (f"ann {KEY} extra\n", 0o600, "config_invalid"),
+        (f"ann {KEY}\nann {KEY}2\n", 0o600, "config_invalid"),
+    ],
+)
+def test_key_file_mistakes_are_named_without_the_key(tmp_path, text, mode, code):
+    path = tmp_path / "keys"
+    path.write_text(text)
+    path.chmod(mode)
+    with pytest.raises(ConfigError) as caught:
+        ApiKeys.read(path, lambda: 0.0)
+    assert caught.value.error_code == code
+    assert KEY not in caught.value.message
+
+
+def test_key_file_with_comments_is_read(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text(f"# keys\n\nann {KEY}\n")
+    path.chmod(0o600)
+    assert ApiKeys.read(path, lambda: 0.0).check([f"Bearer {KEY}"], "") == "ann"
+
+
+async def test_health_is_ready_only_after_the_engine_made_a_token(bench, client):
+    bench.engine.answer_ids = []
+    bench.engine.eos_id = 0
+    bench.engine.fail_after = 0
+    assert (await client.get("/health")).status == 503
+    bench.engine.fail_after = None
+    assert (await client.get("/health")).status == 200
+    probes = len(bench.engine.submits)
+    assert (await client.get("/health")).status == 200
+    assert len(bench.engine.submits) == probes
+    assert bench.books.opened == []
+
+
+async def test_health_needs_a_new_proof_after_the_engine_died(bench, client):
+    assert (await client.get("/health")).status == 200
+    bench.engine.is_alive = False
+    dead = await client.get("/health")
+    assert (dead.status, (await dead.json())["error_type"]) == (503, "healthcheck")
+    bench.engine.is_alive = True
+    probes = len(bench.engine.submits)
+    assert (await client.get("/health")).status == 200
+    assert len(bench.engine.submits) == probes + 1
+
+
+async def test_models_list_base_and_adapters_with_parent_and_hash(client):
+    data = (await (await client.get("/v1/models")).json())["data"]
+    assert [(item["id"], item["parent"]) for item in data] == [
+        ("tiny-base", None),
+        ("alice", "tiny-base"),
+        ("org/bob", "tiny-base"),
+    ]
+    one = await (await client.get("/v1/models/org/bob")).json()
+    assert one == data[2]
+    assert one["openlora"]["adapter_id"] == "2" * 64
+
+
+async def test_info_has_loraxs_fields(client):
+    body = await (await client.get("/info")).json()
+    assert {"model_id", "model_sha", "max_total_tokens", "max_stop_sequences", "version"} <= set(body)
+
+
+async def test_receipt_is_found_by_the_headers_id(client):
+    answer = await client.post("/v1/chat/completions", json=CHAT)
+    found = await client.get(f"/v1/receipts/{answer.headers['x-openlora-receipt']}")
+    assert await found.json() == (await answer.json())["openlora"]["receipt"]
+
+
+async def test_metrics_speak_three_dialects(bench, client):
+    bench.engine.stats = Stats(
+        running=2, waiting=3, kv_blocks_used=1, kv_blocks_total=4, resident_adapters=("1" * 64,), adapter_slots=8
+    )
+    await client.post("/v1/chat/completions", json=CHAT)
+    await client.post("/v1/chat/completions", json={})
+    text = await (await client.get("/metrics")).text()
+    lines = text.splitlines()
+    assert "vllm:num_requests_running 2.0" in lines
+    assert "vllm:num_requests_waiting 3.0" in lines
+    assert "vllm:kv_cache_usage_perc 0.25" in lines
+    info = [line for line in lines if line.startswith("vllm:lora_requests_info{")]
+    assert len(info) == 1
+    assert 'max_lora="8"' in info[0]
+    assert 'running_lora_adapters="alice"' in info[0]
+    assert "lorax_request_count 3.0" in lines
+    assert "lorax_request_success 1.0" in lines
+    assert 'lorax_request_failure{err="validation"} 1.0' in lines
+    assert 'openlora_requests_total{outcome="ok",route="/v1/chat/completions"} 1.0' in lines
+    assert any(line.startswith("openlora_output_tokens_total ") for line in lines)
+
+
+async def test_log_names_the_request_and_never_its_text(bench, client):
+    answer = await client.post("/v1/chat/completions", json=CHAT, headers={"x-openlora-voucher": "AAAA"})
+    assert answer.status == 402
+    await client.post("/v1/chat/completions", json=CHAT)
+    lines = [json.loads(line) for line in bench.log.getvalue().splitlines()]
+    assert [line["status"] for line in lines if line["event"] == "request"] == [402, 200]
+    assert "top secret" not in bench.log.getvalue()
+    assert "hello world" not in bench.log.getvalue()
+
+
+def encoded(**changes):
+    voucher = {
+        "payer": "0x" + "a" * 40,
+        "operator": "0x" + "b" * 40,
+        "cumulative": "340282366920938463463374607431768211456",
+        "deadline": 4102444800,
+        "signature": "0x" + "1" * 130,
+    }
+    return base64.urlsafe_b64encode(json.dumps({**voucher, **changes}).encode()).decode().rstrip("=")
+
+
+async def test_voucher_header_reaches_the_books_typed(bench, client):
+    await client.post("/v1/chat/completions", json=CHAT, headers={"x-openlora-voucher": encoded()})
+    assert bench.books.opened[0].voucher["cumulative"] == 1 << 128
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["", "!!!", "AAAA", encoded(payer="0x1"), encoded(cumulative=-1), encoded(cumulative=1.5), encoded(cumulative=str(1 << 256)),
+     encoded(deadline=True), encoded(signature="0x"), "A" * 5000],
+)  # fmt: skip
+async def test_malformed_voucher_is_402_before_anything_runs(bench, client, header):
+    answer = await client.post("/v1/chat/completions", json=CHAT, headers={"x-openlora-voucher": header})
+    error = (await answer.json())["error"]
+    assert (answer.status, error["code"]) == (402, "voucher_invalid")
+    assert bench.books.opened == []
+
+
+def test_the_room_imports_neither_torch_nor_transformers():
+    code = "import sys, node.api.application, node.api.listener, node.api.settlement_books\n"
+    code += "print([name for name in ('torch', 'transformers', 'web3') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
