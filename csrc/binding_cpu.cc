@@ -42,8 +42,6 @@ const T* as(const Tensor& t) {
   return static_cast<const T*>(t.data_ptr());
 }
 
-int thread_count() { return static_cast<int>(torch::stable::get_num_threads()); }
-
 int64_t best_isa() { return openlora::best_isa(); }
 
 Tensor pack_linear(const Tensor& weight) {
@@ -63,7 +61,7 @@ Tensor pack_linear(const Tensor& weight) {
   return packed;
 }
 
-openlora::Linear linear_arguments(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t outputs, bool out_is_float) {
+openlora::Linear linear_arguments(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t outputs, bool out_is_float, int64_t threads) {
   openlora::Linear a{};
   a.is_float = is_float(x, "x");
   check(x, "x", 2, x.scalar_type());
@@ -82,7 +80,7 @@ openlora::Linear linear_arguments(const Tensor& x, const Tensor& packed, const M
   a.rows = x.size(0);
   a.inputs = x.size(1);
   a.outputs = outputs;
-  a.threads = thread_count();
+  a.threads = static_cast<int>(threads);
   return a;
 }
 
@@ -91,8 +89,8 @@ Tensor new_output(const Tensor& x, int64_t rows, int64_t columns, bool wide) {
   return torch::stable::new_empty(x, {rows, columns});
 }
 
-Tensor linear(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t outputs, bool out_is_float, int64_t isa) {
-  openlora::Linear a = linear_arguments(x, packed, bias, outputs, out_is_float);
+Tensor linear(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t outputs, bool out_is_float, int64_t isa, int64_t threads) {
+  openlora::Linear a = linear_arguments(x, packed, bias, outputs, out_is_float, threads);
   Tensor y = new_output(x, a.rows, outputs, a.out_is_float);
   a.y = y.data_ptr();
   table(isa).linear(a);
@@ -174,8 +172,8 @@ openlora::Lora lora_arguments(const LoraTensors& t, int64_t rows, int64_t inputs
 
 Tensor lora_linear(const Tensor& x, const Tensor& packed, const MaybeTensor& bias, int64_t outputs, bool out_is_float, const Tensor& pages,
                    const Tensor& slot_pages, const Tensor& ranks, const Tensor& scales, int64_t page_rank, const Tensor& row_start,
-                   const Tensor& slot, const Tensor& weight, const Tensor& spans, int64_t isa) {
-  openlora::Linear a = linear_arguments(x, packed, bias, outputs, out_is_float);
+                   const Tensor& slot, const Tensor& weight, const Tensor& spans, int64_t isa, int64_t threads) {
+  openlora::Linear a = linear_arguments(x, packed, bias, outputs, out_is_float, threads);
   a.lora = lora_arguments({pages, slot_pages, ranks, scales, page_rank, row_start, slot, weight, spans}, a.rows, a.inputs, outputs);
   Tensor y = new_output(x, a.rows, outputs, a.out_is_float);
   a.y = y.data_ptr();
@@ -184,7 +182,7 @@ Tensor lora_linear(const Tensor& x, const Tensor& packed, const MaybeTensor& bia
 }
 
 void sgmv(Tensor y, const Tensor& x, const Tensor& pages, const Tensor& slot_pages, const Tensor& ranks, const Tensor& scales,
-          int64_t page_rank, const Tensor& row_start, const Tensor& slot, const Tensor& weight, const Tensor& spans, int64_t isa) {
+          int64_t page_rank, const Tensor& row_start, const Tensor& slot, const Tensor& weight, const Tensor& spans, int64_t isa, int64_t threads) {
   openlora::Linear a{};
   a.is_float = is_float(x, "x");
   a.out_is_float = is_float(y, "y");
@@ -197,12 +195,12 @@ void sgmv(Tensor y, const Tensor& x, const Tensor& pages, const Tensor& slot_pag
   a.rows = x.size(0);
   a.inputs = x.size(1);
   a.outputs = y.size(1);
-  a.threads = thread_count();
+  a.threads = static_cast<int>(threads);
   a.lora = lora_arguments({pages, slot_pages, ranks, scales, page_rank, row_start, slot, weight, spans}, a.rows, a.inputs, a.outputs);
   if (a.lora.term_count > 0) table(isa).linear(a);
 }
 
-Tensor norm(const Tensor& x, const Tensor* residual, const Tensor& weight, double eps, int64_t isa) {
+Tensor norm(const Tensor& x, const Tensor* residual, const Tensor& weight, double eps, int64_t isa, int64_t threads) {
   openlora::Norm a{};
   a.is_float = is_float(x, "x");
   check(x, "x", 2, x.scalar_type());
@@ -220,18 +218,18 @@ Tensor norm(const Tensor& x, const Tensor* residual, const Tensor& weight, doubl
   a.rows = x.size(0);
   a.size = x.size(1);
   a.eps = static_cast<float>(eps);
-  a.threads = thread_count();
+  a.threads = static_cast<int>(threads);
   table(isa).norm(a);
   return y;
 }
 
-Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, int64_t isa) { return norm(x, nullptr, weight, eps, isa); }
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, int64_t isa, int64_t threads) { return norm(x, nullptr, weight, eps, isa, threads); }
 
-Tensor add_rms_norm(const Tensor& x, Tensor residual, const Tensor& weight, double eps, int64_t isa) {
-  return norm(x, &residual, weight, eps, isa);
+Tensor add_rms_norm(const Tensor& x, Tensor residual, const Tensor& weight, double eps, int64_t isa, int64_t threads) {
+  return norm(x, &residual, weight, eps, isa, threads);
 }
 
-Tensor silu_mul(const Tensor& gate_up, int64_t isa) {
+Tensor silu_mul(const Tensor& gate_up, int64_t isa, int64_t threads) {
   openlora::SiluMul a{};
   a.is_float = is_float(gate_up, "gate_up");
   check(gate_up, "gate_up", 2, gate_up.scalar_type());
@@ -241,7 +239,7 @@ Tensor silu_mul(const Tensor& gate_up, int64_t isa) {
   Tensor y = torch::stable::new_empty(gate_up, {a.rows, a.size});
   a.gate_up = gate_up.data_ptr();
   a.y = y.data_ptr();
-  a.threads = thread_count();
+  a.threads = static_cast<int>(threads);
   table(isa).silu_mul(a);
   return y;
 }
@@ -254,7 +252,7 @@ void check_caches(const Tensor& key_cache, const Tensor& value_cache, ScalarType
 }
 
 Tensor rope_kv_write(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& positions, const Tensor& kv_slots,
-                     Tensor key_cache, Tensor value_cache, const MaybeTensor& q_norm, const MaybeTensor& k_norm, double eps, int64_t isa) {
+                     Tensor key_cache, Tensor value_cache, const MaybeTensor& q_norm, const MaybeTensor& k_norm, double eps, int64_t isa, int64_t threads) {
   openlora::RopeKv a{};
   a.is_float = is_float(qkv, "qkv");
   check(qkv, "qkv", 2, qkv.scalar_type());
@@ -292,7 +290,7 @@ Tensor rope_kv_write(const Tensor& qkv, const Tensor& cos, const Tensor& sin, co
   a.k_norm = data(k_norm);
   a.q = q.data_ptr();
   a.eps = static_cast<float>(eps);
-  a.threads = thread_count();
+  a.threads = static_cast<int>(threads);
   table(isa).rope_kv_write(a);
   return q;
 }
@@ -311,7 +309,7 @@ void check_sequences(const openlora::Attention& a, int64_t rows, int64_t blocks)
 }
 
 Tensor paged_attention(const Tensor& q, const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_tables,
-                       const Tensor& query_start, const Tensor& context_lens, double scale, int64_t window, int64_t isa) {
+                       const Tensor& query_start, const Tensor& context_lens, double scale, int64_t window, int64_t isa, int64_t threads) {
   openlora::Attention a{};
   a.is_float = is_float(q, "q");
   check(q, "q", 2, q.scalar_type());
@@ -338,7 +336,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& key_cache, const Tensor& v
   a.y = y.data_ptr();
   a.window = window;
   a.scale = static_cast<float>(scale);
-  a.threads = thread_count();
+  a.threads = static_cast<int>(threads);
   table(isa).attention(a);
   return y;
 }
@@ -348,22 +346,22 @@ Tensor paged_attention(const Tensor& q, const Tensor& key_cache, const Tensor& v
 STABLE_TORCH_LIBRARY(openlora, m) {
   m.def("best_isa() -> int");
   m.def("pack_linear(Tensor weight) -> Tensor");
-  m.def("linear(Tensor x, Tensor packed, Tensor? bias, int out_features, bool is_float, int isa) -> Tensor");
+  m.def("linear(Tensor x, Tensor packed, Tensor? bias, int out_features, bool is_float, int isa, int threads) -> Tensor");
   m.def(
       "lora_linear(Tensor x, Tensor packed, Tensor? bias, int out_features, bool is_float, Tensor pages, Tensor slot_pages, Tensor ranks, "
-      "Tensor scales, int page_rank, Tensor row_start, Tensor slot, Tensor weight, Tensor spans, int isa) -> Tensor");
+      "Tensor scales, int page_rank, Tensor row_start, Tensor slot, Tensor weight, Tensor spans, int isa, int threads) -> Tensor");
   m.def(
       "sgmv(Tensor(a!) y, Tensor x, Tensor pages, Tensor slot_pages, Tensor ranks, Tensor scales, int page_rank, Tensor row_start, "
-      "Tensor slot, Tensor weight, Tensor spans, int isa) -> ()");
-  m.def("rms_norm(Tensor x, Tensor weight, float eps, int isa) -> Tensor");
-  m.def("add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps, int isa) -> Tensor");
-  m.def("silu_mul(Tensor gate_up, int isa) -> Tensor");
+      "Tensor slot, Tensor weight, Tensor spans, int isa, int threads) -> ()");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, int isa, int threads) -> Tensor");
+  m.def("add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps, int isa, int threads) -> Tensor");
+  m.def("silu_mul(Tensor gate_up, int isa, int threads) -> Tensor");
   m.def(
       "rope_kv_write(Tensor qkv, Tensor cos, Tensor sin, Tensor positions, Tensor kv_slots, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-      "Tensor? q_norm, Tensor? k_norm, float eps, int isa) -> Tensor");
+      "Tensor? q_norm, Tensor? k_norm, float eps, int isa, int threads) -> Tensor");
   m.def(
       "paged_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor query_start, Tensor context_lens, "
-      "float scale, int sliding_window, int isa) -> Tensor");
+      "float scale, int sliding_window, int isa, int threads) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(openlora, CompositeExplicitAutograd, m) { m.impl("best_isa", TORCH_BOX(&best_isa)); }

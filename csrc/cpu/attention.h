@@ -61,6 +61,17 @@ static void transpose_keys(const Attention& a, const AttentionTask& task, int64_
   }
 }
 
+// Ask for a tile of keys and values at once: cache blocks are too short for the hardware to find the pattern.
+template <class T>
+static void prefetch_tile(const Attention& a, const AttentionTask& task, int64_t key0, int64_t count) {
+  const int64_t bytes = a.head_size * static_cast<int64_t>(sizeof(T));
+  for (const void* cache : {a.key_cache, a.value_cache})
+    for (int64_t k = 0; k < count; ++k) {
+      const char* row = reinterpret_cast<const char*>(cache_row<T>(a, cache, task, key0 + k));
+      for (int64_t line = 0; line < bytes; line += 64) _mm_prefetch(row + line, _MM_HINT_T0);
+    }
+}
+
 template <class T>
 static void widen_values(const Attention& a, const AttentionTask& task, int64_t key0, int64_t count, int64_t padded, float* values) {
   for (int64_t k = 0; k < count; ++k) {
@@ -195,9 +206,13 @@ static void attend(const Attention& a, const AttentionTask& task, const Attentio
   __builtin_memset(s.outputs, 0, static_cast<size_t>(tile_rows * padded) * 4);
   const int64_t end = task.first_position + task.rows;
   int64_t key0 = a.window > 0 && task.first_position - a.window + 1 > 0 ? task.first_position - a.window + 1 : 0;
-  for (key0 = key0 / kKeyTile * kKeyTile; key0 < end; key0 += kKeyTile) {
+  key0 = key0 / kKeyTile * kKeyTile;
+  prefetch_tile<T>(a, task, key0, end - key0 < kKeyTile ? end - key0 : kKeyTile);
+  for (; key0 < end; key0 += kKeyTile) {
     const int64_t count = end - key0 < kKeyTile ? end - key0 : kKeyTile;
     const int vecs = static_cast<int>((count + 15) / 16);
+    const int64_t ahead = end - key0 - kKeyTile;
+    if (ahead > 0) prefetch_tile<T>(a, task, key0 + kKeyTile, ahead < kKeyTile ? ahead : kKeyTile);
     transpose_keys<T>(a, task, key0, count, static_cast<uint32_t*>(s.keys));
     const T* keys = static_cast<const T*>(s.keys);
     if (vecs == 4) score_rows<T, 4>(tile_rows, queries, query_stride, keys, steps, a.scale, s.scores);

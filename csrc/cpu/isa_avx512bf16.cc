@@ -1,6 +1,8 @@
 // The kernels compiled for avx512bf16. Nothing here may run before best_isa() said so.
 #include <immintrin.h>
 
+#include <initializer_list>
+
 #include "cpu/dispatch.h"
 #include "cpu/thread_pool.h"
 

@@ -151,6 +151,12 @@ static void shrink_ranks(const TX* const* x, const TP* a, int64_t inputs, const 
   for (; r < ranks; ++r) shrink_tile<TX, TP, ROWS, 1>(x, a + r * inputs, inputs, scale, out, rank + r);
 }
 
+template <class TP>
+OL_INLINE void prefetch_run(const TP* begin, int64_t elements) {
+  const char* end = reinterpret_cast<const char*>(begin + elements);
+  for (const char* line = reinterpret_cast<const char*>(begin); line < end; line += 64) _mm_prefetch(line, _MM_HINT_T1);
+}
+
 template <class TX, class TP>
 static void shrink(LoraPlan& plan, const TX* x, int64_t inputs, int64_t task_index) {
   const Lora& lora = *plan.lora;
@@ -162,6 +168,10 @@ static void shrink(LoraPlan& plan, const TX* x, int64_t inputs, int64_t task_ind
   for (int64_t done = 0; done < rank; done += lora.page_rank) {
     const TP* a = page_of<TP>(lora, slot, done / lora.page_rank) + span[1];
     const int64_t ranks = rank - done < lora.page_rank ? rank - done : lora.page_rank;
+    if (task.begin == plan.group_start[task.group]) {  // B too: its rows lie side by side here, but far apart for a tile of outputs
+      prefetch_run(a, ranks * inputs);
+      prefetch_run(a - span[1] + span[2], ranks * span[4]);
+    }
     for (int32_t at = task.begin; at < task.end; at += 4) {
       const TX* rows[4];
       float* out[4];

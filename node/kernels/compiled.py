@@ -20,10 +20,12 @@ class CompiledKernels(Kernels):
 
     Args:
         isa: One of `ISAS`; this CPU must have it.
+        threads: Threads of every operation, the caller's among them.
     """
 
-    def __init__(self, isa: str) -> None:
+    def __init__(self, isa: str, threads: int) -> None:
         self._isa = ISAS.index(isa)
+        self._threads = threads
         self._name = f"cpp-{isa}"
         ops = torch.ops.openlora
         # Bound once: looking an overload up through torch.ops costs more than the small operations themselves.
@@ -38,7 +40,7 @@ class CompiledKernels(Kernels):
         self._paged_attention = ops.paged_attention.default
 
     @classmethod
-    def open(cls, isa: str | None, *, is_required: bool) -> CompiledKernels | None:
+    def open(cls, isa: str | None, threads: int, *, is_required: bool) -> CompiledKernels | None:
         """Load the library and take the best (or the named) instruction set; None when absent and not required.
 
         Raises:
@@ -58,7 +60,7 @@ class CompiledKernels(Kernels):
         best = int(torch.ops.openlora.best_isa())
         wanted = best if isa is None else ISAS.index(isa)
         if 0 <= wanted <= best:
-            return cls(ISAS[wanted])
+            return cls(ISAS[wanted], threads)
         if is_required or isa is not None:
             has = ISAS[best] if best >= 0 else "none of them"
             raise ConfigError(f"this CPU cannot run the kernels' {isa or 'avx2'} path (it has {has}); set kernels = reference")
@@ -84,7 +86,7 @@ class CompiledKernels(Kernels):
     ) -> Tensor:
         is_float = x.dtype == torch.float32 or out_dtype == torch.float32
         if rows is None or pool is None or spans is None:
-            return self._linear(x, packed.data, bias, packed.out_features, is_float, self._isa)  # type: ignore[no-any-return]
+            return self._linear(x, packed.data, bias, packed.out_features, is_float, self._isa, self._threads)  # type: ignore[no-any-return]
         return self._lora_linear(  # type: ignore[no-any-return]
             x,
             packed.data,
@@ -101,6 +103,7 @@ class CompiledKernels(Kernels):
             rows.weight,
             spans.table,
             self._isa,
+            self._threads,
         )
 
     def sgmv(self, y: Tensor, x: Tensor, pool: LoraPool, rows: LoraRows, spans: LoraSpans) -> None:
@@ -117,16 +120,17 @@ class CompiledKernels(Kernels):
             rows.weight,
             spans.table,
             self._isa,
+            self._threads,
         )
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return self._rms_norm(x, weight, eps, self._isa)  # type: ignore[no-any-return]
+        return self._rms_norm(x, weight, eps, self._isa, self._threads)  # type: ignore[no-any-return]
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return self._add_rms_norm(x, residual, weight, eps, self._isa)  # type: ignore[no-any-return]
+        return self._add_rms_norm(x, residual, weight, eps, self._isa, self._threads)  # type: ignore[no-any-return]
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        return self._silu_mul(gate_up, self._isa)  # type: ignore[no-any-return]
+        return self._silu_mul(gate_up, self._isa, self._threads)  # type: ignore[no-any-return]
 
     def rope_kv_write(
         self,
@@ -143,7 +147,7 @@ class CompiledKernels(Kernels):
         eps: float = 1e-6,
     ) -> Tensor:
         return self._rope_kv_write(  # type: ignore[no-any-return]
-            qkv, cos, sin, positions, kv_slots, key_cache, value_cache, q_norm, k_norm, eps, self._isa
+            qkv, cos, sin, positions, kv_slots, key_cache, value_cache, q_norm, k_norm, eps, self._isa, self._threads
         )
 
     def paged_attention(
@@ -159,5 +163,5 @@ class CompiledKernels(Kernels):
     ) -> Tensor:
         window = 0 if sliding_window is None else sliding_window
         return self._paged_attention(  # type: ignore[no-any-return]
-            q, key_cache, value_cache, block_tables, query_start, context_lens, scale, window, self._isa
+            q, key_cache, value_cache, block_tables, query_start, context_lens, scale, window, self._isa, self._threads
         )

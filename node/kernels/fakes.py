@@ -30,7 +30,7 @@ def _like_first(x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-def _silu_mul(gate_up: Tensor, isa: int) -> Tensor:
+def _silu_mul(gate_up: Tensor, *rest: Any) -> Tensor:
     return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
 
 

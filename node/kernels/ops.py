@@ -29,12 +29,17 @@ class Kernels(ABC):
     """
 
     @staticmethod
-    def load(mode: Mode = "auto", *, isa: str | None = None, is_deterministic: bool = False) -> Kernels:
+    def load(
+        mode: Mode = "auto", *, threads: int | None = None, isa: str | None = None, is_deterministic: bool = False
+    ) -> Kernels:
         """Choose the kernels of this process.
 
         Args:
             mode: "auto" takes the compiled ones where they are built and this CPU can run them, "cpp" insists,
                 "reference" is plain torch.
+            threads: Threads of the compiled operations, 1 to 64; None takes torch's number now. They are not torch's own: a
+                process that serves does `torch.set_num_threads(1)` afterwards, because torch's idle OpenMP workers spin for
+                milliseconds and take the cores from these.
             isa: Force "avx2", "avx512" or "avx512bf16" (tests, benchmarks); None takes the best of this CPU.
             is_deterministic: Bitwise batch invariance for the reference too (row by row, slow); the compiled ones have it always.
 
@@ -44,7 +49,10 @@ class Kernels(ABC):
         from node.kernels.compiled import CompiledKernels  # both implement this class, so they cannot be imported above it
         from node.kernels.torch_kernels import TorchKernels
 
-        compiled = None if mode == "reference" else CompiledKernels.open(isa, is_required=mode == "cpp")
+        if mode == "reference":
+            return TorchKernels(is_deterministic=is_deterministic)
+        count = torch.get_num_threads() if threads is None else threads
+        compiled = CompiledKernels.open(isa, count, is_required=mode == "cpp")
         return TorchKernels(is_deterministic=is_deterministic) if compiled is None else compiled
 
     @property

@@ -18,7 +18,7 @@ from node.kernels.ops import Kernels
 
 def _available() -> list[str]:
     build()
-    best = CompiledKernels.open(None, is_required=True)
+    best = CompiledKernels.open(None, 1, is_required=True)
     assert best is not None
     return list(ISAS[: ISAS.index(best.name.removeprefix("cpp-")) + 1])
 
@@ -27,7 +27,7 @@ def _available() -> list[str]:
 def kernels(request: pytest.FixtureRequest, available_isas: list[str]) -> Kernels:
     if request.param not in available_isas:
         pytest.skip(f"this CPU has no {request.param}")
-    return Kernels.load("cpp", isa=request.param)
+    return Kernels.load("cpp", isa=request.param, threads=2)
 
 
 @pytest.fixture(scope="session")
@@ -42,14 +42,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture
 def best(available_isas: list[str]) -> Kernels:
-    return Kernels.load("cpp")
-
-
-@pytest.fixture
-def threads() -> Callable[[int], None]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+    return Kernels.load("cpp", threads=2)
 
 
 @dataclass

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from node.kernels import reference
+from node.kernels.ops import Kernels
 
 
 class Sequences:
@@ -66,12 +67,11 @@ def test_attention_any_chunking_has_the_same_bits(kernels, dtype, window):
     assert torch.equal(batch.part(kernels, 2, 0, 1, window), whole[-1:])
 
 
-def test_attention_any_thread_count_has_the_same_bits(best, dtype, threads):
+def test_attention_any_thread_count_has_the_same_bits(best, dtype):
     batch = Sequences(MIXED, 9, 3, 64, 16, dtype)
-    threads(1)
-    one = batch.run(best)
-    threads(4)
+    one, four = (batch.run(Kernels.load("cpp", threads=count)) for count in (1, 4))
     assert torch.equal(one, batch.run(best))
+    assert torch.equal(one, four)
 
 
 def test_attention_block_outside_the_cache_is_refused(best):

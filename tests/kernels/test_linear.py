@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from node.kernels import reference
+from node.kernels.ops import Kernels
 
 SHAPES = [(1, 576, 960), (3, 64, 33), (16, 1536, 576), (9, 7, 5), (70, 96, 130), (300, 64, 48)]
 RANKS = [1, 4, 8, 20, 64]
@@ -44,14 +45,11 @@ def test_linear_rows_in_any_batch_have_the_same_bits(kernels, dtype, rows):
     assert torch.equal(batch, alone)
 
 
-def test_linear_any_thread_count_has_the_same_bits(best, dtype, threads):
+def test_linear_any_thread_count_has_the_same_bits(best, dtype):
     x, packed = torch.randn(33, 576).to(dtype), best.pack_linear(torch.randn(960, 576).to(dtype))
-    results = []
-    for count in (1, 2, 5):
-        threads(count)
-        results.append(best.linear(x, packed))
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    one, five = (Kernels.load("cpp", threads=count).linear(x, packed) for count in (1, 5))
+    assert torch.equal(one, best.linear(x, packed))
+    assert torch.equal(one, five)
 
 
 def test_linear_no_rows_returns_no_rows(kernels, dtype):
@@ -97,12 +95,11 @@ def test_lora_linear_rank_zero_module_is_untouched(kernels, dtype, make_adapters
 
 
 @pytest.mark.parametrize("page_dtype", [torch.float32, torch.bfloat16], ids=["pages_f32", "pages_bf16"])
-def test_lora_linear_rows_in_any_batch_have_the_same_bits(kernels, dtype, make_adapters, page_dtype, threads):
+def test_lora_linear_rows_in_any_batch_have_the_same_bits(kernels, dtype, make_adapters, page_dtype):
     adapters = make_adapters(RANKS, 160, (64, 33), page_dtype)
     x, packed = torch.randn(256, 160).to(dtype), kernels.pack_linear(torch.randn(97, 160).to(dtype))
     terms = _mixed_terms(256, len(RANKS))
     batch = kernels.linear(x, packed, pool=adapters.pool, rows=adapters.rows(terms), spans=adapters.spans)
-    threads(3)
     for i in (1, 2, 3, 4, 128, 199, 253):
         alone = kernels.linear(x[i : i + 1], packed, pool=adapters.pool, rows=adapters.rows([terms[i]]), spans=adapters.spans)
         assert torch.equal(alone[0], batch[i])

@@ -57,5 +57,5 @@ def test_rope_kv_write_matches_float64(kernels, dtype, heads, groups, size, has_
 def test_rope_kv_write_outside_tables_is_refused(best, position, slot):
     keys = torch.zeros(1, 1, 16, 4)
     table = torch.zeros(100, 2)
-    with pytest.raises(RuntimeError, match="position|slot"):
+    with pytest.raises(RuntimeError, match=r"position|slot"):
         best.rope_kv_write(torch.randn(1, 12), table, table, torch.tensor([position]), torch.tensor([slot]), keys, keys.clone())

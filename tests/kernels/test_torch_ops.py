@@ -16,9 +16,9 @@ def _check(name, *arguments):
 
 def test_opcheck_rows(best, dtype):
     x, weight = torch.randn(4, 32).to(dtype), torch.randn(32).to(dtype)
-    _check("rms_norm", x, weight, 1e-5, 0)
-    _check("add_rms_norm", x, x.clone(), weight, 1e-5, 0)
-    _check("silu_mul", x, 0)
+    _check("rms_norm", x, weight, 1e-5, 0, 1)
+    _check("add_rms_norm", x, x.clone(), weight, 1e-5, 0, 1)
+    _check("silu_mul", x, 0, 1)
 
 
 def test_opcheck_linear(best, dtype, make_adapters):
@@ -38,8 +38,8 @@ def test_opcheck_linear(best, dtype, make_adapters):
         0,
     )
     _check("pack_linear", weight)
-    _check("linear", x, packed, None, 33, False, 0)
-    _check("linear", x, packed, weight[0].clone(), 33, True, 0)
+    _check("linear", x, packed, None, 33, False, 0, 1)
+    _check("linear", x, packed, weight[0].clone(), 33, True, 0, 1)
     _check("lora_linear", x, packed, None, 33, False, *lora)
     _check("sgmv", torch.randn(3, 33).to(dtype), x, *lora)
 
@@ -52,9 +52,9 @@ def test_opcheck_attention(best, dtype):
         torch.tensor([0, 2], dtype=torch.int32),
         torch.tensor([20], dtype=torch.int32),
     )
-    _check("paged_attention", torch.randn(2, 16).to(dtype), cache, cache.clone(), *ints, 0.3, 0, 0)
+    _check("paged_attention", torch.randn(2, 16).to(dtype), cache, cache.clone(), *ints, 0.3, 0, 0, 1)
     places = (torch.tensor([3, 4]), torch.tensor([7, 20]))
-    _check("rope_kv_write", torch.randn(2, 32).to(dtype), table, table, *places, cache, cache.clone(), None, None, 1e-6, 0)
+    _check("rope_kv_write", torch.randn(2, 32).to(dtype), table, table, *places, cache, cache.clone(), None, None, 1e-6, 0, 1)
 
 
 def test_load_auto_takes_the_best_compiled_path(best):
