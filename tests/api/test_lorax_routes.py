@@ -49,12 +49,6 @@ async def test_root_answers_with_a_list_of_one(client):
     assert details["finish_reason"] == "eos_token"
     first = details["tokens"][0]
     assert first == {"id": first["id"], "text": "hello", "logprob": -0.5, "special": False, "skipped": False}
-        "id": details["tokens"][0]["id"],
-        "text": "hello",
-        "logprob": -0.5,
-        "special": False,
-        "skipped": False,
-    }
     assert details["tokens"][-1]["special"] is True
 
 
