@@ -14,8 +14,10 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from node.kernels.compiled import CompiledKernels
 from node.kernels.layout import PageLayout
 from node.kernels.lora import LoraPool, lora_rows
+from node.kernels.ops import Kernels
 from node.kernels.torch_kernels import TorchKernels
 from node.models.inputs import KVCache, StepInputs
 from node.models.load import LoadedModel, load_model, make_kv_cache
@@ -95,9 +97,20 @@ def tiny_llama(make_tiny: MakeTiny) -> Tiny:
     return make_tiny("llama")
 
 
+@pytest.fixture(scope="module", params=["reference", "cpp"])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    """Both kernel paths; the compiled one where it is built."""
+    if request.param == "reference":
+        return TorchKernels()
+    compiled = CompiledKernels.open(None, is_required=False)
+    if compiled is None:
+        pytest.skip("the C++ kernels are not built, or this CPU cannot run them")
+    return compiled
+
+
 @pytest.fixture(scope="session")
 def load() -> Callable[..., LoadedModel]:
-    """Load a directory or path in float32 with the torch reference."""
+    """Load a directory or path; in float32 with the torch reference unless told otherwise."""
 
     def load(path: Path | str, **options: Any) -> LoadedModel:
         options.setdefault("kernels", TorchKernels())

@@ -21,9 +21,9 @@ FAMILIES = [
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_forward_each_family_equals_transformers(family, make_tiny, load, drive, prompts, mixed_schedule, error):
+def test_forward_each_family_equals_transformers(family, make_tiny, load, kernels, drive, prompts, mixed_schedule, error):
     tiny = make_tiny(family)
-    loaded = load(tiny.directory)
+    loaded = load(tiny.directory, kernels=kernels)
     whole, chunked = drive(loaded), drive(loaded)
     for name, ids in prompts.items():
         whole.add(name, ids)
@@ -37,9 +37,9 @@ def test_forward_each_family_equals_transformers(family, make_tiny, load, drive,
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_each_family_equals_transformers_generate(family, make_tiny, load, drive, prompts):
+def test_greedy_each_family_equals_transformers_generate(family, make_tiny, load, kernels, drive, prompts):
     tiny = make_tiny(family)
-    driver = drive(load(tiny.directory))
+    driver = drive(load(tiny.directory, kernels=kernels))
     for name, ids in prompts.items():
         driver.add(name, ids)
 
@@ -53,9 +53,9 @@ def test_greedy_each_family_equals_transformers_generate(family, make_tiny, load
         assert answers[name] == reference[0, len(ids) :].tolist(), name
 
 
-def test_forward_bfloat16_stays_near_float32(make_tiny, load, drive, prompts, error):
+def test_forward_bfloat16_stays_near_float32(make_tiny, load, kernels, drive, prompts, error):
     tiny = make_tiny("llama")
-    driver = drive(load(tiny.directory, dtype=torch.bfloat16))
+    driver = drive(load(tiny.directory, kernels=kernels, dtype=torch.bfloat16))
     driver.add("a", prompts["a"])
 
     logits = driver.run([{"a": len(prompts["a"])}])["a"]
@@ -67,8 +67,8 @@ def test_forward_bfloat16_stays_near_float32(make_tiny, load, drive, prompts, er
     assert theirs < 0.05
 
 
-def test_forward_only_wanted_rows_returns_those_rows(tiny_llama, load, drive, prompts):
-    driver, other = drive(load(tiny_llama.directory)), drive(load(tiny_llama.directory))
+def test_forward_only_wanted_rows_returns_those_rows(tiny_llama, load, kernels, drive, prompts):
+    driver, other = drive(load(tiny_llama.directory, kernels=kernels)), drive(load(tiny_llama.directory, kernels=kernels))
     driver.add("a", prompts["a"])
     other.add("a", prompts["a"])
     everything = driver.step({"a": 29})["a"]
@@ -80,8 +80,8 @@ def test_forward_only_wanted_rows_returns_those_rows(tiny_llama, load, drive, pr
     torch.testing.assert_close(logits, everything[[28, 3]])
 
 
-def test_forward_no_wanted_row_still_writes_keys(tiny_llama, load, drive, prompts):
-    driver = drive(load(tiny_llama.directory))
+def test_forward_no_wanted_row_still_writes_keys(tiny_llama, load, kernels, drive, prompts):
+    driver = drive(load(tiny_llama.directory, kernels=kernels))
     driver.add("a", prompts["a"])
     inputs = driver.inputs({"a": 29})
     inputs.logit_rows = torch.empty(0, dtype=torch.int64)

@@ -135,7 +135,7 @@ def test_sentencepiece_encodes_as_transformers(text, sentencepiece):
 
 
 def test_sentencepiece_prefixes_every_piece_of_text_with_a_space(sentencepiece):
-    """As sentencepiece and llama.cpp do; transformers 5 leaves a text alone that begins with a space or follows a special token."""
+    """As sentencepiece and llama.cpp do; transformers 5 does not before a space or after a special token."""
     tokenizer = gguf_tokenizer(sentencepiece)
 
     assert tokenizer.encode(" hello", add_special_tokens=False).tokens == ["▁▁", "hello"]

@@ -26,10 +26,10 @@ ADAPTERS = {
 
 
 @pytest.fixture(params=["llama", "qwen3-biased-sliding", "llama-tied"])
-def many(request, make_tiny, load, peft_pool):
+def many(request, make_tiny, load, kernels, peft_pool):
     """A loaded base, the PEFT model of it, and a pool with all adapters; the tied model's head stays untouched in PEFT too."""
     tiny = make_tiny(request.param)
-    loaded = load(tiny.directory)
+    loaded = load(tiny.directory, kernels=kernels)
     chosen = [name for name in ADAPTERS if name != "head" or request.param != "llama-tied"]
     model, pool = peft_pool(tiny.reference, {name: LoraConfig(**ADAPTERS[name]) for name in chosen}, loaded.layout)
     assert set(pool.ranks[:, chosen.index("rank_pattern")].tolist()) == {0, 4, 9, 20}
@@ -87,9 +87,9 @@ def test_greedy_every_adapter_in_one_batch_equals_peft_generate(many, drive, pro
     assert len({tuple(answer) for answer in answers.values()}) > 3
 
 
-def test_forward_weighted_adapters_equal_peft_with_merged_weights(make_tiny, load, drive, prompts, peft_pool, error):
+def test_forward_weighted_adapters_equal_peft_with_merged_weights(make_tiny, load, kernels, drive, prompts, peft_pool, error):
     tiny = make_tiny("llama")
-    loaded = load(tiny.directory)
+    loaded = load(tiny.directory, kernels=kernels)
     adapters = {name: LoraConfig(**ADAPTERS[name]) for name in ("rank8", "rank64", "head")}
     model, pool = peft_pool(tiny.reference, adapters, loaded.layout)
     driver = drive(loaded, pool)

@@ -36,8 +36,8 @@ def reference(files):
 
 
 @pytest.fixture(scope="module")
-def loaded(load):
-    return load(PACKAGED_MODEL, max_model_len=512)
+def loaded(load, kernels):
+    return load(PACKAGED_MODEL, kernels=kernels, max_model_len=512)
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +82,16 @@ def test_smollm2_greedy_tokens_equal_transformers_generate(reference, loaded, dr
         assert answers[name] == generated[0, len(ids) :].tolist(), name
 
 
-def test_smollm2_adapters_in_one_batch_equal_peft(reference, loaded, drive, token_ids, peft_pool, error):
+@pytest.fixture
+def adapted(reference, loaded, peft_pool):
+    """The PEFT model and a pool of its adapters; afterwards the reference is as it was."""
     model, pool = peft_pool(reference, ADAPTERS, loaded.layout, b_scale=0.02)
+    yield model, pool
+    model.unload()
+
+
+def test_smollm2_adapters_in_one_batch_equal_peft(adapted, loaded, drive, token_ids, error):
+    model, pool = adapted
     driver = drive(loaded, pool)
     rng = random.Random(4)
     terms = {"chat": ((0, 1.0),), "prose": ((1, 1.0),), "code": ()}
