@@ -37,13 +37,38 @@ OL_INLINE const T* cache_row(const Attention& a, const void* cache, const Attent
   return static_cast<const T*>(cache) + ((block * a.groups + task.group) * a.block_size + position % a.block_size) * a.head_size;
 }
 
+// The tile that this thread will probably need after the current one. Cache blocks are too short for the hardware to find the
+// pattern, and a burst of requests would fill the miss buffers and stall: one row is asked for with every row that is used.
+struct NextTile {
+  const AttentionTask* task;  // null: nothing to ask for
+  int64_t key0, count;
+};
+
+template <class T>
+OL_INLINE void prefetch_row(const Attention& a, const void* cache, const NextTile& next, int64_t k) {
+  if (next.task == nullptr || k >= next.count) return;
+  const char* row = reinterpret_cast<const char*>(cache_row<T>(a, cache, *next.task, next.key0 + k));
+  for (int64_t line = 0; line < a.head_size * static_cast<int64_t>(sizeof(T)); line += 64) _mm_prefetch(row + line, _MM_HINT_T0);
+}
+
+OL_INLINE int64_t first_key(const Attention& a, const AttentionTask& task) {
+  const int64_t key = a.window > 0 && task.first_position - a.window + 1 > 0 ? task.first_position - a.window + 1 : 0;
+  return key / kKeyTile * kKeyTile;
+}
+
+OL_INLINE NextTile tile_at(const AttentionTask* task, int64_t key0) {
+  const int64_t left = task->first_position + task->rows - key0;
+  return {task, key0, left < kKeyTile ? left : kKeyTile};
+}
+
 // keys: [steps][kKeyTile] of one Step each, where a step is a dword (a pair of bfloat16, or one float).
 template <class T>
-static void transpose_keys(const Attention& a, const AttentionTask& task, int64_t key0, int64_t count, uint32_t* keys) {
+static void transpose_keys(const Attention& a, const AttentionTask& task, int64_t key0, int64_t count, const NextTile& next, uint32_t* keys) {
   const int64_t size = a.head_size, steps = (size + Step<T>::kSize - 1) / Step<T>::kSize;
   for (int64_t k = 0; k < count; k += 16) {
     const uint32_t* rows[16];
     const int64_t live = count - k < 16 ? count - k : 16;
+    for (int64_t i = 0; i < 16; ++i) prefetch_row<T>(a, a.key_cache, next, k + i);
     for (int64_t i = 0; i < 16; ++i)  // lanes after the last key repeat it; they are masked later
       rows[i] = reinterpret_cast<const uint32_t*>(cache_row<T>(a, a.key_cache, task, key0 + k + (i < live ? i : live - 1)));
     int64_t s = 0;
@@ -61,21 +86,11 @@ static void transpose_keys(const Attention& a, const AttentionTask& task, int64_
   }
 }
 
-// Ask for a tile of keys and values at once: cache blocks are too short for the hardware to find the pattern.
 template <class T>
-static void prefetch_tile(const Attention& a, const AttentionTask& task, int64_t key0, int64_t count) {
-  const int64_t bytes = a.head_size * static_cast<int64_t>(sizeof(T));
-  for (const void* cache : {a.key_cache, a.value_cache})
-    for (int64_t k = 0; k < count; ++k) {
-      const char* row = reinterpret_cast<const char*>(cache_row<T>(a, cache, task, key0 + k));
-      for (int64_t line = 0; line < bytes; line += 64) _mm_prefetch(row + line, _MM_HINT_T0);
-    }
-}
-
-template <class T>
-static void widen_values(const Attention& a, const AttentionTask& task, int64_t key0, int64_t count, int64_t padded, float* values) {
+static void widen_values(const Attention& a, const AttentionTask& task, int64_t key0, int64_t count, int64_t padded, const NextTile& next, float* values) {
   for (int64_t k = 0; k < count; ++k) {
     const T* row = cache_row<T>(a, a.value_cache, task, key0 + k);
+    prefetch_row<T>(a, a.value_cache, next, k);
     for (int64_t d = 0; d < a.head_size; d += 16) store(values + k * padded + d, load_n(row + d, a.head_size - d));
   }
 }
@@ -190,7 +205,7 @@ static void fold(RunningSoftmax& row, float* scores, int vecs, int64_t lo, int64
 }
 
 template <class T>
-static void attend(const Attention& a, const AttentionTask& task, const AttentionScratch& s) {
+static void attend(const Attention& a, const AttentionTask& task, const AttentionTask* next_task, const AttentionScratch& s) {
   const int64_t size = a.head_size, padded = round_up(size, 16), steps = (size + Step<T>::kSize - 1) / Step<T>::kSize;
   const int64_t query_stride = steps * Step<T>::kSize, tile_rows = task.rows * task.heads;
   T* queries = static_cast<T*>(s.queries);
@@ -205,15 +220,13 @@ static void attend(const Attention& a, const AttentionTask& task, const Attentio
   }
   __builtin_memset(s.outputs, 0, static_cast<size_t>(tile_rows * padded) * 4);
   const int64_t end = task.first_position + task.rows;
-  int64_t key0 = a.window > 0 && task.first_position - a.window + 1 > 0 ? task.first_position - a.window + 1 : 0;
-  key0 = key0 / kKeyTile * kKeyTile;
-  prefetch_tile<T>(a, task, key0, end - key0 < kKeyTile ? end - key0 : kKeyTile);
-  for (; key0 < end; key0 += kKeyTile) {
+  for (int64_t key0 = first_key(a, task); key0 < end; key0 += kKeyTile) {
     const int64_t count = end - key0 < kKeyTile ? end - key0 : kKeyTile;
     const int vecs = static_cast<int>((count + 15) / 16);
-    const int64_t ahead = end - key0 - kKeyTile;
-    if (ahead > 0) prefetch_tile<T>(a, task, key0 + kKeyTile, ahead < kKeyTile ? ahead : kKeyTile);
-    transpose_keys<T>(a, task, key0, count, static_cast<uint32_t*>(s.keys));
+    const NextTile next = key0 + kKeyTile < end ? tile_at(&task, key0 + kKeyTile)
+                          : next_task == nullptr ? NextTile{nullptr, 0, 0}
+                                                 : tile_at(next_task, first_key(a, *next_task));
+    transpose_keys<T>(a, task, key0, count, next, static_cast<uint32_t*>(s.keys));
     const T* keys = static_cast<const T*>(s.keys);
     if (vecs == 4) score_rows<T, 4>(tile_rows, queries, query_stride, keys, steps, a.scale, s.scores);
     else if (vecs == 3) score_rows<T, 3>(tile_rows, queries, query_stride, keys, steps, a.scale, s.scores);
@@ -225,7 +238,7 @@ static void attend(const Attention& a, const AttentionTask& task, const Attentio
       fold(softmax[i], s.scores + i * kKeyTile, vecs, lo, position + 1 - key0);
       carry[i] = softmax[i].carry;
     }
-    widen_values<T>(a, task, key0, count, padded, s.values);
+    widen_values<T>(a, task, key0, count, padded, next, s.values);
     int64_t d = 0;
     for (; d + 64 <= padded; d += 64) output_rows<4>(tile_rows, s.scores, s.values + d, count, padded, carry, s.outputs + d);
     for (; d < padded; d += 16) output_rows<1>(tile_rows, s.scores, s.values + d, count, padded, carry, s.outputs + d);
@@ -261,14 +274,13 @@ static void attention(const Attention& a) {
     const int64_t rows = a.query_start[s + 1] - a.query_start[s];
     first_task[s + 1] = first_task[s] + (rows + rows_per_task - 1) / rows_per_task * a.groups * parts;
   }
-  auto body = [&](int64_t chunk) {
-    int64_t lo = 0, hi = a.sequences;  // the sequence with first_task[lo] <= chunk < first_task[lo + 1]
+  auto task_at = [&](int64_t chunk) {
+    int64_t lo = 0, hi = a.sequences;  // the last sequence with first_task[lo] <= chunk; it has rows, or its end would be <= chunk
     while (hi - lo > 1) {
       const int64_t middle = (lo + hi) / 2;
       if (first_task[middle] <= chunk) lo = middle;
       else hi = middle;
     }
-    while (first_task[lo + 1] <= chunk) ++lo;
     const int64_t inside = chunk - first_task[lo], head_part = inside % (a.groups * parts);
     const int64_t begin = a.query_start[lo] + inside / (a.groups * parts) * rows_per_task, stop = a.query_start[lo + 1];
     AttentionTask task;
@@ -279,8 +291,17 @@ static void attention(const Attention& a) {
     task.first_position = a.context_lens[lo] - (stop - begin);
     task.first_head = task.group * per_group + head_part % parts * part;
     task.heads = (head_part % parts + 1) * part <= per_group ? part : per_group - head_part % parts * part;
-    const AttentionScratch s = attention_scratch(a);
-    a.is_float ? attend<float>(a, task, s) : attend<bf16>(a, task, s);
+    return task;
   };
-  parallel(a.threads, first_task[a.sequences], body);
+  const int64_t tasks = first_task[a.sequences];
+  auto body = [&](int64_t chunk) {
+    const AttentionTask task = task_at(chunk);
+    AttentionTask next;
+    const bool has_next = chunk + a.threads < tasks;
+    if (has_next) next = task_at(chunk + a.threads);
+    const AttentionScratch s = attention_scratch(a);
+    if (a.is_float) attend<float>(a, task, has_next ? &next : nullptr, s);
+    else attend<bf16>(a, task, has_next ? &next : nullptr, s);
+  };
+  parallel(a.threads, tasks, body);
 }

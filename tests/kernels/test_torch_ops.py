@@ -36,6 +36,7 @@ def test_opcheck_linear(best, dtype, make_adapters):
         rows.weight,
         adapters.spans.table,
         0,
+        1,
     )
     _check("pack_linear", weight)
     _check("linear", x, packed, None, 33, False, 0, 1)
