@@ -112,10 +112,11 @@ def _draw_random(x: Tensor, rows: list[DrawRow]) -> list[int]:
     _apply(x, rows, filters.keep_min_p, lambda s: s.min_p, off=0.0)
     cumulative = x.softmax(dim=1).double().cumsum(dim=1)
     noise = [[uniform(row.sampling.seed, row.choice_index, len(row.tokens))] for row in rows]
-    target = torch.tensor(noise, dtype=torch.float64) * cumulative[:, -1:]
+    total = cumulative[:, -1:].contiguous()
+    target = torch.tensor(noise, dtype=torch.float64) * total
     index = torch.searchsorted(cumulative, target, right=True)[:, 0]
     # The product may round up to the total; the last token of positive probability is then the answer.
-    last = torch.searchsorted(cumulative, cumulative[:, -1:])[:, 0]
+    last = torch.searchsorted(cumulative, total)[:, 0]
     return torch.minimum(index, last).tolist()
 
 

@@ -1,0 +1,134 @@
+"""A tiny random Llama with a tokenizer, PEFT adapters for it, and an in-process engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from node.adapters.binding import LinearTable
+from node.adapters.verify import AdapterVerifier
+from node.config import AdapterSettings, EngineSettings, ModelSettings
+from node.engine.engine import Engine, open_engine
+from node.engine.messages import Submit
+from node.request import AdapterTerm, Sampling
+
+VOCAB = 101
+
+
+@dataclass(frozen=True)
+class World:
+    """A checkpoint and three adapters of it, by name."""
+
+    model_dir: Path
+    adapters: dict[str, Path]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> World:
+    root = tmp_path_factory.mktemp("world")
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(root / "model")
+    Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0")).save(str(root / "model" / "tokenizer.json"))
+    adapters = {}
+    for name, rank, targets in (("x", 4, ["q_proj", "v_proj"]), ("y", 8, "all-linear"), ("z", 20, ["down_proj", "o_proj"])):
+        peft = get_peft_model(
+            LlamaForCausalLM.from_pretrained(root / "model"),
+            LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM"),
+        )
+        generator = torch.Generator().manual_seed(rank)
+        for parameter_name, parameter in peft.named_parameters():
+            if "lora_" in parameter_name:
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.15
+        peft.save_pretrained(root / name)
+        adapters[name] = root / name
+    return World(root / "model", adapters)
+
+
+class Driver:
+    """Feeds an engine on this thread and collects what comes out."""
+
+    def __init__(self, engine: Engine, world: World) -> None:
+        self.engine = engine
+        self.world = world
+        self.events: dict = {}
+        verifier = AdapterVerifier(LinearTable(engine.ready.linears), engine.ready.base_id, max_rank=256, max_bytes=1 << 30)
+        self.ids = {name: verifier.verify(path).adapter_id for name, path in world.adapters.items()}
+
+    def term(self, name: str, weight: float = 1.0) -> AdapterTerm:
+        return AdapterTerm(self.ids[name], str(self.world.adapters[name]), weight)
+
+    def add(self, sequence_id, prompt, adapters=(), tenant="t", choice_index=0, **sampling) -> None:
+        terms = tuple(self.term(item) if isinstance(item, str) else item for item in adapters)
+        sampling = Sampling(**{"max_new_tokens": 8, **sampling})
+        self.record(
+            self.engine.add(
+                Submit(
+                    sequence_id=sequence_id,
+                    tenant=tenant,
+                    prompt_ids=tuple(prompt),
+                    terms=terms,
+                    sampling=sampling,
+                    choice_index=choice_index,
+                )
+            )
+        )
+
+    def record(self, events) -> None:
+        for event in events:
+            self.events.setdefault(event.sequence_id, []).append(event)
+
+    def run(self) -> None:
+        for _ in range(200_000):
+            if not self.engine.has_work:
+                return
+            self.record(self.engine.step()[0])
+        raise AssertionError("the engine did not finish")
+
+    def tokens(self, sequence_id) -> list[int]:
+        return [token.token_id for event in self.events[sequence_id] for token in event.tokens]
+
+    def last(self, sequence_id):
+        return self.events[sequence_id][-1]
+
+
+@pytest.fixture
+def make_driver(world, tmp_path):
+    engines = []
+
+    def make(dtype="float32", adapters=None, model=None, **settings) -> Driver:
+        engine = open_engine(
+            ModelSettings(path=str(model or world.model_dir), dtype=dtype),
+            EngineSettings(**{"threads": 1, "kv_cache_bytes": 1 << 20, "kv_block_size": 4, **settings}),
+            AdapterSettings(**{"memory_bytes": 4 << 20, **(adapters or {})}),
+            tmp_path,
+        )
+        engines.append(engine)
+        return Driver(engine, world)
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture
+def driver(make_driver) -> Driver:
+    return make_driver()
