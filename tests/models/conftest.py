@@ -14,11 +14,9 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from node.kernels.compiled import CompiledKernels
 from node.kernels.layout import PageLayout
 from node.kernels.lora import LoraPool, lora_rows
 from node.kernels.ops import Kernels
-from node.kernels.torch_kernels import TorchKernels
 from node.models.inputs import KVCache, StepInputs
 from node.models.load import LoadedModel, load_model, make_kv_cache
 from node.models.source import resolve
@@ -100,12 +98,10 @@ def tiny_llama(make_tiny: MakeTiny) -> Tiny:
 @pytest.fixture(scope="module", params=["reference", "cpp"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     """Both kernel paths; the compiled one where it is built."""
-    if request.param == "reference":
-        return TorchKernels()
-    compiled = CompiledKernels.open(None, is_required=False)
-    if compiled is None:
+    kernels = Kernels.load("reference" if request.param == "reference" else "auto", threads=1)
+    if request.param == "cpp" and kernels.name == "reference":
         pytest.skip("the C++ kernels are not built, or this CPU cannot run them")
-    return compiled
+    return kernels
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +109,7 @@ def load() -> Callable[..., LoadedModel]:
     """Load a directory or path; in float32 with the torch reference unless told otherwise."""
 
     def load(path: Path | str, **options: Any) -> LoadedModel:
-        options.setdefault("kernels", TorchKernels())
+        options.setdefault("kernels", Kernels.load("reference"))
         return load_model(resolve(str(path)), options.pop("dtype", torch.float32), **options)
 
     return load

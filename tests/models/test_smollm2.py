@@ -113,8 +113,8 @@ def test_smollm2_bfloat16_load_stays_small():
     """The engine process may take 1.2 GB in all; loading must leave most of that to the caches."""
     program = (
         "import torch; from node.models.load import load_model; from node.models.source import resolve;"
-        "from node.kernels.torch_kernels import TorchKernels;"
-        f"load_model(resolve({PACKAGED_MODEL!r}), torch.bfloat16, TorchKernels());"
+        "from node.kernels.ops import Kernels;"
+        f"load_model(resolve({PACKAGED_MODEL!r}), torch.bfloat16, Kernels.load());"
         "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
     )
 
