@@ -8,7 +8,7 @@ message, so the tokens drawn from a message are what that message contributed; t
     python scripts/train_demo_adapters.py --train       train all three again, evaluate, write weights, table and manifests
     python scripts/train_demo_adapters.py --manifests   write the manifests again from the committed weights
 
-Same machine, same versions, same threads: same bytes. Elsewhere the table agrees within 2 %.
+Threads, seed and the order of the data are fixed. On another machine the table agrees within 2 %.
 """
 
 from __future__ import annotations

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import asyncio
+import shutil
+import threading
+
+import pytest
+
+from node.adapters.verify import AdapterVerifier
+from node.errors import (
+    AdapterChangedError,
+    AdapterForbiddenError,
+    AdapterInvalidError,
+    AdapterNotFoundError,
+    AdapterUnavailableError,
+    ConfigError,
+)
+
+
+class Gate:
+    """Holds verifications back until it is opened, and counts them."""
+
+    def __init__(self, monkeypatch):
+        self.open = threading.Event()
+        self.count = 0
+        real = AdapterVerifier.verify
+
+        def verify(verifier, directory):
+            self.count += 1
+            assert self.open.wait(20)
+            return real(verifier, directory)
+
+        monkeypatch.setattr(AdapterVerifier, "verify", verify)
+
+
+async def test_start_lists_the_directory_and_names_what_it_cannot_serve(catalog, writer):
+    writer.write("b")
+    writer.write("a")
+    writer.write("broken", r=0)
+    (writer.root / "no-adapter").mkdir()
+
+    await catalog.start()
+
+    assert [entry.name for entry in catalog.entries()] == ["a", "b"]
+    assert {name: error.error_code for name, error in catalog.problems.items()} == {"broken": "adapter_rank_unsupported"}
+
+
+async def test_start_with_directory_that_does_not_exist_is_a_setting_error(make_catalog, tmp_path):
+    with pytest.raises(ConfigError, match="nowhere"):
+        make_catalog(roots=(tmp_path / "nowhere",))
+
+
+async def test_resolve_directory_changed_on_disk_gets_its_new_id(catalog, writer):
+    writer.write("a", writer.tensors(seed=1))
+    before = await catalog.resolve("a")
+    writer.write("a", writer.tensors(seed=2))
+
+    after = await catalog.resolve("a")
+
+    assert after.adapter_id != before.adapter_id
+    assert [entry.adapter_id for entry in catalog.entries()] == [after.adapter_id]
+
+
+async def test_resolve_pinned_to_other_content_is_changed_error(catalog, writer):
+    writer.write("a", writer.tensors(seed=1))
+    pinned = (await catalog.resolve("a")).adapter_id
+    assert (await catalog.resolve("a", pin=pinned)).adapter_id == pinned
+    writer.write("a", writer.tensors(seed=2))
+
+    with pytest.raises(AdapterChangedError) as caught:
+        await catalog.resolve("a", pin=pinned)
+
+    assert caught.value.error_code == "adapter_digest_mismatch"
+
+
+async def test_resolve_by_content_hash_finds_what_is_known_and_nothing_that_moved(catalog, writer):
+    writer.write("a", writer.tensors(seed=1))
+    adapter_id = (await catalog.resolve("a")).adapter_id
+    assert (await catalog.resolve(adapter_id)).name == "a"
+    writer.write("a", writer.tensors(seed=2))
+
+    with pytest.raises(AdapterChangedError):
+        await catalog.resolve(adapter_id)
+    with pytest.raises(AdapterNotFoundError):
+        await catalog.resolve(adapter_id)
+
+
+async def test_resolve_removed_directory_leaves_the_list(catalog, writer):
+    directory = writer.write("a")
+    await catalog.resolve("a")
+    shutil.rmtree(directory)
+
+    with pytest.raises(AdapterNotFoundError):
+        await catalog.resolve("a")
+
+    assert catalog.entries() == ()
+
+
+async def test_resolve_link_within_the_root_is_served(catalog, writer):
+    writer.write("owner/real")
+    (writer.root / "alias").symlink_to(writer.root / "owner" / "real")
+
+    assert (await catalog.resolve("alias")).adapter_id == (await catalog.resolve("owner/real")).adapter_id
+
+
+async def test_resolve_asked_by_many_verifies_once(catalog, writer, monkeypatch):
+    gate = Gate(monkeypatch)
+    writer.write("a")
+    waiting = [asyncio.create_task(catalog.resolve("a")) for _ in range(20)]
+    await asyncio.sleep(0)
+    waiting[0].cancel()
+    gate.open.set()
+
+    found = await asyncio.gather(*waiting[1:])
+
+    assert gate.count == 1
+    assert len({entry.adapter_id for entry in found}) == 1
+
+
+async def test_resolve_cold_storm_is_refused_and_known_adapters_go_on(catalog, writer, monkeypatch):
+    writer.write("hot")
+    await catalog.resolve("hot")
+    for number in range(100):
+        (writer.root / f"cold-{number}").mkdir()
+    gate = Gate(monkeypatch)
+    storm = [asyncio.create_task(catalog.resolve(f"cold-{number}")) for number in range(100)]
+    await asyncio.sleep(0)
+
+    assert (await catalog.resolve("hot")).name == "hot"
+    gate.open.set()
+    errors = await asyncio.gather(*storm, return_exceptions=True)
+
+    codes = [error.error_code for error in errors]
+    assert codes.count("adapter_queue_full") == 36
+    assert codes.count("adapter_format_unsupported") == 64
+    assert all(error.is_retryable for error in errors if isinstance(error, AdapterUnavailableError))
+
+
+async def test_resolve_slow_check_times_out_and_serves_the_next_caller(make_catalog, writer, monkeypatch):
+    gate = Gate(monkeypatch)
+    catalog = make_catalog(fetch_timeout_s=0.01)
+    writer.write("a")
+
+    with pytest.raises(AdapterUnavailableError) as caught:
+        await catalog.resolve("a")
+    gate.open.set()
+    while not catalog.entries():
+        await asyncio.sleep(0)
+
+    assert caught.value.error_code == "source_limit"
+    assert (await catalog.resolve("a")).name == "a"
+    assert gate.count == 1
+    await catalog.close()
+
+
+async def test_resolve_bad_adapter_again_costs_nothing_until_it_changes_or_time_passes(catalog, writer, clock, monkeypatch):
+    gate = Gate(monkeypatch)
+    gate.open.set()
+    writer.write("a", r=0)
+    for _ in range(3):
+        with pytest.raises(AdapterInvalidError):
+            await catalog.resolve("a")
+    assert gate.count == 1
+
+    clock.now_s += 61
+    with pytest.raises(AdapterInvalidError):
+        await catalog.resolve("a")
+    assert gate.count == 2
+
+    writer.write("a")
+    assert (await catalog.resolve("a")).name == "a"
+
+
+async def test_add_path_is_served_under_its_name_and_a_bad_one_is_not(catalog, writer, tmp_path):
+    outside = type(writer)(tmp_path / "outside")
+
+    entry = await catalog.add(outside.write("mine"))
+    with pytest.raises(AdapterInvalidError):
+        await catalog.add(outside.write("bad", r=0))
+
+    assert (await catalog.resolve("mine", "local")).adapter_id == entry.adapter_id
+    with pytest.raises(AdapterNotFoundError):
+        await catalog.resolve("bad")
+
+
+@pytest.mark.parametrize("source", ["s3", "pbase", "http://169.254.169.254/", ""])
+async def test_resolve_other_source_is_forbidden(catalog, source):
+    with pytest.raises(AdapterForbiddenError) as caught:
+        await catalog.resolve("a", source)
+
+    assert caught.value.error_code == "source_forbidden"
+
+
+async def test_resolve_hub_name_where_the_hub_is_off_is_forbidden(catalog):
+    with pytest.raises(AdapterForbiddenError, match="allow_hub"):
+        await catalog.resolve("owner/name")

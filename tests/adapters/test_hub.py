@@ -1,0 +1,261 @@
+"""The hub source against a small server that speaks the hub's protocol: real HTTP, the real library."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import huggingface_hub.constants
+import pytest
+
+from node.errors import (
+    AdapterChangedError,
+    AdapterForbiddenError,
+    AdapterInvalidError,
+    AdapterNotFoundError,
+    AdapterUnavailableError,
+)
+
+COMMIT, LATER = "1" * 40, "2" * 40
+TOKEN = "hf_secret_token"
+
+
+class Hub:
+    """Repositories by name. `requests` records (method, path, token)."""
+
+    def __init__(self):
+        self.repositories = {}
+        self.status = None
+        self.requests = []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                hub.answer(self)
+
+            def do_HEAD(self):
+                hub.answer(self)
+
+            def log_message(self, *_):
+                """Nothing on the terminal."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,))
+        self.thread.start()
+
+    def publish(self, name, directory, *, commit=COMMIT, token=None, extra=()):
+        files = {path.name: path.read_bytes() for path in directory.iterdir()} | dict.fromkeys(extra, b"")
+        self.repositories[name] = (commit, token, files)
+
+    def answer(self, handler):
+        path, token = handler.path.partition("?")[0], (handler.headers.get("Authorization") or "").removeprefix("Bearer ")
+        self.requests.append((handler.command, path, token))
+        parts = path.strip("/").split("/")
+        name = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
+        if self.status is not None:
+            return send(handler, self.status, b"{}", {"Retry-After": "7"})
+        if name not in self.repositories:
+            return send(handler, 404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        commit, needed, files = self.repositories[name]
+        if needed is not None and token != needed:
+            return send(handler, 401, b"{}", {"X-Error-Code": "GatedRepo"})
+        if parts[0] == "api":
+            siblings = [{"rfilename": file, "size": len(content)} for file, content in files.items()]
+            info = {"id": name, "sha": commit, "private": needed is not None, "gated": False, "siblings": siblings}
+            return send(handler, 200, json.dumps(info).encode(), {})
+        content = files[parts[-1]]
+        return send(handler, 200, content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit})
+
+
+def send(handler, status, body, headers):
+    handler.send_response(status)
+    for key, value in ({"Content-Type": "application/json", "Content-Length": str(len(body))} | headers).items():
+        handler.send_header(key, value)
+    handler.end_headers()
+    if handler.command != "HEAD":
+        handler.wfile.write(body)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    served = Hub()
+    yield served
+    served.server.shutdown()
+    served.thread.join()
+    served.server.server_close()
+
+
+@pytest.fixture
+async def hub_catalog(hub, make_catalog):
+    made = make_catalog(endpoint=hub.url, allow_hub=True)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+def published(hub, writer, tmp_path):
+    directory = type(writer)(tmp_path / "far").write("adapter")
+    hub.publish("owner/name", directory, extra=["README.md", "optimizer.pt"])
+    return directory
+
+
+async def test_resolve_hub_adapter_fetches_its_files_once_and_nothing_else(hub, hub_catalog, published):
+    first = await hub_catalog.resolve("owner/name")
+    second = await hub_catalog.resolve("owner/name", "hub")
+
+    fetched = [path for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
+    assert (first.source, first.revision, first.adapter_id) == ("hub", COMMIT, second.adapter_id)
+    assert sorted(path.rsplit("/", 1)[1] for path in fetched) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert [entry.name for entry in hub_catalog.entries()] == ["owner/name"]
+    assert not any(path.is_symlink() for path in first.directory.iterdir())
+
+
+async def test_resolve_hub_branch_that_moved_is_followed_after_a_minute(hub, hub_catalog, published, writer, clock, tmp_path):
+    before = await hub_catalog.resolve("owner/name")
+    hub.publish("owner/name", type(writer)(tmp_path / "later").write("adapter", lora_alpha=6), commit=LATER)
+    assert (await hub_catalog.resolve("owner/name")).adapter_id == before.adapter_id
+
+    clock.now_s += 61
+    after = await hub_catalog.resolve("owner/name")
+
+    assert (after.revision, after.adapter_id != before.adapter_id) == (LATER, True)
+
+
+async def test_resolve_private_hub_adapter_is_open_to_its_token_only_and_never_listed(hub, hub_catalog, published):
+    hub.publish("owner/name", published, token=TOKEN)
+
+    assert (await hub_catalog.resolve("owner/name", token=TOKEN)).revision == COMMIT
+    for other in (None, "hf_other"):
+        with pytest.raises(AdapterForbiddenError) as caught:
+            await hub_catalog.resolve("owner/name", token=other)
+        assert caught.value.error_code == "adapter_gated"
+        assert "hf_" not in caught.value.message
+
+    assert hub_catalog.entries() == ()
+
+
+async def test_resolve_private_hub_adapter_whose_token_lost_its_right_is_refused_within_a_minute(
+    hub, hub_catalog, published, clock
+):
+    hub.publish("owner/name", published, token=TOKEN)
+    await hub_catalog.resolve("owner/name", token=TOKEN)
+    hub.publish("owner/name", published, token="hf_new")
+    clock.now_s += 61
+
+    with pytest.raises(AdapterForbiddenError):
+        await hub_catalog.resolve("owner/name", token=TOKEN)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "code", "retry_after_s"),
+    [
+        (401, AdapterForbiddenError, "adapter_gated", None),
+        (403, AdapterForbiddenError, "adapter_gated", None),
+        (404, AdapterNotFoundError, "adapter_not_found", None),
+        (429, AdapterUnavailableError, "source_unavailable", 7),
+        (500, AdapterUnavailableError, "source_unavailable", 7),
+        (418, AdapterUnavailableError, "source_unavailable", 10),
+    ],
+)
+async def test_resolve_hub_refusal_is_mapped_remembered_and_says_no_token(
+    hub, hub_catalog, published, writer, clock, status, kind, code, retry_after_s
+):
+    writer.write("good")
+    hub.status = status
+    asked = []
+    for _ in range(2):
+        with pytest.raises(kind) as caught:
+            await hub_catalog.resolve("owner/name", token=TOKEN)
+        asked.append(len(hub.requests))
+        assert (caught.value.error_code, caught.value.retry_after_s) == (code, retry_after_s)
+        assert TOKEN not in caught.value.message
+    assert asked[0] == asked[1] > 0
+    assert (await hub_catalog.resolve("good")).name == "good"
+
+    hub.status = None
+    clock.now_s += 61
+    assert (await hub_catalog.resolve("owner/name", token=TOKEN)).revision == COMMIT
+
+
+async def test_resolve_public_hub_adapter_outlives_an_outage(hub, hub_catalog, published, clock):
+    before = await hub_catalog.resolve("owner/name")
+    hub.status = 503
+    clock.now_s += 61
+
+    assert (await hub_catalog.resolve("owner/name")).adapter_id == before.adapter_id
+
+
+async def test_resolve_hub_without_connection_is_unavailable(make_catalog, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    catalog = make_catalog(endpoint="http://127.0.0.1:9", allow_hub=True)
+
+    with pytest.raises(AdapterUnavailableError) as caught:
+        await catalog.resolve("owner/name")
+
+    assert caught.value.is_retryable
+    await catalog.close()
+
+
+async def test_resolve_hub_offline_serves_what_was_fetched_before_and_nothing_private(
+    hub, hub_catalog, make_catalog, published, monkeypatch
+):
+    hub.publish("owner/private", published, token=TOKEN)
+    before = await hub_catalog.resolve("owner/name")
+    await hub_catalog.resolve("owner/private", token=TOKEN)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    offline = make_catalog(endpoint=hub.url, allow_hub=True)
+
+    assert (await offline.resolve("owner/name")).adapter_id == before.adapter_id
+    with pytest.raises(AdapterForbiddenError):
+        await offline.resolve("owner/private", token=TOKEN)
+    with pytest.raises(AdapterUnavailableError, match="HF_HUB_OFFLINE"):
+        await offline.resolve("owner/unseen")
+    await offline.close()
+
+
+@pytest.mark.parametrize(
+    ("files", "code"),
+    [
+        (["adapter_config.json", "adapter_model.bin"], "adapter_format_unsupported"),
+        (["adapter_config.json", "adapter_model.safetensors", "modeling.py"], "adapter_code_refused"),
+    ],
+)
+async def test_resolve_hub_repository_with_code_or_pickles_is_refused_before_any_download(
+    hub, hub_catalog, tmp_path, files, code
+):
+    (tmp_path / "odd").mkdir()
+    hub.publish("owner/odd", tmp_path / "odd", extra=files)
+
+    with pytest.raises(AdapterInvalidError) as caught:
+        await hub_catalog.resolve("owner/odd")
+
+    assert caught.value.error_code == code
+    assert not any("/resolve/" in path for _, path, _ in hub.requests)
+
+
+async def test_resolve_hub_file_beyond_the_limit_is_refused_before_any_download(hub, make_catalog, published):
+    catalog = make_catalog(endpoint=hub.url, allow_hub=True, max_adapter_bytes=100)
+
+    with pytest.raises(AdapterInvalidError) as caught:
+        await catalog.resolve("owner/name")
+
+    assert caught.value.error_code == "adapter_too_large"
+    assert not any("/resolve/" in path for _, path, _ in hub.requests)
+    await catalog.close()
+
+
+async def test_resolve_staged_files_changed_under_their_commit_is_a_digest_mismatch(hub, hub_catalog, published, writer):
+    entry = await hub_catalog.resolve("owner/name")
+    (entry.directory / "adapter_config.json").unlink()
+    (entry.directory / "adapter_config.json").write_text(json.dumps(writer.config(lora_alpha=9)))
+
+    with pytest.raises(AdapterChangedError) as caught:
+        await hub_catalog.resolve("owner/name")
+
+    assert caught.value.error_code == "adapter_digest_mismatch"
