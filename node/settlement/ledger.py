@@ -84,6 +84,13 @@ class Ledger:
         """Whether the last commit succeeded. While False nothing is admitted and readiness says 503."""
         return self._writer is not None and self._writer.is_healthy
 
+    @property
+    def engine(self) -> Engine:
+        """The write engine, for the outbox's own short transactions in the same database. Open only."""
+        if self._engine is None:
+            raise LedgerError("the ledger is not open; start the node again")
+        return self._engine
+
     async def open(self) -> int:
         """Lock, migrate and load the ledger, and close what a crash left open.
 
@@ -186,9 +193,11 @@ class Ledger:
             interrupted = writer.load()
             self._reads = LedgerReads(self.url)
         except (SQLAlchemyError, OSError) as error:
+            engine.dispose()
             self._release()
             raise explain(error, self._parsed) from error
         except LedgerError:
+            engine.dispose()
             self._release()
             raise
         writer.start()

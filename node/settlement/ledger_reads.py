@@ -80,13 +80,13 @@ class LedgerReads:
 
     def receipt(self, request_id: str) -> dict[str, Any] | None:
         """The receipt bundle of a request, or None when it has no record (yet)."""
-        rows = self._all(select(RECORDS).where(RECORDS.c.request_id == request_id))
+        rows = self.rows(select(RECORDS).where(RECORDS.c.request_id == request_id))
         return _bundle(rows[0]) if rows else None
 
     def records(self, after: int = 0, limit: int = 100) -> list[StoredRecord]:
         """Records with a sequence number above `after`, in order, at most `limit` (and 1,000)."""
         query = select(RECORDS.c.sequence, RECORDS.c.record_hash, RECORDS.c.body).where(RECORDS.c.sequence > after)
-        rows = self._all(query.order_by(RECORDS.c.sequence).limit(max(0, min(limit, MAX_PAGE))))
+        rows = self.rows(query.order_by(RECORDS.c.sequence).limit(max(0, min(limit, MAX_PAGE))))
         return [StoredRecord(row.sequence, row.record_hash, json.loads(row.body)) for row in rows]
 
     def earnings(self, *, account: str | None = None, adapter_id: str | None = None) -> list[EarningRow]:
@@ -96,12 +96,12 @@ class LedgerReads:
             query = query.where(func.lower(EARNINGS.c.account) == account.lower())
         if adapter_id is not None:
             query = query.where(EARNINGS.c.adapter_id == adapter_id)
-        rows = self._all(query.order_by(EARNINGS.c.recorded_wei.desc(), EARNINGS.c.account, EARNINGS.c.role))
+        rows = self.rows(query.order_by(EARNINGS.c.recorded_wei.desc(), EARNINGS.c.account, EARNINGS.c.role))
         return [EarningRow(r.account, r.adapter_id or None, r.role, r.recorded_wei, r.payable_wei, r.request_count) for r in rows]
 
     def totals(self) -> LedgerTotals:
         """Counts and sums over all records. Amounts add up over the earnings, which is everything every fee was split into."""
-        counted = self._all(select(RECORDS.c.status, func.count().label("records")).group_by(RECORDS.c.status))
+        counted = self.rows(select(RECORDS.c.status, func.count().label("records")).group_by(RECORDS.c.status))
         by_status = {row.status: int(row.records) for row in counted}
         earnings = self.earnings()
         return LedgerTotals(
@@ -142,11 +142,11 @@ class LedgerReads:
 
     def _stored(self) -> Iterator[Row[Any]]:
         after = 0
-        while rows := self._all(select(RECORDS).where(RECORDS.c.sequence > after).order_by(RECORDS.c.sequence).limit(MAX_PAGE)):
+        while rows := self.rows(select(RECORDS).where(RECORDS.c.sequence > after).order_by(RECORDS.c.sequence).limit(MAX_PAGE)):
             yield from rows
             after = rows[-1].sequence
 
-    def _all(self, query: Any) -> list[Row[Any]]:
+    def rows(self, query: Any) -> list[Row[Any]]:
         """Run one query in a transaction of its own, so that no snapshot outlives it."""
         try:
             if self._connection is None:
