@@ -144,16 +144,24 @@ contract Handler is Base {
 
     /* ACTIONS: CLAIMS */
 
-    /// @dev `isPatient` waits for the epoch's activation, so that claims are not rare.
-    function claim(uint256 operatorSeed, uint256 epochSeed, uint256 accountSeed, bool isPatient) external {
+    /// @dev Claims for all accounts of an epoch. `isPatient` waits for its activation, so that payments are not rare.
+    function claim(uint256 operatorSeed, uint256 epochSeed, bool isPatient) external {
         address operator = operatorAt(operatorSeed);
         if (rewards.epochCount(operator) == 0) return;
         uint256 epochId = epochSeed % rewards.epochCount(operator);
-        uint256 index = accountSeed % ACCOUNTS;
-        uint256 claimedBefore = rewards.claimed(operator, _account(index));
-        uint256 balanceBefore = token.balanceOf(_account(index));
         bytes32 others = _stateOf(operatorAt(operatorSeed % 2 + 1));
         if (isPatient) _await(operator, epochId);
+
+        for (uint256 i = 0; i < ACCOUNTS; i++) {
+            _claimFor(operator, epochId, i);
+        }
+
+        vm.assertEq(_stateOf(operatorAt(operatorSeed % 2 + 1)), others, "a claim reached another operator");
+    }
+
+    function _claimFor(address operator, uint256 epochId, uint256 index) internal {
+        uint256 claimedBefore = rewards.claimed(operator, _account(index));
+        uint256 balanceBefore = token.balanceOf(_account(index));
 
         if (_tryClaim(operator, epochId, index)) {
             uint256 amount = entries[operator][epochId][index] - claimedBefore;
@@ -161,7 +169,6 @@ contract Handler is Base {
         } else {
             vm.assertEq(rewards.claimed(operator, _account(index)), claimedBefore, "a failed claim left a trace");
         }
-        vm.assertEq(_stateOf(operatorAt(operatorSeed % 2 + 1)), others, "a claim reached another operator");
     }
 
     function _tryClaim(address operator, uint256 epochId, uint256 index) internal returns (bool) {
