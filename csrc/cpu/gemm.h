@@ -98,7 +98,6 @@ static void run_panel(const Linear& a, LoraPlan* plan, const T* x, int64_t padde
   const int64_t steps = padded / Step<T>::kSize, column = panel_index * kPanel;
   const T* panel = static_cast<const T*>(a.packed) + panel_index * steps * kPanel * Step<T>::kSize;
   alignas(64) float tile[kMaxTileRows * kPanel];
-  if (plan != nullptr && plan->groups <= 64) prefetch_expand<TP>(*plan, column);
   bool waited = plan == nullptr;
   const int64_t tiles = (row1 - row0 + kMaxTileRows - 1) / kMaxTileRows;
   for (int64_t t = 0, row = row0; t < tiles; ++t) {

@@ -165,8 +165,8 @@ static void shrink(LoraPlan& plan, const TX* x, int64_t inputs, int64_t task_ind
   const int32_t slot = plan.group_slot[task.group];
   const int64_t rank = rank_of(lora, span, slot);
   const float scale = lora.scales[span[0] * lora.slot_count + slot];
-  for (int64_t done = 0; done < rank; done += lora.page_rank) {
-    const TP* a = page_of<TP>(lora, slot, done / lora.page_rank) + span[1];
+  for (int64_t done = 0, page = 0; done < rank; done += lora.page_rank, ++page) {
+    const TP* a = page_of<TP>(lora, slot, page) + span[1];
     const int64_t ranks = rank - done < lora.page_rank ? rank - done : lora.page_rank;
     if (task.begin == plan.group_start[task.group]) {  // B too: its rows lie side by side here, but far apart for a tile of outputs
       prefetch_run(a, ranks * inputs);
@@ -208,8 +208,8 @@ OL_INLINE void expand_span(const LoraPlan& plan, int64_t s, int64_t row, float* 
     const int32_t slot = lora.slot[term];
     const int64_t rank = rank_of(lora, span, slot);
     const float* c = plan.coefficients + term * plan.stride + plan.span_offset[s];
-    for (int64_t done = 0; done < rank; done += lora.page_rank) {
-      const TP* b = page_of<TP>(lora, slot, done / lora.page_rank) + span[2] + b_column;
+    for (int64_t done = 0, page = 0; done < rank; done += lora.page_rank, ++page) {  // no division: it would cost more than the sums
+      const TP* b = page_of<TP>(lora, slot, page) + span[2] + b_column;
       const int64_t ranks = rank - done < lora.page_rank ? rank - done : lora.page_rank;
       for (int64_t r = 0; r < ranks; ++r, b += outputs) {
         const V coefficient = set1(c[done + r]);
@@ -246,25 +246,6 @@ static void expand(const LoraPlan& plan, int64_t first_row, int rows, int64_t co
     for (int i = 0; i < rows; ++i) {
       if (hi - lo == kPanel) expand_span<TP, true>(plan, s, first_row + i, tile + i * kPanel, b_column, kPanel);
       else expand_span<TP, false>(plan, s, first_row + i, tile + i * kPanel + lo, b_column, hi - lo);
-    }
-  }
-}
-
-// Ask for the lines of B that a panel's tiles will read: one line per rank and adapter, too far apart for the hardware to guess.
-template <class TP>
-static void prefetch_expand(const LoraPlan& plan, int64_t column) {
-  const Lora& lora = *plan.lora;
-  for (int64_t s = 0; s < lora.span_count; ++s) {
-    const int64_t* span = lora.spans + s * kSpanFields;
-    int64_t lo, hi;
-    overlap(span, column, lo, hi);
-    if (lo >= hi) continue;
-    for (int32_t g = 0; g < plan.groups; ++g) {
-      const int64_t rank = rank_of(lora, span, plan.group_slot[g]);
-      for (int64_t r = 0; r < rank; ++r) {
-        const TP* page = page_of<TP>(lora, plan.group_slot[g], r / lora.page_rank);
-        _mm_prefetch(reinterpret_cast<const char*>(page + span[2] + (r % lora.page_rank) * span[4] + column + lo - span[5]), _MM_HINT_T0);
-      }
     }
   }
 }
