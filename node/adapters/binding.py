@@ -13,8 +13,8 @@ from attribution.identity import normal_name
 from node.adapters.lora_config import LoraConfig, ScaleTable, compile_targets
 from node.adapters.name_pattern import NamePattern, StepBudget
 from node.adapters.safetensors_file import TensorEntry
-from node.engine.messages import LinearShape
 from node.errors import AdapterInvalidError
+from node.request import LinearShape
 
 MAX_NAMED = 3  # modules a message lists before it says how many more there are
 _FACTOR = re.compile(r"(.+)\.(lora_A|lora_B)\.weight")

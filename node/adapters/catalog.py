@@ -23,7 +23,6 @@ from node.adapters.sources.hub import HubSource
 from node.adapters.sources.local import LocalSource
 from node.adapters.verify import AdapterVerifier, Coverage, Fingerprint, VerifiedAdapter, fingerprint
 from node.config import Settings
-from node.engine.messages import LinearShape
 from node.errors import (
     AdapterChangedError,
     AdapterError,
@@ -32,6 +31,7 @@ from node.errors import (
     AdapterNotFoundError,
     ConfigError,
 )
+from node.request import LinearShape
 from node.resources import data_path
 
 WORKER_COUNT = 4

@@ -46,7 +46,7 @@ def build_application(services: Services) -> web.Application:
     application[GATE] = gate
     answering = _answering(services, gate, application)
     openai, lorax = OpenAiRoutes(answering), LoraxRoutes(answering)
-    models = ModelRoutes(answering, services.catalog, services.ready, services.server, services.version)
+    models = ModelRoutes(answering, services.catalog, services.ready, services.server, services.version, services.payment_terms)
     probe_id = services.ready.eos_token_ids[0] if services.ready.eos_token_ids else 0
     status = StatusRoutes(answering, Readiness(services.engine, services.books, gate, probe_id), services.books)
     services.metrics.watch_engine(lambda: read_gauges(services), lambda: services.now().timestamp())

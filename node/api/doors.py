@@ -14,6 +14,7 @@ from structlog.typing import FilteringBoundLogger
 from node.api.api_keys import ApiKeys
 from node.config import PricingSettings, ServerSettings
 from node.engine.messages import Ready, SequenceEvent, Stats, Submit
+from node.settlement.admission import SignedVoucher
 from node.telemetry.metrics import NodeMetrics
 
 
@@ -86,7 +87,7 @@ class Opening:
     Attributes:
         prompts: Token ids of every distinct prompt.
         max_output_tokens: The most that all choices together can produce; bounds the price.
-        voucher: The decoded payment header, or None.
+        voucher: Who signed to pay, or None.
     """
 
     request_id: str
@@ -94,7 +95,7 @@ class Opening:
     recipe: tuple[RecipeEntry, ...]
     prompts: tuple[tuple[int, ...], ...]
     max_output_tokens: int
-    voucher: Mapping[str, Any] | None
+    voucher: SignedVoucher | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,7 @@ class Services:
         new_id: A fresh request id, unguessable and unique for the life of the node.
         clock: Monotonic seconds, for durations.
         now: UTC time, for what clients and templates see.
+        payment_terms: What a payer must know to sign a voucher (`GET /info`), or None on a node that takes no payment.
     """
 
     engine: Engine
@@ -152,3 +154,4 @@ class Services:
     clock: Callable[[], float]
     now: Callable[[], datetime]
     version: str
+    payment_terms: Mapping[str, Any] | None = None

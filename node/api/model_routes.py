@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from aiohttp import web
@@ -18,12 +19,21 @@ from node.errors import ModelNotFoundError, RequestError
 class ModelRoutes:
     """Describes the base model and the adapters that are known now."""
 
-    def __init__(self, answering: Answering, catalog: Catalog, ready: Ready, server: ServerSettings, version: str) -> None:
+    def __init__(
+        self,
+        answering: Answering,
+        catalog: Catalog,
+        ready: Ready,
+        server: ServerSettings,
+        version: str,
+        payment_terms: Mapping[str, Any] | None,
+    ) -> None:
         self._answering = answering
         self._catalog = catalog
         self._ready = ready
         self._server = server
         self._version = version
+        self._payment_terms = payment_terms
         self._created_s = int(answering.now().timestamp())
 
     async def models(self, request: web.Request) -> web.Response:
@@ -94,7 +104,12 @@ class ModelRoutes:
             "sha": None,
             "docker_label": None,
             "request_logger_url": None,
-            "openlora": {"architecture": ready.architecture, "kernels": ready.kernels, "max_rank": ready.max_rank},
+            "openlora": {
+                "architecture": ready.architecture,
+                "kernels": ready.kernels,
+                "max_rank": ready.max_rank,
+                "payment": self._payment_terms,
+            },
         }
         return self._answering.json(body, {})
 

@@ -21,7 +21,7 @@ def list_epochs(config: ConfigOption = None, data_dir: DataDirOption = None, as_
     if as_json:
         print_json(rows)
         return
-    columns = {"epoch_id": "EPOCH", "state": "STATE", "records": "RECORDS", "fees_wei": "FEES (WEI)", "root": "ROOT"}
+    columns = {"epoch_id": "EPOCH", "state": "STATE", "records": "RECORDS", "total_wei": "TOTAL (WEI)", "root": "ROOT"}
     print_rows(rows, columns, "no epochs yet; paid requests enter one with: openlora-node epochs close")
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+_PIPE_WIDTH = 240  # a pipe has no width; nothing should be folded for it
 
 
 def print_json(value: Any) -> None:
@@ -17,7 +20,7 @@ def print_json(value: Any) -> None:
 
 def print_rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], empty: str) -> None:
     """Print one line a row; `columns` maps keys to headings; `empty` is said when there are no rows."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
     if not rows:
         console.print(empty)
         return

@@ -12,7 +12,7 @@ import pytest
 
 from node.adapters.catalog import AdapterCatalog
 from node.config import AdapterSettings, Settings
-from node.engine.messages import LinearShape
+from node.request import LinearShape
 
 BASE_ID = "ab" * 32
 LAYERS = 2

@@ -15,8 +15,8 @@ from attribution import canonical
 from node.adapters.binding import LinearTable
 from node.adapters.safetensors_file import SafetensorsFile
 from node.adapters.verify import AdapterVerifier
-from node.engine.messages import LinearShape
 from node.errors import AdapterInvalidError
+from node.request import LinearShape
 
 ADDRESS = "0x" + "11" * 20
 

@@ -13,9 +13,9 @@ from attribution.manifest import Manifest
 from attribution.money import PPM, split
 from node.adapters.binding import LinearTable
 from node.adapters.verify import AdapterVerifier
-from node.engine.messages import LinearShape
 from node.models.base_identity import base_id
 from node.models.source import PACKAGED_MODEL, resolve
+from node.request import LinearShape
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("lincoln", "reagan", "roosevelt")

@@ -1,0 +1,150 @@
+"""The composition root: builds the rooms, wires them, opens and closes them in order. Nothing here decides anything."""
+
+from __future__ import annotations
+
+import random
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from structlog.typing import FilteringBoundLogger
+
+from attribution.fees import Price, SplitPolicy
+from node import __version__
+from node.adapters.catalog import AdapterCatalog
+from node.api.admin import AdminListener
+from node.api.api_keys import ApiKeys
+from node.api.application import build_application
+from node.api.doors import Services
+from node.api.listener import Listener
+from node.api.settlement_books import SettlementBooks
+from node.config import Settings, admin_socket, runtime_dir
+from node.engine.client import EngineClient
+from node.engine.messages import Ready
+from node.errors import ConfigError
+from node.operations import adapter_operations, settlement_operations
+from node.settlement.treasury import Treasury, open_treasury
+from node.telemetry.logs import make_logger
+from node.telemetry.metrics import NodeMetrics
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node that serves."""
+
+    settings: Settings
+    url: str
+    ready: Ready
+    treasury: Treasury
+    catalog: AdapterCatalog
+    engine: EngineClient
+
+    def banner(self) -> str:
+        """Where everything is, for whoever started it."""
+        names = ", ".join(entry.name for entry in self.catalog.entries()) or "none"
+        lines = [
+            f"openlora-node {__version__} serves at {self.url}",
+            f"  model      {self.ready.model_id} ({self.ready.dtype}, {self.ready.device}, {self.ready.kernels})",
+            f"  adapters   {names}",
+            f"  data       {self.settings.data_dir}",
+            f"  chain      {self.treasury.describe()}",
+            f"  operator   {self.treasury.keys.operator.address}",
+        ]
+        lines += [f"  not served {name}: {problem.message}" for name, problem in self.catalog.problems.items()]
+        return "\n".join(lines)
+
+
+@asynccontextmanager
+async def open_node(settings: Settings) -> AsyncIterator[Node]:
+    """Open every room, listen, and on leaving drain and close in the opposite order.
+
+    Raises:
+        NodeError: Whatever room cannot open; what was opened before it is closed again.
+    """
+    _check_exposure(settings)
+    logger = make_logger(settings.telemetry.log_level, settings.telemetry.log_format)
+    api_keys = _api_keys(settings)
+    async with AsyncExitStack() as stack:
+        treasury = await stack.enter_async_context(open_treasury(settings, logger))
+        engine = EngineClient(settings, _private_directory(settings))
+        ready = await engine.start()
+        stack.push_async_callback(engine.close)
+        catalog = AdapterCatalog(settings, ready.linears, ready.base_id, time.monotonic)
+        stack.push_async_callback(catalog.close)
+        await catalog.start()
+        services = _services(settings, engine, ready, catalog, treasury, api_keys, logger)
+        listener = Listener(build_application(services))
+        stack.push_async_callback(listener.close, settings.server.drain_timeout_s)
+        port = await listener.open(settings.server.host, settings.server.port)
+        admin = AdminListener({**settlement_operations(treasury), **adapter_operations(catalog)}, logger)
+        stack.push_async_callback(admin.close)
+        await admin.open(admin_socket(settings))
+        yield Node(settings, f"http://{settings.server.host}:{port}", ready, treasury, catalog, engine)
+
+
+def _services(
+    settings: Settings,
+    engine: EngineClient,
+    ready: Ready,
+    catalog: AdapterCatalog,
+    treasury: Treasury,
+    api_keys: ApiKeys | None,
+    logger: FilteringBoundLogger,
+) -> Services:
+    pricing, split = settings.pricing, settings.split
+    books = SettlementBooks(
+        treasury.ledger,
+        None if treasury.settlement is None else treasury.settlement.desk,
+        base_id=ready.base_id,
+        price=Price(str(pricing.input_token_wei), str(pricing.output_token_wei)),
+        policy=SplitPolicy(split.node_ppm, split.trainer_ppm, split.data_ppm),
+        payees=treasury.payees,
+        requires_payment=pricing.require_payment,
+    )
+    return Services(
+        engine=engine,
+        catalog=catalog,
+        books=books,
+        ready=ready,
+        server=settings.server,
+        pricing=pricing,
+        payment_terms=treasury.payment_terms(),
+        max_terms=settings.adapters.max_terms,
+        api_keys=api_keys,
+        metrics=NodeMetrics(CollectorRegistry()),
+        logger=logger,
+        random_source=random.SystemRandom(),
+        new_id=lambda: secrets.token_hex(16),
+        clock=time.monotonic,
+        now=lambda: datetime.now(UTC),
+        version=__version__,
+    )
+
+
+def _check_exposure(settings: Settings) -> None:
+    """Strangers may reach the node only when its operator said how: with keys, or openly."""
+    server = settings.server
+    if server.host in _LOOPBACK or server.api_keys_file is not None or server.insecure:
+        return
+    raise ConfigError(
+        f"server.host {server.host} is reachable from other machines; set server.api_keys_file or accept all with --insecure"
+    )
+
+
+def _api_keys(settings: Settings) -> ApiKeys | None:
+    path = settings.server.api_keys_file
+    return None if path is None else ApiKeys.read(path, time.monotonic)
+
+
+def _private_directory(settings: Settings) -> Any:
+    directory = runtime_dir(settings)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory.chmod(0o700)
+    return directory

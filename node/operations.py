@@ -1,0 +1,154 @@
+"""What an operator can ask of a node, as JSON in and JSON out: the admin socket and the command line call the same functions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from node.adapters.catalog import AdapterCatalog, CatalogEntry
+from node.errors import ChainError, NodeError
+from node.settlement.claims import active_epoch, claimable, submit_claims
+from node.settlement.epochs import EpochSummary
+from node.settlement.settlement_contracts import ClaimEntry
+from node.settlement.treasury import Treasury
+
+Operation = Callable[..., Awaitable[Any]]
+_CHAIN_TIMEOUT_S = 120.0
+
+
+def adapter_operations(catalog: AdapterCatalog) -> dict[str, Operation]:
+    """adapters.list, adapters.add, adapters.show."""
+
+    async def list_all() -> list[dict[str, Any]]:
+        return [_adapter(entry) for entry in catalog.entries()]
+
+    async def add(directory: str, name: str | None) -> dict[str, Any]:
+        return _adapter(await catalog.add(Path(directory), name))
+
+    async def show(name: str) -> dict[str, Any]:
+        entry = await catalog.resolve(name)
+        manifest = None if entry.manifest is None else entry.manifest.to_json()
+        coverage = [asdict(item) for item in entry.coverage]
+        return {**_adapter(entry), "manifest_hash": entry.manifest_hash, "coverage": coverage, "manifest": manifest}
+
+    return {"adapters.list": list_all, "adapters.add": add, "adapters.show": show}
+
+
+def settlement_operations(treasury: Treasury) -> dict[str, Operation]:
+    """receipts.show, epochs.list, epochs.close, rewards.show, rewards.claim."""
+    desk = _RewardDesk(treasury)
+    return {
+        "receipts.show": desk.receipt,
+        "epochs.list": desk.epochs,
+        "epochs.close": desk.close_epoch,
+        "rewards.show": desk.rewards,
+        "rewards.claim": desk.claim,
+    }
+
+
+class _RewardDesk:
+    """The settlement operations of one treasury."""
+
+    def __init__(self, treasury: Treasury) -> None:
+        self._treasury = treasury
+
+    async def receipt(self, request_id: str) -> dict[str, Any]:
+        """The receipt bundle of a request."""
+        bundle = await self._treasury.ledger.receipt(request_id)
+        if bundle is None:
+            raise NodeError(f"no receipt of request {request_id} in this ledger; check the id", code="receipt_not_found")
+        return bundle
+
+    async def epochs(self) -> list[dict[str, Any]]:
+        """All epochs, newest first."""
+        return [_epoch(summary) for summary in await self._treasury.settled().closer.epochs()]
+
+    async def close_epoch(self) -> dict[str, Any] | None:
+        """Close an epoch and wait until its root is on the chain."""
+        summary = await self._treasury.settled().closer.close()
+        if summary is None:
+            return None
+        states = await self._treasury.wait_for_intents([summary.intent_key], _CHAIN_TIMEOUT_S)
+        return {**_epoch(summary), "state": states[summary.intent_key]}
+
+    async def rewards(self, account: str | None) -> list[dict[str, Any]]:
+        """What each account earned by paid requests, what an epoch that pays now covers, and what it received."""
+        earned: dict[str, int] = {}
+        for row in await self._treasury.ledger.earnings(account=account):
+            earned[row.account] = earned.get(row.account, 0) + row.payable_wei
+        return [await self._reward(name, amount_wei) for name, amount_wei in earned.items() if amount_wei]
+
+    async def claim(self, account: str | None) -> list[dict[str, Any]]:
+        """Pay `account`, or everybody, what the newest epoch that pays grants and the chain has not paid."""
+        treasury, settlement = self._treasury, self._treasury.settled()
+        contracts, operator = settlement.rails.contracts, treasury.keys.operator.address
+        entries, epoch_id = await self._entries(account)
+        due = claimable(contracts, operator, entries)
+        if not due or epoch_id is None:
+            return []
+        keys = await treasury.ledger.transact(
+            lambda connection: submit_claims(connection, contracts, operator, epoch_id, [entry for entry, _ in due], _now_ms())
+        )
+        states = await treasury.wait_for_intents(keys, _CHAIN_TIMEOUT_S)
+        state = "done" if set(states.values()) == {"done"} else ", ".join(sorted(set(states.values())))
+        return [{"account": entry.account, "paid_wei": str(amount_wei), "state": state} for entry, amount_wei in due]
+
+    async def _entries(self, account: str | None) -> tuple[list[ClaimEntry], int | None]:
+        """The claims of one account or of everybody, by the newest epoch that pays now."""
+        settlement = self._treasury.settled()
+        names = {row.account for row in await self._treasury.ledger.earnings(account=account) if row.payable_wei}
+        proofs = [proof for name in sorted(names) if (proof := await settlement.closer.claims(name)) is not None]
+        if names and not proofs:
+            await self._explain_no_epoch()
+        entries = [ClaimEntry(proof.account, proof.cumulative_wei, proof.proof) for proof in proofs]
+        return entries, proofs[0].epoch_id if proofs else None
+
+    async def _explain_no_epoch(self) -> None:
+        """Say why nothing can be claimed although something was earned."""
+        settlement, operator = self._treasury.settled(), self._treasury.keys.operator.address
+        epochs = [summary for summary in await settlement.closer.epochs(1) if summary.state == "done"]
+        if not epochs:
+            raise ChainError("no epoch covers these earnings yet; close one: openlora-node epochs close", code="epoch_unknown")
+        active_epoch(settlement.rails.contracts, operator, epochs[0].epoch_id, int(time.time()))
+
+    async def _reward(self, account: str, earned_wei: int) -> dict[str, Any]:
+        settlement, operator = self._treasury.settled(), self._treasury.keys.operator.address
+        proof = await settlement.closer.claims(account)
+        return {
+            "account": account,
+            "earned_wei": str(earned_wei),
+            "in_epoch_wei": str(0 if proof is None else proof.cumulative_wei),
+            "claimed_wei": str(settlement.rails.contracts.claimed_wei(operator, account)),
+        }
+
+
+def _adapter(entry: CatalogEntry) -> dict[str, Any]:
+    trainer = entry.manifest.trainer if entry.manifest is not None else None
+    return {
+        "name": entry.name,
+        "source": entry.source,
+        "adapter_id": entry.adapter_id,
+        "rank": entry.rank,
+        "size": entry.size_bytes,
+        "trainer": "unknown" if trainer is None else trainer.address,
+        "directory": str(entry.directory),
+    }
+
+
+def _epoch(summary: EpochSummary) -> dict[str, Any]:
+    return {
+        "epoch_id": summary.epoch_id,
+        "state": summary.state,
+        "records": summary.record_count,
+        "total_wei": str(summary.total_wei),
+        "root": "0x" + summary.root,
+        "receipts_root": "0x" + summary.receipts_root,
+        "closed_ms": summary.closed_ms,
+    }
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
