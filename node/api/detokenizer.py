@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 _INCOMPLETE = "\ufffd"
-_CONTEXT_TOKENS = 4
 # A character has at most 4 bytes and a token at least one, so after this many tokens an incomplete ending is garbage, not
 # patience. Without the bound a model that emits only broken bytes makes every step decode a longer window.
 _MAX_HELD_TOKENS = 12
+_MAX_CONTEXT_TOKENS = 32
 
 
 class IncrementalDetokenizer:
@@ -43,7 +43,12 @@ class IncrementalDetokenizer:
 
     def finish(self) -> str:
         """The rest, with U+FFFD for bytes that never became a character."""
-        return self._give(self._decode(self._window)) if self._window else ""
+        held = self._window[self._context_count :]
+        if not held:
+            return ""
+        text = self._decode(self._window)
+        # Byte fallback turns a whole run of bytes into U+FFFD when its last character is cut off, given-out ones included.
+        return self._give(text) if text.startswith(self._given) else self._decode(held)
 
     def _give(self, text: str) -> str:
         if len(text) <= len(self._given):
@@ -53,7 +58,13 @@ class IncrementalDetokenizer:
         return new
 
     def _advance(self) -> None:
-        """Keep a few tokens as context: decoders treat the first token of a text differently."""
-        self._window = self._window[-_CONTEXT_TOKENS:]
+        """Keep what was just given out as context: decoders treat the first token of a text differently.
+
+        The context begins where whole characters begin, never in the middle of one, and shows some text: behind tokens
+        without any, a decoder would still strip the next token's space as the text's first.
+        """
+        recent = self._window[self._context_count :]
+        if self._decode(recent) or len(self._window) > _MAX_CONTEXT_TOKENS:
+            self._window = recent
         self._context_count = len(self._window)
         self._given = self._decode(self._window)

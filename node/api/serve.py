@@ -6,10 +6,9 @@ gate -> adapters by content -> tokens -> price and durable admission -> engine -
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
@@ -23,17 +22,18 @@ from node.api.recipes import Recipes, engine_terms
 from node.api.tokenizer import TextTokenizer
 from node.engine.messages import Submit
 from node.errors import EngineError, LedgerError
+from node.settlement.admission import SignedVoucher
 from node.telemetry.metrics import NodeMetrics
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks, under which id: `tenant` keys fairness and the prefix cache, `voucher` is the decoded payment header."""
+    """Who asks, under which id: `tenant` keys fairness and the prefix cache, `voucher` is who signed to pay."""
 
     request_id: str
     tenant: str
     route: str
-    voucher: Mapping[str, Any] | None = None
+    voucher: SignedVoucher | None = None
 
 
 class RequestPath:

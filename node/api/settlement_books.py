@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from attribution.fees import Contribution, Payees, Price, SplitPolicy
 from attribution.record import RecipeTerm
 from node.api.doors import Closing, Opening, RecipeEntry
 from node.errors import NodeError, PaymentError
-from node.settlement.admission import Admission, Outcome, SignedVoucher, weight_text
+from node.settlement.admission import Admission, Outcome, weight_text
 from node.settlement.ledger import Ledger
-
-
-class Desk(Protocol):
-    """Checks vouchers against deposits and earlier use."""
-
-    async def reserve(self, request_id: str, voucher: SignedVoucher, amount_wei: int) -> str:
-        """Hold `amount_wei` of the voucher; returns its digest, 64 hex digits. Raises PaymentError."""
-
-    def settle(self, request_id: str, fee_wei: int) -> None:
-        """The request is recorded and cost `fee_wei`; the rest of what was held is free again."""
-
-    def release(self, request_id: str) -> None:
-        """The request was never recorded; all of what was held is free again. Unknown ids are ignored."""
+from node.settlement.vouchers import VoucherDesk
 
 
 class SettlementBooks:
@@ -37,7 +24,7 @@ class SettlementBooks:
     def __init__(
         self,
         ledger: Ledger,
-        desk: Desk | None,
+        desk: VoucherDesk | None,
         *,
         base_id: str,
         price: Price,
@@ -64,12 +51,12 @@ class SettlementBooks:
         Raises:
             PaymentError: No voucher where one is required, or the desk refuses it. LedgerError: The admission did not commit.
         """
-        voucher = self._voucher(opening.voucher)
+        self._check_payment(opening)
         digest = None
-        if voucher is not None and self._desk is not None:
-            digest = await self._desk.reserve(opening.request_id, voucher, self._most_wei(opening))
+        if opening.voucher is not None and self._desk is not None:
+            digest = await self._desk.reserve(opening.request_id, opening.voucher, self._most_wei(opening))
         try:
-            await self._ledger.admit(self._admission(opening, voucher, digest))
+            await self._ledger.admit(self._admission(opening, digest))
         except NodeError:
             self._release(opening.request_id)
             raise
@@ -100,26 +87,18 @@ class SettlementBooks:
         """The bundle of a closed request, or None."""
         return await self._ledger.receipt(request_id)
 
-    def _voucher(self, fields: Mapping[str, Any] | None) -> SignedVoucher | None:
-        if fields is None:
-            if self._requires_payment:
-                raise PaymentError(
-                    "this node serves paid requests only; send a signed voucher in the x-openlora-voucher header",
-                    code="payment_required",
-                    param="x-openlora-voucher",
-                )
-            return None
-        if self._desk is None:
+    def _check_payment(self, opening: Opening) -> None:
+        """Whether a voucher is there is this node's policy; whether it is any good is the desk's question."""
+        if opening.voucher is None and self._requires_payment:
+            raise PaymentError(
+                "this node serves paid requests only; send a signed voucher in the x-openlora-voucher header",
+                code="payment_required",
+                param="x-openlora-voucher",
+            )
+        if opening.voucher is not None and self._desk is None:
             raise PaymentError(
                 "this node settles on no chain and takes no vouchers; send the request without one", param="x-openlora-voucher"
             )
-        return SignedVoucher(
-            payer=fields["payer"],
-            operator=fields["operator"],
-            cumulative_wei=fields["cumulative"],
-            deadline=fields["deadline"],
-            signature=bytes.fromhex(fields["signature"].removeprefix("0x")),
-        )
 
     def _most_wei(self, opening: Opening) -> int:
         """The fee if every choice used its whole budget."""
@@ -127,7 +106,7 @@ class SettlementBooks:
         input_wei, output_wei = int(self._price.input_token_wei), int(self._price.output_token_wei)
         return prompt_count * input_wei + opening.max_output_tokens * output_wei
 
-    def _admission(self, opening: Opening, voucher: SignedVoucher | None, digest: str | None) -> Admission:
+    def _admission(self, opening: Opening, digest: str | None) -> Admission:
         return Admission(
             request_id=opening.request_id,
             tenant=opening.tenant,
@@ -138,7 +117,7 @@ class SettlementBooks:
             price=self._price,
             policy=self._policy,
             payees=self._payees,
-            voucher=voucher,
+            voucher=opening.voucher,
             voucher_digest=digest,
         )
 

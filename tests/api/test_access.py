@@ -206,7 +206,7 @@ def encoded(**changes):
 
 async def test_voucher_header_reaches_the_books_typed(bench, client):
     await client.post("/v1/chat/completions", json=CHAT, headers={"x-openlora-voucher": encoded()})
-    assert bench.books.opened[0].voucher["cumulative"] == 1 << 128
+    assert bench.books.opened[0].voucher.cumulative_wei == 1 << 128
 
 
 @pytest.mark.parametrize(

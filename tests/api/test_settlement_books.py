@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
+import json
+from dataclasses import replace
 
 import pytest
 
 from attribution import receipt
 from attribution.fees import Payees, Price, SplitPolicy
 from attribution.signing import LocalSigner
+from attribution.voucher import Voucher, escrow_domain
 from node.api.doors import Closing, Opening, RecipeEntry
 from node.api.settlement_books import SettlementBooks
+from node.api.voucher_header import read_voucher
 from node.errors import LedgerError, PaymentError
+from node.settlement.admission import SignedVoucher
 from node.settlement.ledger import Ledger
+from node.settlement.vouchers import VoucherDesk
 
 PRICE = Price("10", "100")
-VOUCHER = {
-    "payer": "0x" + "11" * 20,
-    "operator": "0x" + "22" * 20,
-    "cumulative": 1 << 70,
-    "deadline": 4102444800,
-    "signature": "0x" + "1" * 130,
-}
+VOUCHER = SignedVoucher("0x" + "11" * 20, "0x" + "22" * 20, 1 << 70, 4102444800, b"\x01" * 65)
 
 
 class FakeDesk:
@@ -131,3 +132,43 @@ async def test_failed_admission_lets_go_of_what_was_held(ledger, monkeypatch):
     with pytest.raises(LedgerError):
         await make_books(ledger, desk).open(opening(voucher=VOUCHER))
     assert (desk.held, desk.released) == ({}, ["req-1"])
+
+
+class FullEscrow:
+    """Every payer has a deposit of 10,000 wei of which nothing was collected."""
+
+    def escrow_committed_wei(self, payer):
+        return 10_000
+
+    def collected_wei(self, payer, operator):
+        return 0
+
+
+async def test_signed_voucher_pays_for_a_request_through_the_real_desk(ledger):
+    payer, domain = LocalSigner(b"\x02" * 32), escrow_domain(1337, "0x" + "33" * 20)
+    promise = Voucher(payer.address, ledger.operator, 900, 4102444800)
+    header = {
+        "payer": payer.address,
+        "operator": ledger.operator,
+        "cumulative": str(promise.cumulative),
+        "deadline": promise.deadline,
+        "signature": "0x" + promise.sign(domain, payer).hex(),
+    }
+    voucher = read_voucher([base64.urlsafe_b64encode(json.dumps(header).encode()).decode().rstrip("=")])
+    desk = VoucherDesk(
+        used_wei=ledger.used_wei,
+        operator=ledger.operator,
+        domain=domain,
+        escrow=FullEscrow(),
+        now_s=lambda: 1_700_000_000.0,
+        monotonic_s=lambda: 1.0,
+    )
+    books = make_books(ledger, desk, requires_payment=True)
+    await books.open(opening(voucher=voucher))
+    assert desk.reserved_wei(payer.address) == 830
+    verified = receipt.verify(await books.close(CLOSING), [ledger.operator])
+    assert (verified.record.payer, verified.record.fee_wei) == (payer.address, "230")
+    assert (desk.reserved_wei(payer.address), ledger.used_wei(payer.address)) == (0, 230)
+    with pytest.raises(PaymentError) as caught:
+        await books.open(replace(opening(voucher=voucher), request_id="req-2"))
+    assert caught.value.error_code == "voucher_too_small"
