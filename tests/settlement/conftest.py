@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import time
 
@@ -13,7 +14,7 @@ from attribution.epoch import EpochStatement, rewards_domain
 from attribution.merkle import Tree, TreeDomain
 from attribution.voucher import Collection, Voucher, escrow_domain
 from node.settlement import intents
-from node.settlement.chain import Chain
+from node.settlement.chain import Call, Chain
 from node.settlement.chain_profiles import PROFILES
 from node.settlement.deploy import DeploymentTerms, deploy
 from node.settlement.embedded_chain_process import EmbeddedChainProcess
@@ -24,7 +25,7 @@ from node.settlement.settlement_contracts import SettlementContracts
 from node.settlement.signer import LocalSigner
 from node.settlement.wallet import Wallet
 
-OPERATOR, SUBMITTER, FUNDER, PAYER = (LocalSigner(bytes([number]) * 32) for number in (1, 2, 3, 4))
+OPERATOR, FUNDER = (LocalSigner(bytes([number]) * 32) for number in (1, 3))
 TRAINER, MAKER = "0x" + "11" * 20, "0x" + "22" * 20
 
 
@@ -38,15 +39,19 @@ class ManualClock:
         return self.now_ms
 
 
-class ChainWorld:
-    """One chain, deployed contracts, one ledger database."""
+ready = []  # what the shared chain last announced
 
-    def __init__(self, directory, challenge_delay_s=1):
-        self.directory = directory
+
+class ChainWorld:
+    """One deployment with its own submitter, payer and ledger database, on a chain that tests share and may kill."""
+
+    def __init__(self, process, directory, challenge_delay_s=1):
+        self.process, self.directory = process, directory
         self.clock = ManualClock()
-        self.process = EmbeddedChainProcess(directory / "chain", [FUNDER.address, SUBMITTER.address])
+        self.submitter, self.payer = LocalSigner(secrets.token_bytes(32)), LocalSigner(secrets.token_bytes(32))
         self.connect()
         wallet = Wallet(self.chain, FUNDER, poll_s=0.01)
+        wallet.send(Call(self.submitter.address, b"", 10**20), "give gas money")
         self.deployment = deploy(self.chain, wallet, DeploymentTerms(FUNDER.address, challenge_delay_s, 3600))
         self.contracts = SettlementContracts(self.chain, self.deployment.addresses)
         url = parse_url(f"sqlite:///{directory / 'ledger.sqlite'}")
@@ -55,7 +60,10 @@ class ChainWorld:
             SQLModel.metadata.create_all(connection)
 
     def connect(self):
-        self.ready = self.process.start()
+        if self.process.process_id is None:
+            self.process.close()
+            ready.append(self.process.start())
+        self.ready = ready[-1]
         self.chain = Chain(self.ready.rpc_url, self.ready.chain_id)
         self.chain.connect()
 
@@ -67,11 +75,11 @@ class ChainWorld:
 
     def fund_payer(self, amount_wei):
         faucet = Faucet(PROFILES["embedded"], self.contracts, Wallet(self.chain, FUNDER, poll_s=0.01))
-        faucet.fund_payer(Wallet(self.chain, PAYER, poll_s=0.01), amount_wei)
+        faucet.fund_payer(Wallet(self.chain, self.payer, poll_s=0.01), amount_wei)
 
     def outbox(self, chain=None, **limits):
         contracts = SettlementContracts(chain or self.chain, self.deployment.addresses)
-        return Outbox(self.engine, contracts, SUBMITTER, self.clock, OutboxLimits(**limits))
+        return Outbox(self.engine, contracts, self.submitter, self.clock, OutboxLimits(**limits))
 
     def submit(self, kind, key, payload, after=()):
         with self.engine.begin() as connection:
@@ -88,15 +96,15 @@ class ChainWorld:
 
     def collect(self, used_wei, key="collect:1", deadline_s=2**40):
         domain = escrow_domain(self.chain.chain_id, self.deployment.addresses.escrow)
-        voucher = Voucher(PAYER.address, OPERATOR.address, used_wei, deadline_s)
+        voucher = Voucher(self.payer.address, OPERATOR.address, used_wei, deadline_s)
         payload = {
-            "payer": PAYER.address,
+            "payer": self.payer.address,
             "operator": OPERATOR.address,
             "cumulative": str(used_wei),
             "deadline": str(deadline_s),
-            "payer_signature": "0x" + voucher.sign(domain, PAYER).hex(),
+            "payer_signature": "0x" + voucher.sign(domain, self.payer).hex(),
             "cumulative_used": str(used_wei),
-            "operator_signature": "0x" + Collection(PAYER.address, OPERATOR.address, used_wei).sign(domain, OPERATOR).hex(),
+            "operator_signature": "0x" + Collection(self.payer.address, OPERATOR.address, used_wei).sign(domain, OPERATOR).hex(),
         }
         return self.submit("collect", key, payload)
 
@@ -119,16 +127,28 @@ class ChainWorld:
 
     def close(self):
         self.engine.dispose()
-        self.process.close()
+
+
+@pytest.fixture(scope="session")
+def chain_process(tmp_path_factory):
+    process = EmbeddedChainProcess(tmp_path_factory.mktemp("chain"), [FUNDER.address])
+    yield process
+    process.close()
 
 
 @pytest.fixture
-def chain_world(tmp_path):
-    world = ChainWorld(tmp_path)
-    yield world
-    world.close()
+def new_chain_world(chain_process, tmp_path):
+    worlds = []
+
+    def make(**options):
+        worlds.append(ChainWorld(chain_process, tmp_path, **options))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.close()
 
 
 @pytest.fixture
-def new_chain_world():
-    return ChainWorld
+def chain_world(new_chain_world):
+    return new_chain_world()

@@ -13,7 +13,7 @@ from node.settlement.settlement_contracts import ClaimEntry
 from node.settlement.signer import LocalSigner
 from node.settlement.wallet import Wallet
 
-OPERATOR, SUBMITTER, FUNDER, PAYER = (LocalSigner(bytes([number]) * 32) for number in (1, 2, 3, 4))
+OPERATOR = LocalSigner(b"\x01" * 32)
 TRAINER, MAKER = "0x" + "11" * 20, "0x" + "22" * 20
 
 
@@ -64,7 +64,7 @@ def test_outbox_whole_life_collects_submits_and_pays_exactly(chain_world):
     run_until_quiet(outbox)
 
     assert [world.state(collected), world.state(submitted)] == ["done", "done"]
-    assert world.contracts.escrow_balance_wei(PAYER.address) == 100
+    assert world.contracts.escrow_balance_wei(world.payer.address) == 100
     assert world.contracts.funded_wei(OPERATOR.address) == 900
     status = world.contracts.epoch(OPERATOR.address, 0)
     assert (status.root, status.total_cumulative_wei) == (tree.root, 900)
@@ -96,8 +96,8 @@ def test_outbox_crash_around_the_send_lands_the_same_bytes_once(chain_world, cra
     run_until_quiet(world.outbox())
 
     assert world.state(key) == "done"
-    assert world.contracts.collected_wei(PAYER.address, OPERATOR.address) == 10
-    assert world.chain.nonce(SUBMITTER.address) == 1
+    assert world.contracts.collected_wei(world.payer.address, OPERATOR.address) == 10
+    assert world.chain.nonce(world.submitter.address) == 1
     [attempt] = world.rows("chain_attempt")
     assert attempt.raw == chain.sent[0]
 
@@ -139,7 +139,7 @@ def test_outbox_crash_after_mining_finds_the_receipt(chain_world, monkeypatch):
     run_until_quiet(world.outbox())
 
     assert world.state(key) == "done"
-    assert world.chain.nonce(SUBMITTER.address) == 1
+    assert world.chain.nonce(world.submitter.address) == 1
 
 
 def test_outbox_lost_reply_never_takes_a_new_nonce(chain_world):
@@ -152,7 +152,7 @@ def test_outbox_lost_reply_never_takes_a_new_nonce(chain_world):
 
     assert world.state(key) == "done"
     assert len(chain.sent) == 1
-    assert world.chain.nonce(SUBMITTER.address) == 1
+    assert world.chain.nonce(world.submitter.address) == 1
 
 
 def test_outbox_restored_database_sees_done_intents_on_the_chain(chain_world):
@@ -170,7 +170,7 @@ def test_outbox_restored_database_sees_done_intents_on_the_chain(chain_world):
 
     assert [world.state(collected), world.state(later)] == ["done", "done"]
     assert [row.nonce for row in world.rows("chain_tx")] == [1]
-    assert world.contracts.collected_wei(PAYER.address, OPERATOR.address) == 25
+    assert world.contracts.collected_wei(world.payer.address, OPERATOR.address) == 25
 
 
 def test_outbox_preflight_refusal_fails_with_the_contracts_own_name(chain_world):
@@ -188,7 +188,7 @@ def test_outbox_preflight_refusal_fails_with_the_contracts_own_name(chain_world)
         overdrawn: "reverted:InsufficientBalance",
         dependent: "predecessor_failed",
     }
-    assert world.chain.nonce(SUBMITTER.address) == 0
+    assert world.chain.nonce(world.submitter.address) == 0
 
 
 def test_outbox_other_root_under_the_same_epoch_is_a_conflict(chain_world):
@@ -211,7 +211,7 @@ def test_outbox_nonce_used_by_another_sender_is_planned_again(chain_world):
     chain = ScriptedChain(world, SendOutcome.ACCEPTED, SendOutcome.NONCE_TOO_LOW)
     outbox = world.outbox(chain, foreign_ms=60_000)
     outbox.run_once()
-    Wallet(world.chain, SUBMITTER, poll_s=0.01).send(world.contracts.approve(MAKER, 1), "use the nonce elsewhere")
+    Wallet(world.chain, world.submitter, poll_s=0.01).send(world.contracts.approve(MAKER, 1), "use the nonce elsewhere")
 
     run_until_quiet(outbox)
     assert [row.state for row in world.rows("chain_tx")] == ["unconfirmed"]
@@ -220,7 +220,7 @@ def test_outbox_nonce_used_by_another_sender_is_planned_again(chain_world):
 
     assert world.state(key) == "done"
     assert [(row.nonce, row.state) for row in world.rows("chain_tx")] == [(0, "lost"), (1, "finalized")]
-    assert world.contracts.collected_wei(PAYER.address, OPERATOR.address) == 10
+    assert world.contracts.collected_wei(world.payer.address, OPERATOR.address) == 10
 
 
 @pytest.mark.parametrize("outcome", [SendOutcome.UNDERPRICED, SendOutcome.FEE_BELOW_BASE])
@@ -235,7 +235,7 @@ def test_outbox_price_refusal_raises_both_fees_by_an_eighth(chain_world, outcome
     assert int(second.max_fee_wei) * 8 >= int(first.max_fee_wei) * 9
     assert int(second.priority_fee_wei) * 8 >= int(first.priority_fee_wei) * 9
     assert world.state(key) == "done"
-    assert world.chain.nonce(SUBMITTER.address) == 1
+    assert world.chain.nonce(world.submitter.address) == 1
 
 
 def test_outbox_waiting_transaction_is_sent_again_then_bumped(chain_world):
@@ -308,30 +308,27 @@ def test_outbox_malformed_payload_fails_and_others_go_on(chain_world):
     assert [world.state(key) for key in (bad, unknown, good)] == ["failed", "failed", "done"]
 
 
-def test_outbox_kills_at_random_moments_lose_and_repeat_nothing(new_chain_world, tmp_path):
-    world = new_chain_world(tmp_path)
-    try:
-        world.fund_payer(10_000)
-        genesis = world.chain.genesis_hash()
-        chance = random.Random(7)
-        keys = []
-        for number in range(1, 9):
-            keys.append(world.collect(number * 10, key=f"collect:{number}"))
-            script = [chance.choice(["send", "crash before", "crash after", "lose reply"]) for _ in range(2)]
-            try:
-                run_until_quiet(world.outbox(ScriptedChain(world, *script), resend_ms=0))
-            except Crash:
-                world.kill_and_restart()
-        for _ in range(20):
-            world.clock.now_ms += 1
-            world.outbox(resend_ms=0).run_once()
-        assert [world.state(key) for key in keys] == ["done"] * 8
-        assert world.contracts.collected_wei(PAYER.address, OPERATOR.address) == 80
-        nonces = sorted(row.nonce for row in world.rows("chain_tx"))
-        assert nonces == list(range(world.chain.nonce(SUBMITTER.address)))
-        assert world.chain.genesis_hash() == genesis
-    finally:
-        world.close()
+def test_outbox_kills_at_random_moments_lose_and_repeat_nothing(new_chain_world):
+    world = new_chain_world()
+    world.fund_payer(10_000)
+    genesis = world.chain.genesis_hash()
+    chance = random.Random(7)
+    keys = []
+    for number in range(1, 9):
+        keys.append(world.collect(number * 10, key=f"collect:{number}"))
+        script = [chance.choice(["send", "crash before", "crash after", "lose reply"]) for _ in range(2)]
+        try:
+            run_until_quiet(world.outbox(ScriptedChain(world, *script), resend_ms=0))
+        except Crash:
+            world.kill_and_restart()
+    for _ in range(20):
+        world.clock.now_ms += 1
+        world.outbox(resend_ms=0).run_once()
+    assert [world.state(key) for key in keys] == ["done"] * 8
+    assert world.contracts.collected_wei(world.payer.address, OPERATOR.address) == 80
+    nonces = sorted(row.nonce for row in world.rows("chain_tx"))
+    assert nonces == list(range(world.chain.nonce(world.submitter.address)))
+    assert world.chain.genesis_hash() == genesis
 
 
 async def test_outbox_task_sends_what_wakes_it_and_stops_when_told(chain_world):
@@ -362,17 +359,14 @@ async def test_outbox_task_outlives_a_chain_that_is_down(chain_world):
     await asyncio.wait_for(task, 20)
 
 
-def test_claim_before_the_challenge_delay_says_how_long(new_chain_world, tmp_path):
-    world = new_chain_world(tmp_path, challenge_delay_s=3600)
-    try:
-        world.fund_payer(1_000)
-        world.submit_epoch(0, world.tree({TRAINER: 5}), after=[world.collect(10)])
-        run_until_quiet(world.outbox())
-        with pytest.raises(ChainError) as caught:
-            active_epoch(world.contracts, OPERATOR.address, 0, int(time.time()))
-        assert caught.value.error_code == "epoch_not_active"
-        with pytest.raises(ChainError) as caught:
-            active_epoch(world.contracts, OPERATOR.address, 1, int(time.time()))
-        assert caught.value.error_code == "epoch_unknown"
-    finally:
-        world.close()
+def test_claim_before_the_challenge_delay_says_how_long(new_chain_world):
+    world = new_chain_world(challenge_delay_s=3600)
+    world.fund_payer(1_000)
+    world.submit_epoch(0, world.tree({TRAINER: 5}), after=[world.collect(10)])
+    run_until_quiet(world.outbox())
+    with pytest.raises(ChainError) as caught:
+        active_epoch(world.contracts, OPERATOR.address, 0, int(time.time()))
+    assert caught.value.error_code == "epoch_not_active"
+    with pytest.raises(ChainError) as caught:
+        active_epoch(world.contracts, OPERATOR.address, 1, int(time.time()))
+    assert caught.value.error_code == "epoch_unknown"
