@@ -84,7 +84,8 @@ def _ordered(value: Any, depth: int) -> Any:
         for key in value:
             if type(key) is not str:
                 raise TypeError(f"object key {key!r} is a {type(key).__name__}; canonical JSON has string keys only")
-        return {key: _ordered(value[key], depth + 1) for key in sorted(value, key=_utf16)}
+        keys = sorted(value) if all(map(str.isascii, value)) else sorted(value, key=_utf16)
+        return {key: _ordered(value[key], depth + 1) for key in keys}
     if kind is list or kind is tuple:
         return [_ordered(item, depth + 1) for item in value]
     raise TypeError(f"{kind.__name__} {value!r:.40} has no canonical form; use integers or decimal strings")

@@ -21,7 +21,8 @@ from attribution.shares import adapter_shares
 SCHEMA = "openlora.record/1"
 RECIPE_SCHEMA = "openlora.recipe/1"
 GENESIS_HASH = "0" * 64
-MAX_REQUEST_ID_CHARS = 128
+REQUEST_ID = re.compile(r"[!-~]{1,128}")
+_FINISH_REASON = re.compile(r"[!-~]{1,64}")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _FIELD_AT_FAULT = re.compile(r"(?:unknown field `|`\$\.)([^`]+)`")
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]{40}")
@@ -107,8 +108,12 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     output_digest: str
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON: what is hashed, stored and published."""
-        return canonical.dumps(msgspec.to_builtins(self))
+        """Canonical JSON: what is hashed, stored and published.
+
+        A record holds only ASCII keys, strings and integers below 2**53, for which msgspec's sorted encoding is the canonical
+        one, at 2 us instead of 60. A test holds it equal to `canonical.dumps`.
+        """
+        return msgspec.json.encode(self, order="sorted")
 
     def record_hash(self) -> str:
         """SHA-256 of `to_bytes()`, 64 hex digits."""
@@ -204,8 +209,16 @@ def _check(facts: Facts, sequence: int, previous_hash: str) -> None:
     """Refuse facts that could not be hashed, signed or paid."""
     if sequence < 1:
         raise RecordError(f"sequence is {sequence}; records count from 1")
-    if not 1 <= len(facts.request_id) <= MAX_REQUEST_ID_CHARS:
-        raise RecordError(f"request_id has {len(facts.request_id)} characters; it must have 1 to {MAX_REQUEST_ID_CHARS}")
+    if not REQUEST_ID.fullmatch(facts.request_id):
+        raise RecordError(
+            f"request_id is {facts.request_id[:140]!r}; it must have 1 to 128 printable ASCII characters, no spaces"
+        )
+    if not _FINISH_REASON.fullmatch(facts.finish_reason):
+        raise RecordError(
+            f"finish_reason is {facts.finish_reason[:80]!r}; it must have 1 to 64 printable ASCII characters, no spaces"
+        )
+    if max(sequence, facts.finished_ms, facts.tokens.prompt, facts.tokens.output) > canonical.MAX_INTEGER:
+        raise RecordError("a sequence number, time or token count is beyond 2**53 - 1")
     if not 0 <= facts.admitted_ms <= facts.finished_ms:
         raise RecordError(f"admitted at {facts.admitted_ms} ms and finished at {facts.finished_ms} ms; time must not run back")
     hashes = [previous_hash, facts.base_id, facts.tenant_digest, facts.prompt_digest, facts.output_digest, facts.voucher_digest]

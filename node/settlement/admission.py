@@ -10,7 +10,7 @@ import msgspec
 from attribution.digests import SALT_BYTES, tenant_digest, token_digest
 from attribution.errors import AttributionError
 from attribution.fees import Contribution, Payees, Price, SplitPolicy, Tokens
-from attribution.record import Facts, RecipeTerm, build_recipe
+from attribution.record import REQUEST_ID, Facts, RecipeTerm, build_recipe
 from attribution.shares import WEIGHT_DECIMALS
 from node.errors import RequestError
 
@@ -120,8 +120,10 @@ def open_request(
     """Turn an admission into what is stored, with fresh salts.
 
     Raises:
-        RequestError: The recipe has no record: one adapter twice, or weights that are malformed or all zero.
+        RequestError: The id is malformed, or the recipe has no record: one adapter twice, weights malformed or all zero.
     """
+    if not REQUEST_ID.fullmatch(admission.request_id):
+        raise RequestError("the request id must have 1 to 128 printable ASCII characters and no spaces", param="request_id")
     try:
         build_recipe(admission.terms, b"")
     except AttributionError as error:

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attribution import record
+from attribution import canonical, record
 from attribution.errors import CanonicalError, RecordError, SplitError
 from attribution.fees import Contribution, Price, SplitPolicy, Tokens, fee_wei, parse_wei
 
@@ -57,6 +57,7 @@ def test_build_split_sums_to_the_fee_and_verifies(generator, data):
     assert all(int(line.amount_wei) > 0 for line in built.split)
     record.verify(built)
     assert record.parse(built.to_bytes()) == built
+    assert built.to_bytes() == canonical.dumps(msgspec.to_builtins(built))
     assert record.parse(built.to_bytes()).record_hash() == built.record_hash()
 
 
@@ -120,6 +121,11 @@ def test_parse_wei_anything_but_a_plain_number_is_refused(text):
         ("sequence", 0),
         ("finished_ms", 1),
         ("base_id", "zz"),
+        ("request_id", "two words"),
+        ("request_id", "\ud800"),
+        ("request_id", ""),
+        ("finish_reason", "x" * 65),
+        ("finished_ms", 2**53),
         ("payer", "somebody"),
     ],
 )

@@ -320,6 +320,12 @@ async def test_admit_a_recipe_without_a_record_is_a_request_error(ledger, terms)
         await ledger.admit(admission("r1", terms=terms, contributions=()))
 
 
+@pytest.mark.parametrize("request_id", ["", "two words", "x" * 129, "\ud800", "é"])
+async def test_admit_a_malformed_id_is_a_request_error(ledger, request_id):
+    with pytest.raises(RequestError, match="request id"):
+        await ledger.admit(admission(request_id))
+
+
 async def test_after_shutdown_everything_is_refused(make):
     ledger = make()
     await ledger.open()
