@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from node.config import load_settings
 from node.engine.client import EngineClient
@@ -17,6 +19,7 @@ from node.errors import EngineError, ModelLoadError, OverloadedError
 from node.request import Sampling
 
 TIMEOUT_S = 60
+shared_loop = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest.fixture
@@ -38,9 +41,16 @@ def settings_for(world, tmp_path, **engine):
     return load_settings(None, {**overrides, **{f"engine.{key}": value for key, value in engine.items()}})
 
 
-@pytest.fixture
-async def client(world, tmp_path, short_dir):
-    client = EngineClient(settings_for(world, tmp_path), short_dir)
+@pytest.fixture(scope="module")
+def shared_dir():
+    with tempfile.TemporaryDirectory(prefix="eng") as directory:
+        yield Path(directory)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def client(world, tmp_path_factory, shared_dir):
+    """One engine process for every test that leaves it in order; starting one takes seconds."""
+    client = EngineClient(settings_for(world, tmp_path_factory.mktemp("data")), shared_dir)
     await client.start()
     yield client
     await client.close()
@@ -61,6 +71,7 @@ def test_client_import_brings_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@shared_loop
 async def test_submit_streams_one_event_a_token(client):
     events = await asyncio.wait_for(collect(client.submit(submit("a"))), TIMEOUT_S)
     assert sum(len(event.tokens) for event in events) == 5
@@ -68,6 +79,7 @@ async def test_submit_streams_one_event_a_token(client):
     assert client.in_flight_count == 0
 
 
+@shared_loop
 async def test_cancel_ends_the_stream(client):
     stream = client.submit(submit("a", max_new_tokens=200))
     first = await anext(stream)
@@ -77,6 +89,7 @@ async def test_cancel_ends_the_stream(client):
     assert events[-1].finish_reason in ("cancelled", "length")
 
 
+@shared_loop
 async def test_closed_stream_cancels_its_sequence(client):
     stream = client.submit(submit("a", max_new_tokens=200))
     await anext(stream)
@@ -86,12 +99,14 @@ async def test_closed_stream_cancels_its_sequence(client):
     assert (await asyncio.wait_for(collect(client.submit(submit("b"))), TIMEOUT_S))[-1].finish_reason == "length"
 
 
-async def test_sockets_lie_in_a_private_directory(client, short_dir):
-    (directory,) = short_dir.iterdir()
+@shared_loop
+async def test_sockets_lie_in_a_private_directory(client, shared_dir):
+    (directory,) = shared_dir.iterdir()
     assert directory.stat().st_mode & 0o777 == 0o700
     assert {path.name for path in directory.iterdir()} == {"commands", "events"}
 
 
+@shared_loop
 async def test_killed_engine_ends_sequences_and_is_restarted(client):
     stream = client.submit(submit("a", max_new_tokens=200))
     await anext(stream)
@@ -173,6 +188,7 @@ async def test_close_without_drain_cancels(world, tmp_path, short_dir):
     assert list(short_dir.iterdir()) == []
 
 
+@shared_loop
 async def test_stats_arrive_while_idle(client):
     async with asyncio.timeout(TIMEOUT_S):
         while client.stats.kv_blocks_total == 0:
@@ -205,7 +221,5 @@ def test_engine_process_ends_with_its_parent(world, tmp_path, short_dir):
         descriptor = os.pidfd_open(child_pid)
     except ProcessLookupError:
         return
-    import select
-
     assert select.select([descriptor], [], [], TIMEOUT_S)[0]
     os.close(descriptor)
