@@ -25,6 +25,7 @@ from node.settlement.embedded_chain_evm import Evm, TransactionRefused
 from node.settlement.embedded_chain_log import BlockLog, LoggedBlock
 from node.settlement.embedded_chain_rpc import ChainRpc, RpcError
 from node.settlement.genesis import EMBEDDED_CHAIN_ID, GAS_MONEY_WEI, Genesis
+from node.settlement.json_bounds import loads_bounded
 
 MAX_BODY_BYTES = 1 << 20
 LOG_NAME = "blocks.log"
@@ -101,7 +102,7 @@ def application(rpc: ChainRpc, on_broken: Callable[[], None]) -> web.Application
         if request.content_type != "application/json":  # a web page cannot send this type to another origin unasked
             raise web.HTTPUnsupportedMediaType
         try:
-            body = json.loads(await request.read())
+            body = loads_bounded(await request.read())
             method, params = body["method"], body.get("params") or []
             request_id = body.get("id")
             if not isinstance(method, str) or not isinstance(params, list):

@@ -16,6 +16,7 @@ from eth_account import Account
 from eth_utils.exceptions import ValidationError
 
 from node.errors import KeystoreError
+from node.settlement.json_bounds import loads_bounded
 from node.settlement.signer import LocalSigner
 
 MAX_FILE_BYTES = 64 << 10
@@ -108,7 +109,7 @@ def address_of(path: Path) -> str:
 def _parse(path: Path, data: bytes) -> dict[str, Any]:
     """The file's JSON, with the members that the rest relies on."""
     try:
-        fields = json.loads(data)
+        fields = loads_bounded(data)
         crypto = fields["crypto"]
         if fields["version"] != 3 or crypto["cipher"] != "aes-128-ctr" or crypto["kdf"] not in ("scrypt", "pbkdf2"):
             raise KeystoreError(

@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 import requests
 from urllib3.exceptions import HTTPError
 
+from node.settlement.json_bounds import has_too_many_brackets
+
 MAX_ANSWER_BYTES = 8 << 20
 
 
@@ -47,6 +49,8 @@ class BoundedSession(requests.Session):
             raise requests.ConnectionError("the answer broke off") from error
         finally:
             response.close()
+        if has_too_many_brackets(body):
+            raise AnswerTooLarge("answer nested too deeply")
         response._content = bytes(body)
         return response
 
