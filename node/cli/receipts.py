@@ -32,7 +32,7 @@ def show(request_id: str, config: ConfigOption = None, data_dir: DataDirOption =
 
 @app.command()
 def verify(
-    file: Annotated[Path, typer.Argument(help="A receipt as the node gave it, or - for standard input.")],
+    file: Annotated[Path, typer.Argument(help="A receipt, or a whole answer that carries one; - for standard input.")],
     operator: Annotated[list[str] | None, typer.Option(help="An operator address you trust; may be repeated.")] = None,
     trust: Annotated[Path | None, typer.Option(help="A file of trusted addresses, one a line, # for comments.")] = None,
     manifest: Annotated[list[Path] | None, typer.Option(help="Compare the shares with this adapter manifest, too.")] = None,
@@ -47,12 +47,18 @@ def verify(
     trusted = [*(operator or ()), *(_trusted(trust) if trust else ())]
     manifests = [_manifest(path) for path in manifest or ()]
     try:
-        verified = receipt.verify(bundle, trusted, manifests)
+        verified = receipt.verify(_bundle(bundle), trusted, manifests)
     except Unauthenticated as error:
         raise NodeError(str(error), code="receipt_unauthenticated") from error
     except AttributionError as error:
         raise NodeError(str(error), code="receipt_invalid") from error
     _print(verified)
+
+
+def _bundle(value: Any) -> Any:
+    """The receipt itself, or the one inside an answer of the API."""
+    carried = value.get("openlora") if isinstance(value, dict) else None
+    return carried.get("receipt") if isinstance(carried, dict) else value
 
 
 def _print(verified: receipt.VerifiedReceipt) -> None:
