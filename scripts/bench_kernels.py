@@ -24,6 +24,7 @@ from torch import Tensor
 from node.kernels.layout import PageLayout
 from node.kernels.linear import LoraSpans, PackedLinear, lora_spans
 from node.kernels.lora import LoraPool, LoraRows, lora_rows
+from node.kernels.memory import empty_huge
 from node.kernels.ops import Kernels
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, GROUPS, SIZE, VOCABULARY = 576, 1536, 30, 9, 3, 64, 49152
@@ -119,7 +120,7 @@ MODULES = [
 
 def make_pool(dtype: torch.dtype) -> tuple[PageLayout, LoraPool]:
     layout = PageLayout([(f"{i}.{name}", a, b) for i in range(LAYERS) for name, a, b in MODULES], RANK)
-    pages = (torch.randn(ADAPTERS, layout.page_elements) * 0.01).to(dtype)
+    pages = empty_huge((ADAPTERS, layout.page_elements), dtype).normal_(std=0.01)
     tables = torch.arange(ADAPTERS, dtype=torch.int32).view(ADAPTERS, 1)
     ranks = torch.full((layout.module_count, ADAPTERS), RANK, dtype=torch.int32)
     return layout, LoraPool(pages, tables, ranks, torch.full((layout.module_count, ADAPTERS), 2.0), RANK)
@@ -148,8 +149,8 @@ def make_layers(kernels: Kernels, dtype: torch.dtype, layout: PageLayout, sequen
             packed(2 * INTERMEDIATE, HIDDEN),
             packed(HIDDEN, INTERMEDIATE),
             layer_spans(layout, index),
-            torch.randn(blocks, GROUPS, BLOCK, SIZE).to(dtype),
-            torch.randn(blocks, GROUPS, BLOCK, SIZE).to(dtype),
+            empty_huge((blocks, GROUPS, BLOCK, SIZE), dtype).normal_(),
+            empty_huge((blocks, GROUPS, BLOCK, SIZE), dtype).normal_(),
         )
         for index in range(LAYERS)
     ]

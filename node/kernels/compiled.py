@@ -10,6 +10,7 @@ from node.kernels.build import library_path
 from node.kernels.fakes import register_fakes
 from node.kernels.linear import LoraSpans, PackedLinear
 from node.kernels.lora import LoraPool, LoraRows
+from node.kernels.memory import WeightArena
 from node.kernels.ops import Kernels
 
 ISAS = ("avx2", "avx512", "avx512bf16")  # the order of csrc/cpu/dispatch.h
@@ -26,6 +27,7 @@ class CompiledKernels(Kernels):
     def __init__(self, isa: str, threads: int) -> None:
         self._isa = ISAS.index(isa)
         self._threads = threads
+        self._arena = WeightArena()
         self._name = f"cpp-{isa}"
         ops = torch.ops.openlora
         # Bound once: looking an overload up through torch.ops costs more than the small operations themselves.
@@ -71,7 +73,9 @@ class CompiledKernels(Kernels):
         return self._name
 
     def pack_linear(self, weight: Tensor) -> PackedLinear:
-        return PackedLinear(self._pack_linear(weight.contiguous()), weight.shape[0], weight.shape[1], is_panelled=True)
+        return PackedLinear(
+            self._arena.copy(self._pack_linear(weight.contiguous())), weight.shape[0], weight.shape[1], is_panelled=True
+        )
 
     def linear(
         self,
