@@ -4,7 +4,7 @@ Use:
     payer = Payer(LocalSigner(key), operator=info["operator"], domain=escrow_domain(info["chain_id"], info["escrow"]))
     headers = {"x-openlora-voucher": payer.header(max_fee_wei, deadline)}
     ...
-    payer.charge(max_fee_wei, int(answer["openlora"]["receipt"]["feeWei"]))
+    payer.charge(max_fee_wei, int(answer["openlora"]["receipt"]["receipt"]["feeWei"]))
 """
 
 from __future__ import annotations

@@ -218,7 +218,11 @@ def _with_override(settings: Settings, key: str, value: Any) -> Settings:
     if not tail:
         return settings.model_copy(update={head: Path(value) if head == "data_dir" else value})
     section = getattr(settings, head)
-    return settings.model_copy(update={head: type(section)(**{**section.model_dump(), tail: value})})
+    try:
+        changed = type(section)(**{**section.model_dump(), tail: value})
+    except ValidationError as error:
+        raise ConfigError(_describe(error, f"{head}.")) from error
+    return settings.model_copy(update={head: changed})
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -266,11 +270,11 @@ def _unknown(key: str, known: list[str], where: str) -> str:
     return f"unknown setting {key} in {where}{hint}"
 
 
-def _describe(error: ValidationError) -> str:
-    """One line a mistake: field path, the value given, what is allowed."""
+def _describe(error: ValidationError, prefix: str = "") -> str:
+    """One line a mistake: field path, the value given, what is allowed. `prefix` names the section that was validated alone."""
     lines = []
     for item in error.errors():
-        path = ".".join(str(part) for part in item["loc"]) or "settings"
+        path = (prefix + ".".join(str(part) for part in item["loc"])).removesuffix(".") or "settings"
         given = item.get("input")
         shown = f" (given: {given!r})" if not isinstance(given, dict) else ""
         lines.append(f"{path}: {item['msg'].removeprefix('Value error, ')}{shown}")

@@ -154,7 +154,7 @@ class EngineError(NodeError):
 
 
 class LedgerError(NodeError):
-    """Codes: ledger_unavailable, ledger_locked, ledger_schema_newer, ledger_corrupt."""
+    """Codes: ledger_unavailable, ledger_locked, ledger_schema_newer, ledger_corrupt, ledger_path, ledger_url."""
 
     code = "ledger_unavailable"
 

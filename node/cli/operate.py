@@ -38,10 +38,13 @@ async def _operate(settings: Settings, operation: str, arguments: dict[str, Any]
             "so start one first: openlora-node start",
             code="node_not_running",
         )
-    from node.app import open_books, settlement_operations
+    from node.operations import settlement_operations
+    from node.settlement.treasury import open_treasury
+    from node.telemetry.logs import make_logger
 
-    async with open_books(settings) as books:
-        return await settlement_operations(books)[operation](**arguments)
+    logger = make_logger(settings.telemetry.log_level, settings.telemetry.log_format)
+    async with open_treasury(settings, logger) as treasury:
+        return await settlement_operations(treasury)[operation](**arguments)
 
 
 async def _ask_running_node(settings: Settings, operation: str, arguments: dict[str, Any]) -> Any:

@@ -54,12 +54,14 @@ def parse_url(url: str) -> URL:
     try:
         parsed = make_url(url)
     except ArgumentError as error:
-        raise LedgerError("ledger.url is not a database URL; write sqlite:///PATH or postgresql+psycopg://HOST/NAME") from error
+        raise LedgerError(
+            "ledger.url is not a database URL; write sqlite:///PATH or postgresql+psycopg://HOST/NAME", code="ledger_url"
+        ) from error
     backend = parsed.get_backend_name()
     if backend == "sqlite":
         _check_path(parsed.database)
     elif backend != "postgresql":
-        raise LedgerError(f"ledger.url names {backend}; the ledger runs on sqlite and postgresql")
+        raise LedgerError(f"ledger.url names {backend}; the ledger runs on sqlite and postgresql", code="ledger_url")
     elif parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
     return parsed
@@ -140,21 +142,27 @@ def _tune_sqlite(engine: Engine, busy_timeout_ms: int, read_only: bool) -> None:
 
 def _check_path(name: str | None) -> None:
     if not name or name == ":memory:":
-        raise LedgerError("ledger.url names no file; a ledger must survive the process, write sqlite:///PATH")
+        raise LedgerError("ledger.url names no file; a ledger must survive the process, write sqlite:///PATH", code="ledger_url")
     path = Path(name)
     if path.is_dir():
-        raise LedgerError(f"the ledger path {path} is a directory; name a file in it, such as {path / 'ledger.sqlite'}")
+        raise LedgerError(
+            f"the ledger path {path} is a directory; name a file in it, such as {path / 'ledger.sqlite'}", code="ledger_path"
+        )
     if not path.parent.is_dir():
-        raise LedgerError(f"the ledger's directory {path.parent} does not exist; create it or change ledger.url")
+        raise LedgerError(
+            f"the ledger's directory {path.parent} does not exist; create it or change ledger.url", code="ledger_path"
+        )
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise LedgerError(f"the ledger {path} cannot be written; check its owner and permissions")
+        raise LedgerError(f"the ledger {path} cannot be written; check its owner and permissions", code="ledger_path")
 
 
 def _lock_file(path: Path) -> TextIO:
     try:
         file = path.open("a+", encoding="ascii")
     except OSError as error:
-        raise LedgerError(f"the lock file {path} cannot be written; check owner and permissions of its directory") from error
+        raise LedgerError(
+            f"the lock file {path} cannot be written; check owner and permissions of its directory", code="ledger_path"
+        ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
