@@ -19,7 +19,6 @@ from node.settlement.epochs import EpochCloser
 from node.settlement.intents import DONE, FAILED, INTENTS, submit_intent
 from node.settlement.keys import KeyDirectory, NodeKeys
 from node.settlement.ledger import Ledger
-from node.settlement.ledger_database import make_engine, parse_url
 from node.settlement.ledger_epochs import SettlementPlace
 from node.settlement.outbox import Outbox, OutboxLimits
 from node.settlement.rails import Rails, open_rails
@@ -149,9 +148,8 @@ async def _running(
     settings: Settings, keys: NodeKeys, ledger: Ledger, settlement: Settlement, logger: FilteringBoundLogger
 ) -> AsyncIterator[None]:
     """The room's background tasks: the outbox always, the epoch timer when epochs close by themselves."""
-    engine = make_engine(parse_url(ledger.url))
     limits = OutboxLimits(confirmations=settings.chain.confirmations)
-    outbox = await asyncio.to_thread(Outbox, engine, settlement.rails.contracts, keys.submitter, _now_ms, limits)
+    outbox = await asyncio.to_thread(Outbox, ledger.engine, settlement.rails.contracts, keys.submitter, _now_ms, limits)
     stop = asyncio.Event()
     tasks = [asyncio.create_task(outbox.run(stop, settlement.wake), name="outbox")]
     if settings.chain.epoch_s:
@@ -161,7 +159,6 @@ async def _running(
     finally:
         stop.set()
         await asyncio.gather(*tasks)
-        engine.dispose()
 
 
 async def _close_regularly(epoch_s: float, settlement: Settlement, stop: asyncio.Event, logger: FilteringBoundLogger) -> None:
