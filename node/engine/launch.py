@@ -66,6 +66,7 @@ class EngineProcess:
         )
         process = await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",  # never import from the directory the node happens to be started in
             "-m",
             "node.engine.process",
             stdin=asyncio.subprocess.PIPE,

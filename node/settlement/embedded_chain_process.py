@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import select
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import node
 from node.errors import ChainError
 
 
@@ -47,11 +49,14 @@ class EmbeddedChainProcess:
         Raises:
             ChainError: chain_locked, chain_corrupt, or chain_unreachable when it does not come up in time.
         """
-        command = [sys.executable, "-m", "node.settlement.embedded_chain", "--data-dir", str(self._directory)]
+        # -P: never import from the directory the node happens to be started in.
+        command = [sys.executable, "-P", "-m", "node.settlement.embedded_chain", "--data-dir", str(self._directory)]
         command += ["--port", str(self._port)]
         for address in self._fund:
             command += ["--fund", address]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603
+        self._process = subprocess.Popen(  # noqa: S603
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment()
+        )
         try:
             return self._ready(self._first_line(self._process))
         except ChainError:
@@ -97,3 +102,10 @@ class EmbeddedChainProcess:
             raise ChainError(
                 "the development chain announced itself with an unreadable line; install this version again"
             ) from error
+
+
+def _environment() -> dict[str, str]:
+    """This environment, with the directory of this very `node` package first on the module path."""
+    root = str(Path(node.__file__).resolve().parents[1])
+    inherited = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{inherited}" if inherited else root}
