@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from node.adapters.loader import AdapterLoader, AdapterPlan, Failed, Filled, Inspected, Page
@@ -21,6 +20,7 @@ from node.adapters.residency import LOADING, READY, Residency, ResidencyState
 from node.errors import AdapterError, AdapterInvalidError, ConfigError
 from node.kernels.layout import PageLayout
 from node.kernels.lora import LoraPool
+from node.kernels.memory import empty_huge
 from node.request import AdapterTerm
 
 SLOT_LIMIT = 1024
@@ -71,12 +71,13 @@ class AdapterPool:
         self._layout = layout
         self._loader = loader
         self._clock = clock
-        # calloc gives zero pages that take no memory until they are written, so a large bound costs nothing by itself.
-        number = np.float32 if dtype == torch.float32 else np.uint16
-        self._pages: Page = np.zeros((self.page_count, layout.page_elements), dtype=number)
+        # Pages take no memory until they are written, so a large bound costs nothing by itself.
+        pages = empty_huge((self.page_count, layout.page_elements), dtype)
+        # numpy has no bfloat16: the loader writes its bits.
+        self._pages: Page = pages.numpy() if dtype == torch.float32 else pages.view(torch.uint16).numpy()
         slot_count = min(self.page_count, SLOT_LIMIT)
         self.tensors = LoraPool(
-            pages=torch.from_numpy(self._pages if dtype == torch.float32 else self._pages.view(np.int16)).view(dtype),
+            pages=pages,
             slot_pages=torch.full((slot_count, layout.pages_for_rank(max_rank)), -1, dtype=torch.int32),
             ranks=torch.zeros((layout.module_count, slot_count), dtype=torch.int32),
             scales=torch.zeros((layout.module_count, slot_count), dtype=torch.float32),

@@ -110,8 +110,10 @@ def open_engine(
     Raises:
         ModelLoadError, ConfigError: The settings name something this machine cannot run.
     """
-    torch.set_num_threads(settings.threads or os.cpu_count() or 1)
-    kernels = Kernels.load(settings.kernels, is_deterministic=settings.deterministic)
+    threads = settings.threads or os.cpu_count() or 1
+    kernels = Kernels.load(settings.kernels, threads=threads, is_deterministic=settings.deterministic)
+    # The compiled kernels have threads of their own; torch's, once awake, would spin on the same cores for milliseconds.
+    torch.set_num_threads(threads if kernels.name == "reference" else 1)
     files = resolve(model_settings.path, model_settings.revision)
     loaded = load_model(
         files,

@@ -9,6 +9,7 @@ import torch
 
 from node.errors import ModelLoadError
 from node.kernels.layout import PageLayout
+from node.kernels.memory import empty_huge
 from node.kernels.ops import Kernels
 from node.models.base_identity import base_id
 from node.models.decoder import Decoder
@@ -94,9 +95,9 @@ def make_kv_cache(spec: ModelSpec, size_bytes: int, block_size: int, dtype: torc
             code="model_too_large",
         )
     shape = (block_count, spec.kv_head_count, block_size, spec.head_dim)
-    # Zeros, not empty: a page that the kernel reads past a sequence's end must hold numbers, and untouched zeros cost no memory.
-    keys = [torch.zeros(shape, dtype=dtype) for _ in range(spec.layer_count)]
-    values = [torch.zeros(shape, dtype=dtype) for _ in range(spec.layer_count)]
+    # Zeros, because a kernel may read a block past a sequence's end; zeros that nobody has touched take no memory.
+    keys = [empty_huge(shape, dtype) for _ in range(spec.layer_count)]
+    values = [empty_huge(shape, dtype) for _ in range(spec.layer_count)]
     return KVCache(keys, values, block_size)
 
 
