@@ -2,7 +2,7 @@
 """Measure the engine against transformers + PEFT, in one process, in interleaved pairs.
 
     .venv/bin/python scripts/bench_engine.py --pairs 15 --out figures.jsonl
-    .venv/bin/python scripts/bench_engine.py --rows http --url http://127.0.0.1:8080 --url-models base,alice,bob
+    .venv/bin/python scripts/bench_engine.py --rows http books      (starts the nodes it needs)
     .venv/bin/python scripts/bench_engine.py --rows peer --peer-url http://127.0.0.1:9000 --url-models model
 
 Work: 64 random prompt tokens (other ones for every request), 64 new tokens, greedy, end-of-sequence off, no prefix cache,
@@ -22,6 +22,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -44,7 +45,9 @@ from node.request import AdapterTerm, Sampling
 
 ADAPTER_COUNT = 8
 RANK = 8
-ROWS = ("mixed", "base", "share", "deterministic", "memory", "http", "peer")
+ROWS = ("mixed", "base", "share", "deterministic", "memory", "http", "books", "peer")
+SERVE_WITHOUT_BOOKS = "--serve-without-books"  # this file again, as the node of the row books
+CHOICE_PAIRS = 3  # to find PEFT's faster adapter dtype before the pairs that count
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class Ours:
         self._run_count = 0
 
     def run(self, prompts: list[list[int]], is_mixed: bool) -> Timing:
+        torch.set_num_threads(1)  # as `open_engine` leaves it: the kernels have threads of their own
         self._run_count += 1
         started_s = time.perf_counter()
         for index, prompt in enumerate(prompts):
@@ -178,7 +182,7 @@ def make_adapters(directory: Path, model: Path) -> list[Path]:
         for name, parameter in peft.named_parameters():
             if "lora_" in name:
                 parameter.data = torch.randn(parameter.shape, generator=generator) * 0.02
-        paths.append(directory / f"adapter-{index}")
+        paths.append(directory / "adapters" / f"adapter-{index}")
         peft.save_pretrained(paths[-1])
     return paths
 
@@ -186,8 +190,8 @@ def make_adapters(directory: Path, model: Path) -> list[Path]:
 class Theirs:
     """transformers `generate`, with PEFT's `adapter_names` for mixed batches. `adapter_dtype`: "float32" or "bfloat16"."""
 
-    def __init__(self, new_tokens: int, checkpoint: Path, adapters: list[Path], adapter_dtype: str | None) -> None:
-        self._new_tokens = new_tokens
+    def __init__(self, args: argparse.Namespace, checkpoint: Path, adapters: list[Path], adapter_dtype: str | None) -> None:
+        self._new_tokens, self._threads = args.new_tokens, args.threads
         self._model = load_transformers(checkpoint)
         if adapter_dtype is not None:
             self._add_adapters(adapters, is_wide=adapter_dtype == "float32")
@@ -208,6 +212,7 @@ class Theirs:
     def run(self, prompts: list[list[int]], is_mixed: bool) -> Timing:
         from transformers import StoppingCriteria, StoppingCriteriaList
 
+        torch.set_num_threads(self._threads)
         moments: list[float] = []
 
         class Watch(StoppingCriteria):
@@ -238,9 +243,9 @@ class Theirs:
 class Http:
     """`POST /v1/completions` with streaming; `models` are used in turn when mixed, the first one alone otherwise."""
 
-    def __init__(self, args: argparse.Namespace, url: str) -> None:
+    def __init__(self, args: argparse.Namespace, url: str, models: list[str]) -> None:
         self._url = url.rstrip("/") + "/v1/completions"
-        self._models = args.url_models.split(",")
+        self._models = models
         self._new_tokens = args.new_tokens
         self._headers = {"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"} if "OPENAI_API_KEY" in os.environ else {}
         # The one way of OpenAI's API to keep an answer from ending early.
@@ -283,6 +288,72 @@ class Http:
                 first_s = first_s or last_s
                 count = (chunk.get("usage") or {}).get("completion_tokens", count)
         return first_s, last_s, count
+
+
+# ---- nodes of our own
+
+
+class NoBooks:
+    """Stands where ledger and voucher desk stand, and does nothing: the other side of the row books."""
+
+    is_healthy = True
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    async def open(self, opening: Any) -> None:
+        pass
+
+    async def close(self, closing: Any) -> dict[str, Any]:
+        return {}
+
+    async def receipt(self, *_: Any) -> None:
+        return None
+
+
+def serve_without_books(config: str) -> None:
+    """Run `openlora-node start` with `NoBooks`."""
+    import node.app
+    from node.cli.start import start
+
+    node.app.SettlementBooks = NoBooks  # type: ignore[assignment,misc]
+    start(config=Path(config))
+
+
+class OwnNode:
+    """A node in processes of its own, with the settings of the in-process engine."""
+
+    def __init__(self, args: argparse.Namespace, directory: Path, adapters: list[Path], has_books: bool) -> None:
+        place = directory / ("node" if has_books else "node-without-books")
+        place.mkdir()
+        config = place / "node.toml"
+        engine = engine_settings(args)
+        config.write_text(
+            f'data_dir = "{place}"\n[server]\nport = 0\n[model]\npath = "{args.model}"\n'
+            f'[adapters]\ndirectory = "{adapters[0].parent}"\n'
+            f'[engine]\nthreads = {engine.threads}\nkernels = "{engine.kernels}"\nprefix_cache = false\n'
+            f"max_batch_tokens = {engine.max_batch_tokens}\nkv_cache_bytes = {engine.kv_cache_bytes}\n"
+            '[chain]\nprofile = "none"\n[telemetry]\nlog_level = "error"\n'
+        )
+        if has_books:
+            command = [str(Path(sys.executable).parent / "openlora-node"), "start", "--config", str(config)]
+        else:
+            command = [sys.executable, __file__, SERVE_WITHOUT_BOOKS, str(config)]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.url = self._read_url()
+        self.models = ["", *(path.name for path in adapters)]
+
+    def _read_url(self) -> str:
+        if self._process.stdout is None:
+            raise SystemExit("the node was started without an output pipe")
+        for line in self._process.stdout:
+            if " serves at " in line:
+                return line.split(" serves at ")[1].strip()
+        raise SystemExit("the node did not start; its own lines say why")
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(60)
 
 
 # ---- pairs
@@ -366,9 +437,7 @@ class Bench:
         return self._once("ours", lambda: Ours(self._args, self.adapters, self._directory))
 
     def theirs(self, dtype: str | None) -> Theirs:
-        return self._once(
-            f"transformers, adapters {dtype}", lambda: Theirs(self._args.new_tokens, self.checkpoint, self.adapters, dtype)
-        )
+        return self._once(f"transformers, adapters {dtype}", lambda: Theirs(self._args, self.checkpoint, self.adapters, dtype))
 
     def side(self, runner: Ours | Theirs | Http, concurrency: int, is_mixed: bool) -> Side:
         def run(index: int) -> Timing:
@@ -382,14 +451,17 @@ class Bench:
             yield from getattr(self, f"row_{name}")()
 
     def row_mixed(self) -> Iterator[dict[str, Any]]:
-        """Mixed adapters against `adapter_names`; both adapter dtypes are rows, the faster peer is the one to quote."""
+        """Mixed adapters against `adapter_names`. A few pairs find PEFT's faster adapter dtype; the row with it is the one to quote."""
+        few = argparse.Namespace(**{**vars(self._args), "pairs": min(CHOICE_PAIRS, self._args.pairs)})
         for concurrency in self._args.concurrency:
-            found = []
-            for dtype in ("float32", "bfloat16"):
-                ours, theirs = self.side(self.ours, concurrency, True), self.side(self.theirs(dtype), concurrency, True)
-                found.append(compare(self._args, "mixed / peft adapter_names", concurrency, ours, theirs, peer_adapters=dtype))
-            fastest = max(found, key=lambda row: row["second_decode_tok_s"])
-            yield from ({**row, "quote": row is fastest} for row in found)
+            ours = self.side(self.ours, concurrency, True)
+            peers = {dtype: self.side(self.theirs(dtype), concurrency, True) for dtype in ("float32", "bfloat16")}
+            name, found = "mixed / peft adapter_names", {}
+            for dtype, theirs in peers.items():
+                found[dtype] = compare(few, name, concurrency, ours, theirs, peer_adapters=dtype, quote=False)
+                yield found[dtype]
+            dtype = max(found, key=lambda key: found[key]["second_decode_tok_s"])
+            yield compare(self._args, name, concurrency, ours, peers[dtype], peer_adapters=dtype, quote=True)
 
     def row_base(self) -> Iterator[dict[str, Any]]:
         c = max(self._args.concurrency)
@@ -411,15 +483,32 @@ class Bench:
         terms = self.ours.terms
         yield {"row": "engine process", "peak_rss_bytes": asyncio.run(peak_rss_bytes(self._args, terms, self._directory))}
 
+    def node(self, has_books: bool) -> OwnNode:
+        name = "node" if has_books else "node without books"
+        return self._once(name, lambda: OwnNode(self._args, self._directory, self.adapters, has_books))
+
     def row_http(self) -> Iterator[dict[str, Any]]:
+        """The same work through a node's HTTP interface, books and all."""
+        own = self.node(True)
         for concurrency in self._args.concurrency:
-            http = Http(self._args, self._args.url)
-            http_side, ours = self.side(http, concurrency, True), self.side(self.ours, concurrency, True)
-            yield compare(self._args, "http / in process", concurrency, http_side, ours, url=self._args.url)
+            http = self.side(Http(self._args, own.url, own.models), concurrency, True)
+            yield compare(self._args, "http / in process", concurrency, http, self.side(self.ours, concurrency, True))
+
+    def row_books(self) -> Iterator[dict[str, Any]]:
+        """What records, receipts and two durable commits a request cost."""
+        c = max(self._args.concurrency)
+        with_books, without = (Http(self._args, own.url, own.models) for own in (self.node(True), self.node(False)))
+        yield compare(self._args, "books / none", c, self.side(with_books, c, True), self.side(without, c, True))
+
+    def close(self) -> None:
+        """End the nodes this benchmark started."""
+        for made in self._made.values():
+            if isinstance(made, OwnNode):
+                made.close()
 
     def row_peer(self) -> Iterator[dict[str, Any]]:
         for concurrency in self._args.concurrency:
-            peer = Http(self._args, self._args.peer_url)
+            peer = Http(self._args, self._args.peer_url, self._args.url_models.split(","))
             ours, theirs = self.side(self.ours, concurrency, True), self.side(peer, concurrency, True)
             yield compare(self._args, "mixed / peer server", concurrency, ours, theirs, url=self._args.peer_url)
 
@@ -480,28 +569,31 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--max-batch-tokens", type=int, default=1024, help="rows in one step; 1024 prefills 16 prompts at once")
     parser.add_argument("--kv-cache-bytes", type=int, default=256 << 20)
-    parser.add_argument("--url", help="our node, for the row http")
     parser.add_argument("--peer-url", help="another OpenAI-shaped server, for the row peer")
     parser.add_argument("--url-models", default="base", help="model names over HTTP: the base first, then the adapters")
     parser.add_argument("--eos-ids", type=int, nargs="*", default=[2], help="banned over HTTP by logit_bias")
     parser.add_argument("--out", type=Path, help="append the rows as JSON lines")
     args = parser.parse_args(argv)
-    for row, url in (("http", args.url), ("peer", args.peer_url)):
-        if row in args.rows and not url:
-            parser.error(f"the row {row} needs --{'url' if row == 'http' else 'peer-url'}")
+    if "peer" in args.rows and not args.peer_url:
+        parser.error("the row peer needs --peer-url")
     if args.pairs < 1:
         parser.error("--pairs must be at least 1")
     return args
 
 
 def main(argv: list[str]) -> int:
+    if argv[:1] == [SERVE_WITHOUT_BOOKS]:
+        serve_without_books(argv[1])
+        return 0
     args = parse(argv)
-    torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory(prefix="bench") as directory:
         bench = Bench(args, Path(directory))
         report(args, machine(args, bench.ours.ready))
-        for row in bench.rows():
-            report(args, row)
+        try:
+            for row in bench.rows():
+                report(args, row)
+        finally:
+            bench.close()
         kernels = bench.ours.ready.kernels
         bench.ours.engine.close()
     if kernels == "reference" and args.kernels != "reference":
