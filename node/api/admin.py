@@ -26,6 +26,7 @@ class AdminListener:
     def __init__(self, operations: Mapping[str, Operation], logger: FilteringBoundLogger) -> None:
         self._operations = operations
         self._logger = logger
+        self._socket: Path | None = None
         application = web.Application()
         application.add_routes([web.post("/{operation}", self._answer)])
         self._runner = web.AppRunner(application, access_log=None)
@@ -36,24 +37,31 @@ class AdminListener:
         os.chmod(socket.parent, 0o700)
         await self._runner.setup()
         await web.UnixSite(self._runner, str(socket)).start()
+        self._socket = socket
 
     async def close(self) -> None:
-        """Stop listening; aiohttp removes the socket file."""
+        """Stop listening and remove the socket file, which tells the command line that no node runs."""
         await self._runner.cleanup()
+        if self._socket is not None:
+            self._socket.unlink(missing_ok=True)
 
     async def _answer(self, request: web.Request) -> web.Response:
         name = request.match_info["operation"]
         operation = self._operations.get(name)
         if operation is None:
-            return _refusal(404, "operation_unknown", f"this node has no operation {name}; start its version again")
+            return _refusal(
+                404, NodeError(f"this node has no operation {name}; start its version again", code="operation_unknown")
+            )
         try:
             return web.json_response(await operation(**await request.json()))
         except NodeError as error:
-            return _refusal(400, error.error_code, error.message)
+            return _refusal(400, error)
         except Exception:
             self._logger.exception("operation_failed", operation=name)
-            return _refusal(500, "internal_error", f"{name} failed inside the node; its log says why")
+            return _refusal(500, NodeError(f"{name} failed inside the node; its log says why"))
 
 
-def _refusal(status: int, code: str, message: str) -> web.Response:
-    return web.json_response({"code": code, "message": message}, status=status)
+def _refusal(status: int, error: NodeError) -> web.Response:
+    """`kind` lets the command line raise the same class, and so end with the exit code of having done the work itself."""
+    body = {"kind": type(error).__name__, "code": error.error_code, "message": error.message}
+    return web.json_response(body, status=status)

@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 
+from node import errors
 from node.config import Settings, admin_socket
 from node.errors import EngineError, NodeError
 
@@ -56,5 +57,13 @@ async def _ask_running_node(settings: Settings, operation: str, arguments: dict[
     ):
         body = await answer.json()
     if answer.status != 200:
-        raise NodeError(body["message"], code=body["code"])
+        raise _error_of(body)
     return body
+
+
+def _error_of(body: dict[str, str]) -> NodeError:
+    """The error that the node met, in its own class."""
+    kind = getattr(errors, body["kind"], NodeError)
+    if not (isinstance(kind, type) and issubclass(kind, NodeError)):
+        kind = NodeError
+    return kind(body["message"], code=body["code"])
