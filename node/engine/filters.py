@@ -16,13 +16,18 @@ from torch import Tensor
 
 NUCLEUS_CANDIDATES = 1024  # a nucleus rarely holds more; sorting a whole vocabulary of 49,152 takes 20 times as long
 _NEVER = float("-inf")
+_LARGEST = torch.finfo(torch.float32).max
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def penalise_repetition(row: Tensor, token_ids: Tensor, penalty: float) -> None:
-    """Divide positive and multiply negative logits of the tokens seen, in place. row: [V]; token_ids: [k] int64 (1909.05858)."""
+    """Divide positive and multiply negative logits of the tokens seen, in place. row: [V]; token_ids: [k] int64 (1909.05858).
+
+    The result stays finite: float32 turns a tiny penalty into 0, and an infinite logit would make the whole row NaN later.
+    """
     seen = torch.unique(token_ids)
     values = row[seen]
-    row[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    row[seen] = torch.where(values > 0, values / penalty, values * penalty).clamp(max=_LARGEST)
 
 
 def penalise_output(row: Tensor, output_ids: Tensor, frequency: float, presence: float) -> None:
@@ -36,6 +41,15 @@ def add_bias(row: Tensor, bias: Sequence[tuple[int, float]]) -> None:
     """Add the caller's biases, in place. row: [V]."""
     ids = torch.tensor([token_id for token_id, _ in bias])
     row[ids] += torch.tensor([value for _, value in bias], dtype=row.dtype)
+
+
+def divide_by_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
+    """Logits relative to the row's largest, over `temperature` [n, 1], which is positive before it is rounded to float32.
+
+    Relative, because a tiny temperature then leads to -inf, never to +inf; and never below the smallest normal number, because
+    0 / 0 is NaN. Both limits are the argmax.
+    """
+    return (logits - logits.amax(dim=1, keepdim=True)) / temperature.clamp(min=_SMALLEST)
 
 
 def keep_top_k(logits: Tensor, counts: Tensor) -> Tensor:

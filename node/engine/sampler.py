@@ -103,9 +103,8 @@ def _shift(row: Tensor, asked: DrawRow) -> None:
 
 
 def _draw_random(x: Tensor, rows: list[DrawRow]) -> list[int]:
-    """Temperature, filters in the order of `Sampling`, then one draw a row. x: [n, V], overwritten."""
-    x -= x.amax(dim=1, keepdim=True)  # a tiny temperature then leads to -inf, never to +inf
-    x /= torch.tensor([[row.sampling.temperature] for row in rows], dtype=x.dtype)
+    """Temperature, filters in the order of `Sampling`, then one draw a row. x: [n, V]."""
+    x = filters.divide_by_temperature(x, torch.tensor([[row.sampling.temperature] for row in rows], dtype=x.dtype))
     _apply(x, rows, filters.keep_top_k, lambda s: s.top_k, off=0, dtype=torch.int64)
     _apply(x, rows, filters.keep_typical, lambda s: s.typical_p, off=1.0)
     _apply(x, rows, filters.keep_top_p, lambda s: s.top_p, off=1.0)

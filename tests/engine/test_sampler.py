@@ -144,10 +144,50 @@ def test_non_finite_row_gives_nothing_and_spares_the_others(poison):
     assert found[2] == alone[0]
 
 
-def test_tiny_temperature_is_greedy():
+@pytest.mark.parametrize("temperature", [1e-9, 1e-30, 1e-40, 5e-324])
+def test_tiny_temperature_is_greedy(temperature):
     x = random_logits()
-    drawn = draw(x, [row(temperature=1e-30, seed=index) for index in range(4)])
+    drawn = draw(x, [row(temperature=temperature, seed=index) for index in range(4)])
     assert [token.token_id for token in drawn] == x.argmax(dim=1).tolist()
+
+
+EVERYTHING_AT_ONCE = {
+    "repetition_penalty": 10.0,
+    "frequency_penalty": 2.0,
+    "presence_penalty": -2.0,
+    "top_k": 1,
+    "typical_p": 1e-3,
+    "top_p": 1e-6,
+    "min_p": 1.0,
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1.0, 2.0])
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"top_p": 5e-324},
+        {"typical_p": 5e-324},
+        {"min_p": 5e-324},
+        {"min_p": 1.0},
+        {"top_k": 2**31 - 1},
+        {"repetition_penalty": 5e-324},
+        {"repetition_penalty": 1e-38},
+        {"repetition_penalty": 10.0},
+        {"frequency_penalty": -2.0, "presence_penalty": -2.0},
+        {"logit_bias": tuple((token_id, -100.0) for token_id in range(VOCAB))},
+        {"logit_bias": tuple((token_id, 100.0) for token_id in range(VOCAB))},
+        {"seed": -(1 << 63)},
+        EVERYTHING_AT_ONCE,
+    ],
+    ids=lambda extreme: "+".join(extreme),
+)
+def test_extreme_parameters_draw_a_token_of_the_vocabulary(extreme, temperature):
+    """Each passes the door. A token beyond the vocabulary would end the engine process at the next step."""
+    x = random_logits(3, spread=30.0)
+    seen = (*x.argmax(dim=1).tolist(), *x.argmin(dim=1).tolist())
+    drawn = draw(x, [row(tokens=seen, prompt_count=1, logprobs=1, temperature=temperature, **extreme)] * 3)
+    assert all(0 <= token.token_id < VOCAB for token in drawn)
 
 
 def test_draws_follow_the_distribution():
@@ -168,6 +208,68 @@ def test_filtered_tokens_are_never_drawn():
     allowed = set(logits[0].topk(3).indices.tolist())
     rows = [row(temperature=5.0, top_k=3, seed=seed) for seed in range(300)]
     assert {token.token_id for token in draw(logits.expand(300, 50), rows)} == allowed
+
+
+def support(logits, **sampling):
+    """The tokens that 400 seeds draw from one row."""
+    rows = [row(temperature=1.0, seed=seed, **sampling) for seed in range(400)]
+    return {token.token_id for token in draw(logits.expand(400, -1), rows)}
+
+
+@pytest.mark.parametrize(
+    ("sampling", "processor"),
+    [
+        ({"top_k": 4}, TopKLogitsWarper(4)),
+        ({"top_p": 0.6}, TopPLogitsWarper(0.6)),
+        ({"min_p": 0.3}, MinPLogitsWarper(0.3)),
+        ({"typical_p": 0.4}, TypicalLogitsWarper(0.4)),
+    ],
+    ids=["top_k", "top_p", "min_p", "typical_p"],
+)
+def test_draw_with_a_filter_draws_what_transformers_keeps(sampling, processor):
+    logits = random_logits(1, vocab=12, spread=1.0)
+    kept = (~processor(None, logits).isneginf())[0].nonzero()[:, 0].tolist()
+    assert support(logits, **sampling) == set(kept) < set(range(12))
+
+
+def test_draw_applies_filters_in_the_stated_order():
+    logits = random_logits(1, vocab=12, spread=1.0, seed=2)
+    steps = [TopKLogitsWarper(8), TypicalLogitsWarper(0.85), TopPLogitsWarper(0.85), MinPLogitsWarper(0.2)]
+    kept, backwards = logits / 1.5, logits / 1.5
+    for step, last in zip(steps, reversed(steps), strict=True):
+        kept, backwards = step(None, kept), last(None, backwards)
+    assert not same_kept(kept, backwards)
+    rows = [row(temperature=1.5, seed=seed, top_k=8, typical_p=0.85, top_p=0.85, min_p=0.2) for seed in range(400)]
+    drawn = {token.token_id for token in draw(logits.expand(400, -1), rows)}
+    assert drawn == set((~kept.isneginf())[0].nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize(
+    ("sampling", "chosen"),
+    [
+        ({}, 3),
+        ({"repetition_penalty": 2.0}, 5),
+        ({"frequency_penalty": 0.6}, 5),
+        ({"frequency_penalty": 0.4}, 3),
+        ({"presence_penalty": 1.1}, 5),
+        ({"presence_penalty": 0.9}, 3),
+        ({"logit_bias": ((5, 1.1),)}, 5),
+        ({"logit_bias": ((5, 0.9),)}, 3),
+    ],
+)
+def test_draw_with_a_penalty_or_bias_moves_the_greedy_choice(sampling, chosen):
+    """Token 3 leads token 5 by 1 and was put out twice."""
+    x = torch.zeros(1, 8)
+    x[0, 3], x[0, 5] = 3.0, 2.0
+    assert draw(x, [row(tokens=(1, 3, 3), prompt_count=1, **sampling)])[0].token_id == chosen
+
+
+def test_draw_at_a_high_temperature_is_flatter():
+    logits = torch.tensor([[0.0, 5.0]])
+    assert [
+        len({t.token_id for t in draw(logits.expand(300, 2), [row(temperature=heat, seed=i) for i in range(300)])})
+        for heat in (0.2, 2.0)
+    ] == [1, 2]
 
 
 @pytest.mark.parametrize("other", [(8, 0, 3), (7, 1, 3), (7, 0, 4), (7 + (1 << 40), 0, 3)])
