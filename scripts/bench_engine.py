@@ -451,7 +451,7 @@ class Bench:
             yield from getattr(self, f"row_{name}")()
 
     def row_mixed(self) -> Iterator[dict[str, Any]]:
-        """Mixed adapters against `adapter_names`. The dtype of PEFT's adapters that is faster in a few pairs is the one to quote."""
+        """Mixed adapters against `adapter_names`. The adapter dtype that is faster for PEFT in a few pairs is quoted."""
         few = argparse.Namespace(**{**vars(self._args), "pairs": min(CHOICE_PAIRS, self._args.pairs)})
         for concurrency in self._args.concurrency:
             ours = self.side(self.ours, concurrency, True)
