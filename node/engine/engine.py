@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,18 @@ from node.config import AdapterSettings, EngineSettings, ModelSettings
 from node.engine.blocks import BlockPool
 from node.engine.messages import Ready, SequenceEvent, Stats, Submit
 from node.engine.runner import Runner
-from node.engine.scheduler import Scheduler, SchedulerLimits
+from node.engine.scheduler import Scheduler, SchedulerLimits, Work, WorkResult
 from node.kernels.ops import Kernels
 from node.models.load import DTYPES, load_model, make_kv_cache
 from node.models.source import resolve
 from node.models.tokenizer_files import write_tokenizer
 from node.request import LinearShape
+
+# What torch, numpy and the kernels' own checks raise when the numbers of a step make no sense or do not fit into memory.
+STEP_ERRORS = (RuntimeError, LookupError, ValueError, ArithmeticError, MemoryError)
+FAILED_STEPS_LIMIT = 3  # in a row, with no sequence computed: then it is the engine and not who asks
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -38,6 +45,7 @@ class Engine:
         self._runner = runner
         self._adapters = adapters
         self._blocks = blocks
+        self._failed_steps = 0
 
     @property
     def has_work(self) -> bool:
@@ -63,8 +71,37 @@ class Engine:
         plan = self._scheduler.plan()
         if not plan.work:
             return plan.events, False
-        results = self._runner.step(plan)
+        results = self._compute(plan.work)
         return [*plan.events, *self._scheduler.complete(plan, results)], True
+
+    def _compute(self, work: list[Work]) -> list[WorkResult]:
+        """Compute a step; one that fails is repeated sequence by sequence, so that whoever makes it fail does so alone.
+
+        Repeating is safe: the scheduler has taken over nothing yet, keys and values are written where they were, and the noise
+        of a draw is a function of its position.
+
+        Raises:
+            One of STEP_ERRORS: Nothing at all could be computed, `FAILED_STEPS_LIMIT` steps in a row.
+        """
+        try:
+            results = self._runner.step(work)
+        except STEP_ERRORS:
+            logger.exception("a step of %d sequences failed; repeating it one by one", len(work))
+            results = [self._compute_alone(item) for item in work]
+            if all(result.has_failed for result in results):
+                self._failed_steps += 1
+                if self._failed_steps >= FAILED_STEPS_LIMIT:
+                    raise
+                return results
+        self._failed_steps = 0
+        return results
+
+    def _compute_alone(self, work: Work) -> WorkResult:
+        try:
+            return self._runner.step([work])[0]
+        except STEP_ERRORS:
+            logger.exception("sequence %s failed by itself", work.sequence.id)
+            return WorkResult(has_failed=True)
 
     def stats(self) -> Stats:
         """Counters and gauges of this moment."""
@@ -139,7 +176,9 @@ def open_engine(
     blocks = BlockPool(kv.block_count, kv.block_size, settings.prefix_cache)
     # A sequence can never be longer than the whole cache.
     max_model_len = min(spec.max_model_len, kv.block_count * kv.block_size)
-    limits = SchedulerLimits(settings.max_sequences, settings.max_batch_tokens, settings.queue_limit, max_model_len)
+    limits = SchedulerLimits(
+        settings.max_sequences, settings.max_batch_tokens, settings.queue_limit, max_model_len, spec.vocab_size
+    )
     ready = Ready(
         model_id=files.model_id,
         base_id=loaded.base_id,

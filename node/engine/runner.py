@@ -9,7 +9,7 @@ from torch import Tensor
 
 from node.engine.batch import build_inputs
 from node.engine.sampler import DrawRow, draw, next_token_logprobs
-from node.engine.scheduler import StepPlan, Work, WorkResult
+from node.engine.scheduler import Work, WorkResult
 from node.kernels.lora import LoraPool
 from node.models.inputs import CausalLM, KVCache
 from node.request import DrawnToken
@@ -39,11 +39,11 @@ class Runner:
         self._adapters = adapters
 
     @torch.inference_mode()
-    def step(self, plan: StepPlan) -> list[WorkResult]:
-        """Compute every row of the plan; returns one result per work, in plan order."""
-        inputs = build_inputs(plan.work, self._kv.block_size, self._adapters.slot_of)
+    def step(self, work: list[Work]) -> list[WorkResult]:
+        """Compute every row of a plan's work; returns one result per work, in order."""
+        inputs = build_inputs(work, self._kv.block_size, self._adapters.slot_of)
         logits = self._model.forward(inputs, self._kv, self._adapters.tensors)
-        return sample(plan.work, logits)
+        return sample(work, logits)
 
 
 def sample(work: list[Work], logits: Tensor) -> list[WorkResult]:

@@ -34,6 +34,7 @@ class SchedulerLimits:
     max_batch_tokens: int
     queue_limit: int
     max_model_len: int
+    vocab_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +71,12 @@ class WorkResult:
     Attributes:
         drawn: The next token when the work draws one; None when it does not, or when the logits were not finite.
         prompt_logprobs: Log-probability of the token after each row, for works that want them.
+        has_failed: Nothing could be computed for this work.
     """
 
     drawn: DrawnToken | None = None
     prompt_logprobs: tuple[float, ...] = ()
+    has_failed: bool = False
 
 
 @dataclass(slots=True)
@@ -158,6 +161,12 @@ class Scheduler:
             return sequence.error("engine_failed", f"sequence {sequence.id} is running already; ids must be unique")
         if sequence.prompt_count == 0:
             return sequence.error("invalid_request", "the prompt has no tokens; at least 1 is needed")
+        stranger = next((token_id for token_id in sequence.tokens if not 0 <= token_id < limits.vocab_size), None)
+        if stranger is not None:
+            return sequence.error(
+                "invalid_request",
+                f"the prompt has the token id {stranger}; the model's vocabulary is 0 to {limits.vocab_size - 1}",
+            )
         if wanted > limits.max_model_len:
             return sequence.error(
                 "context_length_exceeded",
@@ -348,6 +357,9 @@ class Scheduler:
 
     def _advance(self, work: Work, result: WorkResult) -> SequenceEvent | None:
         sequence, draws_token = work.sequence, work.draws_token
+        if result.has_failed:
+            self._retire(sequence)
+            return sequence.error("engine_failed", "the engine failed to compute this sequence; the operator's log says why")
         for index, logprob in enumerate(result.prompt_logprobs):
             if work.start + index + 1 == len(sequence.prompt_logprobs) < sequence.prompt_count:
                 sequence.prompt_logprobs.append(logprob)

@@ -6,9 +6,11 @@ import torch
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
+from node.engine.engine import FAILED_STEPS_LIMIT
 from node.errors import ModelLoadError
 from node.request import AdapterTerm
 
+VOCAB = 101  # of the tiny model
 PROMPTS = {f"s{i}": [1, *(((7 * i + 3 * k) % 90) + 5 for k in range(5 + 4 * i))] for i in range(6)}
 ADAPTERS = {"s0": (), "s1": ("x",), "s2": ("y",), "s3": ("z",), "s4": ("x", "z"), "s5": ()}
 
@@ -41,7 +43,11 @@ def test_mixed_batch_equals_transformers_and_peft(driver, world):
 
 
 def test_one_decode_step_holds_three_adapters(driver):
-    answers(driver, ["s1", "s2", "s3"])
+    names = ["s1", "s2", "s3"]
+    for name in names:
+        answers(driver, [name])  # all three are resident then, so that all three start together
+    assert driver.engine.stats().max_adapters_in_one_step == 1
+    answers(driver, names)
     assert driver.engine.stats().max_adapters_in_one_step == 3
 
 
@@ -155,6 +161,78 @@ def test_adapter_larger_than_memory_is_refused_with_both_numbers(make_driver):
     assert last.error_code == "adapter_too_large"
     assert "5 pages" in last.error_message
     assert f"{driver.engine.stats().adapter_slots} pages" in last.error_message
+
+
+class Fragile:
+    """A model that cannot bear one token id."""
+
+    def __init__(self, model, token_id):
+        self._model = model
+        self._token_id = token_id
+
+    def forward(self, inputs, kv, pool):
+        if (inputs.token_ids == self._token_id).any():
+            raise RuntimeError("this token breaks the model")
+        return self._model.forward(inputs, kv, pool)
+
+
+@pytest.fixture
+def break_on(driver, monkeypatch):
+    """Make the driver's model fail on every step that holds `token_id`."""
+    runner = driver.engine._runner
+    return lambda token_id: monkeypatch.setattr(runner, "_model", Fragile(runner._model, token_id))
+
+
+def test_step_that_fails_ends_only_the_sequence_at_fault(driver, break_on, caplog):
+    names = ["s0", "s3", "s4"]
+    expected = answers(driver, names)
+    driver.events.clear()
+    break_on(99)  # in no prompt and no answer above
+    assert not any(99 in [*PROMPTS[name], *expected[name]] for name in names)
+    driver.add("bad", [1, 99, 7])
+    assert answers(driver, names) == expected
+    assert driver.last("bad").error_code == "engine_failed"
+    assert "breaks the model" in caplog.text  # the operator reads why
+    assert "breaks the model" not in driver.last("bad").error_message
+    assert driver.engine.stats().kv_blocks_used == 0
+
+
+def test_engine_that_computes_nothing_any_more_gives_up(driver, break_on):
+    break_on(1)
+    for index in range(FAILED_STEPS_LIMIT - 1):
+        driver.add(f"a{index}", [1, 5])
+        driver.run()
+        assert driver.last(f"a{index}").error_code == "engine_failed"
+    driver.add("last", [1, 5])
+    with pytest.raises(RuntimeError):
+        driver.run()
+
+
+def test_engine_that_recovers_forgets_its_failures(driver, break_on):
+    break_on(1)
+    for index in range(3 * FAILED_STEPS_LIMIT):
+        driver.add(f"bad{index}", [1, 5])
+        driver.run()
+        driver.add(f"good{index}", [5, 6], max_new_tokens=1)
+        driver.run()
+        assert driver.last(f"good{index}").finish_reason == "length"
+
+
+@pytest.mark.parametrize("token_id", [-1, VOCAB, 10**9])
+def test_prompt_with_an_unknown_token_is_refused_by_name(driver, token_id):
+    driver.add("bad", [1, token_id])
+    assert driver.last("bad").error_code == "invalid_request"
+    assert str(token_id) in driver.last("bad").error_message
+
+
+def test_non_finite_adapter_weight_leaves_the_next_sequence_sound(make_driver):
+    """Its keys and values are not finite either, and stay in the blocks that the next sequence gets."""
+    expected = answers(make_driver(), ["s1"])
+    driver = make_driver(kv_cache_bytes=block_bytes(10))
+    driver.add("bad", PROMPTS["s5"], [driver.term("x", 3e38)])
+    driver.run()
+    assert driver.last("bad").error_code == "engine_failed"
+    assert answers(driver, ["s1"]) == expected
 
 
 def test_cancel_frees_blocks(driver):

@@ -50,7 +50,7 @@ class Bench:
     def __init__(self, block_count=64, block_size=4, max_sequences=8, max_batch_tokens=16, queue_limit=100, prefix_cache=True):
         self.blocks = BlockPool(block_count, block_size, prefix_cache)
         self.adapters = FakeAdapters()
-        limits = SchedulerLimits(max_sequences, max_batch_tokens, queue_limit, max_model_len=500)
+        limits = SchedulerLimits(max_sequences, max_batch_tokens, queue_limit, max_model_len=500, vocab_size=1000)
         self.scheduler = Scheduler(self.blocks, limits, self.adapters, base_id="base")
         self.plans = []
         self.tokens = {}
