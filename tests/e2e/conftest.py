@@ -34,6 +34,7 @@ from node.settlement.settlement_contracts import SettlementContracts
 from node.settlement.signer import LocalSigner
 from node.settlement.wallet import Wallet
 
+ROOT = Path(__file__).parents[2]
 COMMAND = [str(Path(sys.executable).parent / "openlora-node")]
 START_TIMEOUT_S = 240.0
 POLL_S = 0.1
@@ -89,7 +90,7 @@ class RunningNode:
     url: str
     data_dir: Path
     banner: str
-    environment: dict[str, str]
+    env: dict[str, str]
 
     @property
     def operator(self) -> str:
@@ -140,7 +141,7 @@ class RunningNode:
 
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run the command against this node's data directory."""
-        return run_cli(*arguments, "--data-dir", str(self.data_dir), check=check, environment=self.environment)
+        return run_cli(*arguments, "--data-dir", str(self.data_dir), check=check, env=self.env)
 
     def children(self) -> dict[int, str]:
         """Process id and command line of its child processes."""
@@ -188,30 +189,28 @@ def wait_for(look: Callable[[], Any], what: str, timeout_s: float) -> Any:
     return found
 
 
-def run_cli(
-    *arguments: str, check: bool = True, environment: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
+def run_cli(*arguments: str, check: bool = True, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run `openlora-node` to its end."""
     done = subprocess.run(
-        [*COMMAND, *arguments], capture_output=True, text=True, timeout=280, check=False, env=environment or node_environment()
+        [*COMMAND, *arguments], capture_output=True, text=True, timeout=280, check=False, env=env or environment()
     )
     assert not check or done.returncode == 0, f"{arguments}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 
-def node_environment(**extra: str) -> dict[str, str]:
+def environment(**extra: str) -> dict[str, str]:
     """A plain environment: no setting of the caller's, no colours, nothing fetched."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("OPENLORA_")}
     return {**inherited, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "NO_COLOR": "1", "COLUMNS": "200", **extra}
 
 
-def start_node(data_dir: Path, *options: str, environment: dict[str, str] | None = None, cwd: Path | None = None) -> RunningNode:
+def start_node(data_dir: Path, *options: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> RunningNode:
     """Start a node on a free port and wait for its banner."""
     command = [*COMMAND, "start", "--port", "0", "--data-dir", str(data_dir), *options]
-    environment = environment or node_environment()
+    env = env or environment()
     data_dir.mkdir(parents=True, exist_ok=True)
     with (data_dir / "stderr.log").open("a") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd=cwd)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=env, cwd=cwd)
     assert process.stdout is not None
     banner, deadline_s = "", time.monotonic() + START_TIMEOUT_S
     while "operator" not in banner:
@@ -223,16 +222,29 @@ def start_node(data_dir: Path, *options: str, environment: dict[str, str] | None
         banner += line
     url = re.search(r"http://[\d.]+:\d+", banner)
     assert url, banner
-    return RunningNode(process, url[0], data_dir, banner, environment)
+    return RunningNode(process, url[0], data_dir, banner, env)
 
 
 @dataclass
 class Customer:
     """Somebody with a deposit in the escrow who signs a voucher for every request."""
 
+    signer: LocalSigner
+    terms: Mapping[str, Any]
     payer: Payer
-    input_wei: int
-    output_wei: int
+
+    @property
+    def input_wei(self) -> int:
+        return int(self.terms["input_token_wei"])
+
+    @property
+    def output_wei(self) -> int:
+        return int(self.terms["output_token_wei"])
+
+    def another_payer(self, signer: Any = None, operator: str | None = None, used_wei: int = 0) -> Payer:
+        """A payer with a memory of its own: by default the same key for the same operator."""
+        domain = escrow_domain(self.terms["chain_id"], self.terms["escrow"])
+        return Payer(signer or self.signer, operator or self.terms["operator"], domain, used_wei)
 
     def voucher(self, max_fee_wei: int, lifetime_s: int = 24 * 3600) -> dict[str, str]:
         """The header for one request of at most `max_fee_wei`."""
@@ -264,7 +276,7 @@ def new_customer(node: RunningNode, deposit_wei: int) -> Customer:
     faucet.fund_payer(Wallet(contracts.chain, signer), deposit_wei)
     terms = node.get("/info").body["openlora"]["payment"]
     payer = Payer(signer, terms["operator"], escrow_domain(terms["chain_id"], terms["escrow"]))
-    return Customer(payer, int(terms["input_token_wei"]), int(terms["output_token_wei"]))
+    return Customer(signer, terms, payer)
 
 
 @pytest.fixture(scope="session")
@@ -273,7 +285,7 @@ def kit() -> SimpleNamespace:
     return SimpleNamespace(
         command=COMMAND,
         contracts_of=contracts_of,
-        environment=node_environment,
+        environment=environment,
         new_customer=new_customer,
         run_cli=run_cli,
         start_node=start_node,
