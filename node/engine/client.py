@@ -7,6 +7,7 @@ every sequence in flight ends with an `engine_unavailable` event and a new child
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import shutil
 import time
@@ -46,7 +47,7 @@ class EngineClient:
         self._runtime_dir = runtime_dir
         self._clock = clock
         self._in_flight_limit = settings.engine.queue_limit + settings.engine.max_sequences
-        # Each sequence sends at most two commands, so a queue of this size never fills.
+        # A sequence sends its Submit and at most one Cancel, so a queue of this size never fills while the engine reads.
         self._high_water_mark = 2 * self._in_flight_limit + 8
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
@@ -113,7 +114,8 @@ class EngineClient:
             await asyncio.sleep(0.02)
         self._is_closing = True
         if self.is_alive:
-            self._send(Shutdown())
+            with contextlib.suppress(OverloadedError):  # an engine that no longer reads is ended by its signal
+                self._send(Shutdown())
         if self._supervisor is not None:
             done, _ = await asyncio.wait({self._supervisor}, timeout=STOP_TIMEOUT_S)
             if not done:
@@ -129,7 +131,7 @@ class EngineClient:
 
         Raises:
             EngineError: engine_unavailable, no engine is running now.
-            OverloadedError: queue_full.
+            OverloadedError: queue_full; nothing was queued.
         """
         if not self.is_alive or self._is_closing:
             raise _unavailable("the engine is not running")
@@ -138,20 +140,28 @@ class EngineClient:
                 f"{len(self._streams)} sequences are in flight; the limit is {self._in_flight_limit}; retry later",
                 retry_after_s=1.0,
             )
-        stream = SequenceStream(submit.sequence_id, self.cancel)
-        if self._streams.setdefault(submit.sequence_id, stream) is not stream:
+        if submit.sequence_id in self._streams:
             raise ValueError(f"sequence id {submit.sequence_id} is in flight already")
         self._send(submit)
+        stream = self._streams[submit.sequence_id] = SequenceStream(submit.sequence_id, self.cancel)
         return stream
 
     def cancel(self, sequence_id: str) -> None:
-        """Stop a sequence; its last event still arrives. Unknown ids are ignored."""
-        if sequence_id in self._streams and self.is_alive:
+        """Stop a sequence; its last event still arrives. Unknown ids, and a second time, are ignored."""
+        stream = self._streams.get(sequence_id)
+        if stream is not None and not stream.is_cancelled and self.is_alive:
             self._send(Cancel(sequence_id))
+            stream.is_cancelled = True
 
     def _send(self, command: Command) -> None:
-        if self._commands is not None:
+        if self._commands is None:
+            return
+        try:
             self._commands.send(self._encoder.encode(command), zmq.NOBLOCK)
+        except zmq.Again as error:
+            raise OverloadedError(
+                f"the engine has {self._high_water_mark} commands waiting, which is the limit; retry later", retry_after_s=1.0
+            ) from error
 
     # ---- the child
 

@@ -26,6 +26,7 @@ class SequenceStream:
         self._events: deque[SequenceEvent] = deque()
         self._has_news = asyncio.Event()
         self.is_finished = False  # the last event has arrived
+        self.is_cancelled = False  # the engine was told to stop it; set by the client
         self._is_closed = False  # the reader has taken it, or has left
 
     def put(self, event: SequenceEvent) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import zmq
 
 from node.config import load_settings
 from node.engine.client import EngineClient
@@ -123,6 +124,48 @@ async def test_killed_engine_ends_sequences_and_is_restarted(client):
             await asyncio.sleep(0.02)
     assert client.pid != old_pid
     assert (await asyncio.wait_for(collect(client.submit(submit("b"))), TIMEOUT_S))[-1].finish_reason == "length"
+
+
+class Socket:
+    """The client's command socket, counted; full when told."""
+
+    def __init__(self, inner):
+        self.inner = inner
+        self.sent = []
+        self.is_full = False
+
+    def send(self, message, flags):
+        if self.is_full:
+            raise zmq.Again
+        self.sent.append(message)
+        self.inner.send(message, flags)
+
+
+@shared_loop
+async def test_command_that_cannot_be_queued_is_overload_and_leaves_nothing(client, monkeypatch):
+    socket = Socket(client._commands)
+    monkeypatch.setattr(client, "_commands", socket)
+    socket.is_full = True
+    with pytest.raises(OverloadedError) as caught:
+        client.submit(submit("a"))
+    assert caught.value.retry_after_s is not None
+    assert client.in_flight_count == 0
+    socket.is_full = False
+    assert (await asyncio.wait_for(collect(client.submit(submit("a"))), TIMEOUT_S))[-1].finish_reason == "length"
+
+
+@shared_loop
+async def test_cancel_again_and_again_sends_one_command(client, monkeypatch):
+    socket = Socket(client._commands)
+    monkeypatch.setattr(client, "_commands", socket)
+    stream = client.submit(submit("a", max_new_tokens=200))
+    for _ in range(5):
+        client.cancel("a")
+    await stream.aclose()
+    assert len(socket.sent) == 2
+    async with asyncio.timeout(TIMEOUT_S):
+        while client.in_flight_count:
+            await asyncio.sleep(0.01)
 
 
 async def test_silent_engine_is_replaced(world, tmp_path, short_dir):
