@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from structlog.typing import FilteringBoundLogger
 
 from node.api.api_keys import ApiKeys
-from node.config import PricingSettings, ServerSettings
+from node.config import ServerSettings
 from node.engine.messages import Ready, SequenceEvent, Stats, Submit
 from node.settlement.admission import SignedVoucher
 from node.telemetry.metrics import NodeMetrics
@@ -122,8 +122,8 @@ class Books(Protocol):
     async def close(self, closing: Closing) -> dict[str, Any]:
         """Make the record durable and return the signed receipt bundle; raises LedgerError."""
 
-    async def receipt(self, request_id: str) -> dict[str, Any] | None:
-        """The bundle of a closed request, or None."""
+    async def receipt(self, request_id: str, tenant: str) -> dict[str, Any] | None:
+        """The bundle of a closed request of this tenant, or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,6 @@ class Services:
     books: Books
     ready: Ready
     server: ServerSettings
-    pricing: PricingSettings
     max_terms: int
     api_keys: ApiKeys | None
     metrics: NodeMetrics

@@ -83,9 +83,9 @@ class SettlementBooks:
             self._desk.settle(closing.request_id, signed.fee_wei)
         return signed.bundle
 
-    async def receipt(self, request_id: str) -> dict[str, Any] | None:
-        """The bundle of a closed request, or None."""
-        return await self._ledger.receipt(request_id)
+    async def receipt(self, request_id: str, tenant: str) -> dict[str, Any] | None:
+        """The bundle of a closed request of this tenant, or None."""
+        return await self._ledger.receipt(request_id, tenant)
 
     def _check_payment(self, opening: Opening) -> None:
         """Whether a voucher is there is this node's policy; whether it is any good is the desk's question."""

@@ -9,7 +9,7 @@ from aiohttp import web
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from node.api.answering import Answering
+from node.api.answering import TENANT, Answering
 from node.api.doors import Books
 from node.api.readiness import Readiness
 from node.errors import RequestError
@@ -36,11 +36,11 @@ class StatusRoutes:
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def receipt(self, request: web.Request) -> web.Response:
-        """A signed receipt, for whoever knows its id: 122 random bits that only the answer's reader was given."""
+        """A signed receipt, for the API key that asked. Without keys, for whoever knows its id: 128 random bits."""
         request_id = request.match_info["id"]
         bundle = None
         if _REQUEST_ID.fullmatch(request_id):
-            bundle = await self._books.receipt(request_id)
+            bundle = await self._books.receipt(request_id, request[TENANT])
         if bundle is None:
             raise RequestError(
                 f"there is no receipt {request_id[:128]!r}; ids are in the x-openlora-receipt header of an answer",

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, Engine, insert, select
 from sqlalchemy.exc import SQLAlchemyError
 
+from attribution.digests import tenant_digest
 from attribution.receipt import receipt_domain
 from attribution.signing import Signer
 from node.errors import LedgerError
@@ -148,9 +149,13 @@ class Ledger:
         """What a payer's records cost so far, of usage it signed for."""
         return self._opened_writer().used_wei(payer)
 
-    async def receipt(self, request_id: str) -> dict[str, Any] | None:
-        """The receipt bundle of a request, or None when it has no record (yet)."""
-        return await self.read(lambda reads: reads.receipt(request_id))
+    async def receipt(self, request_id: str, tenant: str | None = None) -> dict[str, Any] | None:
+        """The receipt bundle of a request, or None when it has no record (yet), or not one of `tenant` where that is given."""
+        bundle = await self.read(lambda reads: reads.receipt(request_id))
+        if bundle is None or tenant is None:
+            return bundle
+        is_theirs = bundle["record"]["tenant_digest"] == tenant_digest(tenant, self._tenant_salt)
+        return bundle if is_theirs else None
 
     async def records(self, after: int = 0, limit: int = 100) -> list[StoredRecord]:
         """Records above a sequence number, in order, at most 1,000 a call."""

@@ -25,7 +25,7 @@ from node.api.application import build_application
 from node.api.doors import Closing, Opening, Services
 from node.api.listener import Listener
 from node.api.tokenizer import TextTokenizer
-from node.config import PricingSettings, ServerSettings
+from node.config import ServerSettings
 from node.engine.messages import Ready, SequenceEvent, Stats, Submit
 from node.errors import AdapterIdError, AdapterNotFoundError, LedgerError, NodeError
 from node.request import DrawnToken, TokenLogprob
@@ -190,8 +190,9 @@ class FakeBooks:
             raise self.close_fault
         return {"schema": "openlora.receipt/1", "receipt": {"requestId": closing.request_id}}
 
-    async def receipt(self, request_id: str) -> dict[str, Any] | None:
-        if not any(closing.request_id == request_id for closing in self.closed):
+    async def receipt(self, request_id: str, tenant: str) -> dict[str, Any] | None:
+        is_theirs = any((opening.request_id, opening.tenant) == (request_id, tenant) for opening in self.opened)
+        if not is_theirs or not any(closing.request_id == request_id for closing in self.closed):
             return None
         return {"schema": "openlora.receipt/1", "receipt": {"requestId": request_id}}
 
@@ -242,7 +243,6 @@ def make_bench(tokenizer_dir: Path) -> Callable[..., Bench]:
             books=books,
             ready=make_ready(tokenizer_dir, eos_id),
             server=ServerSettings(**settings),
-            pricing=PricingSettings(),
             max_terms=4,
             api_keys=None if keys is None else ApiKeys(keys, time.monotonic),
             metrics=NodeMetrics(CollectorRegistry()),

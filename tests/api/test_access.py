@@ -161,6 +161,18 @@ async def test_receipt_is_found_by_the_headers_id(client):
     assert await found.json() == (await answer.json())["openlora"]["receipt"]
 
 
+async def test_receipt_of_another_api_key_is_404_like_one_that_never_was(locked):
+    _, client = locked
+    ann, bob = ({"Authorization": f"Bearer {key}"} for key in (KEY, "another-key-123456"))
+    answer = await client.post("/v1/chat/completions", json=CHAT, headers=ann)
+    path = f"/v1/receipts/{answer.headers['x-openlora-receipt']}"
+
+    assert (await client.get(path, headers=ann)).status == 200
+    refused, missing = await client.get(path, headers=bob), await client.get("/v1/receipts/missing", headers=bob)
+    assert (refused.status, (await refused.json())["error"]["code"]) == (404, "receipt_not_found")
+    assert missing.status == 404
+
+
 async def test_metrics_speak_three_dialects(bench, client):
     bench.engine.stats = Stats(
         running=2, waiting=3, kv_blocks_used=1, kv_blocks_total=4, resident_adapters=("1" * 64,), adapter_slots=8

@@ -83,8 +83,9 @@ async def test_served_request_becomes_a_receipt_that_verifies_offline(ledger):
     assert verified.record.request_id == "req-1"
     assert verified.record.fee_wei == str(3 * 10 + 2 * 100)
     receipt.verify_tokens(bundle, [[1, 2, 3]], [[4, 5]])
-    assert await books.receipt("req-1") == bundle
-    assert await books.receipt("req-2") is None
+    assert await books.receipt("req-1", "ann") == bundle
+    assert await books.receipt("req-1", "bob") is None
+    assert await books.receipt("req-2", "ann") is None
 
 
 async def test_adapter_weight_and_identity_are_in_the_record(ledger, bench):
