@@ -137,6 +137,8 @@ def verify(value: Mapping[str, Any], trusted: Iterable[str], manifests: Sequence
         )
     if actual not in accepted:
         raise SignatureError(f"the receipt is signed by {actual}, who is not trusted; trusted: {', '.join(sorted(accepted))}")
+    if record.operator != actual:
+        raise SignatureError(f"the record names operator {record.operator}, but {actual} signed it; nobody signs for another")
     return VerifiedReceipt(record, record_hash, actual, domain.chain_id)
 
 

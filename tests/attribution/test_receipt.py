@@ -71,6 +71,14 @@ def leaves(value, path=()):
         yield path, value
 
 
+def test_verify_a_trusted_operator_cannot_sign_for_another(generator):
+    record = generator.sample_record()
+    bundle = signed(generator, record, word="somebody else")
+
+    with pytest.raises(SignatureError, match="nobody signs for another"):
+        receipt.verify(bundle, [bundle["signer"], record.operator])
+
+
 def test_verify_every_changed_value_of_a_bundle_is_found(golden, operator):
     for path, value in leaves(golden["bundle"]):
         if path[0] == "salts":
