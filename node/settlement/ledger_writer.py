@@ -294,9 +294,12 @@ class LedgerWriter:
             item.done(None, explained)
 
     def _remember_lost(self, items: Sequence[Admit | Close | Transact]) -> None:
+        """Admissions, too: a commit whose failure was reported may have reached the disk all the same."""
         for item in items:
             if isinstance(item, Close):
                 self._lost.add(item.outcome.request_id)
+            elif isinstance(item, Admit) and item.request.request_id not in self._state.open_requests:
+                self._lost.add(item.request.request_id)
 
     def _heal(self) -> None:
         """Reload what really committed, then commit the lost requests as failed. Succeeds or leaves everything as it was."""

@@ -3,16 +3,18 @@ import json
 import sqlite3
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, select, text
 
 from attribution import receipt
 from attribution.fees import Contribution, Payees, Price, SplitPolicy
 from attribution.record import RecipeTerm
 from attribution.signing import LocalSigner
 from node.errors import LedgerError, OverloadedError, RequestError
+from node.settlement import ledger_writer
 from node.settlement.admission import Admission, Outcome, SignedVoucher, weight_text
 from node.settlement.ledger import Ledger
 from node.settlement.ledger_reads import LedgerReads
+from node.settlement.tables import REQUESTS
 
 SIGNER = LocalSigner(b"\x07" * 32)
 TRAINER, MAKER, PAYER = "0x" + "11" * 20, "0x" + "22" * 20, "0x" + "33" * 20
@@ -51,6 +53,10 @@ def voucher(cumulative_wei=10**9, deadline=2**33):
 
 def ok(request_id, output=((5, 6),), status="ok"):
     return Outcome(request_id=request_id, status=status, finish_reason="stop", outputs=output)
+
+
+async def open_count(ledger):
+    return len(await ledger.read(lambda reads: reads.rows(select(REQUESTS))))
 
 
 @pytest.fixture
@@ -291,6 +297,48 @@ async def test_failed_commit_ends_answers_refuses_admissions_and_heals(make, tmp
     assert ledger.used_wei(PAYER) == 0
     assert await ledger.verify_chain() == 3
     await ledger.shutdown()
+
+
+async def test_full_disk_ends_answers_and_heals_when_there_is_room(ledger):
+    pages = await ledger.transact(lambda connection: connection.exec_driver_sql("PRAGMA page_count").scalar())
+    await ledger.transact(lambda connection: connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}"))
+    served = 0
+    with pytest.raises(LedgerError) as caught:
+        while served < 200:
+            await serve(ledger, f"request-{served}")
+            served += 1
+
+    assert caught.value.error_code == "ledger_unavailable"
+    async with asyncio.timeout(10):  # the writer's next connection has no such limit
+        while not ledger.is_healthy:
+            await asyncio.sleep(0.005)
+    await serve(ledger, "after")
+    totals = await ledger.totals()
+    assert totals.by_status["ok"] == served + 1
+    assert await ledger.verify_chain() == totals.records
+    assert await open_count(ledger) == 0
+
+
+@pytest.mark.parametrize("step", ["admit", "close"])
+async def test_commit_that_landed_although_it_was_reported_lost_leaves_nothing_open(ledger, monkeypatch, step):
+    if step == "close":
+        await ledger.admit(admission("during"))
+
+    def commit_then_fail(self, kind, *_):
+        self._transaction.commit()
+        raise OSError("the answer was lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger_writer._Transaction, "__exit__", commit_then_fail)
+        with pytest.raises(LedgerError):
+            await (ledger.admit(admission("during")) if step == "admit" else ledger.close(ok("during")))
+    async with asyncio.timeout(10):
+        while not ledger.is_healthy:
+            await asyncio.sleep(0.005)
+
+    [found] = await ledger.records()
+    assert found.record["status"] == ("failed" if step == "admit" else "ok")
+    assert await open_count(ledger) == 0
 
 
 async def test_transact_rolls_back_what_its_work_refuses(ledger):
