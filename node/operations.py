@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from attribution.errors import AttributionError
+from attribution.signing import checksum_address
 from node.adapters.catalog import AdapterCatalog, CatalogEntry
-from node.errors import ChainError, NodeError
+from node.errors import ChainError, RequestError
 from node.settlement.claims import active_epoch, claimable, submit_claims
 from node.settlement.epochs import EpochSummary
-from node.settlement.settlement_contracts import ClaimEntry
 from node.settlement.treasury import Treasury
 
 Operation = Callable[..., Awaitable[Any]]
@@ -59,7 +61,7 @@ class _RewardDesk:
         """The receipt bundle of a request."""
         bundle = await self._treasury.ledger.receipt(request_id)
         if bundle is None:
-            raise NodeError(f"no receipt of request {request_id} in this ledger; check the id", code="receipt_not_found")
+            raise RequestError(f"no receipt of request {request_id} in this ledger; check the id", code="receipt_not_found")
         return bundle
 
     async def epochs(self) -> list[dict[str, Any]]:
@@ -76,53 +78,68 @@ class _RewardDesk:
 
     async def rewards(self, account: str | None) -> list[dict[str, Any]]:
         """What each account earned by paid requests, what an epoch that pays now covers, and what it received."""
-        earned: dict[str, int] = {}
-        for row in await self._treasury.ledger.earnings(account=account):
-            earned[row.account] = earned.get(row.account, 0) + row.payable_wei
-        return [await self._reward(name, amount_wei) for name, amount_wei in earned.items() if amount_wei]
+        settlement, earned = self._treasury.settled(), await self._earned(account)
+        paying = await settlement.closer.paying_epoch() if earned else None
+        claimed = await asyncio.to_thread(self._claimed, list(earned))
+        covered = {} if paying is None else dict(paying.tree.entries)
+        return [
+            {
+                "account": name,
+                "earned_wei": str(earned_wei),
+                "in_epoch_wei": str(covered.get(name, 0)),
+                "claimed_wei": str(claimed[name]),
+            }
+            for name, earned_wei in earned.items()
+        ]
 
     async def claim(self, account: str | None) -> list[dict[str, Any]]:
         """Pay `account`, or everybody, what the newest epoch that pays grants and the chain has not paid."""
         treasury, settlement = self._treasury, self._treasury.settled()
-        contracts, operator = settlement.rails.contracts, treasury.keys.operator.address
-        entries, epoch_id = await self._entries(account)
-        due = claimable(contracts, operator, entries)
-        if not due or epoch_id is None:
+        earned = await self._earned(account)
+        if not earned:
             return []
-        keys = await treasury.ledger.transact(
-            lambda connection: submit_claims(connection, contracts, operator, epoch_id, [entry for entry, _ in due], _now_ms())
-        )
-        states = await treasury.wait_for_intents(keys, _CHAIN_TIMEOUT_S)
-        state = "done" if set(states.values()) == {"done"} else ", ".join(sorted(set(states.values())))
-        return [{"account": entry.account, "paid_wei": str(amount_wei), "state": state} for entry, amount_wei in due]
-
-    async def _entries(self, account: str | None) -> tuple[list[ClaimEntry], int | None]:
-        """The claims of one account or of everybody, by the newest epoch that pays now."""
-        settlement = self._treasury.settled()
-        names = {row.account for row in await self._treasury.ledger.earnings(account=account) if row.payable_wei}
-        proofs = [proof for name in sorted(names) if (proof := await settlement.closer.claims(name)) is not None]
-        if names and not proofs:
+        paying = await settlement.closer.paying_epoch()
+        if paying is None:
             await self._explain_no_epoch()
-        entries = [ClaimEntry(proof.account, proof.cumulative_wei, proof.proof) for proof in proofs]
-        return entries, proofs[0].epoch_id if proofs else None
+            return []
+        contracts = settlement.rails.contracts
+        entries = [entry for name in sorted(earned) if (entry := paying.claim(name)) is not None]
+        due = await asyncio.to_thread(claimable, contracts, paying.operator, entries)
+        payable = [entry for entry, _ in due]
+        keys = await treasury.ledger.transact(
+            lambda connection: submit_claims(connection, contracts, paying.operator, paying.epoch_id, payable, _now_ms())
+        )
+        states = await treasury.wait_for_intents(list(dict.fromkeys(keys)), _CHAIN_TIMEOUT_S)
+        return [
+            {"account": entry.account, "paid_wei": str(amount_wei), "state": states[key]}
+            for (entry, amount_wei), key in zip(due, keys, strict=True)
+        ]
+
+    async def _earned(self, account: str | None) -> dict[str, int]:
+        """Wei by account, of usage that payers signed for, largest first."""
+        if account is not None:
+            try:
+                account = checksum_address(account, "account")
+            except AttributionError as error:
+                raise RequestError(f"{error}", param="account") from error
+        earned: dict[str, int] = {}
+        for row in await self._treasury.ledger.earnings(account=account):
+            if row.payable_wei:
+                earned[row.account] = earned.get(row.account, 0) + row.payable_wei
+        return dict(sorted(earned.items(), key=lambda item: (-item[1], item[0])))
 
     async def _explain_no_epoch(self) -> None:
         """Say why nothing can be claimed although something was earned."""
         settlement, operator = self._treasury.settled(), self._treasury.keys.operator.address
-        epochs = [summary for summary in await settlement.closer.epochs(1) if summary.state == "done"]
+        epochs = [summary for summary in await settlement.closer.epochs() if summary.state == "done"]
         if not epochs:
             raise ChainError("no epoch covers these earnings yet; close one: openlora-node epochs close", code="epoch_unknown")
-        active_epoch(settlement.rails.contracts, operator, epochs[0].epoch_id, int(time.time()))
+        await asyncio.to_thread(active_epoch, settlement.rails.contracts, operator, epochs[0].epoch_id, int(time.time()))
 
-    async def _reward(self, account: str, earned_wei: int) -> dict[str, Any]:
-        settlement, operator = self._treasury.settled(), self._treasury.keys.operator.address
-        proof = await settlement.closer.claims(account)
-        return {
-            "account": account,
-            "earned_wei": str(earned_wei),
-            "in_epoch_wei": str(0 if proof is None else proof.cumulative_wei),
-            "claimed_wei": str(settlement.rails.contracts.claimed_wei(operator, account)),
-        }
+    def _claimed(self, accounts: list[str]) -> dict[str, int]:
+        """What the chain has paid to each account; blocks."""
+        contracts, operator = self._treasury.settled().rails.contracts, self._treasury.keys.operator.address
+        return {account: contracts.claimed_wei(operator, account) for account in accounts}
 
 
 def _adapter(entry: CatalogEntry) -> dict[str, Any]:

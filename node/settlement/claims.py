@@ -67,9 +67,9 @@ def submit_claims(
         created_ms: UTC milliseconds.
 
     Returns:
-        The intents' keys, for `intent_state`.
+        The key of each entry's intent, in the order of the entries, for `intent_state`.
     """
-    keys = []
+    keys: list[str] = []
     for start in range(0, len(entries), MAX_CLAIMS_IN_CALL):
         claims = [_payload(entry) for entry in entries[start : start + MAX_CLAIMS_IN_CALL]]
         common = {"operator": operator, "epoch_id": str(epoch_id)}
@@ -79,7 +79,7 @@ def submit_claims(
             submit_intent(connection, "claim", key, {**common, **claims[0]}, created_ms=created_ms)
         else:
             submit_intent(connection, "claim_many", key, {**common, "claims": claims}, created_ms=created_ms)
-        keys.append(key)
+        keys.extend([key] * len(claims))
     return keys
 
 

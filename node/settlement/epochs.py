@@ -30,6 +30,7 @@ from node.settlement.ledger_epochs import (
     write_epoch,
 )
 from node.settlement.ledger_reads import LedgerReads
+from node.settlement.settlement_contracts import ClaimEntry
 from node.settlement.tables import EPOCHS
 
 MAX_CLAIM_EPOCHS = 32
@@ -52,14 +53,21 @@ class EpochSummary:
 
 
 @dataclass(frozen=True, slots=True)
-class ClaimProof:
-    """What AttributionRewards.claim needs, by the newest epoch that pays now."""
+class PayingEpoch:
+    """The newest epoch that pays now, with the tree behind its root."""
 
     operator: str
     epoch_id: int
-    account: str
-    cumulative_wei: int
-    proof: tuple[bytes, ...]
+    tree: merkle.Tree
+
+    def claim(self, account: str) -> ClaimEntry | None:
+        """What AttributionRewards.claim needs, or None: totals are cumulative, so who is not in this tree is in no older one."""
+        try:
+            proof = tuple(self.tree.proof(account))
+        except MerkleError:
+            return None
+        spelled = checksum_address(account, "account")
+        return ClaimEntry(spelled, dict(self.tree.entries)[spelled], proof)
 
 
 class EpochCloser:
@@ -111,22 +119,16 @@ class EpochCloser:
             tree, epoch_id = await asyncio.to_thread(self._tree, plan, collected)
             return await self._ledger.transact(lambda c: self._write(c, ledgered, plan, tree, epoch_id, collected))
 
-    async def claims(self, account: str) -> ClaimProof | None:
-        """The proof of an account's earnings by the newest epoch that pays now, or None.
+    async def paying_epoch(self) -> PayingEpoch | None:
+        """The newest epoch that is on the chain, past its challenge delay and not void, or None.
 
         Raises:
             ChainError: The chain cannot be asked. LedgerError: The ledger cannot be read.
         """
         for row in await self._ledger.read(lambda reads: done_epochs(reads, MAX_CLAIM_EPOCHS)):
-            if not await asyncio.to_thread(self._is_paying, row):
-                continue
-            tree = await self._ledger.read(lambda reads, row=row: epoch_tree(reads, row))  # type: ignore[misc]
-            try:
-                proof = tuple(tree.proof(account))
-            except MerkleError:
-                return None  # totals are cumulative: who is not in the newest tree is in no older one
-            spelled = checksum_address(account, "account")
-            return ClaimProof(row.operator, row.epoch_id, spelled, dict(tree.entries)[spelled], proof)
+            if await asyncio.to_thread(self._is_paying, row):
+                tree = await self._ledger.read(lambda reads, row=row: epoch_tree(reads, row))  # type: ignore[misc]
+                return PayingEpoch(row.operator, row.epoch_id, tree)
         return None
 
     async def epochs(self, limit: int = 100) -> list[EpochSummary]:
