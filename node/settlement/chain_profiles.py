@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from node.config import ChainSettings
 from node.errors import ConfigError
@@ -65,6 +66,11 @@ def resolve(settings: ChainSettings) -> ChainProfile | None:
 
 
 def _checked_url(url: str) -> str:
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError("chain.rpc_url must start with http:// or https://; other transports are not supported")
+    try:
+        parts = urlsplit(url)
+        is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, brackets that do not match
+        is_usable = False
+    if not is_usable:
+        raise ConfigError("chain.rpc_url must be http:// or https:// with a host; other transports are not supported")
     return url

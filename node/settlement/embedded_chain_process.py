@@ -30,7 +30,7 @@ class EmbeddedChainProcess:
     Args:
         directory: The chain's directory, `<data_dir>/chain`.
         fund: Addresses with gas money in the genesis of a new chain; an existing chain ignores them.
-        port: Loopback port; 0 takes any free one.
+        port: Loopback port; 0 takes any free one and keeps it over later starts.
         start_timeout_s: How long starting and replaying may take.
     """
 
@@ -58,7 +58,9 @@ class EmbeddedChainProcess:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment()
         )
         try:
-            return self._ready(self._first_line(self._process))
+            ready = self._ready(self._first_line(self._process))
+            self._port = int(ready.rpc_url.rpartition(":")[2])
+            return ready
         except ChainError:
             self.close()
             raise

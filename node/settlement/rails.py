@@ -8,12 +8,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from structlog.typing import FilteringBoundLogger
+
 from node.config import ChainSettings, Settings
 from node.errors import ChainError, ConfigError
 from node.settlement.chain import Call, Chain
 from node.settlement.chain_profiles import ChainProfile, resolve
 from node.settlement.deploy import DEPLOYMENT_NAME, DeploymentTerms, describe, ensure_deployed, load_deployment
 from node.settlement.embedded_chain_process import EmbeddedChainProcess
+from node.settlement.embedded_chain_watch import EmbeddedChainWatch
 from node.settlement.faucet import Faucet
 from node.settlement.keys import KeyDirectory
 from node.settlement.settlement_contracts import ContractAddresses, SettlementContracts
@@ -39,7 +42,9 @@ class Rails:
 
 
 @asynccontextmanager
-async def open_rails(settings: Settings, keys: KeyDirectory, submitter: str) -> AsyncIterator[Rails | None]:
+async def open_rails(
+    settings: Settings, keys: KeyDirectory, submitter: str, logger: FilteringBoundLogger
+) -> AsyncIterator[Rails | None]:
     """Connect to the configured chain; start it first when it is the embedded one. None for profile "none".
 
     Raises:
@@ -54,14 +59,16 @@ async def open_rails(settings: Settings, keys: KeyDirectory, submitter: str) -> 
     if profile.rpc_url is not None:
         yield await asyncio.to_thread(_connect, profile, settings.chain, directory, keys, submitter)
         return
-    process = EmbeddedChainProcess(directory, fund=(_funder_address(keys), submitter))
+    process = EmbeddedChainProcess(directory, fund=(await asyncio.to_thread(_funder_address, keys), submitter))
+    watch = EmbeddedChainWatch(process, logger)
     try:
         ready = await asyncio.to_thread(process.start)
+        watch.open()
         yield await asyncio.to_thread(
             _connect, replace(profile, rpc_url=ready.rpc_url), settings.chain, directory, keys, submitter
         )
     finally:
-        await asyncio.to_thread(process.close)
+        await watch.close()
 
 
 def _connect(profile: ChainProfile, settings: ChainSettings, directory: Path, keys: KeyDirectory, submitter: str) -> Rails:

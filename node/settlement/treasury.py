@@ -22,6 +22,7 @@ from node.settlement.ledger import Ledger
 from node.settlement.ledger_epochs import SettlementPlace
 from node.settlement.outbox import Outbox, OutboxLimits
 from node.settlement.rails import Rails, open_rails
+from node.settlement.rpc_session import host_of
 from node.settlement.vouchers import VoucherDesk
 
 NO_CHAIN_ID = 0  # receipts of a node that settles nowhere are bound to no chain
@@ -63,7 +64,7 @@ class Treasury:
         if self.settlement is None:
             return "none: usage is recorded, nobody is paid"
         rails = self.settlement.rails
-        return f"{rails.profile.name}, chain id {rails.chain.chain_id}, {rails.rpc_url}"
+        return f"{rails.profile.name}, chain id {rails.chain.chain_id}, {host_of(rails.rpc_url)}"
 
     def payment_terms(self) -> dict[str, Any] | None:
         """What a payer must know to sign a voucher; None on a node that takes no payment."""
@@ -102,7 +103,7 @@ async def open_treasury(settings: Settings, logger: FilteringBoundLogger) -> Asy
     async with AsyncExitStack() as stack:
         directory = KeyDirectory(settings.data_dir / "keys")
         keys = await asyncio.to_thread(directory.open)
-        rails = await stack.enter_async_context(open_rails(settings, directory, keys.submitter.address))
+        rails = await stack.enter_async_context(open_rails(settings, directory, keys.submitter.address, logger))
         ledger = Ledger(
             _ledger_url(settings),
             clock_ms=_now_ms,
@@ -154,11 +155,19 @@ async def _running(
     tasks = [asyncio.create_task(outbox.run(stop, settlement.wake), name="outbox")]
     if settings.chain.epoch_s:
         tasks.append(asyncio.create_task(_close_regularly(settings.chain.epoch_s, settlement, stop, logger), name="epochs"))
+    for task in tasks:
+        task.add_done_callback(lambda ended: _report(ended, logger))
     try:
         yield
     finally:
         stop.set()
         await asyncio.gather(*tasks)
+
+
+def _report(task: asyncio.Task[None], logger: FilteringBoundLogger) -> None:
+    """A background task that ends by a defect must be heard when it happens, not when the node is stopped."""
+    if not task.cancelled() and task.exception() is not None:
+        logger.error("settlement_task_died", task=task.get_name(), exc_info=task.exception())
 
 
 async def _close_regularly(epoch_s: float, settlement: Settlement, stop: asyncio.Event, logger: FilteringBoundLogger) -> None:
