@@ -13,7 +13,8 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from eth_utils.address import is_checksum_formatted_address, to_checksum_address
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from node.errors import ConfigError
@@ -34,7 +35,17 @@ def _parse_size(value: Any) -> Any:
 
 Bytes = Annotated[int, BeforeValidator(_parse_size), Field(ge=0)]
 Ppm = Annotated[int, Field(ge=0, le=1_000_000)]
-Address = Annotated[str, Field(pattern=r"^0x[0-9a-fA-F]{40}$")]
+
+
+def _spell_address(value: str) -> str:
+    """EIP-55 spelling, so that one account has one spelling in records, trees and comparisons."""
+    spelled = str(to_checksum_address(value))
+    if is_checksum_formatted_address(value) and value != spelled:
+        raise ValueError(f"the checksum of {value} is wrong; check for a typing error, or write it in lower case")
+    return spelled
+
+
+Address = Annotated[str, Field(pattern=r"^0x[0-9a-fA-F]{40}$"), AfterValidator(_spell_address)]
 
 
 class _Section(BaseModel):
