@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
 import secrets
+import stat
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 from structlog.typing import FilteringBoundLogger
@@ -114,7 +116,6 @@ def _services(
         books=books,
         ready=ready,
         server=settings.server,
-        pricing=pricing,
         payment_terms=treasury.payment_terms(),
         max_terms=settings.adapters.max_terms,
         api_keys=api_keys,
@@ -143,8 +144,19 @@ def _api_keys(settings: Settings) -> ApiKeys | None:
     return None if path is None else ApiKeys.read(path, time.monotonic)
 
 
-def _private_directory(settings: Settings) -> Any:
+def _private_directory(settings: Settings) -> Path:
+    """The directory of the node's sockets, for its own user alone.
+
+    Raises:
+        ConfigError: It cannot be made, or somebody else made it first: its name under the temporary directory is no secret.
+    """
     directory = runtime_dir(settings)
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    directory.chmod(0o700)
-    return directory
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = directory.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+            directory.chmod(0o700)
+            return directory
+    except OSError as error:
+        raise ConfigError(f"cannot make {directory} for the node's sockets; check the permissions of data_dir") from error
+    raise ConfigError(f"{directory} belongs to somebody else or is no directory; remove it or choose a shorter data_dir")

@@ -28,11 +28,15 @@ HTTP status and process exit codes are assigned in one place each: `node.api.err
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 
 class NodeError(Exception):
     """Anything the node reports to a user, with a stable code.
+
+    Raised as itself for a defect of the node (internal_error) and by the command line about the files it is given
+    (receipt_invalid, receipt_unauthenticated, file_not_found).
 
     Args:
         message: What happened, the offending value, the limit and the remedy. Never the text of a library's exception.
@@ -57,9 +61,35 @@ class NodeError(Exception):
         """Whether the same request may succeed later without change."""
         return self.retry_after_s is not None
 
+    def to_json(self) -> dict[str, Any]:
+        """The error for another process of this node; `error_from_json` is the inverse."""
+        return {
+            "kind": type(self).__name__,
+            "message": self.message,
+            "code": self.error_code,
+            "param": self.param,
+            "retry_after_s": self.retry_after_s,
+        }
+
+
+def error_from_json(values: Mapping[str, Any]) -> NodeError:
+    """The error that `NodeError.to_json` described, of the same class, so that it has the same exit code and HTTP status."""
+    kinds = {kind.__name__: kind for kind in every_error(NodeError)}
+    kind = kinds.get(values["kind"], NodeError)
+    return kind(values["message"], code=values["code"], param=values["param"], retry_after_s=values["retry_after_s"])
+
+
+def every_error(kind: type[NodeError]) -> list[type[NodeError]]:
+    """`kind` and all classes below it."""
+    return [kind, *(found for child in kind.__subclasses__() for found in every_error(child))]
+
 
 class RequestError(NodeError):
-    """The request itself is wrong; sending it again cannot help. Codes: invalid_request, invalid_json."""
+    """The request itself is wrong; sending it again cannot help.
+
+    Codes: invalid_request, invalid_json, not_found, method_not_allowed, unsupported_media_type, body_too_large, body_timeout,
+    receipt_not_found.
+    """
 
     code = "invalid_request"
 
@@ -130,7 +160,7 @@ class AdapterUnavailableError(AdapterError):
 
 
 class AuthError(NodeError):
-    """Codes: invalid_api_key, permission_denied."""
+    """No API key, or a wrong one. Code: invalid_api_key."""
 
     code = "invalid_api_key"
 
@@ -142,13 +172,14 @@ class PaymentError(NodeError):
 
 
 class OverloadedError(NodeError):
-    """A bounded queue is full. Codes: queue_full, draining."""
+    """A bounded queue is full. Codes: queue_full, draining, rate_limit_exceeded (too many wrong API keys)."""
 
     code = "queue_full"
 
 
 class EngineError(NodeError):
-    """Codes: engine_unavailable (process down or restarting), engine_failed (this request failed inside it)."""
+    """Codes: engine_unavailable (process down or restarting), engine_failed (this request failed inside it),
+    incomplete_generation (it ended without a last token), node_not_running (no node to ask on this data directory)."""
 
     code = "engine_unavailable"
 
@@ -160,7 +191,12 @@ class LedgerError(NodeError):
 
 
 class ChainError(NodeError):
-    """Codes: chain_unreachable, chain_mismatch, transaction_failed, transaction_unknown, contract_missing."""
+    """The chain, its contracts or what an epoch needs of them.
+
+    Codes: chain_unreachable, chain_mismatch, chain_none (this node settles nowhere), contract_missing, transaction_failed,
+    transaction_unknown; of the embedded chain chain_locked, chain_corrupt, chain_full; of epochs epoch_pending, epoch_unfunded,
+    epoch_unknown, epoch_void, epoch_not_active.
+    """
 
     code = "chain_unreachable"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 from aiohttp import web
 from structlog.typing import FilteringBoundLogger
 
-from node.errors import NodeError
+from node.errors import NodeError, RequestError
 
 Operation = Callable[..., Awaitable[Any]]
 
@@ -32,11 +34,14 @@ class AdminListener:
         self._runner = web.AppRunner(application, access_log=None)
 
     async def open(self, socket: Path) -> None:
-        """Listen on `socket`, in a directory of mode 0700. A socket file left by a crash is replaced."""
-        socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.chmod(socket.parent, 0o700)
+        """Listen on `socket`, which only its owner may connect to. A socket file left by a crash is replaced.
+
+        Args:
+            socket: In a directory that only this user can enter, since the file's own mode comes an instant after the file.
+        """
         await self._runner.setup()
         await web.UnixSite(self._runner, str(socket)).start()
+        os.chmod(socket, 0o600)
         self._socket = socket
 
     async def close(self) -> None:
@@ -46,22 +51,21 @@ class AdminListener:
             self._socket.unlink(missing_ok=True)
 
     async def _answer(self, request: web.Request) -> web.Response:
-        name = request.match_info["operation"]
+        try:
+            return web.json_response(await self._run(request.match_info["operation"], await request.read()))
+        except NodeError as error:
+            return web.json_response(error.to_json(), status=400)
+        except Exception:
+            self._logger.exception("operation_failed", operation=request.match_info["operation"])
+            return web.json_response(NodeError("the operation failed inside the node; its log says why").to_json(), status=500)
+
+    async def _run(self, name: str, body: bytes) -> Any:
         operation = self._operations.get(name)
         if operation is None:
-            return _refusal(
-                404, NodeError(f"this node has no operation {name}; start its version again", code="operation_unknown")
-            )
+            raise RequestError(f"this node has no operation {name[:80]!r}; start it again with the version of this command")
         try:
-            return web.json_response(await operation(**await request.json()))
-        except NodeError as error:
-            return _refusal(400, error)
-        except Exception:
-            self._logger.exception("operation_failed", operation=name)
-            return _refusal(500, NodeError(f"{name} failed inside the node; its log says why"))
-
-
-def _refusal(status: int, error: NodeError) -> web.Response:
-    """`kind` lets the command line raise the same class, and so end with the exit code of having done the work itself."""
-    body = {"kind": type(error).__name__, "code": error.error_code, "message": error.message}
-    return web.json_response(body, status=status)
+            arguments = json.loads(body)
+            inspect.signature(operation).bind(**arguments)
+        except (ValueError, TypeError) as error:
+            raise RequestError(f"{name} takes a JSON object with its own arguments; use this version's command") from error
+        return await operation(**arguments)

@@ -32,6 +32,7 @@ from node.errors import (
     PaymentError,
     RequestError,
     UnsupportedError,
+    every_error,
 )
 
 
@@ -151,13 +152,9 @@ def engine_error(code: str | None, message: str | None) -> NodeError:
     text = message or "the engine could not finish this sequence; send the request again"
     if code is None or code == "engine_failed":
         return EngineError(text, code="engine_failed")
-    for kind in _every_class(NodeError):
+    for kind in every_error(NodeError):
         if code == kind.code:
             return kind(text, retry_after_s=1.0 if kind in (EngineError, OverloadedError) else None)
     if code.startswith("adapter_"):
         return AdapterInvalidError(text, code=code)
     return EngineError(text, code="engine_failed")
-
-
-def _every_class(kind: type[NodeError]) -> list[type[NodeError]]:
-    return [kind, *(found for child in kind.__subclasses__() for found in _every_class(child))]

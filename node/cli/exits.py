@@ -12,6 +12,7 @@ from node.errors import (
     LedgerError,
     ModelLoadError,
     NodeError,
+    RequestError,
 )
 
 OK = 0
@@ -46,6 +47,14 @@ _BY_CODE = {
     "receipt_invalid": BAD_DATA,
     "receipt_unauthenticated": PERMISSION,
     "receipt_not_found": NO_INPUT,
+    "epoch_pending": TEMPORARY,
+    "epoch_not_active": TEMPORARY,
+    "epoch_unknown": NO_INPUT,
+    "epoch_void": BAD_DATA,
+    "epoch_unfunded": BAD_DATA,
+    "chain_mismatch": CONFIGURATION,
+    "contract_missing": CONFIGURATION,
+    "chain_full": CANNOT_CREATE,
     "file_not_found": NO_INPUT,
 }
 
@@ -58,6 +67,7 @@ _BY_CLASS: tuple[tuple[type[NodeError], int], ...] = (
     (AdapterError, BAD_DATA),
     (EngineError, UNAVAILABLE),
     (ChainError, UNAVAILABLE),
+    (RequestError, USAGE),
 )
 
 

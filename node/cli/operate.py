@@ -11,9 +11,8 @@ from typing import Any
 
 import aiohttp
 
-from node import errors
 from node.config import Settings, admin_socket
-from node.errors import EngineError, NodeError
+from node.errors import EngineError, error_from_json
 
 _TIMEOUT_S = 600.0  # an epoch's transactions wait for blocks
 
@@ -49,21 +48,23 @@ async def _operate(settings: Settings, operation: str, arguments: dict[str, Any]
 
 
 async def _ask_running_node(settings: Settings, operation: str, arguments: dict[str, Any]) -> Any:
+    """Raises ClientConnectorError when nobody listens; every later trouble is an EngineError, since the command may have run."""
     connector = aiohttp.UnixConnector(path=str(admin_socket(settings)))
     timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
-    async with (
-        aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
-        session.post(f"http://node/{operation}", json=arguments) as answer,
-    ):
-        body = await answer.json()
+    try:
+        async with (
+            aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
+            session.post(f"http://node/{operation}", json=arguments) as answer,
+        ):
+            body = await answer.json()
+    except aiohttp.ClientConnectorError:
+        raise
+    except TimeoutError as error:
+        raise EngineError(
+            f"the running node did not finish {operation} within {_TIMEOUT_S:g} s; it goes on, ask again later"
+        ) from error
+    except (aiohttp.ClientError, ValueError) as error:
+        raise EngineError(f"the running node broke off during {operation}; look at its log and ask again") from error
     if answer.status != 200:
-        raise _error_of(body)
+        raise error_from_json(body)
     return body
-
-
-def _error_of(body: dict[str, str]) -> NodeError:
-    """The error that the node met, in its own class."""
-    kind = getattr(errors, body["kind"], NodeError)
-    if not (isinstance(kind, type) and issubclass(kind, NodeError)):
-        kind = NodeError
-    return kind(body["message"], code=body["code"])
