@@ -20,7 +20,7 @@ from attribution.digests import tenant_digest
 from attribution.receipt import receipt_domain
 from attribution.signing import Signer
 from node.errors import LedgerError
-from node.settlement.admission import Admission, Outcome, open_request
+from node.settlement.admission import Admission, Outcome, SignedVoucher, open_request
 from node.settlement.ledger_database import DatabaseLock, explain, make_engine, migrate, parse_url
 from node.settlement.ledger_reads import EarningRow, LedgerReads, LedgerTotals, StoredRecord
 from node.settlement.ledger_writer import HEALED_KEY, Admit, Close, LedgerWriter, SignedReceipt, Transact
@@ -148,6 +148,10 @@ class Ledger:
     def used_wei(self, payer: str) -> int:
         """What a payer's records cost so far, of usage it signed for."""
         return self._opened_writer().used_wei(payer)
+
+    def best_voucher(self, payer: str) -> SignedVoucher | None:
+        """The best voucher that a payer signed for an admitted request: what its usage can be collected with."""
+        return self._opened_writer().best_voucher(payer)
 
     async def receipt(self, request_id: str, tenant: str | None = None) -> dict[str, Any] | None:
         """The receipt bundle of a request, or None when it has no record (yet), or not one of `tenant` where that is given."""

@@ -25,7 +25,7 @@ from attribution.errors import AttributionError
 from attribution.receipt import Salts
 from attribution.signing import Signer
 from node.errors import LedgerError, NodeError, OverloadedError
-from node.settlement.admission import OpenRequest, Outcome
+from node.settlement.admission import OpenRequest, Outcome, SignedVoucher
 from node.settlement.ledger_state import Group, LedgerState
 from node.settlement.tables import META, RECORDS
 
@@ -152,6 +152,11 @@ class LedgerWriter:
         """What a payer's committed records cost so far. Safe from any thread: payers are replaced, never changed."""
         known = self._state.payers.get(payer)
         return 0 if known is None else known.used_wei
+
+    def best_voucher(self, payer: str) -> SignedVoucher | None:
+        """The best voucher of a payer that a committed admission brought. Safe from any thread, as `used_wei`."""
+        known = self._state.payers.get(payer)
+        return None if known is None else known.voucher
 
     def _run(self) -> None:
         is_last = False

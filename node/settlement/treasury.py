@@ -127,6 +127,7 @@ def _settlement(keys: NodeKeys, rails: Rails, ledger: Ledger) -> Settlement:
     addresses, operator = rails.contracts.addresses, keys.operator.address
     desk = VoucherDesk(
         used_wei=ledger.used_wei,
+        best_voucher=ledger.best_voucher,
         operator=operator,
         domain=escrow_domain(rails.chain.chain_id, addresses.escrow),
         escrow=rails.contracts,

@@ -1,7 +1,10 @@
 """The voucher desk: is this request paid for? Asked before admission, settled when the record is committed.
 
 What a payer has used comes from the ledger, so a restart forgets nothing; what its running requests may still cost is reserved
-here. Both together must be covered by the newest voucher and by the deposit that the payer cannot withdraw without notice.
+here. Both together must be covered by the payer's largest promise and by the deposit that it cannot withdraw without notice.
+
+The largest promise, not the one that came with the request: requests sent together arrive in any order, and the one that was
+signed first may come last. A promise is a total, so a larger one of the same payer stands for every smaller one.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ class _Deposit:
 class _Reservation:
     payer: str
     max_fee_wei: int
+    promised_wei: int
 
 
 class VoucherDesk:
@@ -53,6 +57,7 @@ class VoucherDesk:
 
     Args:
         used_wei: What a payer's committed records cost so far (`Ledger.used_wei`).
+        best_voucher: The largest promise of a payer that the ledger keeps, or None (`Ledger.best_voucher`).
         operator: Whom vouchers must name.
         domain: EIP-712 domain of the escrow (`attribution.voucher.escrow_domain`).
         escrow: Deposits.
@@ -66,6 +71,7 @@ class VoucherDesk:
         self,
         *,
         used_wei: Callable[[str], int],
+        best_voucher: Callable[[str], SignedVoucher | None],
         operator: str,
         domain: Domain,
         escrow: EscrowReads,
@@ -74,7 +80,8 @@ class VoucherDesk:
         cache_s: float = 5.0,
         min_validity_s: float = 3600.0,
     ) -> None:
-        self._used_wei, self._operator, self._domain, self._escrow = used_wei, operator, domain, escrow
+        self._used_wei, self._best_voucher = used_wei, best_voucher
+        self._operator, self._domain, self._escrow = operator, domain, escrow
         self._now_s, self._monotonic_s = now_s, monotonic_s
         self._cache_s, self._min_validity_s = cache_s, min_validity_s
         self._deposits: OrderedDict[str, _Deposit] = OrderedDict()
@@ -106,7 +113,7 @@ class VoucherDesk:
         self._check_deposit(voucher.payer, deposit, max_fee_wei)
         if request_id in self._reservations:
             raise ValueError(f"request {request_id} has a reservation already")
-        self._reservations[request_id] = _Reservation(voucher.payer, max_fee_wei)
+        self._reservations[request_id] = _Reservation(voucher.payer, max_fee_wei, voucher.cumulative_wei)
         self._reserved_wei[voucher.payer] = self.reserved_wei(voucher.payer) + max_fee_wei
         return digest
 
@@ -157,14 +164,22 @@ class VoucherDesk:
         return digest.hex()
 
     def _check_promise(self, voucher: SignedVoucher, max_fee_wei: int) -> None:
-        needed = self._needed(voucher.payer, max_fee_wei)
-        if voucher.cumulative_wei < needed:
+        needed, promised = self._needed(voucher.payer, max_fee_wei), self._promised(voucher)
+        if promised < needed:
             raise PaymentError(
-                f"the voucher promises {voucher.cumulative_wei} wei in all; {needed} are needed: {self._used_wei(voucher.payer)} "
+                f"the voucher promises {promised} wei in all; {needed} are needed: {self._used_wei(voucher.payer)} "
                 f"used, {self.reserved_wei(voucher.payer)} reserved, {max_fee_wei} for this request at most",
                 code="voucher_too_small",
                 param="voucher.cumulative",
             )
+
+    def _promised(self, voucher: SignedVoucher) -> int:
+        """The largest promise of this payer that can be collected: this one, one of a running request, or the ledger's."""
+        running = [held.promised_wei for held in self._reservations.values() if held.payer == voucher.payer]
+        kept = self._best_voucher(voucher.payer)
+        if kept is not None and kept.deadline - self._now_s() >= self._min_validity_s:
+            running.append(kept.cumulative_wei)
+        return max([voucher.cumulative_wei, *running])
 
     def _check_deposit(self, payer: str, deposit: _Deposit, max_fee_wei: int) -> None:
         used = self._used_wei(payer)

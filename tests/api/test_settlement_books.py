@@ -158,6 +158,7 @@ async def test_signed_voucher_pays_for_a_request_through_the_real_desk(ledger):
     voucher = read_voucher([base64.urlsafe_b64encode(json.dumps(header).encode()).decode().rstrip("=")])
     desk = VoucherDesk(
         used_wei=ledger.used_wei,
+        best_voucher=ledger.best_voucher,
         operator=ledger.operator,
         domain=domain,
         escrow=FullEscrow(),

@@ -1,4 +1,5 @@
 import asyncio
+import itertools
 
 import pytest
 from hypothesis import given
@@ -34,10 +35,11 @@ class Desk(VoucherDesk):
     """A desk over a fake escrow, with hands on time and on what the ledger knows."""
 
     def __init__(self, escrow=None, domain=DOMAIN):
-        self.used, self.time_s = 0, 0.0
+        self.used, self.time_s, self.kept = 0, 0.0, None
         self.escrow = escrow or FakeEscrow()
         super().__init__(
             used_wei=lambda payer: self.used,
+            best_voucher=lambda payer: self.kept if payer == PAYER.address else None,
             operator=OPERATOR.address,
             domain=domain,
             escrow=self.escrow,
@@ -81,6 +83,35 @@ async def test_reserve_needs_the_promise_to_cover_used_reserved_and_this_request
     assert caught.value.error_code == "voucher_too_small"
     await desk.reserve("r2", signed(), 200)
     await desk.reserve("r3", signed(1001), 1)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+async def test_reserve_takes_requests_that_were_signed_together_in_any_order(order):
+    desk, promises = Desk(FakeEscrow(900)), (300, 600, 900)
+    for index in order:
+        await desk.reserve(f"r{index}", signed(promises[index]), 300)
+    assert desk.reserved_wei(PAYER.address) == 900
+    with pytest.raises(PaymentError, match="promises 900 wei in all"):
+        await desk.reserve("r4", signed(600), 1)
+
+
+async def test_reserve_counts_the_promise_that_the_ledger_keeps_while_it_can_be_collected():
+    desk = Desk(FakeEscrow(10**6))
+    desk.used, desk.kept = 250, signed(600)
+    await desk.reserve("late", signed(300), 300)
+    desk.release("late")
+    desk.kept = signed(600, deadline=NOW_S + 59)
+    with pytest.raises(PaymentError) as caught:
+        await desk.reserve("late", signed(300), 300)
+    assert caught.value.error_code == "voucher_too_small"
+
+
+async def test_reserve_forgets_the_promise_of_a_request_that_was_not_admitted():
+    desk = Desk(FakeEscrow(10**6))
+    await desk.reserve("r2", signed(600), 300)
+    desk.release("r2")
+    with pytest.raises(PaymentError):
+        await desk.reserve("r1", signed(300), 301)
 
 
 async def test_reserve_needs_the_deposit_to_cover_what_is_not_collected():
