@@ -16,7 +16,7 @@ from typing import Any
 
 from eth_utils import keccak, to_checksum_address
 
-from attribution import canonical, epoch, merkle, receipt, record, voucher
+from attribution import canonical, epoch, merkle, receipt, record, registration, voucher
 from attribution.digests import token_digest
 from attribution.eip712 import Domain, StructType, digest, full_message
 from attribution.fees import Contribution, Payees, Price, SplitPolicy, Tokens
@@ -117,12 +117,18 @@ def eip712_cases() -> dict[str, Any]:
     largest = voucher.Voucher(payer.address, operator.address, 2**256 - 1, 2**64 - 1)
     used = voucher.Collection(payer.address, operator.address, 42_000_000_000)
     statement = epoch.EpochStatement(operator.address, 7, *roots, 10**21)
+    registry = registration.registry_domain(1612, account("registry"))
+    adapter, manifest, base = (hashed(word) for word in ("adapter", "manifest", "base"))
+    uri = "https://example.org/manifests/é.json"
+    named, nowhere = (registration.Registration(adapter, manifest, base, operator.address, where) for where in (uri, ""))
     served = sample_record()
     cases = [
         ("voucher", escrow, voucher.VOUCHER, promise.message(), "payer"),
         ("voucher_largest", escrow, voucher.VOUCHER, largest.message(), "payer"),
         ("collection", escrow, voucher.COLLECTION, used.message(), "operator"),
         ("epoch", rewards, epoch.EPOCH, statement.message(), "operator"),
+        ("adapter", registry, registration.ADAPTER, named.message(), "operator"),
+        ("adapter_empty_uri", registry, registration.ADAPTER, nowhere.message(), "operator"),
         ("receipt", receipt.receipt_domain(1612), receipt.RECEIPT, receipt.message_of(served, served.record_hash()), "operator"),
     ]
     return {"cases": [eip712_case(*case) for case in cases]}
