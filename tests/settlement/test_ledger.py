@@ -302,19 +302,22 @@ async def test_failed_commit_ends_answers_refuses_admissions_and_heals(make, tmp
 async def test_full_disk_ends_answers_and_heals_when_there_is_room(ledger):
     pages = await ledger.transact(lambda connection: connection.exec_driver_sql("PRAGMA page_count").scalar())
     await ledger.transact(lambda connection: connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}"))
-    served = 0
-    with pytest.raises(LedgerError) as caught:
-        while served < 200:
-            await serve(ledger, f"request-{served}")
-            served += 1
+    served = []
 
+    async def serve_many():
+        for number in range(200):
+            await serve(ledger, f"request-{number}")
+            served.append(number)
+
+    with pytest.raises(LedgerError) as caught:
+        await serve_many()
     assert caught.value.error_code == "ledger_unavailable"
     async with asyncio.timeout(10):  # the writer's next connection has no such limit
         while not ledger.is_healthy:
             await asyncio.sleep(0.005)
     await serve(ledger, "after")
     totals = await ledger.totals()
-    assert totals.by_status["ok"] == served + 1
+    assert totals.by_status["ok"] == len(served) + 1
     assert await ledger.verify_chain() == totals.records
     assert await open_count(ledger) == 0
 
