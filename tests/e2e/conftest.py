@@ -204,9 +204,11 @@ def environment(**extra: str) -> dict[str, str]:
     return {**inherited, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "NO_COLOR": "1", "COLUMNS": "200", **extra}
 
 
-def start_node(data_dir: Path, *options: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> RunningNode:
+def start_node(
+    data_dir: Path, *options: str, env: dict[str, str] | None = None, cwd: Path | None = None, program: str = COMMAND[0]
+) -> RunningNode:
     """Start a node on a free port and wait for its banner."""
-    command = [*COMMAND, "start", "--port", "0", "--data-dir", str(data_dir), *options]
+    command = [program, "start", "--port", "0", "--data-dir", str(data_dir), *options]
     env = env or environment()
     data_dir.mkdir(parents=True, exist_ok=True)
     with (data_dir / "stderr.log").open("a") as log:
@@ -250,13 +252,17 @@ class Customer:
         """The header for one request of at most `max_fee_wei`."""
         return {"x-openlora-voucher": self.payer.header(max_fee_wei, int(time.time()) + lifetime_s)}
 
-    def ask(self, node: RunningNode, model: str, prompt: str, max_tokens: int) -> Answer:
-        """One paid, greedy completion; what it cost is booked."""
-        # A token has at least one character, so a prompt has at most as many tokens as characters.
-        max_fee_wei = len(prompt) * self.input_wei + max_tokens * self.output_wei
+    def max_fee_wei(self, prompt: str, max_tokens: int) -> int:
+        """What an answer can cost at most: a token has at least one character."""
+        return len(prompt) * self.input_wei + max_tokens * self.output_wei
+
+    def ask(self, node: RunningNode, model: str, prompt: str, max_tokens: int, header: Mapping[str, str] | None = None) -> Answer:
+        """One paid, greedy completion, with a voucher signed now or before; what it cost is booked."""
+        max_fee_wei = self.max_fee_wei(prompt, max_tokens)
         body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
-        answer = node.post("/v1/completions", body, **self.voucher(max_fee_wei))
-        self.payer.charge(max_fee_wei, answer.fee_wei if answer.status == 200 else 0)
+        answer = node.post("/v1/completions", body, **(header or self.voucher(max_fee_wei)))
+        assert answer.status == 200, answer.body
+        self.payer.charge(max_fee_wei, answer.fee_wei)
         return answer
 
 
