@@ -132,6 +132,30 @@ def paged_attention(
     return out
 
 
+def paged_attention_by_row(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """`paged_attention` one row at a time, each over the keys it sees: the same bits in a chunk of any size and in decode."""
+    out = torch.empty_like(q)
+    starts, lengths = query_start.tolist(), context_lens.tolist()
+    for sequence, context in enumerate(lengths):
+        first, last = starts[sequence], starts[sequence + 1]
+        keys = _gather(key_cache, block_tables[sequence], context)
+        values = _gather(value_cache, block_tables[sequence], context)
+        for row in range(first, last):
+            seen = context - (last - 1 - row)
+            attended = _attend(q[row : row + 1], keys[:, :seen], values[:, :seen], scale, sliding_window)
+            out[row : row + 1] = attended.to(q.dtype)
+    return out
+
+
 def _gather(cache: Tensor, table: Tensor, context: int) -> Tensor:
     """[blocks, G, B, D] and a block list -> [G, context, D]."""
     _, groups, block, size = cache.shape

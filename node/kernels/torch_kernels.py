@@ -15,11 +15,12 @@ class TorchKernels(Kernels):
     """The reference implementation. See `Kernels` for every argument.
 
     Args:
-        is_deterministic: Linear layers go row by row, so that a row's bits never depend on its batch.
+        is_deterministic: Linear layers and attention go row by row, so that a row's bits never depend on its batch or chunk.
     """
 
     def __init__(self, *, is_deterministic: bool = False) -> None:
         self._linear = reference.linear_by_row if is_deterministic else reference.linear
+        self._attention = reference.paged_attention_by_row if is_deterministic else reference.paged_attention
 
     @property
     def name(self) -> str:
@@ -86,6 +87,4 @@ class TorchKernels(Kernels):
         scale: float,
         sliding_window: int | None = None,
     ) -> Tensor:
-        return reference.paged_attention(
-            q, key_cache, value_cache, block_tables, query_start, context_lens, scale, sliding_window
-        )
+        return self._attention(q, key_cache, value_cache, block_tables, query_start, context_lens, scale, sliding_window)

@@ -79,3 +79,13 @@ def test_attention_block_outside_the_cache_is_refused(best):
     batch.tables[0, 1] = 77
     with pytest.raises(RuntimeError, match="names block 77"):
         batch.run(best)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_attention_of_the_deterministic_reference_has_the_same_bits_in_any_chunk(dtype, window):
+    batch = Sequences([(150, 150), (90, 3), (33, 1)], 9, 3, 64, 16, dtype)
+    kernels = Kernels.load("reference", is_deterministic=True)
+    whole = batch.run(kernels, window)
+    assert (whole.double() - batch.expected(window)).abs().max() <= (1e-2 if dtype == torch.bfloat16 else 1e-6)
+    for begin, end in ((0, 1), (0, 150), (5, 70), (70, 71), (149, 150), (100, 150)):
+        assert torch.equal(batch.part(kernels, 0, begin, end, window), whole[begin:end])
