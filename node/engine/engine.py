@@ -15,7 +15,7 @@ from node.adapters.pool import AdapterPool
 from node.config import AdapterSettings, EngineSettings, ModelSettings
 from node.engine.blocks import BlockPool
 from node.engine.messages import Ready, SequenceEvent, Stats, Submit
-from node.engine.runner import Runner
+from node.engine.runner import LogitsWatcher, Runner
 from node.engine.scheduler import Scheduler, SchedulerLimits, Work, WorkResult
 from node.kernels.ops import Kernels
 from node.models.load import DTYPES, load_model, make_kv_cache
@@ -137,12 +137,14 @@ def open_engine(
     adapter_settings: AdapterSettings,
     state_dir: Path,
     wake: Callable[[], None] = lambda: None,
+    watch_logits: LogitsWatcher | None = None,
 ) -> Engine:
     """Load the model and build everything around it. Sets this process's number of compute threads.
 
     Args:
         state_dir: Tokenizer files and the cache of content hashes go here.
         wake: Called from the loader thread when an adapter changed its state.
+        watch_logits: See `Runner`.
 
     Raises:
         ModelLoadError, ConfigError: The settings name something this machine cannot run.
@@ -195,6 +197,5 @@ def open_engine(
         kv_block_size=kv.block_size,
         max_rank=adapter_settings.max_rank,
     )
-    return Engine(
-        Scheduler(blocks, limits, adapters, loaded.base_id), Runner(loaded.model, kv, adapters), adapters, blocks, ready
-    )
+    scheduler = Scheduler(blocks, limits, adapters, loaded.base_id)
+    return Engine(scheduler, Runner(loaded.model, kv, adapters, watch_logits), adapters, blocks, ready)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -13,6 +14,9 @@ from node.engine.scheduler import Work, WorkResult
 from node.kernels.lora import LoraPool
 from node.models.inputs import CausalLM, KVCache
 from node.request import DrawnToken
+
+# Shown the work and the logits [W, V] float32 of every step; changes neither.
+LogitsWatcher = Callable[[Sequence[Work], Tensor], None]
 
 
 class SlotTable(Protocol):
@@ -31,18 +35,22 @@ class Runner:
         model: The decoder.
         kv: Its paged cache; block numbers of the plan index it.
         adapters: Adapter memory that the plan's adapters are resident in.
+        watch_logits: For whoever compares bits; None in a node.
     """
 
-    def __init__(self, model: CausalLM, kv: KVCache, adapters: SlotTable) -> None:
+    def __init__(self, model: CausalLM, kv: KVCache, adapters: SlotTable, watch_logits: LogitsWatcher | None = None) -> None:
         self._model = model
         self._kv = kv
         self._adapters = adapters
+        self._watch_logits = watch_logits
 
     @torch.inference_mode()
     def step(self, work: list[Work]) -> list[WorkResult]:
         """Compute every row of a plan's work; returns one result per work, in order."""
         inputs = build_inputs(work, self._kv.block_size, self._adapters.slot_of)
         logits = self._model.forward(inputs, self._kv, self._adapters.tensors)
+        if self._watch_logits is not None:
+            self._watch_logits(work, logits)
         return sample(work, logits)
 
 
