@@ -53,7 +53,10 @@ def _serve(config: LaunchConfig, channel: EngineChannel) -> int:
         channel.send(StartFailed(type(error).__name__, error.error_code, error.message))
         return EXIT_START_FAILED
     ready = engine.ready
-    logging.getLogger(__name__).info("serving %s (%s) with %s kernels", ready.model_id, ready.dtype, ready.kernels)
+    logger = logging.getLogger(__name__)
+    logger.info("serving %s (%s) with %s kernels", ready.model_id, ready.dtype, ready.kernels)
+    if ready.kernels == "reference" and config.engine["kernels"] == "auto":
+        logger.warning("the C++ kernels are not built: the torch reference runs, several times slower; see openlora-node doctor")
     channel.send(ready)
     try:
         EngineLoop(engine, channel).run()

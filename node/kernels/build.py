@@ -84,14 +84,20 @@ def library_path() -> Path | None:
     return path if path.is_file() else None
 
 
-def _compiler() -> str:
+def compiler() -> str | None:
+    """The first of $CXX, g++, c++ and clang++ that is there; None without any."""
     named = os.environ.get("CXX")
-    for candidate in (named, "g++", "c++", "clang++"):
-        if candidate and shutil.which(candidate):
-            return candidate
-    raise ConfigError(
-        "no C++ compiler found (tried $CXX, g++, c++, clang++); install one (Debian: g++) or set kernels = reference"
-    )
+    return next((name for name in (named, "g++", "c++", "clang++") if name and shutil.which(name)), None)
+
+
+def _require_compiler() -> str:
+    found = compiler()
+    if found is None:
+        raise ConfigError(
+            "no C++ compiler found (tried $CXX, g++, c++, clang++); install one (Debian: apt install g++), or set engine.kernels "
+            "to reference, which needs none and is several times slower"
+        )
+    return found
 
 
 def _run(command: list[str]) -> None:
@@ -117,16 +123,16 @@ def build() -> Path:
     path = _cached(sources)
     if path.is_file():
         return path
-    compiler = _compiler()
+    chosen = _require_compiler()
     path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"building the C++ kernels with {compiler} ({len(SOURCES)} files)", flush=True)  # noqa: T201
+    print(f"building the C++ kernels with {chosen} ({len(SOURCES)} files)", flush=True)  # noqa: T201
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
             targets = [Path(scratch) / f"{i}.o" for i in range(len(SOURCES))]
-            objects = list(threads.map(lambda pair: _compile(compiler, sources, *pair), zip(SOURCES, targets, strict=True)))
+            objects = list(threads.map(lambda pair: _compile(chosen, sources, *pair), zip(SOURCES, targets, strict=True)))
         linked = Path(scratch) / "library.so"
         libraries = [f"-L{_library_dir()}", "-ltorch_cpu", "-pthread"]
-        _run([compiler, "-shared", "-o", str(linked), *map(str, objects), *libraries])
+        _run([chosen, "-shared", "-o", str(linked), *map(str, objects), *libraries])
         linked.replace(path)
     return path
 

@@ -54,7 +54,8 @@ class CompiledKernels(Kernels):
         if path is None:
             if is_required or isa is not None:
                 raise ConfigError(
-                    "the C++ kernels are not built for this source; run `python -m node.kernels.build` or set kernels = auto"
+                    "the C++ kernels of these sources are not built; run `python -m node.kernels.build`, "
+                    "or set engine.kernels to auto"
                 )
             return None
         torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
@@ -65,7 +66,9 @@ class CompiledKernels(Kernels):
             return cls(ISAS[wanted], threads)
         if is_required or isa is not None:
             has = ISAS[best] if best >= 0 else "none of them"
-            raise ConfigError(f"this CPU cannot run the kernels' {isa or 'avx2'} path (it has {has}); set kernels = reference")
+            raise ConfigError(
+                f"this CPU cannot run the kernels' {isa or 'avx2'} path (it has {has}); set engine.kernels to reference"
+            )
         return None
 
     @property

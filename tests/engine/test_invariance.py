@@ -1,4 +1,4 @@
-"""The same comparison as scripts/bench_invariance.py, on the tiny model: the bits of every logit, whatever else the engine does."""
+"""What scripts/bench_invariance.py compares, on the tiny model: the bits of every logit, whatever else the engine does."""
 
 import sys
 from pathlib import Path

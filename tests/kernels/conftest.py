@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from node.kernels.build import build
+from node.kernels.build import build, compiler, library_path
 from node.kernels.compiled import ISAS, CompiledKernels
 from node.kernels.layout import PageLayout
 from node.kernels.linear import LoraSpans, lora_spans
@@ -17,6 +17,9 @@ from node.kernels.ops import Kernels
 
 
 def _available() -> list[str]:
+    """A compiler that fails is an error; a machine without one, where the node runs the reference, skips and says so."""
+    if library_path() is None and compiler() is None:
+        pytest.skip("the compiled kernels are neither built nor can be: no C++ compiler (Debian: apt install g++)")
     build()
     best = CompiledKernels.open(None, 1, is_required=True)
     assert best is not None
