@@ -40,8 +40,14 @@ HONOURED = frozenset(
         *("r", "rank_pattern", "target_modules", "use_rslora"),
     }
 )
-# Would run, or ask for, code of the adapter's author.
-CODE_FIELDS = frozenset({"auto_mapping", "trust_remote_code", "custom_modules", "_custom_modules"})
+# Would run, or ask for, code of the adapter's author; with what to do instead. PEFT itself writes auto_mapping, the class and the
+# module to import, whenever task_type is missing.
+CODE_FIELDS = {
+    "auto_mapping": 'delete it, and set "task_type": "CAUSAL_LM" (without a task type PEFT names a class to import)',
+    "trust_remote_code": "delete it",
+    "custom_modules": "delete it",
+    "_custom_modules": "delete it",
+}
 # Of the ways to initialise, those that leave the base model alone. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract something
 # from the base weights, so such an adapter is right only on its own changed base (PEFT can convert it before saving).
 PLAIN_INITIALISATIONS = (None, True, False, "true", "gaussian", "eva", "orthogonal")
@@ -185,7 +191,7 @@ def _refuse_features(raw: Mapping[str, Any]) -> None:
     for field, value in raw.items():
         if field in CODE_FIELDS and not _is_off(value):
             raise AdapterInvalidError(
-                f"{CONFIG_FILE} sets {field}, which asks for code to be run; remove it", code="adapter_code_refused"
+                f"{CONFIG_FILE} sets {field}, which asks for code to be run; {CODE_FIELDS[field]}", code="adapter_code_refused"
             )
         if field not in DESCRIPTIVE | HONOURED and not _is_off(value):
             known_as = f" ({FEATURE_NAMES[field]})" if field in FEATURE_NAMES else ""

@@ -152,6 +152,12 @@ ONE = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 PICKLE = b"\x80\x04\x95\x1b\x00\x00\x00\x00\x00\x00\x00}\x94(\x8c\x01a\x94K\x01u."
 INF32, NAN16, INF_BF16 = b"\x00\x00\x80\x7f", b"\x00\x7e", b"\x80\xff"
 
+# What PEFT writes when LoraConfig has no task_type.
+PEFT_AUTO_MAPPING = {
+    "base_model_class": "LlamaForCausalLM",
+    "parent_library": "transformers.models.llama.modeling_llama",
+}
+
 CASES: list[tuple[str, Callable[[Tools], None], str, str]] = [
     ("01-bin-only", _only_bin, "adapter_format_unsupported", "only safetensors adapters are accepted"),
     ("02-pickle", _raw_file(PICKLE), "adapter_corrupt", "exceeds the file's"),
@@ -221,6 +227,12 @@ CASES: list[tuple[str, Callable[[Tools], None], str, str]] = [
     ("17-rank-pattern", _config(rank_pattern={"(?=a)": 4}), "adapter_feature_unsupported", "rank_pattern"),
     ("17-unselected", _config(target_modules=["q_proj", "v_proj"]), "adapter_config_invalid", "down_proj"),
     ("18-auto-mapping", _config(auto_mapping={"base_model_class": "Evil"}), "adapter_code_refused", "auto_mapping"),
+    (
+        "18-as-peft-writes-it",
+        _config(auto_mapping=PEFT_AUTO_MAPPING, task_type=None),
+        "adapter_code_refused",
+        "delete it, and set",
+    ),
     ("18-remote-code", _config(trust_remote_code=True), "adapter_code_refused", "trust_remote_code"),
     ("18-python", lambda t: (t.directory / "modeling.py").write_text("import os"), "adapter_code_refused", "modeling.py"),
     ("19-ia3", _config(peft_type="IA3"), "adapter_feature_unsupported", "IA3"),
