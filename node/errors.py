@@ -101,7 +101,8 @@ class ContextLengthError(RequestError):
 
 
 class UnsupportedError(RequestError):
-    """The request names a feature this node does not offer. Codes: param_not_supported, modality_not_supported."""
+    """The request names a feature this node does not offer. Codes: param_not_supported,
+    modality_not_supported, not_implemented (a whole route)."""
 
     code = "param_not_supported"
 

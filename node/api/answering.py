@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -25,6 +26,7 @@ from node.telemetry.metrics import NodeMetrics
 
 TENANT = web.RequestKey("tenant", str)
 REQUEST_ID = web.RequestKey("request_id", str)
+RECEIPT_ID = web.RequestKey("receipt_id", str)  # set once the request is admitted: from then on it has a record, however it ends
 _MAX_WARNINGS_CHARS = 512
 
 
@@ -45,7 +47,7 @@ class Answering:
     body_timeout_s: float
     has_api_keys: bool
 
-    def caller(self, request: web.Request) -> Caller:
+    def _caller(self, request: web.Request) -> Caller:
         """Tenant from the API key, payment from the voucher header.
 
         Raises:
@@ -57,6 +59,17 @@ class Answering:
     def request_id(self, request: web.Request) -> str:
         """Id of this HTTP exchange, for logs and error bodies."""
         return request[REQUEST_ID]
+
+    @asynccontextmanager
+    async def admitted(self, request: web.Request, generation: Generation) -> AsyncIterator[Exchange]:
+        """`RequestPath.admitted` for an HTTP request; an error after admission is answered with the receipt's id.
+
+        Raises:
+            NodeError: As `RequestPath.admitted`; PaymentError when the voucher header is malformed.
+        """
+        async with self.path.admitted(generation, self._caller(request)) as exchange:
+            request[RECEIPT_ID] = exchange.request_id
+            yield exchange
 
     def headers(self, generation: Generation, exchange: Exchange) -> dict[str, str]:
         """What is known at admission."""

@@ -14,7 +14,7 @@ from node.api.engine_gauges import read_gauges
 from node.api.gate import Gate
 from node.api.generation import Limits
 from node.api.lorax_routes import LoraxRoutes
-from node.api.middleware import answer_errors, authenticate, identify
+from node.api.middleware import LORAX_UNSUPPORTED, answer_errors, authenticate, identify
 from node.api.model_routes import ModelRoutes
 from node.api.openai_routes import OpenAiRoutes
 from node.api.prompting import Prompting
@@ -62,6 +62,7 @@ def build_application(services: Services) -> web.Application:
             web.post("/generate", lorax.generate),
             web.post("/generate_stream", lorax.generate_stream),
             web.post("/tokenize", models.tokenize),
+            *(web.post(path, lorax.unsupported) for path in (*LORAX_UNSUPPORTED, "/v1/embeddings")),
             web.get("/", status.health),
             web.get("/health", status.health),
             web.get("/ping", status.health),

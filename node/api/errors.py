@@ -69,12 +69,12 @@ _INTERNAL = HttpMeaning(500, "server_error", 500, "internal_error")
 def _by_code() -> dict[str, HttpMeaning]:
     return {
         "not_found": HttpMeaning(404, "not_found_error", 404, "not_found"),
+        "not_implemented": HttpMeaning(501, "invalid_request_error", 501, "not_implemented"),
         "method_not_allowed": HttpMeaning(405, "invalid_request_error", 405, "method_not_allowed"),
         "receipt_not_found": HttpMeaning(404, "not_found_error", 404, "not_found"),
         "body_timeout": HttpMeaning(408, "invalid_request_error", 408, "timeout"),
         "body_too_large": HttpMeaning(413, "invalid_request_error", 413, "body_too_large"),
         "unsupported_media_type": HttpMeaning(415, "invalid_request_error", 415, "unsupported_media_type"),
-        "permission_denied": HttpMeaning(403, "permission_error", 403, "permission_denied"),
         "adapter_gated": _adapter(403, "permission_error"),
         "adapter_queue_full": HttpMeaning(429, "rate_limit_error", 429, "overloaded"),
         "source_limit": _adapter(504),

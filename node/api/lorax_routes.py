@@ -17,7 +17,7 @@ from node.api.lorax_answers import LoraxAnswers
 from node.api.lorax_request import read_lorax
 from node.api.openai_routes import collect
 from node.api.sse import EventStream
-from node.errors import EngineError, NodeError
+from node.errors import EngineError, NodeError, UnsupportedError
 
 
 class LoraxRoutes:
@@ -41,6 +41,13 @@ class LoraxRoutes:
         """`POST /generate_stream`: events."""
         return await self._stream(request, await self._body(request))
 
+    async def unsupported(self, request: web.Request) -> web.StreamResponse:
+        """LoRAX's routes for models of another kind."""
+        raise UnsupportedError(
+            f"{request.path} needs an embedding or classification model; this node generates text: use /generate",
+            code="not_implemented",
+        )
+
     async def _body(self, request: web.Request) -> dict[str, Any]:
         return await read_json(request, self._answering.max_body_bytes, self._answering.body_timeout_s)
 
@@ -52,7 +59,7 @@ class LoraxRoutes:
 
     async def _whole(self, request: web.Request, body: dict[str, Any], *, is_list: bool) -> web.StreamResponse:
         generation = self._read(request, body, is_stream=False)
-        async with self._answering.path.admitted(generation, self._answering.caller(request)) as exchange:
+        async with self._answering.admitted(request, generation) as exchange:
             texts, tokens = await collect(exchange)
             receipt = await exchange.commit()
             answer = LoraxAnswers(generation, exchange, self._answering.tokenizer).whole(texts[0], tokens[0], receipt)
@@ -64,7 +71,7 @@ class LoraxRoutes:
         stream = EventStream(request, {})
         try:
             generation = self._read(request, body, is_stream=True)
-            async with self._answering.path.admitted(generation, self._answering.caller(request)) as exchange:
+            async with self._answering.admitted(request, generation) as exchange:
                 stream.add_headers(self._answering.headers(generation, exchange))
                 await self._send_tokens(stream, LoraxAnswers(generation, exchange, self._answering.tokenizer), exchange)
         except NodeError as error:

@@ -10,14 +10,17 @@ import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from node.api.answering import REQUEST_ID, TENANT
+from node.api.answering import RECEIPT_ID, REQUEST_ID, TENANT
 from node.api.api_keys import ApiKeys
 from node.api.errors import error_headers, lorax_body, meaning_of, openai_body
 from node.errors import NodeError, RequestError
 from node.telemetry.metrics import NodeMetrics
 
 OPEN_PATHS = frozenset({"/health", "/ping"})
-_LORAX_PATHS = frozenset({"/", "/invocations", "/generate", "/generate_stream", "/health", "/ping", "/info", "/tokenize"})
+LORAX_UNSUPPORTED = ("/embed", "/classify", "/classify_batch")
+_LORAX_PATHS = frozenset(
+    {"/", "/invocations", "/generate", "/generate_stream", "/health", "/ping", "/info", "/tokenize", *LORAX_UNSUPPORTED}
+)
 ANONYMOUS = "anonymous"
 
 
@@ -93,6 +96,8 @@ def _answer(request: web.Request, error: NodeError) -> web.Response:
     else:
         status, body = meaning.status, openai_body(error, request_id)
     headers = error_headers(error)
+    if RECEIPT_ID in request:
+        headers["x-openlora-receipt"] = request[RECEIPT_ID]
     return web.Response(status=status, body=msgspec.json.encode(body), headers=headers, content_type="application/json")
 
 

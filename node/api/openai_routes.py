@@ -16,7 +16,6 @@ from node.api.errors import openai_body
 from node.api.exchange import Exchange
 from node.api.generation import Generation
 from node.api.openai_answers import OpenAiAnswers
-from node.api.serve import Caller
 from node.api.sse import EventStream
 from node.errors import NodeError
 
@@ -40,21 +39,20 @@ class OpenAiRoutes:
         return await self._answer(request, generation)
 
     async def _answer(self, request: web.Request, generation: Generation) -> web.StreamResponse:
-        caller = self._answering.caller(request)
         if generation.is_stream:
-            return await self._stream(request, generation, caller)
-        async with self._answering.path.admitted(generation, caller) as exchange:
+            return await self._stream(request, generation)
+        async with self._answering.admitted(request, generation) as exchange:
             texts, tokens = await collect(exchange)
             receipt = await exchange.commit()
             answers = self._answers(generation, exchange)
             headers = self._answering.headers(generation, exchange)
             return self._answering.json(answers.whole(texts, tokens, receipt), headers)
 
-    async def _stream(self, request: web.Request, generation: Generation, caller: Caller) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, generation: Generation) -> web.StreamResponse:
         """Errors before the first token are plain answers with their status; later ones are an event, then [DONE]."""
         stream = EventStream(request, {})
         try:
-            async with self._answering.path.admitted(generation, caller) as exchange:
+            async with self._answering.admitted(request, generation) as exchange:
                 stream.add_headers(self._answering.headers(generation, exchange))
                 await self._send_pieces(stream, self._answers(generation, exchange), exchange)
         except NodeError as error:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import re
+from typing import Any
 
 from aiohttp import web
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from node.api.answering import TENANT, Answering
@@ -31,8 +32,12 @@ class StatusRoutes:
         return web.Response()
 
     async def metrics(self, request: web.Request) -> web.Response:
-        """Prometheus text, rendered on a thread: a scrape must not hold up tokens."""
-        body = await asyncio.to_thread(generate_latest, self._answering.metrics.registry)
+        """Prometheus text, or LoRAX's JSON where it is asked for; rendered on a thread: a scrape must not hold up tokens."""
+        registry = self._answering.metrics.registry
+        wants_json = request.query.get("format") == "json" or request.headers.get("Accept") == "application/json"
+        if wants_json:
+            return self._answering.json(await asyncio.to_thread(_metrics_json, registry), {})
+        body = await asyncio.to_thread(generate_latest, registry)
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def receipt(self, request: web.Request) -> web.Response:
@@ -47,3 +52,15 @@ class StatusRoutes:
                 code="receipt_not_found",
             )
         return self._answering.json(bundle, {})
+
+
+def _metrics_json(registry: CollectorRegistry) -> dict[str, Any]:
+    """LoRAX's shape: every family with its samples, each under its labels as Prometheus writes them."""
+    families: dict[str, Any] = {}
+    for family in registry.collect():
+        data = [
+            {"key": ",".join(f'{name}="{value}"' for name, value in sorted(sample.labels.items())), "value": sample.value}
+            for sample in family.samples
+        ]
+        families[family.name] = {"type": family.type, "data": data}
+    return families

@@ -195,6 +195,14 @@ async def test_metrics_speak_three_dialects(bench, client):
     assert any(line.startswith("openlora_output_tokens_total ") for line in lines)
 
 
+@pytest.mark.parametrize("how", [{"params": {"format": "json"}}, {"headers": {"Accept": "application/json"}}])
+async def test_metrics_as_json_have_loraxs_shape(client, how):
+    await client.post("/v1/chat/completions", json={})
+    body = await (await client.get("/metrics", **how)).json()
+    assert {"key": 'err="validation"', "value": 1.0} in body["lorax_request_failure"]["data"]
+    assert body["openlora_requests"]["type"] == "counter"
+
+
 async def test_log_names_the_request_and_never_its_text(bench, client):
     answer = await client.post("/v1/chat/completions", json=CHAT, headers={"x-openlora-voucher": "AAAA"})
     assert answer.status == 402

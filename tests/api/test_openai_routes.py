@@ -189,8 +189,10 @@ async def test_engine_death_within_a_request_is_503_with_retry_after(bench, clie
     assert answer.status == 503
     assert int(answer.headers["Retry-After"]) >= 1
     assert bench.one_closing().status == "failed"
+    assert (await client.get(f"/v1/receipts/{answer.headers['x-openlora-receipt']}")).status == 200
     refused = await client.post("/v1/chat/completions", json=CHAT)
     assert refused.status == 503
+    assert "x-openlora-receipt" not in refused.headers
     assert len(bench.books.opened) == 1
 
 
