@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+import re
+import stat
 import tempfile
 import tomllib
 from pathlib import Path
@@ -19,6 +21,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from node.errors import ConfigError
 
+_PASSWORD_IN_URL = re.compile(r"[a-z0-9+.-]+://[^/@\s]*:[^/@\s]+@", re.IGNORECASE)
 _SIZE_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -238,13 +241,30 @@ def _with_override(settings: Settings, key: str, value: Any) -> Settings:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text, mode = path.read_text(encoding="utf-8"), path.stat().st_mode
+        values = tomllib.loads(text)
     except FileNotFoundError as error:
         raise ConfigError(f"the configuration file {path} does not exist; name another with --config") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the configuration file {path} cannot be read as UTF-8 text; check type and permissions") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"the configuration file {path} is not valid TOML: {error}") from error
+    if mode & (stat.S_IRWXG | stat.S_IRWXO) and (key := _key_with_password(values)):
+        raise ConfigError(
+            f"{key} in {path} holds a password, and the file has mode {stat.S_IMODE(mode):04o}; run chmod 600 on it",
+            code="secret_permissions",
+        )
+    return values
+
+
+def _key_with_password(values: dict[str, Any], prefix: str = "") -> str | None:
+    """The first key whose value is a URL with a password, such as a database's or a chain endpoint's."""
+    for name, value in values.items():
+        if isinstance(value, dict) and (found := _key_with_password(value, f"{prefix}{name}.")):
+            return found
+        if isinstance(value, str) and _PASSWORD_IN_URL.match(value):
+            return prefix + name
+    return None
 
 
 def _refuse_unknown(values: dict[str, Any], model: type[BaseModel], where: str, prefix: str = "") -> None:

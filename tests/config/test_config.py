@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from eth_utils.address import to_checksum_address
 from pydantic import BaseModel
 
 from node.config import Settings, load_settings
@@ -97,3 +98,34 @@ def test_sizes_are_read_with_units(tmp_path: Path) -> None:
     file = tmp_path / "node.toml"
     file.write_text('[engine]\nkv_cache_bytes = "64MiB"\n')
     assert load_settings(file).engine.kv_cache_bytes == 64 * 1024 * 1024
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "url"),
+    [("ledger", "url", "postgresql://node:hunter2@db/ledger"), ("chain", "rpc_url", "https://user:hunter2@rpc.example.org/v1")],
+)
+def test_password_in_a_file_that_others_can_read_is_refused_without_repeating_it(
+    tmp_path: Path, section: str, key: str, url: str
+) -> None:
+    path = tmp_path / "node.toml"
+    path.write_text(f'[{section}]\n{key} = "{url}"\n')
+    path.chmod(0o640)
+    with pytest.raises(ConfigError, match=rf"{section}\.{key}.*0640") as caught:
+        load_settings(path)
+    assert caught.value.error_code == "secret_permissions"
+    assert "hunter2" not in str(caught.value)
+
+    path.chmod(0o600)
+    assert getattr(getattr(load_settings(path), section), key) == url
+
+
+@pytest.mark.parametrize("given", ["0x" + "ab" * 20, "0x" + "AB" * 20])
+def test_address_has_one_spelling(given: str) -> None:
+    spelled = load_settings(None, {"chain.reserve_address": given}).chain.reserve_address
+    assert spelled == to_checksum_address(given)
+
+
+def test_address_with_a_wrong_checksum_is_refused() -> None:
+    spelled = to_checksum_address("0x" + "ab" * 20)
+    with pytest.raises(ConfigError, match=r"chain\.reserve_address.*checksum"):
+        load_settings(None, {"chain.reserve_address": spelled.swapcase().replace("0X", "0x")})
