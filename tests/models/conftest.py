@@ -52,6 +52,28 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 16, "attention_bias": True, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
     ),
 }
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "rank1": {"r": 1, "lora_alpha": 3, "target_modules": ALL_LINEAR},
+    "rank4": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    "rank8": {"r": 8, "lora_alpha": 16, "target_modules": ALL_LINEAR},
+    "rank20": {"r": 20, "lora_alpha": 5, "target_modules": ["k_proj", "up_proj", "down_proj"]},
+    "rank64": {"r": 64, "lora_alpha": 16, "target_modules": ALL_LINEAR},
+    "rslora": {"r": 8, "lora_alpha": 4, "target_modules": ALL_LINEAR, "use_rslora": True},
+    "rank_pattern": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ALL_LINEAR,
+        "rank_pattern": {"q_proj": 20, "layers.1.mlp.up_proj": 9},
+    },
+    "alpha_pattern": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ALL_LINEAR,
+        "alpha_pattern": {"o_proj": 1, "layers.0.mlp.down_proj": 40},
+    },
+    "head": {"r": 8, "lora_alpha": 8, "target_modules": ["lm_head", "q_proj"]},
+}
 
 
 @dataclass
@@ -231,6 +253,12 @@ def error() -> Callable[[Tensor, Tensor], float]:
 
 
 @pytest.fixture(scope="session")
+def lora_configs() -> Callable[..., dict[str, LoraConfig]]:
+    """New PEFT configurations of every kind, or of the kinds named: ranks 1 to 64, rsLoRA, patterns, and the head."""
+    return lambda *names: {name: LoraConfig(**ADAPTERS[name]) for name in names or ADAPTERS}
+
+
+@pytest.fixture(scope="session")
 def peft_pool() -> Callable[..., tuple[Any, LoraPool]]:
     """Add random adapters to a transformers model; return the PEFT model and a pool whose slot i holds the i-th adapter."""
 
@@ -260,11 +288,15 @@ def _with_adapters(reference: Any, adapters: dict[str, LoraConfig], b_scale: flo
 
 def _filled_pool(model: Any, adapters: list[str], layout: PageLayout) -> LoraPool:
     """PEFT's adapters in scattered pages, unused ranks poisoned."""
-    per_slot = layout.pages_for_rank(64)  # the largest rank of any test
-    order = torch.randperm(per_slot * len(adapters), generator=torch.Generator().manual_seed(2)).int()
+    ranks = [max([model.peft_config[name].r, *model.peft_config[name].rank_pattern.values()]) for name in adapters]
+    counts = [layout.pages_for_rank(rank) for rank in ranks]
+    order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(2)).int()
+    slot_pages = torch.full((len(adapters), max(counts)), -1, dtype=torch.int32)
+    for slot, pages in enumerate(order.split(counts)):
+        slot_pages[slot, : len(pages)] = pages
     pool = LoraPool(
         pages=torch.full((order.numel(), layout.page_elements), float("nan")),
-        slot_pages=order.view(len(adapters), per_slot).contiguous(),
+        slot_pages=slot_pages,
         ranks=torch.zeros(layout.module_count, len(adapters), dtype=torch.int32),
         scales=torch.zeros(layout.module_count, len(adapters)),
         page_rank=layout.page_rank,

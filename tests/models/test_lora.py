@@ -4,34 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig
-
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ADAPTERS = {
-    "rank1": {"r": 1, "lora_alpha": 3, "target_modules": ALL},
-    "rank4": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
-    "rank8": {"r": 8, "lora_alpha": 16, "target_modules": ALL},
-    "rank20": {"r": 20, "lora_alpha": 5, "target_modules": ["k_proj", "up_proj", "down_proj"]},
-    "rank64": {"r": 64, "lora_alpha": 16, "target_modules": ALL},
-    "rslora": {"r": 8, "lora_alpha": 4, "target_modules": ALL, "use_rslora": True},
-    "rank_pattern": {"r": 4, "lora_alpha": 8, "target_modules": ALL, "rank_pattern": {"q_proj": 20, "layers.1.mlp.up_proj": 9}},
-    "alpha_pattern": {
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": ALL,
-        "alpha_pattern": {"o_proj": 1, "layers.0.mlp.down_proj": 40},
-    },
-    "head": {"r": 8, "lora_alpha": 8, "target_modules": ["lm_head", "q_proj"]},
-}
 
 
-@pytest.fixture(params=["llama", "qwen3-biased-sliding", "llama-tied"])
-def many(request, make_tiny, load, kernels, peft_pool):
+@pytest.fixture(params=["llama", "llama-tied", "mistral-sliding", "qwen2", "qwen3-biased-sliding"])
+def many(request, make_tiny, load, kernels, peft_pool, lora_configs):
     """A loaded base, the PEFT model of it, and a pool with all adapters; the tied model's head stays untouched in PEFT too."""
     tiny = make_tiny(request.param)
     loaded = load(tiny.directory, kernels=kernels)
-    chosen = [name for name in ADAPTERS if name != "head" or request.param != "llama-tied"]
-    model, pool = peft_pool(tiny.reference, {name: LoraConfig(**ADAPTERS[name]) for name in chosen}, loaded.layout)
+    configs = lora_configs()
+    if request.param == "llama-tied":
+        del configs["head"]
+    chosen = list(configs)
+    model, pool = peft_pool(tiny.reference, configs, loaded.layout)
     assert set(pool.ranks[:, chosen.index("rank_pattern")].tolist()) == {0, 4, 9, 20}
     return loaded, model, pool, chosen
 
@@ -87,11 +71,12 @@ def test_greedy_every_adapter_in_one_batch_equals_peft_generate(many, drive, pro
     assert len({tuple(answer) for answer in answers.values()}) > 3
 
 
-def test_forward_weighted_adapters_equal_peft_with_merged_weights(make_tiny, load, kernels, drive, prompts, peft_pool, error):
+def test_forward_weighted_adapters_equal_peft_with_merged_weights(
+    make_tiny, load, kernels, drive, prompts, peft_pool, lora_configs, error
+):
     tiny = make_tiny("llama")
     loaded = load(tiny.directory, kernels=kernels)
-    adapters = {name: LoraConfig(**ADAPTERS[name]) for name in ("rank8", "rank64", "head")}
-    model, pool = peft_pool(tiny.reference, adapters, loaded.layout)
+    model, pool = peft_pool(tiny.reference, lora_configs("rank8", "rank64", "head"), loaded.layout)
     driver = drive(loaded, pool)
     driver.add("mix", prompts["a"], ((0, 0.5), (2, 1.25), (1, -0.3)))
     driver.add("base", prompts["b"])

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from node.models.source import PACKAGED_MODEL, resolve
@@ -17,11 +16,6 @@ TEXTS = {
     "chat": "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
     "prose": "It was the best of times, it was the worst of times,",
     "code": "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
-}
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ADAPTERS = {
-    "small": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
-    "wide": LoraConfig(r=20, lora_alpha=16, target_modules=ALL, use_rslora=True, rank_pattern={"down_proj": 8}),
 }
 
 
@@ -83,30 +77,50 @@ def test_smollm2_greedy_tokens_equal_transformers_generate(reference, loaded, dr
 
 
 @pytest.fixture
-def adapted(reference, loaded, peft_pool):
-    """The PEFT model and a pool of its adapters; afterwards the reference is as it was."""
-    model, pool = peft_pool(reference, ADAPTERS, loaded.layout, b_scale=0.02)
-    yield model, pool
+def adapted(reference, loaded, peft_pool, lora_configs):
+    """The PEFT model, a pool of its adapters and their names; afterwards the reference is as it was."""
+    configs = lora_configs()
+    del configs["head"]  # SmolLM2's is tied, and PEFT would change the embedding with it
+    model, pool = peft_pool(reference, configs, loaded.layout, b_scale=0.05)
+    yield model, pool, list(configs)
     model.unload()
 
 
 def test_smollm2_adapters_in_one_batch_equal_peft(adapted, loaded, drive, token_ids, error):
-    model, pool = adapted
+    model, pool, adapters = adapted
     driver = drive(loaded, pool)
-    rng = random.Random(4)
-    terms = {"chat": ((0, 1.0),), "prose": ((1, 1.0),), "code": ()}
-    for name, ids in token_ids.items():
-        driver.add(name, ids, terms[name])
-    first = {name: rng.randrange(2, len(ids)) for name, ids in token_ids.items()}
+    rng, texts = random.Random(4), list(token_ids.values())
+    ids = {name: texts[index % len(texts)] for index, name in enumerate([*adapters, "base"])}
+    for slot, name in enumerate(adapters):
+        driver.add(name, ids[name], ((slot, 1.0),))
+    driver.add("base", ids["base"])
+    first = {name: rng.randrange(2, len(sequence)) for name, sequence in ids.items()}
 
-    logits = driver.run([first, {name: len(ids) - first[name] for name, ids in token_ids.items()}])
+    logits = driver.run([first, {name: len(sequence) - first[name] for name, sequence in ids.items()}])
 
-    for name, adapter in (("chat", "small"), ("prose", "wide")):
-        model.set_adapter(adapter)
-        assert error(logits[name], run(model, token_ids[name])) < 1e-4, name
     with model.disable_adapter():
-        assert error(logits["code"], run(model, token_ids["code"])) < 1e-4
-        assert error(logits["prose"], run(model, token_ids["prose"])) > 1e-2
+        plain = {name: run(model, sequence) for name, sequence in ids.items()}
+    assert error(logits["base"], plain["base"]) < 1e-4
+    for name in adapters:
+        model.set_adapter(name)
+        assert error(logits[name], run(model, ids[name])) < 1e-4, name
+        assert error(logits[name], plain[name]) > 1e-3, f"{name} changes nothing: this test would prove nothing"
+
+
+def test_smollm2_greedy_tokens_with_adapters_equal_peft_generate(adapted, loaded, drive, token_ids):
+    model, pool, adapters = adapted
+    driver = drive(loaded, pool)
+    for slot, name in enumerate(adapters):
+        driver.add(name, token_ids["prose"], ((slot, 1.0),))
+
+    answers = driver.greedy(6)
+
+    prompt = torch.tensor([token_ids["prose"]])
+    options = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": -1, "pad_token_id": 0}
+    for name in adapters:
+        model.set_adapter(name)
+        generated = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
+        assert answers[name] == generated[0, prompt.shape[1] :].tolist(), name
 
 
 def test_smollm2_bfloat16_load_stays_small():
