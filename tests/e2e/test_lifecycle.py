@@ -79,16 +79,16 @@ def test_second_node_without_a_chain_is_refused_by_the_ledger(mortal, kit):
     assert "ledger_locked" in second.stderr
 
 
-def test_adapter_added_while_running_is_served_under_its_name(node, tmp_path):
-    source = node.cli("adapters", "show", "lincoln").stdout
+def test_adapter_added_while_running_is_served_under_its_name(mortal, tmp_path):
+    source = mortal.cli("adapters", "show", "lincoln").stdout
     directory = source.partition('"directory": "')[2].partition('"')[0]
-    added = node.cli("adapters", "add", directory, "--name", "honest-abe")
+    added = mortal.cli("adapters", "add", directory, "--name", "honest-abe")
     assert "serving honest-abe" in added.stdout
     same = [
-        node.post("/v1/completions", {**SHORT, "model": name}).body["choices"][0]["text"] for name in ("lincoln", "honest-abe")
+        mortal.post("/v1/completions", {**SHORT, "model": name}).body["choices"][0]["text"] for name in ("lincoln", "honest-abe")
     ]
     assert same[0] == same[1]
-    refused = node.cli("adapters", "add", str(tmp_path), check=False)
+    refused = mortal.cli("adapters", "add", str(tmp_path), check=False)
     assert refused.returncode == 65
     assert "adapter_format_unsupported" in refused.stderr
 
