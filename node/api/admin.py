@@ -15,6 +15,7 @@ from structlog.typing import FilteringBoundLogger
 from node.errors import NodeError, RequestError
 
 Operation = Callable[..., Awaitable[Any]]
+_SHUTDOWN_S = 1.0  # an operation that waits for the chain is cut short: what it asked for is in the ledger
 
 
 class AdminListener:
@@ -31,7 +32,7 @@ class AdminListener:
         self._socket: Path | None = None
         application = web.Application()
         application.add_routes([web.post("/{operation}", self._answer)])
-        self._runner = web.AppRunner(application, access_log=None)
+        self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=_SHUTDOWN_S)
 
     async def open(self, socket: Path) -> None:
         """Listen on `socket`, which only its owner may connect to. A socket file left by a crash is replaced.

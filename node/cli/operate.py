@@ -38,6 +38,11 @@ async def _operate(settings: Settings, operation: str, arguments: dict[str, Any]
             "so start one first: openlora-node start",
             code="node_not_running",
         )
+    if not (settings.data_dir / "keys").exists():
+        raise EngineError(
+            f"no node ever ran on {settings.data_dir}; check --data-dir, or start one: openlora-node start",
+            code="node_not_running",
+        )
     from node.operations import settlement_operations
     from node.settlement.treasury import open_treasury
     from node.telemetry.logs import make_logger
