@@ -79,7 +79,7 @@ class Step:
         dtype = self.norm.dtype
         self.hidden = torch.randn(self.rows, HIDDEN).to(dtype)
         terms = [((i % ADAPTERS, 1.0),) if self.has_adapters else () for i in range(self.rows)]
-        self.lora = lora_rows(terms, [1] * self.rows, torch.device("cpu"))
+        self.lora = lora_rows(terms, [1] * self.rows)
         per_sequence = -(-CONTEXT // BLOCK)
         self.tables = torch.arange(self.rows * per_sequence, dtype=torch.int32).view(self.rows, per_sequence)
         self.starts = torch.arange(self.rows + 1, dtype=torch.int32)
@@ -197,7 +197,7 @@ def bench_prefill(kernels: Kernels, dtype: torch.dtype, seconds: float, label: d
     packed, spans = kernels.pack_linear(weight), layer_spans(layout, 0)[2]
     for rows in (16, 64, 128, 256, 512):
         x = torch.randn(rows, HIDDEN).to(dtype)
-        lora = lora_rows([((0, 1.0),)], [rows], torch.device("cpu"))
+        lora = lora_rows([((0, 1.0),)], [rows])
         calls: dict[str, Callable[[], object]] = {
             "gate_up": lambda x=x: kernels.linear(x, packed),
             "gate_up + adapter": lambda x=x, lora=lora: kernels.linear(x, packed, pool=pool, rows=lora, spans=spans),

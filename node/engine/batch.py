@@ -1,7 +1,7 @@
 """A step plan as flat tensors. The arrays are filled with numpy and handed over without a copy: 16 decode rows take a few dozen
 microseconds, where a torch call per field and row would take more than the model's smallest layers.
 
-Shape letters: T rows (tokens), Q sequences, W rows that want logits, N (row, adapter) terms.
+Shape letters: T rows (tokens), Q sequences, W rows that want logits.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import numpy.typing as npt
 import torch
 
 from node.engine.scheduler import Work
-from node.kernels.lora import LoraRows
+from node.kernels.lora import LoraRows, lora_rows
 from node.models.inputs import StepInputs
-from node.request import AdapterTerm
 
 Ints = npt.NDArray[np.int64]
 
@@ -28,9 +27,8 @@ def build_inputs(work: Sequence[Work], block_size: int, slot_of: Callable[[str],
         block_size: Tokens per KV block.
         slot_of: Slot of a resident adapter, by content hash.
     """
-    counts = np.array([item.count for item in work], dtype=np.int64)
     query_start = np.zeros(len(work) + 1, dtype=np.int32)
-    np.cumsum(counts, out=query_start[1:])
+    np.cumsum([item.count for item in work], out=query_start[1:])
     total = int(query_start[-1])
     token_ids, positions, kv_slots = (np.empty(total, dtype=np.int64) for _ in range(3))
     tables = np.zeros((len(work), max(len(item.sequence.blocks) for item in work)), dtype=np.int32)
@@ -46,7 +44,7 @@ def build_inputs(work: Sequence[Work], block_size: int, slot_of: Callable[[str],
         context_lens=torch.from_numpy(np.array([item.start + item.count for item in work], dtype=np.int32)),
         block_tables=torch.from_numpy(tables),
         logit_rows=torch.from_numpy(logit_rows(work, query_start)),
-        lora=adapter_rows(work, counts, slot_of),
+        lora=adapter_rows(work, slot_of),
         has_prefill=total > len(work),
     )
 
@@ -81,30 +79,7 @@ def logit_rows(work: Sequence[Work], query_start: npt.NDArray[np.int32]) -> Ints
     return np.array(rows, dtype=np.int64)
 
 
-def adapter_rows(work: Sequence[Work], counts: Ints, slot_of: Callable[[str], int]) -> LoraRows | None:
-    """The adapters of every row, terms in recipe order (the order they are summed in, so it is part of the answer).
-
-    Returns None when no row uses an adapter, so that a base-only step pays nothing for LoRA.
-    """
-    term_counts = np.array([len(item.sequence.terms) for item in work], dtype=np.int64)
-    if not term_counts.any():
-        return None
-    row_start = np.zeros(int(counts.sum()) + 1, dtype=np.int32)
-    np.cumsum(np.repeat(term_counts, counts), out=row_start[1:])
-    slots: list[int] = []
-    weights: list[float] = []
-    for item in work:
-        _extend_terms(slots, weights, item.sequence.terms, item.count, slot_of)
-    return LoraRows(
-        row_start=torch.from_numpy(row_start),
-        slot=torch.from_numpy(np.array(slots, dtype=np.int32)),
-        weight=torch.from_numpy(np.array(weights, dtype=np.float32)),
-    )
-
-
-def _extend_terms(
-    slots: list[int], weights: list[float], terms: Sequence[AdapterTerm], count: int, slot_of: Callable[[str], int]
-) -> None:
-    if terms:
-        slots.extend([slot_of(term.adapter_id) for term in terms] * count)
-        weights.extend([term.weight for term in terms] * count)
+def adapter_rows(work: Sequence[Work], slot_of: Callable[[str], int]) -> LoraRows | None:
+    """The adapters of every row, terms in recipe order (the order they are summed in, so it is part of the answer)."""
+    terms = [[(slot_of(term.adapter_id), term.weight) for term in item.sequence.terms] for item in work]
+    return lora_rows(terms, [item.count for item in work])

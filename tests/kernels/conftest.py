@@ -57,7 +57,7 @@ class Adapters:
     outputs: int
 
     def rows(self, terms: list[tuple[tuple[int, float], ...]]) -> LoraRows:
-        rows = lora_rows(terms, [1] * len(terms), torch.device("cpu"))
+        rows = lora_rows(terms, [1] * len(terms))
         assert rows is not None
         return rows
 

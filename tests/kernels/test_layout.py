@@ -1,7 +1,6 @@
 """Pages never overlap, and rows list their terms in order."""
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,7 +34,7 @@ def test_page_layout_rank_zero_is_refused():
 
 
 def test_lora_rows_repeats_a_sequences_terms_for_each_row():
-    rows = lora_rows([((3, 0.5), (1, 2.0)), (), ((2, 1.0),)], [2, 1, 1], torch.device("cpu"))
+    rows = lora_rows([((3, 0.5), (1, 2.0)), (), ((2, 1.0),)], [2, 1, 1])
     assert rows is not None
     assert rows.row_start.tolist() == [0, 2, 4, 4, 5]
     assert rows.slot.tolist() == [3, 1, 3, 1, 2]
@@ -43,7 +42,7 @@ def test_lora_rows_repeats_a_sequences_terms_for_each_row():
 
 
 def test_lora_rows_without_adapters_is_none():
-    assert lora_rows([(), ()], [1, 5], torch.device("cpu")) is None
+    assert lora_rows([(), ()], [1, 5]) is None
 
 
 def test_lora_spans_keep_the_order_of_modules():

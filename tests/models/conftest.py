@@ -175,7 +175,7 @@ class Driver:
             context_lens=torch.tensor(lengths, dtype=torch.int32),
             block_tables=torch.tensor([self.blocks[n] + [0] * (width - len(self.blocks[n])) for n in rows], dtype=torch.int32),
             logit_rows=torch.arange(len(tokens)),
-            lora=lora_rows([self.terms[name] for name in rows], list(rows.values()), torch.device("cpu")),
+            lora=lora_rows([self.terms[name] for name in rows], list(rows.values())),
             has_prefill=max(rows.values()) > 1,
         )
 
