@@ -15,7 +15,6 @@ from node.errors import (
     RequestError,
 )
 
-OK = 0
 FAILURE = 1
 USAGE = 64
 BAD_DATA = 65

@@ -9,6 +9,14 @@ Kinds and their payloads (JSON; amounts are decimal strings, bytes are 0x and he
                       cumulative_used, operator_signature)
     submit_epoch   operator, epoch_id, root, receipts_root, leaves_hash, total_cumulative, operator_signature
                    -> AttributionRewards.submitEpoch(Epoch(...), operator_signature)
+    claim          operator, epoch_id, account, cumulative, proof
+                   -> AttributionRewards.claim(...)
+    claim_many     operator, epoch_id, claims: a list of {account, cumulative, proof}
+                   -> AttributionRewards.claimMany(...)
+    register_adapter   adapter_id, manifest_hash, base_id, trainer, uri, trainer_signature
+                   -> AdapterRegistry.register(...)
+    deposit        payer, amount
+                   -> UsageEscrow.deposit(payer, amount)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who signs: an address and three ways to sign, wherever the key is kept."""
+"""Who signs: an address and two ways to sign, wherever the key is kept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from eth_keys.datatypes import PrivateKey
 
 
 class Signer(Protocol):
-    """What the node asks of a key. A remote signer implements the same four names."""
+    """What the node asks of a key. A remote signer implements the same three names."""
 
     @property
     def address(self) -> str:
@@ -21,9 +21,6 @@ class Signer(Protocol):
 
     def sign_hash(self, digest: bytes) -> bytes:
         """65 bytes (r, s, v with v 27 or 28) over a 32-byte digest that is already domain-separated."""
-
-    def sign_typed(self, domain: dict[str, Any], types: dict[str, Any], message: dict[str, Any]) -> bytes:
-        """65 bytes over EIP-712 typed data."""
 
 
 class LocalSigner:
@@ -50,10 +47,6 @@ class LocalSigner:
             raise ValueError(f"a digest has 32 bytes, not {len(digest)}")
         signature = self._key.sign_msg_hash(digest)
         return bytes(signature.r.to_bytes(32, "big") + signature.s.to_bytes(32, "big") + bytes([27 + signature.v]))
-
-    def sign_typed(self, domain: dict[str, Any], types: dict[str, Any], message: dict[str, Any]) -> bytes:
-        """See `Signer`."""
-        return bytes(self._account.sign_typed_data(domain, types, message).signature)
 
     def __repr__(self) -> str:
         return f"LocalSigner({self.address})"

@@ -17,7 +17,6 @@ from node.settlement.rpc_errors import Revert, SendOutcome
 from node.settlement.rpc_values import TransactionReceipt
 from node.settlement.signer import Signer
 
-TRANSFER_GAS = 21_000
 _SENT = (SendOutcome.ACCEPTED, SendOutcome.ALREADY_KNOWN, SendOutcome.UNKNOWN)
 
 

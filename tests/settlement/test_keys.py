@@ -180,12 +180,3 @@ def test_signer_signature_recovers_to_its_address():
     assert Account._recover_hash(digest, signature=signer.sign_hash(digest)) == signer.address
     with pytest.raises(ValueError, match="32 bytes"):
         signer.sign_hash(b"short")
-
-
-def test_signer_typed_data_recovers_to_its_address():
-    from eth_account.messages import encode_typed_data
-
-    domain = {"name": "test", "version": "1", "chainId": 1, "verifyingContract": "0x" + "11" * 20}
-    types, message = {"Mail": [{"name": "amount", "type": "uint256"}]}, {"amount": 5}
-    signature = LocalSigner(KEY).sign_typed(domain, types, message)
-    assert Account.recover_message(encode_typed_data(domain, types, message), signature=signature) == LocalSigner(KEY).address
