@@ -19,6 +19,8 @@ from web3.contract import Contract
 from web3.utils.address import get_create_address
 
 from attribution.merkle import Tree, TreeDomain
+from attribution.registration import Registration, registry_domain
+from attribution.signing import LocalSigner
 
 CHALLENGE_DELAY_S = 60
 THAW_SECONDS = 3600
@@ -175,6 +177,9 @@ def test_flow_leaf_on_chain_equals_the_trees(settlement: Settlement) -> None:
 def test_flow_registration_signed_by_trainer_is_accepted_from_anyone(settlement: Settlement) -> None:
     values = (keccak(text="adapter"), keccak(text="manifest"), keccak(text="base"), TRAINER.address, "https://example.org/m")
     signature = settlement.sign(TRAINER, settlement.registry, "AdapterRegistry", ADAPTER, values)
+    adapter, manifest, base = (value.hex() for value in values[:3])
+    domain = registry_domain(settlement.w3.eth.chain_id, settlement.registry.address)
+    assert Registration(adapter, manifest, base, *values[3:]).sign(domain, LocalSigner(bytes(TRAINER.key))) == signature
 
     settlement.send(settlement.registry.functions.register(*values, signature))
 
