@@ -45,7 +45,6 @@ def build_inputs(work: Sequence[Work], block_size: int, slot_of: Callable[[str],
         block_tables=torch.from_numpy(tables),
         logit_rows=torch.from_numpy(logit_rows(work, query_start)),
         lora=adapter_rows(work, slot_of),
-        has_prefill=total > len(work),
     )
 
 

@@ -21,7 +21,6 @@ from node.kernels.ops import Kernels
 from node.models.load import DTYPES, load_model, make_kv_cache
 from node.models.source import resolve
 from node.models.tokenizer_files import write_tokenizer
-from node.request import LinearShape
 
 # What torch, numpy and the kernels' own checks raise when the numbers of a step make no sense or do not fit into memory.
 STEP_ERRORS = (RuntimeError, LookupError, ValueError, ArithmeticError, MemoryError)
@@ -164,10 +163,9 @@ def open_engine(
     )
     spec, dtype = loaded.spec, loaded.dtype
     kv = make_kv_cache(spec, settings.kv_cache_bytes, settings.kv_block_size, dtype)
-    shapes = tuple(LinearShape(kind.name, kind.in_features, kind.out_features, kind.layer_count) for kind in spec.linear_kinds)
     loader = AdapterLoader(
         loaded.layout,
-        LinearTable(shapes),
+        LinearTable(spec.linear_kinds),
         max_rank=adapter_settings.max_rank,
         max_bytes=adapter_settings.max_adapter_bytes,
         wake=wake,
@@ -192,7 +190,7 @@ def open_engine(
         max_model_len=max_model_len,
         eos_token_ids=spec.eos_token_ids,
         tokenizer_dir=str(write_tokenizer(files, spec.eos_token_ids, state_dir / "tokenizer")),
-        linears=shapes,
+        linears=spec.linear_kinds,
         kv_block_count=kv.block_count,
         kv_block_size=kv.block_size,
         max_rank=adapter_settings.max_rank,

@@ -27,7 +27,6 @@ class StepInputs:
         block_tables: [Q, max_blocks] int32. Unused entries are 0.
         logit_rows: [W] int64. Rows whose logits are wanted.
         lora: None when no row uses an adapter.
-        has_prefill: Whether any sequence has more than one row (lets a kernel choose its path; never changes the result).
     """
 
     token_ids: Tensor
@@ -38,7 +37,6 @@ class StepInputs:
     block_tables: Tensor
     logit_rows: Tensor
     lora: LoraRows | None
-    has_prefill: bool
 
 
 @dataclass(slots=True)

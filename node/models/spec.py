@@ -12,20 +12,11 @@ from typing import Any
 
 from node.errors import ModelLoadError
 from node.models.rope_config import RopeConfig, rope_config
+from node.request import LinearShape
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _LONGEST_DEFAULT_LEN = 8192  # tokens; a longer context is the operator's choice, it sizes tables and schedules
 _SIZE_LIMIT = 1 << 24  # of any size in config.json; larger is a damaged file, not a model
-
-
-@dataclass(frozen=True, slots=True)
-class LinearKind:
-    """One linear module that an adapter may change. `{layer}` in `name` stands for the layer's number."""
-
-    name: str
-    in_features: int
-    out_features: int
-    layer_count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +59,19 @@ class ModelSpec:
         return self.kv_head_count * self.head_dim
 
     @property
-    def linear_kinds(self) -> tuple[LinearKind, ...]:
+    def linear_kinds(self) -> tuple[LinearShape, ...]:
         """The kinds of linear modules in the order of a layer, then the output projection."""
         attention, mlp = "model.layers.{layer}.self_attn.", "model.layers.{layer}.mlp."
         hidden, inter, layers = self.hidden_size, self.intermediate_size, self.layer_count
         return (
-            LinearKind(attention + "q_proj", hidden, self.q_size, layers),
-            LinearKind(attention + "k_proj", hidden, self.kv_size, layers),
-            LinearKind(attention + "v_proj", hidden, self.kv_size, layers),
-            LinearKind(attention + "o_proj", self.q_size, hidden, layers),
-            LinearKind(mlp + "gate_proj", hidden, inter, layers),
-            LinearKind(mlp + "up_proj", hidden, inter, layers),
-            LinearKind(mlp + "down_proj", inter, hidden, layers),
-            LinearKind("lm_head", hidden, self.vocab_size, 1),
+            LinearShape(attention + "q_proj", hidden, self.q_size, layers),
+            LinearShape(attention + "k_proj", hidden, self.kv_size, layers),
+            LinearShape(attention + "v_proj", hidden, self.kv_size, layers),
+            LinearShape(attention + "o_proj", self.q_size, hidden, layers),
+            LinearShape(mlp + "gate_proj", hidden, inter, layers),
+            LinearShape(mlp + "up_proj", hidden, inter, layers),
+            LinearShape(mlp + "down_proj", inter, hidden, layers),
+            LinearShape("lm_head", hidden, self.vocab_size, 1),
         )
 
     @property

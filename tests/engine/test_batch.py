@@ -37,7 +37,6 @@ def test_rows_of_a_decode_and_a_chunk():
     assert inputs.context_lens.tolist() == [6, 9]
     assert inputs.block_tables.tolist() == [[7, 2, 0], [5, 1, 9]]
     assert inputs.logit_rows.tolist() == [0]  # the chunk does not end its prompt
-    assert inputs.has_prefill
     assert inputs.lora is None
 
 
@@ -48,7 +47,6 @@ def test_dtypes_are_those_of_step_inputs():
     narrow = (inputs.query_start, inputs.context_lens, inputs.block_tables, inputs.lora.row_start, inputs.lora.slot)
     assert {tensor.dtype for tensor in narrow} == {torch.int32}
     assert inputs.lora.weight.dtype == torch.float32
-    assert not inputs.has_prefill
 
 
 def test_prompt_logprobs_want_every_row():

@@ -176,7 +176,6 @@ class Driver:
             block_tables=torch.tensor([self.blocks[n] + [0] * (width - len(self.blocks[n])) for n in rows], dtype=torch.int32),
             logit_rows=torch.arange(len(tokens)),
             lora=lora_rows([self.terms[name] for name in rows], list(rows.values())),
-            has_prefill=max(rows.values()) > 1,
         )
 
     def forward(self, inputs: StepInputs) -> Tensor:
