@@ -7,7 +7,9 @@
 
 Work: 64 random prompt tokens (other ones for every request), 64 new tokens, greedy, end-of-sequence off, no prefix cache,
 8 distinct adapters of rank 8 on all linear modules of the layers; request i uses adapter i mod 8.
-decode tok/s = C x 63 / (last finish - earliest first token). A pair runs both sides one after the other, and the other way round
+decode tok/s = C x 63 / (last finish - earliest first token); stream tok/s = the sum of 63 / (own last - own first token) over the
+requests, which is the same when all begin together and is not, over HTTP, slowed by prompts that arrive after the first; total
+tok/s = C x 64 / (last finish - submission). A pair runs both sides one after the other, and the other way round
 in the next pair; the figure is the median of the pairs' ratios with the interval of order statistics that covers it with >= 95 %.
 
 Exit status: 0; 2 when the torch reference ran although nobody asked for it (`--kernels reference` asks).
@@ -55,16 +57,19 @@ class Timing:
     """One run of C requests. Speeds in tokens/s, times in seconds."""
 
     decode_tok_s: float
+    stream_tok_s: float
     total_tok_s: float
     first_token_s: float
 
 
-def timing(started_s: float, first_s: list[float], finished_s: float, token_count: int) -> Timing:
-    """Turn the moments of a run into its speeds; `first_s` holds each request's first token, `token_count` all tokens."""
+def timing(started_s: float, first_s: list[float], last_s: list[float], token_count: int) -> Timing:
+    """Turn the moments of each request's first and last token, and the number of all tokens, into the speeds of a run."""
     decode_count = token_count - len(first_s)
+    per_request = decode_count / len(first_s)
     return Timing(
-        decode_count / max(finished_s - min(first_s), 1e-9),
-        token_count / (finished_s - started_s),
+        decode_count / max(max(last_s) - min(first_s), 1e-9),
+        sum(per_request / max(last - first, 1e-9) for first, last in zip(first_s, last_s, strict=True)),
+        token_count / (max(last_s) - started_s),
         statistics.mean(moment - started_s for moment in first_s),
     )
 
@@ -108,16 +113,18 @@ class Ours:
             terms = (self.terms[index % ADAPTER_COUNT],) if is_mixed else ()
             self.engine.add(make_submit(f"{self._run_count}-{index}", prompt, terms, self._new_tokens))
         first_s: dict[str, float] = {}
-        finished_s, token_count = started_s, 0
+        last_s: dict[str, float] = {}
+        token_count = 0
         while self.engine.has_work:
             events, _ = self.engine.step()
-            finished_s = time.perf_counter()
+            now_s = time.perf_counter()
             for event in events:
                 if event.finish_reason == "error":
                     raise SystemExit(f"the engine failed: {event.error_code}: {event.error_message}")
                 token_count += len(event.tokens)
-                first_s.setdefault(event.sequence_id, finished_s)
-        return timing(started_s, list(first_s.values()), finished_s, token_count)
+                first_s.setdefault(event.sequence_id, now_s)
+                last_s[event.sequence_id] = now_s
+        return timing(started_s, list(first_s.values()), [last_s[name] for name in first_s], token_count)
 
 
 def adapter_terms(ready: Ready, adapters: list[Path]) -> list[AdapterTerm]:
@@ -234,7 +241,8 @@ class Theirs:
                 stopping_criteria=StoppingCriteriaList([Watch()]),
                 **options,
             )
-        return timing(started_s, [moments[0]] * len(prompts), moments[-1], len(prompts) * len(moments))
+        count = len(prompts)
+        return timing(started_s, [moments[0]] * count, [moments[-1]] * count, count * len(moments))
 
 
 # ---- over HTTP, any OpenAI-shaped server
@@ -263,7 +271,7 @@ class Http:
             runs = [self._one(session, prompt, choose[index % len(choose)]) for index, prompt in enumerate(prompts)]
             found = await asyncio.gather(*runs)
         first_s, last_s, counts = zip(*found, strict=True)
-        return timing(started_s, list(first_s), max(last_s), sum(counts))
+        return timing(started_s, list(first_s), list(last_s), sum(counts))
 
     async def _one(self, session: Any, prompt: list[int], model: str) -> tuple[float, float, int]:
         """Returns when the first token came, when the last, and how many there were by the server's own count."""
@@ -384,16 +392,18 @@ def pairs(args: argparse.Namespace, first: Side, second: Side) -> Iterator[tuple
 
 
 def compare(args: argparse.Namespace, name: str, concurrency: int, first: Side, second: Side, **facts: Any) -> dict[str, Any]:
-    """Measure one row: the ratio of decode speeds, first over second."""
+    """Measure one row: the ratios of the two sides' speeds, first over second."""
     found = list(pairs(args, first, second))
-    median, low, high = median_interval([a.decode_tok_s / b.decode_tok_s for a, b in found])
+    ratios: dict[str, float] = {}
+    for measure in ("decode", "stream", "total"):
+        speeds = [(getattr(a, f"{measure}_tok_s"), getattr(b, f"{measure}_tok_s")) for a, b in found]
+        median, low, high = median_interval([a / b for a, b in speeds])
+        ratios |= {f"{measure}_ratio": round(median, 3), f"{measure}_low": round(low, 3), f"{measure}_high": round(high, 3)}
     return {
         "row": name,
         "concurrency": concurrency,
         "pairs": len(found),
-        "ratio": round(median, 3),
-        "ratio_low": round(low, 3),
-        "ratio_high": round(high, 3),
+        **ratios,
         **{f"first_{key}": value for key, value in medians([a for a, _ in found]).items()},
         **{f"second_{key}": value for key, value in medians([b for _, b in found]).items()},
         **facts,
@@ -403,7 +413,7 @@ def compare(args: argparse.Namespace, name: str, concurrency: int, first: Side, 
 def medians(timings: list[Timing]) -> dict[str, float]:
     return {
         key: round(statistics.median(getattr(item, key) for item in timings), 4)
-        for key in ("decode_tok_s", "total_tok_s", "first_token_s")
+        for key in ("decode_tok_s", "stream_tok_s", "total_tok_s", "first_token_s")
     }
 
 
