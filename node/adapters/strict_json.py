@@ -9,6 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from node.errors import AdapterInvalidError
+from node.json_depth import nests_deeper_than
+
+MAX_DEPTH = 32
 
 
 def parse_strict(raw: bytes, what: str, code: str) -> Any:
@@ -19,12 +22,12 @@ def parse_strict(raw: bytes, what: str, code: str) -> Any:
     """
     if raw.startswith(codecs.BOM_UTF8):
         raise AdapterInvalidError(f"{what} begins with a byte order mark; save it without one", code=code)
+    if nests_deeper_than(raw, MAX_DEPTH):
+        raise AdapterInvalidError(f"{what} is nested too deep; at most {MAX_DEPTH} levels are read", code=code)
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique(what, code), parse_constant=_refuse_constant(what, code))
     except UnicodeDecodeError as error:
         raise AdapterInvalidError(f"{what} is not UTF-8 (byte {error.start})", code=code) from error
-    except RecursionError as error:
-        raise AdapterInvalidError(f"{what} is nested too deep", code=code) from error
     except ValueError as error:  # JSONDecodeError, and integers beyond the interpreter's digit limit
         position = f" (character {error.pos})" if isinstance(error, json.JSONDecodeError) else ""
         raise AdapterInvalidError(f"{what} is not valid JSON{position}", code=code) from error

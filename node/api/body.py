@@ -14,6 +14,7 @@ from typing import Any
 from aiohttp import web
 
 from node.errors import RequestError
+from node.json_depth import nests_deeper_than
 
 _LARGE_BODY_BYTES = 64 << 10  # parsed on a thread: below this the hand-over costs more than the parse
 _MAX_KEYS = 100_000
@@ -81,7 +82,8 @@ def parse_object(body: bytes, max_depth: int = 32) -> dict[str, Any]:
     Raises:
         RequestError: Code invalid_json; the message says which rule was broken.
     """
-    _check_depth(body, max_depth)
+    if nests_deeper_than(body, max_depth):
+        raise _invalid(f"objects and arrays nest deeper than {max_depth} levels")
     try:
         value = json.loads(body.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
@@ -95,19 +97,6 @@ def parse_object(body: bytes, max_depth: int = 32) -> dict[str, Any]:
     if re.search(rb"\\u[dD][89a-fA-F]", body):
         _check_surrogates(value)
     return value
-
-
-def _check_depth(body: bytes, max_depth: int) -> None:
-    """Nesting is measured before parsing, outside strings, so that a deep body never reaches the recursive parser."""
-    depth = 0
-    for match in re.finditer(rb'"(?:[^"\\]|\\.)*+"?|[\[{]|[\]}]', body, re.DOTALL):
-        mark = body[match.start()]
-        if mark in b"[{":
-            depth += 1
-            if depth > max_depth:
-                raise _invalid(f"objects and arrays nest deeper than {max_depth} levels")
-        elif mark in b"]}":
-            depth -= 1
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ PROMPT = "Fellow citizens, the state of our Union is"
 MAX_TOKENS = 32
 DEPOSIT_WEI = 10**15
 VOUCHER_LIFE_S = 24 * 3600
+STATS_TIMEOUT_S = 10.0
 
 
 def demo(config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
@@ -82,9 +83,17 @@ async def _ask_all(node: Node, payer: Payer) -> list[dict[str, Any]]:
         answers = await asyncio.gather(*(_ask(session, node, payer, name) for name in names))
     for name, answer in zip(names, answers, strict=True):
         print(f"   {name:<10} {' '.join(answer['choices'][0]['text'].split())}")
-    together = node.engine.stats.max_adapters_in_one_step
+    together = await _adapters_in_one_step(node, sum(answer["usage"]["completion_tokens"] for answer in answers))
     print(f"   one decode step held {together} adapters; kernels: {node.ready.kernels}\n")
     return answers
+
+
+async def _adapters_in_one_step(node: Node, token_count: int) -> int:
+    """The engine's own count, once its statistics (sent twice a second) cover the answers."""
+    deadline_s = time.monotonic() + STATS_TIMEOUT_S
+    while node.engine.stats.output_tokens_total < token_count and time.monotonic() < deadline_s:
+        await asyncio.sleep(0.05)
+    return node.engine.stats.max_adapters_in_one_step
 
 
 async def _ask(session: Any, node: Node, payer: Payer, name: str) -> dict[str, Any]:

@@ -58,6 +58,11 @@ def _wait_for_chain_time(contracts, operator, epoch_id, kit):
     kit.wait_for(lambda: time.time() > epoch.activates_at_s, "the end of the challenge delay", 60)
 
 
+def _covered(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows, once an epoch that pays covers all of them; nothing while its root can still be challenged."""
+    return rows if all(int(row["in_epoch_wei"]) for row in rows) else []
+
+
 def _claimed(text: str) -> dict[str, int]:
     """Account and amount of every line that `rewards claim` prints."""
     lines = [line.split() for line in text.splitlines() if line.startswith("0x")]
@@ -133,7 +138,7 @@ def test_paid_usage_is_closed_into_an_epoch_whose_root_is_on_the_chain(story, ki
     for answer in answers:
         for line in answer.bundle["record"]["split"]:
             by_account[line["account"]] = by_account.get(line["account"], 0) + int(line["amount_wei"])
-    story.rewards = story.rows()
+    story.rewards = kit.wait_for(lambda: _covered(story.rows()), "the end of the challenge delay", 60)
     assert {row["account"]: int(row["earned_wei"]) for row in story.rewards} == by_account
     assert {row["account"]: int(row["in_epoch_wei"]) for row in story.rewards} == by_account
     assert all(row["claimed_wei"] == "0" for row in story.rewards)
