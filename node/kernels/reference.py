@@ -6,6 +6,8 @@ model's dtype at the end. Speed is no goal here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -123,11 +125,7 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of each sequence's rows over its blocks. q: [T, heads D]; returns the same shape."""
     out = torch.empty_like(q)
-    starts, lengths = query_start.tolist(), context_lens.tolist()
-    for sequence, context in enumerate(lengths):
-        first, last = starts[sequence], starts[sequence + 1]
-        keys = _gather(key_cache, block_tables[sequence], context)
-        values = _gather(value_cache, block_tables[sequence], context)
+    for first, last, keys, values in _sequences(key_cache, value_cache, block_tables, query_start, context_lens):
         out[first:last] = _attend(q[first:last], keys, values, scale, sliding_window).to(q.dtype)
     return out
 
@@ -144,16 +142,23 @@ def paged_attention_by_row(
 ) -> Tensor:
     """`paged_attention` one row at a time, each over the keys it sees: the same bits in a chunk of any size and in decode."""
     out = torch.empty_like(q)
-    starts, lengths = query_start.tolist(), context_lens.tolist()
-    for sequence, context in enumerate(lengths):
-        first, last = starts[sequence], starts[sequence + 1]
-        keys = _gather(key_cache, block_tables[sequence], context)
-        values = _gather(value_cache, block_tables[sequence], context)
+    for first, last, keys, values in _sequences(key_cache, value_cache, block_tables, query_start, context_lens):
         for row in range(first, last):
-            seen = context - (last - 1 - row)
+            seen = keys.shape[1] - (last - 1 - row)
             attended = _attend(q[row : row + 1], keys[:, :seen], values[:, :seen], scale, sliding_window)
             out[row : row + 1] = attended.to(q.dtype)
     return out
+
+
+def _sequences(
+    key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, query_start: Tensor, context_lens: Tensor
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """For each sequence: its first row, the row after its last, and its keys and values [G, context, D]."""
+    starts = query_start.tolist()
+    for sequence, context in enumerate(context_lens.tolist()):
+        keys = _gather(key_cache, block_tables[sequence], context)
+        values = _gather(value_cache, block_tables[sequence], context)
+        yield starts[sequence], starts[sequence + 1], keys, values
 
 
 def _gather(cache: Tensor, table: Tensor, context: int) -> Tensor:
