@@ -13,7 +13,7 @@ import stat
 import tempfile
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from eth_utils.address import is_checksum_formatted_address, to_checksum_address
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -310,11 +310,6 @@ def _describe(error: ValidationError, prefix: str = "") -> str:
         shown = f" (given: {given!r})" if not isinstance(given, dict) else ""
         lines.append(f"{path}: {item['msg'].removeprefix('Value error, ')}{shown}")
     return "; ".join(lines)
-
-
-def profiles() -> tuple[str, ...]:
-    """The chain profiles by name."""
-    return get_args(ChainSettings.model_fields["profile"].annotation)
 
 
 _SOCKET_PATH_MAX = 90  # an AF_UNIX path holds 107 bytes; socket names take up to 17
