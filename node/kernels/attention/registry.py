@@ -1,0 +1,153 @@
+"""Which attention backend this machine runs, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+
+from node.errors import ConfigError
+from node.kernels.attention.paged import AttentionShape, PagedAttention
+
+BackendName = Literal["fa3", "fa2", "varlen", "triton"]
+Setting = Literal["auto", "fa3", "fa2", "varlen", "triton"]
+
+ORDER: tuple[BackendName, ...] = ("fa3", "fa2", "varlen", "triton")
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionFacts:
+    """What the choice depends on, apart from the model.
+
+    Attributes:
+        capability: of the GPU, (9, 0) for an H100.
+        has_fa3, has_fa2, has_triton: whether the module can be found. has_varlen: torch's varlen attention takes block tables.
+    """
+
+    capability: tuple[int, int]
+    has_fa3: bool
+    has_fa2: bool
+    has_varlen: bool
+    has_triton: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A backend, why it and not an earlier one of the order, and what would be faster (empty when nothing would)."""
+
+    name: BackendName
+    reason: str
+    faster: str = ""
+
+
+def attention_facts(device: torch.device) -> AttentionFacts:
+    """Look at this machine. Imports nothing heavy: modules are only looked for."""
+    return AttentionFacts(
+        capability=torch.cuda.get_device_capability(device),
+        has_fa3=find_spec("flash_attn_interface") is not None and find_spec("flash_attn_3") is not None,
+        has_fa2=find_spec("flash_attn") is not None,
+        has_varlen=_torch_version() >= (2, 12),
+        has_triton=find_spec("triton") is not None,
+    )
+
+
+def _torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def refusal(name: BackendName, shape: AttentionShape, facts: AttentionFacts, *, is_deterministic: bool) -> str:
+    """Why a backend cannot run this model here; empty when it can."""
+    if name == "triton":
+        return "" if facts.has_triton else "the module triton is not installed"
+    if is_deterministic:
+        return "its splits depend on the batch"
+    if shape.dtype == torch.float32:
+        return "it has no float32"
+    return _LIMITS[name](shape, facts)
+
+
+def _refuse_fa3(shape: AttentionShape, facts: AttentionFacts) -> str:
+    if not facts.has_fa3:
+        return "flash-attn 3 is not installed"
+    if facts.capability[0] != 9:
+        return f"it needs a Hopper GPU, this one has capability {facts.capability[0]}.{facts.capability[1]}"
+    return "" if shape.head_dim <= 256 else f"head size {shape.head_dim} is above its 256"
+
+
+def _refuse_fa2(shape: AttentionShape, facts: AttentionFacts) -> str:
+    if not facts.has_fa2:
+        return "flash-attn 2 is not installed"
+    if facts.capability[0] < 8:
+        return f"it needs capability 8.0, this GPU has {facts.capability[0]}.{facts.capability[1]}"
+    if shape.block_size % 256:
+        return f"its cache blocks are multiples of 256 tokens, engine.kv_block_size is {shape.block_size}"
+    return "" if shape.head_dim <= 256 else f"head size {shape.head_dim} is above its 256"
+
+
+def _refuse_varlen(shape: AttentionShape, facts: AttentionFacts) -> str:
+    if not facts.has_varlen:
+        return "torch's varlen attention takes block tables from torch 2.12 on"
+    if shape.block_size % 256:
+        return f"its cache blocks are multiples of 256 tokens, engine.kv_block_size is {shape.block_size}"
+    return "" if shape.head_dim <= 256 else f"head size {shape.head_dim} is above its 256"
+
+
+_LIMITS: dict[BackendName, Callable[[AttentionShape, AttentionFacts], str]] = {
+    "fa3": _refuse_fa3,
+    "fa2": _refuse_fa2,
+    "varlen": _refuse_varlen,
+}
+
+
+def choose(setting: Setting, shape: AttentionShape, facts: AttentionFacts, *, is_deterministic: bool = False) -> Choice:
+    """Take the first backend of `ORDER` that can run here, or the one that the setting names.
+
+    Raises:
+        ConfigError: the setting names one that cannot, or none can.
+    """
+    refusals = {name: refusal(name, shape, facts, is_deterministic=is_deterministic) for name in ORDER}
+    if setting != "auto":
+        if refusals[setting]:
+            raise ConfigError(f"engine.attention = {setting!r} cannot run: {refusals[setting]}. Use 'auto'.")
+        return Choice(setting, "engine.attention names it")
+    for index, name in enumerate(ORDER):
+        if not refusals[name]:
+            passed = "; ".join(f"{earlier}: {refusals[earlier]}" for earlier in ORDER[:index])
+            return Choice(name, passed or "the fastest on this GPU", _what_would_be_faster(name, facts, refusals["fa3"]))
+    raise ConfigError("No attention backend can run on this GPU: " + "; ".join(f"{n}: {r}" for n, r in refusals.items()) + ".")
+
+
+def _what_would_be_faster(name: BackendName, facts: AttentionFacts, fa3_refusal: str) -> str:
+    if name != "fa3" and facts.capability[0] == 9 and not facts.has_fa3:
+        return "flash-attn 3 (module flash_attn_interface)"
+    return ""
+
+
+def open_attention(
+    setting: Setting, shape: AttentionShape, device: torch.device, *, is_deterministic: bool = False
+) -> tuple[PagedAttention, Choice]:
+    """Choose and make the backend of this process. See `choose`."""
+    choice = choose(setting, shape, attention_facts(device), is_deterministic=is_deterministic)
+    return _make(choice.name)(shape, is_deterministic=is_deterministic), choice
+
+
+def _make(name: BackendName) -> type[PagedAttention]:
+    if name == "fa3":
+        from node.kernels.attention.fa3 import Fa3Attention
+
+        return Fa3Attention
+    if name == "fa2":
+        from node.kernels.attention.fa2 import Fa2Attention
+
+        return Fa2Attention
+    if name == "varlen":
+        from node.kernels.attention.varlen import VarlenAttention
+
+        return VarlenAttention
+    from node.kernels.attention.triton_backend import TritonAttention
+
+    return TritonAttention
