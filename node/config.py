@@ -78,20 +78,21 @@ class ModelSettings(_Section):
     path: str = "smollm2-135m-instruct"  # the packaged model, a directory, a .gguf file or a hub id
     revision: str | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: an NVIDIA GPU (sm_80 or newer) where there is one
     max_model_len: Annotated[int, Field(ge=16)] | None = None  # None: what the model was trained for, at most 8192
 
 
 class EngineSettings(_Section):
-    """The engine process."""
+    """The engine process. What is None depends on the device: `node.engine.sizing` derives it, here and nowhere else."""
 
     threads: Annotated[int, Field(ge=0)] = 0  # 0: one for each core
     kernels: Literal["auto", "cpp", "reference"] = "auto"
     attention: Literal["auto", "fa3", "fa2", "varlen", "triton"] = "auto"  # on a GPU
     deterministic: bool = False
-    kv_cache_bytes: Bytes = 256 << 20
-    kv_block_size: Annotated[int, Field(ge=4, le=256)] = 16
-    max_sequences: Annotated[int, Field(ge=1)] = 64  # running together
-    max_batch_tokens: Annotated[int, Field(ge=16)] = 512  # rows in one step: the prefill chunk that others wait for
+    kv_cache_bytes: Bytes | None = None
+    kv_block_size: Annotated[int, Field(ge=4, le=256)] | None = None
+    max_sequences: Annotated[int, Field(ge=1)] | None = None  # running together
+    max_batch_tokens: Annotated[int, Field(ge=16)] | None = None  # rows in one step: the prefill chunk that others wait for
     queue_limit: Annotated[int, Field(ge=1)] = 1024  # sequences waiting
     prefix_cache: bool = True
     start_timeout_s: Annotated[float, Field(gt=0)] = 300.0
@@ -105,8 +106,8 @@ class AdapterSettings(_Section):
     roots: tuple[Path, ...] = ()  # further directories that `adapter_source: local` may name
     allow_hub: bool = True
     cache_dir: Path | None = None  # None: <data_dir>/adapters
-    memory_bytes: Bytes = 256 << 20
-    page_rank: Annotated[int, Field(ge=1, le=64)] = 8
+    memory_bytes: Bytes | None = None  # None: see node.engine.sizing
+    page_rank: Annotated[int, Field(ge=1, le=64)] | None = None  # None: see node.engine.sizing
     max_rank: Annotated[int, Field(ge=1, le=256)] = 256
     max_adapter_bytes: Bytes = 2 << 30
     max_terms: Annotated[int, Field(ge=1, le=64)] = 8  # adapters in one request
