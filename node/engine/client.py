@@ -23,6 +23,7 @@ from node.config import Settings
 from node.engine.channel import command_address, event_address
 from node.engine.launch import STOP_TIMEOUT_S, EngineProcess
 from node.engine.messages import Cancel, Command, Event, Ready, SequenceEvent, Shutdown, StartFailed, Stats, Step, Submit
+from node.engine.sizing import MAX_SEQUENCES_GPU
 from node.engine.stream import SequenceStream
 from node.errors import EngineError, NodeError, OverloadedError
 
@@ -46,7 +47,7 @@ class EngineClient:
         self._settings = settings
         self._runtime_dir = runtime_dir
         self._clock = clock
-        self._in_flight_limit = settings.engine.queue_limit + settings.engine.max_sequences
+        self._in_flight_limit = settings.engine.queue_limit + (settings.engine.max_sequences or MAX_SEQUENCES_GPU)
         # A sequence sends its Submit and at most one Cancel, so a queue of this size never fills while the engine reads.
         self._high_water_mark = 2 * self._in_flight_limit + 8
         self._encoder = msgspec.msgpack.Encoder()

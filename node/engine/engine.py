@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
@@ -16,7 +18,8 @@ from node.config import AdapterSettings, EngineSettings, ModelSettings
 from node.engine.blocks import BlockPool
 from node.engine.messages import Ready, SequenceEvent, Stats, Submit
 from node.engine.runner import LogitsWatcher, Runner
-from node.engine.scheduler import Scheduler, SchedulerLimits, Work, WorkResult
+from node.engine.scheduler import Scheduler, SchedulerLimits, StepPlan, Work, WorkResult
+from node.engine.sizing import memory_sizes, step_sizes
 from node.kernels.ops import Kernels
 from node.models.load import DTYPES, load_model, make_kv_cache
 from node.models.source import resolve
@@ -29,6 +32,36 @@ FAILED_STEPS_LIMIT = 3  # in a row, with no sequence computed: then it is the en
 logger = logging.getLogger(__name__)
 
 
+class StepRunner(Protocol):
+    """One device's arithmetic, in three parts, so that a step can be launched before the one before it has landed.
+
+    Attributes:
+        is_ahead: Whether `launch` returns before the device is done. If not, every step is collected at once.
+    """
+
+    is_ahead: bool
+
+    def launch(self, work: list[Work]) -> Any:
+        """Start the forward pass; returns the flight. Tokens that the step before draws may be unknown to the host yet."""
+        ...
+
+    def draw(self, flight: Any) -> None:
+        """Start drawing its tokens. All tokens before them are known now."""
+        ...
+
+    def collect(self, flight: Any) -> list[WorkResult]:
+        """Wait for the flight; returns one result per work, in order."""
+        ...
+
+
+@dataclass(slots=True)
+class _Open:
+    """A plan that the scheduler has not heard of again. `flight` is None when launching it failed."""
+
+    plan: StepPlan
+    flight: Any | None
+
+
 class Engine:
     """Scheduler, runner and adapter memory of one model. Everything happens on the caller's thread, the adapter loader apart.
 
@@ -38,18 +71,21 @@ class Engine:
         ready: What this engine is.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, adapters: AdapterPool, blocks: BlockPool, ready: Ready) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: StepRunner, adapters: AdapterPool, blocks: BlockPool, ready: Ready
+    ) -> None:
         self.ready = ready
         self._scheduler = scheduler
         self._runner = runner
         self._adapters = adapters
         self._blocks = blocks
+        self._open: _Open | None = None
         self._failed_steps = 0
 
     @property
     def has_work(self) -> bool:
-        """Whether any sequence waits or runs."""
-        return self._scheduler.has_work
+        """Whether any sequence waits or runs, or a step is still open."""
+        return self._scheduler.has_work or self._open is not None
 
     def add(self, submit: Submit) -> list[SequenceEvent]:
         """Queue a sequence; the event, if any, says why not."""
@@ -66,38 +102,90 @@ class Engine:
         return self._scheduler.cancel_all()
 
     def step(self) -> tuple[list[SequenceEvent], bool]:
-        """Run one step; returns its events, and whether any row was computed (if not, adapters are on their way)."""
-        plan = self._scheduler.plan()
-        if not plan.work:
-            return plan.events, False
-        results = self._compute(plan.work)
-        return [*plan.events, *self._scheduler.complete(plan, results)], True
+        """Start a step and finish one: the same on a CPU, the one before it where the runner works ahead.
 
-    def _compute(self, work: list[Work]) -> list[WorkResult]:
-        """Compute a step; one that fails is repeated sequence by sequence, so that whoever makes it fail does so alone.
+        While the device computes step A, the host plans B and launches its forward pass, takes A's tokens when they are there,
+        and only then starts B's draws, whose masks and penalties may depend on them.
+
+        Returns:
+            The finished step's events, and whether any row was computed (if not, adapters are on their way).
+        """
+        plan = self._scheduler.plan()
+        before, self._open = self._open, None
+        current = self._launch(plan) if plan.work else None
+        events = [*plan.events, *self._land(before, current)]
+        if current is not None:
+            self._draw(current)
+            if self._runner.is_ahead:
+                self._open = current
+            else:
+                events.extend(self._land(current, None))
+        return events, before is not None or current is not None
+
+    def _launch(self, plan: StepPlan) -> _Open:
+        try:
+            return _Open(plan, self._runner.launch(plan.work))
+        except STEP_ERRORS:
+            logger.exception("a step of %d sequences could not be launched", len(plan.work))
+            return _Open(plan, None)
+
+    def _draw(self, step: _Open) -> None:
+        if step.flight is None:
+            return
+        try:
+            self._runner.draw(step.flight)
+        except STEP_ERRORS:
+            logger.exception("a step of %d sequences could not draw its tokens", len(step.plan.work))
+            step.flight = None
+
+    def _land(self, step: _Open | None, following: _Open | None) -> list[SequenceEvent]:
+        """Finish a step. When it failed, the one that was launched behind it with its tokens is worth nothing either."""
+        if step is None:
+            return []
+        results = self._collect(step)
+        if results is None:
+            results = self._compute_alone(step.plan.work)
+            if following is not None:
+                following.flight = None
+        else:
+            self._failed_steps = 0
+        return self._scheduler.complete(step.plan, results)
+
+    def _collect(self, step: _Open) -> list[WorkResult] | None:
+        if step.flight is None:
+            return None
+        try:
+            return self._runner.collect(step.flight)
+        except STEP_ERRORS:
+            logger.exception("a step of %d sequences failed", len(step.plan.work))
+            return None
+
+    def _compute_alone(self, work: list[Work]) -> list[WorkResult]:
+        """Repeat a step sequence by sequence, so that whoever makes it fail does so alone.
 
         Repeating is safe: the scheduler has taken over nothing yet, keys and values are written where they were, and the noise
         of a draw is a function of its position.
 
         Raises:
-            One of STEP_ERRORS: Nothing at all could be computed, `FAILED_STEPS_LIMIT` steps in a row.
+            RuntimeError: Nothing at all could be computed, `FAILED_STEPS_LIMIT` steps in a row.
         """
-        try:
-            results = self._runner.step(work)
-        except STEP_ERRORS:
-            logger.exception("a step of %d sequences failed; repeating it one by one", len(work))
-            results = [self._compute_alone(item) for item in work]
-            if all(result.has_failed for result in results):
-                self._failed_steps += 1
-                if self._failed_steps >= FAILED_STEPS_LIMIT:
-                    raise
-                return results
-        self._failed_steps = 0
+        logger.warning("repeating a step of %d sequences one by one", len(work))
+        results = [self._compute_one(item) for item in work]
+        if not all(result.has_failed for result in results):
+            self._failed_steps = 0
+            return results
+        self._failed_steps += 1
+        if self._failed_steps >= FAILED_STEPS_LIMIT:
+            raise RuntimeError(f"{self._failed_steps} steps in a row computed nothing; the log says why")
         return results
 
-    def _compute_alone(self, work: Work) -> WorkResult:
+    def _compute_one(self, work: Work) -> WorkResult:
+        if not self._scheduler.is_alive(work):
+            return WorkResult()
         try:
-            return self._runner.step([work])[0]
+            flight = self._runner.launch([work])
+            self._runner.draw(flight)
+            return self._runner.collect(flight)[0]
         except STEP_ERRORS:
             logger.exception("sequence %s failed by itself", work.sequence.id)
             return WorkResult(has_failed=True)
@@ -152,17 +240,19 @@ def open_engine(
     kernels = Kernels.load(settings.kernels, threads=threads, is_deterministic=settings.deterministic)
     # The compiled kernels have threads of their own; torch's, once awake, would spin on the same cores for milliseconds.
     torch.set_num_threads(threads if kernels.name == "reference" else 1)
+    sizes = step_sizes(settings, adapter_settings, "cpu")
+    memory = memory_sizes(settings, adapter_settings, None)
     files = resolve(model_settings.path, model_settings.revision)
     loaded = load_model(
         files,
         DTYPES[model_settings.dtype],
         kernels,
         max_model_len=model_settings.max_model_len,
-        page_rank=adapter_settings.page_rank,
+        page_rank=sizes.page_rank,
         hash_cache=state_dir / "model_hashes.json",
     )
     spec, dtype = loaded.spec, loaded.dtype
-    kv = make_kv_cache(spec, settings.kv_cache_bytes, settings.kv_block_size, dtype)
+    kv = make_kv_cache(spec, memory.kv_cache_bytes, sizes.kv_block_size, dtype)
     loader = AdapterLoader(
         loaded.layout,
         LinearTable(spec.linear_kinds),
@@ -171,13 +261,13 @@ def open_engine(
         wake=wake,
     )
     adapters = AdapterPool(
-        loaded.layout, dtype, memory_bytes=adapter_settings.memory_bytes, max_rank=adapter_settings.max_rank, loader=loader
+        loaded.layout, dtype, memory_bytes=memory.adapter_bytes, max_rank=adapter_settings.max_rank, loader=loader
     )
     blocks = BlockPool(kv.block_count, kv.block_size, settings.prefix_cache)
     # A sequence can never be longer than the whole cache.
     max_model_len = min(spec.max_model_len, kv.block_count * kv.block_size)
     limits = SchedulerLimits(
-        settings.max_sequences, settings.max_batch_tokens, settings.queue_limit, max_model_len, spec.vocab_size
+        sizes.max_sequences, sizes.max_batch_tokens, settings.queue_limit, max_model_len, spec.vocab_size
     )
     ready = Ready(
         model_id=files.model_id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -28,8 +29,17 @@ class SlotTable(Protocol):
     def slot_of(self, adapter_id: str) -> int: ...
 
 
+@dataclass(slots=True)
+class Flight:
+    """A step whose logits [W, V] float32 are there. `results` follow when its tokens are drawn."""
+
+    work: list[Work]
+    logits: Tensor
+    results: list[WorkResult] = field(default_factory=list)
+
+
 class Runner:
-    """One device's arithmetic, one step at a time.
+    """The CPU's arithmetic: every part of a step is done when its method returns. See `node.engine.engine.StepRunner`.
 
     Args:
         model: The decoder.
@@ -38,6 +48,8 @@ class Runner:
         watch_logits: For whoever compares bits; None in a node.
     """
 
+    is_ahead = False
+
     def __init__(self, model: CausalLM, kv: KVCache, adapters: SlotTable, watch_logits: LogitsWatcher | None = None) -> None:
         self._model = model
         self._kv = kv
@@ -45,13 +57,22 @@ class Runner:
         self._watch_logits = watch_logits
 
     @torch.inference_mode()
-    def step(self, work: list[Work]) -> list[WorkResult]:
-        """Compute every row of a plan's work; returns one result per work, in order."""
+    def launch(self, work: list[Work]) -> Flight:
+        """Run the model over every row of a plan's work."""
         inputs = build_inputs(work, self._kv.block_size, self._adapters.slot_of)
         logits = self._model.forward(inputs, self._kv, self._adapters.tensors)
         if self._watch_logits is not None:
             self._watch_logits(work, logits)
-        return sample(work, logits)
+        return Flight(work, logits)
+
+    @torch.inference_mode()
+    def draw(self, flight: Flight) -> None:
+        """Draw the tokens."""
+        flight.results = sample(flight.work, flight.logits)
+
+    def collect(self, flight: Flight) -> list[WorkResult]:
+        """Return one result per work, in order."""
+        return flight.results
 
 
 def sample(work: list[Work], logits: Tensor) -> list[WorkResult]:

@@ -7,7 +7,13 @@ A step has at most `max_batch_tokens` rows. They are given out in this order:
 4. unfinished prefills, those with the fewest chunks so far first: a long prompt delays another by at most one chunk.
 
 When a running sequence needs a block and none is free, the sequence that arrived last gives up all of its own and waits again;
-its tokens stay, so it continues with the same answer (recompute instead of swapping: the KV cache is in host memory already).
+its tokens stay, so it continues with the same answer (recomputing moves fewer bytes than swapping keys and values).
+
+Planning may run one step ahead of the device: a plan may be made while the one before it is open, that is, not yet answered by
+`complete`. Rows count as computed once they are planned, and a token that an open plan draws counts as pending: its row can be
+planned (the runner knows the token as soon as the device does), its value is known when `complete` brings it. A sequence that
+turns out to be finished is dropped from the open plan by ignoring its result. Its blocks may be given out at once, because the
+device writes in the order of the plans; only blocks full of known tokens are ever offered to the prefix cache.
 """
 
 from __future__ import annotations
@@ -39,20 +45,34 @@ class SchedulerLimits:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Rows of one sequence in one step: tokens `start` .. `start + count - 1`."""
+    """Rows of one sequence in one step: tokens `start` .. `start + count - 1`, the last of which may still be being drawn.
+
+    Attributes:
+        draws_token: The last row's logits give the next token.
+        wants_prompt_logprobs: The logits of every row are wanted.
+        epoch: Of the sequence's blocks; another one means that they were taken away meanwhile.
+    """
 
     sequence: Sequence
     start: int
     count: int
+    draws_token: bool
+    wants_prompt_logprobs: bool
+    epoch: int
 
-    @property
-    def draws_token(self) -> bool:
-        """Whether the last row's logits give the next token."""
-        return self.start + self.count == len(self.sequence.tokens)
-
-    @property
-    def wants_prompt_logprobs(self) -> bool:
-        return self.sequence.wants_prompt_logprobs
+    @classmethod
+    def of(cls, sequence: Sequence, start: int, count: int) -> Work:
+        """The work of these rows, as things stand."""
+        end, total = start + count, sequence.token_count
+        wants_logprobs = sequence.wants_prompt_logprobs and start + 1 < sequence.prompt_count
+        return cls(
+            sequence,
+            start,
+            count,
+            draws_token=end == total,
+            wants_prompt_logprobs=wants_logprobs,
+            epoch=sequence.epoch,
+        )
 
 
 @dataclass(slots=True)
@@ -114,6 +134,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # in order of arrival
         self._by_id: dict[str, Sequence] = {}
         self._arrivals = 0
+        self._open_count = 0  # plans with work that `complete` has not answered: 0 or 1 when `plan` is called
 
     @property
     def running_count(self) -> int:
@@ -190,18 +211,26 @@ class Scheduler:
     # ---- planning
 
     def plan(self) -> StepPlan:
-        """Choose the rows of the next step. Every plan with work must be answered by `complete` before the next `plan`."""
+        """Choose the rows of the next step. Every plan with work must be answered by `complete`, in order, one late at most."""
         plan = StepPlan()
         self._adapters.begin_step()
         self._plan_decodes(plan)
         self._plan_first_prefill(plan)
         self._admit(plan)
         self._plan_prefills(plan)
-        while not plan.work and self._running:
+        while not plan.work and self._running and not self._open_count:
             # Only prefills run and none can grow: let the last one go, so that the first one can.
             self._preempt(self._running[-1])
             self._plan_prefills(plan)
+        self._commit(plan)
         return plan
+
+    def _commit(self, plan: StepPlan) -> None:
+        """From here on the rows count as computed, and what they draw as pending."""
+        for work in plan.work:
+            work.sequence.computed_count += work.count
+            work.sequence.pending_count += work.draws_token
+        self._open_count += bool(plan.work)
 
     def _budget(self, plan: StepPlan) -> int:
         return self._limits.max_batch_tokens - plan.row_count
@@ -209,7 +238,7 @@ class Scheduler:
     def _plan_decodes(self, plan: StepPlan) -> None:
         """Oldest first, so that a victim (latest arrived) never has work in this plan already."""
         for sequence in list(self._running):
-            if sequence.remaining_count != 1:
+            if sequence.remaining_count != 1 or sequence.is_ending:
                 continue
             while sequence in self._running and not self._grow(sequence, 1):
                 self._preempt(self._running[-1])
@@ -223,7 +252,11 @@ class Scheduler:
 
     def _plan_prefills(self, plan: StepPlan) -> None:
         planned = {work.sequence.id: index for index, work in enumerate(plan.work)}
-        unfinished = [sequence for sequence in self._running if sequence.remaining_count > 1 or sequence.id not in planned]
+        unfinished = [
+            sequence
+            for sequence in self._running
+            if not sequence.is_ending and (sequence.remaining_count > 1 or sequence.id not in planned)
+        ]
         unfinished.sort(
             key=lambda sequence: (sequence.chunk_count, self._queue.counter(sequence.fair_key), sequence.arrival_index)
         )
@@ -246,7 +279,7 @@ class Scheduler:
         work = plan.work[index]
         total = min(work.count + self._budget(plan), self._chunk_limit(work.sequence), self._room(work.sequence))
         if total > work.count and self._grow(work.sequence, total):
-            plan.work[index] = Work(work.sequence, work.start, total)
+            plan.work[index] = Work.of(work.sequence, work.start, total)
             self._account(plan, work.sequence, total - work.count, PROMPT_TOKEN_COST)
 
     def _chunk_limit(self, sequence: Sequence) -> int:
@@ -258,8 +291,9 @@ class Scheduler:
         return (len(sequence.blocks) + self._blocks.free_count) * self._blocks.block_size - sequence.computed_count
 
     def _give(self, plan: StepPlan, sequence: Sequence, count: int) -> None:
-        cost = OUTPUT_TOKEN_COST if sequence.output_count and sequence.remaining_count == 1 else PROMPT_TOKEN_COST
-        plan.work.append(Work(sequence, sequence.computed_count, count))
+        is_decode = sequence.token_count > sequence.prompt_count and sequence.remaining_count == 1
+        cost = OUTPUT_TOKEN_COST if is_decode else PROMPT_TOKEN_COST
+        plan.work.append(Work.of(sequence, sequence.computed_count, count))
         self._account(plan, sequence, count, cost)
 
     def _account(self, plan: StepPlan, sequence: Sequence, count: int, cost: int) -> None:
@@ -292,7 +326,8 @@ class Scheduler:
                 continue
             is_ready = residency.state is ResidencyState.READY
             # Once one is refused for want of rows or blocks nobody may overtake it; the rest of the walk only prefetches.
-            is_open = is_open and self._has_place(plan)
+            # A preempted one waits for the token that an open plan draws for it.
+            is_open = is_open and self._has_place(plan) and not sequence.pending_count
             if is_ready and is_open and self._start(plan, sequence):
                 continue
             is_open = is_open and not is_ready
@@ -334,7 +369,11 @@ class Scheduler:
 
     def _owed_blocks(self) -> int:
         """Blocks that running prefills were promised and do not hold yet."""
-        return sum(self._blocks.blocks_for(len(sequence.tokens)) - len(sequence.blocks) for sequence in self._running)
+        return sum(
+            self._blocks.blocks_for(sequence.token_count) - len(sequence.blocks)
+            for sequence in self._running
+            if not sequence.is_ending
+        )
 
     def _insert_running(self, sequence: Sequence) -> None:
         """Keep the order of arrival; a preempted sequence comes back to its old place."""
@@ -345,8 +384,13 @@ class Scheduler:
 
     # ---- results
 
+    def is_alive(self, work: Work) -> bool:
+        """Whether anybody still wants what this work computes."""
+        return self._by_id.get(work.sequence.id) is work.sequence and work.epoch == work.sequence.epoch
+
     def complete(self, plan: StepPlan, results: Seq[WorkResult]) -> list[SequenceEvent]:
         """Take over what a step computed; returns the events it caused, in plan order."""
+        self._open_count -= 1
         self._count_step(plan)
         events = []
         for work, result in zip(plan.work, results, strict=True):
@@ -356,16 +400,19 @@ class Scheduler:
         return events
 
     def _advance(self, work: Work, result: WorkResult) -> SequenceEvent | None:
-        sequence, draws_token = work.sequence, work.draws_token
+        sequence = work.sequence
+        if self._by_id.get(sequence.id) is not sequence:
+            return None  # it ended while this step ran
+        sequence.pending_count -= work.draws_token
         if result.has_failed:
             self._retire(sequence)
             return sequence.error("engine_failed", "the engine failed to compute this sequence; the operator's log says why")
         for index, logprob in enumerate(result.prompt_logprobs):
             if work.start + index + 1 == len(sequence.prompt_logprobs) < sequence.prompt_count:
                 sequence.prompt_logprobs.append(logprob)
-        sequence.computed_count += work.count
-        self._publish(sequence)
-        if not draws_token:
+        if work.epoch == sequence.epoch:
+            self._publish(sequence, work.start + work.count)
+        if not work.draws_token:
             return None
         if result.drawn is None:
             self._retire(sequence)
@@ -389,12 +436,12 @@ class Scheduler:
             self._retire(sequence)
         return sequence.event((drawn,), reason)
 
-    def _publish(self, sequence: Sequence) -> None:
-        """Offer the blocks that became full to the prefix cache."""
-        full_count = sequence.computed_count // self._blocks.block_size
-        if full_count == sequence.published_count:
+    def _publish(self, sequence: Sequence, token_count: int) -> None:
+        """Offer the blocks that `token_count` tokens, all known, have filled to the prefix cache."""
+        full_count = token_count // self._blocks.block_size
+        if full_count <= sequence.published_count:
             return
-        extend_keys(sequence.keys, sequence.namespace, sequence.tokens, self._blocks.block_size, sequence.computed_count)
+        extend_keys(sequence.keys, sequence.namespace, sequence.tokens, self._blocks.block_size, token_count)
         for index in range(sequence.published_count, full_count):
             self._blocks.publish(sequence.blocks[index], sequence.keys[index])
         sequence.published_count = full_count
@@ -414,6 +461,7 @@ class Scheduler:
         sequence.computed_count = 0
         sequence.published_count = 0
         sequence.chunk_count = 0
+        sequence.epoch += 1
         self._queue.put_back(sequence)
         self.counters.preemptions += 1
 

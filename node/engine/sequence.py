@@ -20,7 +20,9 @@ class Sequence:
 
     Attributes:
         tokens: Prompt, then output ids, as 64-bit integers that numpy can view without a copy.
-        computed_count: Leading tokens whose keys and values are in `blocks`.
+        computed_count: Leading tokens whose keys and values are in `blocks`, or will be when the open plans have run.
+        pending_count: Tokens that open plans draw and that `tokens` does not hold yet: 0 or 1.
+        epoch: How often its blocks were taken away.
         blocks: KV blocks in order, as 32-bit integers.
         keys: Prefix-cache keys of the leading full blocks, extended on demand.
         published_count: How many of `blocks` were offered to the prefix cache.
@@ -37,11 +39,13 @@ class Sequence:
         "cached_count",
         "chunk_count",
         "computed_count",
+        "epoch",
         "fair_key",
         "has_spoken",
         "is_admitted",
         "keys",
         "namespace",
+        "pending_count",
         "prompt_count",
         "prompt_logprobs",
         "published_count",
@@ -57,6 +61,8 @@ class Sequence:
         self.tokens = array("q", submit.prompt_ids)
         self.prompt_count = len(submit.prompt_ids)
         self.computed_count = 0
+        self.pending_count = 0
+        self.epoch = 0
         self.blocks = array("i")
         self.keys: list[bytes] = []
         self.published_count = 0
@@ -79,9 +85,19 @@ class Sequence:
         return self.submit.terms
 
     @property
+    def token_count(self) -> int:
+        """Tokens it has, those among them that are only being drawn."""
+        return len(self.tokens) + self.pending_count
+
+    @property
     def remaining_count(self) -> int:
         """Tokens whose keys and values are still to be computed; 1 means that the next row draws a token."""
-        return len(self.tokens) - self.computed_count
+        return self.token_count - self.computed_count
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the token being drawn is its last one for certain: no further row may be planned."""
+        return self.pending_count > 0 and self.token_count - self.prompt_count >= self.submit.sampling.max_new_tokens
 
     @property
     def output_count(self) -> int:

@@ -25,7 +25,7 @@ def work(prompt_count, start, count, blocks, adapters=(), **sampling):
     sequence = Sequence(submit, 0, b"")
     sequence.blocks.extend(blocks)
     sequence.computed_count = start
-    return Work(sequence, start, count)
+    return Work.of(sequence, start, count)
 
 
 def test_rows_of_a_decode_and_a_chunk():
