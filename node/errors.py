@@ -4,6 +4,7 @@
     |-- RequestError              the caller's body or parameters
     |   |-- ContextLengthError    prompt and answer do not fit the model
     |   |-- UnsupportedError      a named feature this node does not have
+    |   |-- GrammarError          a schema, pattern or grammar for the answer that cannot be used
     |   `-- ModelNotFoundError    `model` is neither the base nor an adapter
     |-- AdapterError              a named adapter cannot be used
     |   |-- AdapterIdError        the name itself is malformed
@@ -105,6 +106,12 @@ class UnsupportedError(RequestError):
     modality_not_supported, not_implemented (a whole route)."""
 
     code = "param_not_supported"
+
+
+class GrammarError(RequestError):
+    """The form asked of the answer cannot be held. Codes: schema_invalid, schema_too_complex."""
+
+    code = "schema_invalid"
 
 
 class ModelNotFoundError(RequestError):

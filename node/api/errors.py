@@ -23,6 +23,7 @@ from node.errors import (
     ConfigError,
     ContextLengthError,
     EngineError,
+    GrammarError,
     KeystoreError,
     LedgerError,
     ModelLoadError,
@@ -90,6 +91,7 @@ def _by_class() -> dict[type[NodeError], HttpMeaning]:
         RequestError: _request(400),
         ContextLengthError: _request(400),
         UnsupportedError: _request(400),
+        GrammarError: _request(400),
         ModelNotFoundError: HttpMeaning(404, "not_found_error", 424, "generation"),
         AdapterError: _adapter(422),
         AdapterIdError: _adapter(400),
@@ -152,6 +154,8 @@ def engine_error(code: str | None, message: str | None) -> NodeError:
     text = message or "the engine could not finish this sequence; send the request again"
     if code is None or code == "engine_failed":
         return EngineError(text, code="engine_failed")
+    if code == "schema_too_complex":
+        return GrammarError(text, code=code)
     for kind in every_error(NodeError):
         if code == kind.code:
             return kind(text, retry_after_s=1.0 if kind in (EngineError, OverloadedError) else None)

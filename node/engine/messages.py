@@ -28,7 +28,8 @@ __all__ = [
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
     """Run one sequence.
 
-    `sequence_id` is unique for the life of the node; `tenant` and the terms key fairness and the prefix cache.
+    `sequence_id` is unique for the life of the node; `tenant` and the terms key fairness and the prefix cache. `grammar` is what
+    the answer must follow, in llguidance's notation, judged before it came here; None leaves it free.
     """
 
     sequence_id: str
@@ -37,6 +38,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
     terms: tuple[AdapterTerm, ...]
     sampling: Sampling
     choice_index: int = 0
+    grammar: str | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
