@@ -1,4 +1,4 @@
-"""Build the C++ kernels: `python -m node.kernels.build`.
+"""Build the C++ kernels, and the CUDA kernels where nvcc and a CUDA torch are: `python -m node.kernels.build`.
 
 One compiler, no build system: every instruction set is its own object file with its own `-m` flags, linked into one library
 that uses torch's stable ABI and so serves every supported torch. The result is cached under a hash of the sources and flags.
@@ -67,6 +67,8 @@ def _digest(sources: Path) -> str:
     """Hash of every source and flag; the torch version is left out because the stable ABI does not depend on it."""
     state = hashlib.sha256(repr((FLAGS, ISA_FLAGS, SOURCES)).encode())
     for path in sorted((*sources.rglob("*.cc"), *sources.rglob("*.h"))):
+        if "cuda" in path.relative_to(sources).as_posix():  # the other library's: see build_cuda
+            continue
         state.update(str(path.relative_to(sources)).encode() + b"\0" + path.read_bytes())
     return state.hexdigest()[:16]
 
@@ -144,6 +146,21 @@ def main() -> int:
         print(f"error: {error.message}", file=sys.stderr)  # noqa: T201
         return 1
     print(f"kernels ready: {path}")  # noqa: T201
+    return _build_cuda()
+
+
+def _build_cuda() -> int:
+    """The CUDA library, where it can be built; a machine without nvcc needs none."""
+    from node.kernels import build_cuda  # it imports this module
+
+    if build_cuda.nvcc() is None or not build_cuda.has_cuda_torch():
+        return 0
+    try:
+        path = build_cuda.build_cuda()
+    except ConfigError as error:
+        print(f"error: {error.message}", file=sys.stderr)  # noqa: T201
+        return 1
+    print(f"CUDA kernels ready: {path}")  # noqa: T201
     return 0
 
 

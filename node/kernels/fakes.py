@@ -51,6 +51,29 @@ FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
+# The CUDA operations write into tensors of the caller: there is no shape to tell.
+CUDA_OPS = (
+    "lora_shrink",
+    "fused_silu_mul",
+    "fused_add_rms_norm",
+    "fused_rope_kv_write",
+    "materialize",
+    "rms_norm_into",
+    "embed_rms_norm",
+    "skinny_gemm",
+)
+
+
+def _writes_only(*arguments: Any) -> None:
+    return None
+
+
+def register_cuda_fakes() -> None:
+    """`register_fakes` for the CUDA library."""
+    for name in CUDA_OPS:
+        torch.library.register_fake(f"openlora::{name}", _writes_only, allow_override=True)
+
+
 def register_fakes() -> None:
     """Tell torch the shapes of every operation. Call after the library is loaded; a second call replaces nothing."""
     for name, fake in FAKES.items():

@@ -1,0 +1,21 @@
+// LoRA shrink: v = scale * weight * x A^T for every row's own adapter pages, all modules that share x in one launch.
+#pragma once
+
+#include "lora_work.h"
+
+namespace openlora {
+
+struct LoraShrinkArgs {
+  const void* x;     // [T, K], rows x_stride elements apart, 16-byte aligned
+  int64_t x_stride;
+  int rows;    // T: sizes the grid, nothing else
+  int inputs;  // K
+  bool is_float;  // x and pages float32 (SIMT), else bfloat16 (tensor cores, K a multiple of 32)
+  LoraWork work;
+  Follow follow;
+};
+
+// Enqueues one kernel: no allocation, no synchronisation. The bits of a row's v depend on its x, its pages, its scales and K alone.
+cudaError_t launch_lora_shrink(const LoraShrinkArgs& args, cudaStream_t stream);
+
+}  // namespace openlora

@@ -1,0 +1,58 @@
+// The LoRA work of a step as the CUDA kernels read it. `node/kernels/lora_tiles.py` writes the block of tiles, on the host.
+//
+// Shape letters: T rows (tokens), V (row, entry) pairs, M modules of the model, G modules of one fused linear (1 to 3),
+// S slots, R = 16 ranks of a page.
+//
+// The block of tiles is one run of int32, offsets in int32 from its start, every section 16-byte aligned:
+//   header  [16]: tile count, item count, row count, V, offset of tiles, of rows, of entries, of items, rows of the largest tile
+//   tiles   [tile count][4]: first place in `rows`, row count | entry count << 16, first entry, first pair
+//   rows    [row count]: row of x and y at each place; every row of the step stands in exactly one tile
+//   entries [...][4]: page, slot, ordinal of the page in its slot, weight (float bits); shared by all tiles of one recipe
+//   items   [item count][2]: tile, entry counted from the tile's first: the pairs a shrink computes
+// The pair of place i of a tile and its entry e is first pair + i * entry count + e. A tile without adapters has no entries.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_runtime_api.h>
+
+namespace openlora {
+
+constexpr int kPageRank = 16;
+constexpr int kMaxLoraSpans = 3;
+constexpr int kTileHeader = 16;
+
+// One module of a fused linear. Offsets are elements inside a page: A is [16, inputs], B transposed is [16, outputs].
+struct LoraSpan {
+  int module;  // row of `ranks` and `scales`
+  int64_t a_offset;
+  int64_t b_offset;
+  int inputs;
+  int outputs;
+  int column;  // its first output column in the fused linear
+};
+
+struct LoraWork {
+  const void* pages;  // [pages, page_elements], element type of x and y's model
+  int64_t page_elements;
+  const int32_t* tiles;  // the block above; its counts are read on the device
+  const int32_t* ranks;  // [M, S]; ranks beyond a module's are neither read nor added
+  const float* scales;   // [M, S]; read by the shrink only
+  int slots;             // S
+  float* v;              // [V, G, 16]: scale * weight * x A^T; zero beyond a module's rank
+  int span_count;        // G
+  LoraSpan spans[kMaxLoraSpans];
+  int tile_rows;  // no tile has more rows: 16, 32 or 64. Fixed per graph.
+};
+
+// How a kernel follows the one before it in its stream.
+enum class Follow : int {
+  kPlain = 0,  // after its end
+  // Programmatic dependent launch: starts early, prefetches what no kernel writes, waits before it reads or writes the rest.
+  kWaitFirst = 1,
+  // Shrink only, behind a GEMM that reads the same x and lets its dependents start only after its own wait: the shrink runs
+  // beside the GEMM and waits for its end last, so that whoever waits for the shrink has both.
+  kWaitLast = 2,
+};
+
+}  // namespace openlora

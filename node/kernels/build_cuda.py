@@ -1,0 +1,152 @@
+"""Build the CUDA kernels, where nvcc and a CUDA torch are. `python -m node.kernels.build` calls this after the C++ kernels.
+
+Every source is compiled for every architecture it supports in one call of nvcc, sources in parallel; objects are cached under a
+hash of their own source, the headers and the flags, so that a change of one kernel compiles one file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from node.errors import ConfigError
+from node.kernels.build import _include_dirs, _library_dir, _run, source_dir
+
+FLAGS = ("-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA")
+ARCHITECTURES = ("80", "89", "90a")
+HOPPER_SUFFIX = "_sm90.cu"  # wgmma and bulk tensor copies: compiled for 90a alone
+BINDING = "binding_cuda.cc"
+CACHED_OBJECTS = 64  # older ones are removed
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler on the PATH or under $CUDA_HOME; None without."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc") or (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None)
+
+
+def has_cuda_torch() -> bool:
+    """Whether the installed torch is built for CUDA; says nothing of a GPU."""
+    import torch
+
+    return torch.version.cuda is not None
+
+
+def cuda_sources(sources: Path) -> list[Path]:
+    """Every kernel file."""
+    return sorted((sources / "cuda").glob("*.cu"))
+
+
+def cuda_library_path() -> Path | None:
+    """The built library of exactly these sources, or None."""
+    try:
+        path = _library(source_dir())
+    except ConfigError:
+        return None
+    return path if path.is_file() else None
+
+
+def build_cuda() -> Path:
+    """Compile what is not cached, link, and return the library's path.
+
+    Raises:
+        ConfigError: No sources, no nvcc, a torch without CUDA, or the compiler failed.
+    """
+    sources = source_dir()
+    path = _library(sources)
+    if path.is_file():
+        return path
+    if not has_cuda_torch():
+        raise ConfigError("the installed torch is built without CUDA; install a CUDA build of it to build the CUDA kernels")
+    objects = [*compile_kernels(), _object(_require_nvcc(), sources, sources / BINDING, _torch_flags())]
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        linked = Path(scratch) / "library.so"
+        libraries = [f"-L{_library_dir()}", "-ltorch_cpu", "-ltorch_cuda"]
+        _run([_require_nvcc(), "-shared", "-cudart=static", "-o", str(linked), *map(str, objects), *libraries])
+        linked.replace(path)
+    return path
+
+
+def compile_kernels() -> list[Path]:
+    """Compile every kernel file for its architectures; needs nvcc alone, no torch.
+
+    Raises:
+        ConfigError: No sources, no nvcc, or the compiler failed.
+    """
+    sources, chosen = source_dir(), _require_nvcc()
+    names = cuda_sources(sources)
+    print(f"building the CUDA kernels with {chosen} ({len(names)} files for sm_{', sm_'.join(ARCHITECTURES)})", flush=True)  # noqa: T201
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        objects = list(threads.map(lambda name: _object(chosen, sources, name, _gencode(name)), names))
+    _forget_old_objects(objects)
+    return objects
+
+
+def check_binding() -> None:
+    """Compile the binding against the headers of whatever torch is installed; the object is thrown away where it cannot link."""
+    sources = source_dir()
+    _object(_require_nvcc(), sources, sources / BINDING, _torch_flags())
+
+
+def _gencode(source: Path) -> tuple[str, ...]:
+    chosen = ("90a",) if source.name.endswith(HOPPER_SUFFIX) else ARCHITECTURES
+    return tuple(part for arch in chosen for part in ("-gencode", f"arch=compute_{arch},code=sm_{arch}"))
+
+
+def _torch_flags() -> tuple[str, ...]:
+    return (*TORCH_FLAGS, *(f"-I{path}" for path in _include_dirs()))
+
+
+def _headers_digest(sources: Path) -> bytes:
+    state = hashlib.sha256(repr((FLAGS, TORCH_FLAGS)).encode())
+    for path in sorted((*(sources / "cuda").glob("*.h"), *(sources / "cuda").glob("*.cuh"))):
+        state.update(path.name.encode() + b"\0" + path.read_bytes())
+    return state.digest()
+
+
+def _object(chosen: str, sources: Path, source: Path, flags: tuple[str, ...]) -> Path:
+    """Compile one file, or take the object that these bytes gave before."""
+    digest = hashlib.sha256(_headers_digest(sources) + repr(flags).encode() + source.read_bytes()).hexdigest()[:16]
+    target = _build_dir() / f"{source.stem}-{digest}.o"
+    if target.is_file():
+        target.touch()
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        fresh = Path(scratch) / "fresh.o"
+        _run([chosen, *FLAGS, *flags, f"-I{sources}", "-c", str(source), "-o", str(fresh)])
+        fresh.replace(target)
+    print(f"  compiled {source.name}", flush=True)  # noqa: T201 - the progress of a command
+    return target
+
+
+def _library(sources: Path) -> Path:
+    state = hashlib.sha256(_headers_digest(sources) + repr(ARCHITECTURES).encode())
+    for path in (*cuda_sources(sources), sources / BINDING):
+        if path.is_file():
+            state.update(path.name.encode() + b"\0" + path.read_bytes())
+    return _build_dir() / f"libopenlora_cuda-{state.hexdigest()[:16]}.so"
+
+
+def _build_dir() -> Path:
+    return Path(__file__).resolve().parent / "_build"
+
+
+def _forget_old_objects(used: list[Path]) -> None:
+    old = sorted((path for path in _build_dir().glob("*.o") if path not in used), key=lambda path: path.stat().st_mtime)
+    for path in old[: max(0, len(old) - CACHED_OBJECTS)]:
+        path.unlink(missing_ok=True)
+
+
+def _require_nvcc() -> str:
+    found = nvcc()
+    if found is None:
+        raise ConfigError(
+            "no CUDA compiler found (nvcc on the PATH or in $CUDA_HOME/bin); install the CUDA toolkit, 12.8 or newer"
+        )
+    return found
