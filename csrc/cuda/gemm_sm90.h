@@ -31,9 +31,13 @@ struct SkinnyGemmArgs {
   bool use_pdl;
 };
 
-// Whether the kernel computes this shape and is at least as fast as cuBLAS there: T 1 to 256, K a multiple of 64, N of 8.
-// Host arithmetic only; the caller checks that the device is of compute capability 9.0.
+// Whether the kernel computes this shape: T 1 to 256, K a multiple of 64, N of 8. Host arithmetic only; the caller checks that
+// the device is of compute capability 9.0.
 bool can_run_skinny_gemm(int64_t tokens, int64_t outputs, int64_t inputs);
+
+// Whether it was also measured to be at least as fast as cuBLAS (csrc/README.md). Deterministic logits need the kernel even
+// where it is not, because cuBLAS chooses its order of summation by T.
+bool is_skinny_gemm_faster(int64_t tokens, int64_t outputs, int64_t inputs);
 
 // S of the planes for these outputs and inputs; 1 to 8, the same for every T and every device.
 int skinny_gemm_planes(int64_t outputs, int64_t inputs);
@@ -41,5 +45,9 @@ int skinny_gemm_planes(int64_t outputs, int64_t inputs);
 // Enqueues one kernel: no allocation, no synchronisation, capturable in a graph (the tensor maps are kernel parameters).
 // Returns cudaErrorInvalidValue for a shape or alignment the kernel cannot do, cudaErrorNotSupported off Hopper.
 cudaError_t launch_skinny_gemm(const SkinnyGemmArgs& args, cudaStream_t stream);
+
+// The same cut as `plan` says: what measurements and tests call. `plan.planes` takes the place of skinny_gemm_planes.
+struct SkinnyGemmPlan;
+cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPlan& plan, cudaStream_t stream);
 
 }  // namespace openlora

@@ -1,0 +1,97 @@
+// How a skinny GEMM is cut into work: host arithmetic only, no CUDA header, so that it can be tested without a GPU.
+//
+// A work item is `tile_rows` rows of W times one plane's range of k, for all tokens. The planes of a shape depend on (N, K)
+// alone (see gemm_sm90.h); everything else may follow T, because it does not change the order of any sum.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define GEMM_ANYWHERE __host__ __device__
+#else
+#define GEMM_ANYWHERE
+#endif
+
+namespace openlora {
+
+constexpr int kGemmBlockK = 64;          // inputs of a pipeline stage: 128 bytes of bf16, one swizzle row
+constexpr int kGemmMaxTokens = 256;      // one wgmma n side
+constexpr int kGemmMaxPlanes = 8;
+constexpr int kGemmSharedBytes = 232448;  // what a Hopper block can have
+constexpr int kGemmBarrierBytes = 512;    // two mbarriers a stage
+
+struct SkinnyGemmPlan {
+  int tile_rows;    // rows of W a block holds per stage; a multiple of 8, at most 64 * row_blocks
+  int row_blocks;   // 2 or 4: m64 blocks of the accumulators
+  int tile_tokens;  // wgmma n: 8, 16, 32, 64, 96, 128, 192 or 256
+  int planes;       // S
+  int stages;       // pipeline depth
+  int cluster;      // 1 or 2: blocks that load one tile of x together (TMA multicast)
+  int l2_blocks;    // stages beyond the pipeline that are asked into L2 before the previous kernels end
+};
+
+// Bytes of one stage: a tile of W and a tile of x.
+constexpr int gemm_stage_bytes(const SkinnyGemmPlan& plan) {
+  return (plan.tile_rows + plan.tile_tokens) * kGemmBlockK * 2;
+}
+
+// Dynamic shared memory. The last stage's wgmma reads whole m64 blocks, past tile_rows: the slack keeps that inside.
+constexpr int gemm_shared_bytes(const SkinnyGemmPlan& plan) {
+  const int overrun = (64 * plan.row_blocks - plan.tile_rows - plan.tile_tokens) * kGemmBlockK * 2;
+  return 1024 + plan.stages * gemm_stage_bytes(plan) + (overrun > 0 ? overrun : 0) + kGemmBarrierBytes;
+}
+
+// The smallest n of the kernel's templates that holds T tokens; 0 if none does.
+constexpr int gemm_tile_tokens(int64_t tokens) {
+  constexpr int kTiles[] = {8, 16, 32, 64, 96, 128, 192, 256};
+  for (const int tile : kTiles) {
+    if (tokens >= 1 && tokens <= tile) return tile;
+  }
+  return 0;
+}
+
+constexpr int gemm_row_tiles(int64_t outputs, int tile_rows) { return static_cast<int>((outputs + tile_rows - 1) / tile_rows); }
+
+// First k block of plane `plane`; plane S gives the end.
+GEMM_ANYWHERE constexpr int gemm_plane_start(int k_blocks, int planes, int plane) {
+  return static_cast<int>(static_cast<int64_t>(k_blocks) * plane / planes);
+}
+
+constexpr bool gemm_can_run(int64_t tokens, int64_t outputs, int64_t inputs) {
+  constexpr int64_t kLimit = int64_t{1} << 31;  // elements of a matrix side; coordinates of the copy engine are 32 bits
+  return tokens >= 1 && tokens <= kGemmMaxTokens && inputs >= kGemmBlockK && inputs % kGemmBlockK == 0 && inputs < kLimit &&
+         outputs >= 8 && outputs % 8 == 0 && outputs < kLimit;
+}
+
+// Stages that fit into `bytes` of shared memory, at least 2, at most 16.
+constexpr int gemm_stages_that_fit(SkinnyGemmPlan plan, int bytes) {
+  int stages = 2;
+  for (plan.stages = 3; plan.stages <= 16 && gemm_shared_bytes(plan) <= bytes; ++plan.stages) stages = plan.stages;
+  return stages;
+}
+
+// S: enough ranges of k that half-height tiles make at least three items for four of the 132 SMs, each of 4 stages or more.
+constexpr int gemm_planes(int64_t outputs, int64_t inputs) {
+  const int tiles = gemm_row_tiles(outputs, 64);
+  const int wanted = (96 + tiles - 1) / tiles;
+  const int possible = static_cast<int>(inputs / kGemmBlockK / 4);
+  const int planes = wanted < possible ? wanted : possible;
+  return planes < 1 ? 1 : planes > kGemmMaxPlanes ? kGemmMaxPlanes : planes;
+}
+
+constexpr SkinnyGemmPlan gemm_plan(int64_t tokens, int64_t outputs, int64_t inputs) {
+  SkinnyGemmPlan plan{};
+  plan.planes = gemm_planes(outputs, inputs);
+  plan.tile_tokens = gemm_tile_tokens(tokens);
+  plan.row_blocks = 2;
+  plan.tile_rows = gemm_row_tiles(outputs, 128) * plan.planes >= 96 ? 128 : 64;
+  plan.cluster = 1;
+  plan.stages = gemm_stages_that_fit(plan, kGemmSharedBytes / 2 - 1024);
+  return plan;
+}
+
+constexpr bool gemm_is_faster(int64_t tokens, int64_t outputs, int64_t inputs) {
+  return gemm_can_run(tokens, outputs, inputs) && tokens <= 128;
+}
+
+}  // namespace openlora

@@ -1,0 +1,386 @@
+// The skinny GEMM of gemm_sm90.h.
+//
+// Swap-AB: 64-row blocks of W are the m side of wgmma, the tokens its n side, so one token wastes 7/8 of an n8 tile instead of
+// 63/64 of an m64 one, and each byte of W enters an SM once.
+//
+// A block is 8 consumer warps (two warpgroups, each with half of the tile's m64 blocks) and one producer warp. The producer
+// streams stages of [tile_rows, 64] of W and [tile_tokens, 64] of x through a ring of `stages` buffers; the ring never drains
+// between work items, and its first round of W is asked for before the kernels ahead have finished.
+//
+// Shared memory: stages * (tile_rows + tile_tokens) * 128 bytes. Device memory: 2 N K bytes, once, evict-first; x and y stay
+// in L2. Bound: those bytes up to about 200 tokens, then arithmetic.
+#include "gemm_sm90.h"
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+
+#include <algorithm>
+
+#include "gemm_plan.h"
+#include "gemm_tma.cuh"
+#include "gemm_wgmma.cuh"
+
+namespace openlora {
+namespace {
+
+constexpr int kConsumerWarps = 8;
+constexpr int kThreads = (kConsumerWarps + 1) * 32;
+constexpr int kRowBytes = kGemmBlockK * 2;  // one swizzle row
+
+struct Work {
+  void* y;
+  int tokens, outputs;
+  int k_blocks, planes, row_tiles, tile_rows, stages, l2_blocks;
+  bool is_bfloat16;
+};
+
+// Where stage buffers and barriers lie; the same in every block of a cluster.
+struct Ring {
+  uint32_t buffers, barriers;
+  int stage_bytes, w_bytes, stages;
+
+  __device__ uint32_t w(int stage) const { return buffers + stage * stage_bytes; }
+  __device__ uint32_t x(int stage) const { return w(stage) + w_bytes; }
+  __device__ uint32_t full(int stage) const { return barriers + stage * 16; }
+  __device__ uint32_t empty(int stage) const { return barriers + stage * 16 + 8; }
+};
+
+struct RingPosition {
+  int stage = 0;
+  uint32_t round = 0;
+
+  __device__ void advance(int stages) {
+    if (++stage == stages) {
+      stage = 0;
+      ++round;
+    }
+  }
+};
+
+// The work items of one block, in order: planes innermost; the blocks of a cluster take neighbouring row tiles.
+template <int kCluster>
+struct Items {
+  const Work& work;
+  int item, row_tile, plane, first_k, end_k;
+
+  __device__ explicit Items(const Work& w) : work(w), item(static_cast<int>(blockIdx.x) / kCluster) { locate(); }
+  __device__ bool is_done() const { return item >= (work.row_tiles + kCluster - 1) / kCluster * work.planes; }
+  __device__ void next() {
+    item += static_cast<int>(gridDim.x) / kCluster;
+    locate();
+  }
+  __device__ void locate() {
+    row_tile = item / work.planes * kCluster + (kCluster > 1 ? cluster_rank() : 0);
+    plane = item % work.planes;
+    first_k = gemm_plane_start(work.k_blocks, work.planes, plane);
+    end_k = gemm_plane_start(work.k_blocks, work.planes, plane + 1);
+  }
+};
+
+template <int kCluster>
+__device__ void load_w(const Ring& ring, const CUtensorMap* map, const Items<kCluster>& at, int k, int stage, int tile_rows, int bytes,
+                       uint64_t policy) {
+  barrier_expect(ring.full(stage), bytes);
+  tensor_load(ring.w(stage), map, k * kGemmBlockK, at.row_tile * tile_rows, ring.full(stage), policy);
+}
+
+// With a cluster each block loads its share of the tokens and sends it to all.
+template <int kTokens, int kCluster>
+__device__ void load_x(const Ring& ring, const CUtensorMap* map, int k, int stage, uint64_t policy) {
+  if constexpr (kCluster == 1) {
+    tensor_load(ring.x(stage), map, k * kGemmBlockK, 0, ring.full(stage), policy);
+  } else {
+    const int first = cluster_rank() * (kTokens / kCluster);
+    tensor_load_multicast(ring.x(stage) + first * kRowBytes, map, k * kGemmBlockK, first, ring.full(stage), policy,
+                          (1u << kCluster) - 1);
+  }
+}
+
+// One thread: asks for the first round of W, waits for the kernels ahead, then keeps the ring full.
+template <int kTokens, int kCluster>
+__device__ void produce(const Work& work, const Ring& ring, const CUtensorMap* w_map, const CUtensorMap* x_map) {
+  const uint64_t once = policy_evict_first();
+  const uint64_t keep = policy_evict_last();
+  const int bytes = ring.stage_bytes;
+  Items<kCluster> ahead(work);  // W of the first round
+  int ahead_k = ahead.first_k;
+  int early = 0;
+  const auto step = [&] {
+    if (++ahead_k == ahead.end_k) {
+      ahead.next();
+      ahead_k = ahead.first_k;
+    }
+  };
+  for (; early < work.stages && !ahead.is_done(); ++early, step()) {
+    load_w(ring, w_map, ahead, ahead_k, early, work.tile_rows, bytes, once);
+  }
+  for (int i = 0; i < work.l2_blocks && !ahead.is_done(); ++i, step()) {
+    tensor_prefetch_l2(w_map, ahead_k * kGemmBlockK, ahead.row_tile * work.tile_rows, once);
+  }
+  wait_for_dependencies();
+  RingPosition at;
+  for (Items<kCluster> items(work); !items.is_done(); items.next()) {
+    for (int k = items.first_k; k < items.end_k; ++k, at.advance(work.stages)) {
+      if (at.round > 0) {
+        if constexpr (kCluster == 1) {
+          barrier_wait(ring.empty(at.stage), (at.round - 1) & 1);
+        } else {
+          barrier_wait_cluster(ring.empty(at.stage), (at.round - 1) & 1);
+        }
+        load_w(ring, w_map, items, k, at.stage, work.tile_rows, bytes, once);
+      }
+      load_x<kTokens, kCluster>(ring, x_map, k, at.stage, keep);
+    }
+  }
+}
+
+template <typename Pair>
+__device__ __forceinline__ Pair pack(float first, float second);
+template <>
+__device__ __forceinline__ float2 pack<float2>(float first, float second) {
+  return make_float2(first, second);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat162 pack<__nv_bfloat162>(float first, float second) {
+  return __floats2bfloat162_rn(first, second);
+}
+
+// Stores an m64 block transposed. Lanes l and l ^ 4 hold neighbouring rows of W, which are neighbours in y: they swap halves
+// so that each stores pairs.
+template <typename Pair, int kTokens>
+__device__ __forceinline__ void store_block(const float (&d)[kTokens / 2], Pair* y, int tokens, int row_pairs, int row, int row_end) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int odd = lane / 4 % 2;
+  int token = 2 * (lane % 4) + odd;
+  Pair* at = y + static_cast<int64_t>(token) * row_pairs + (row - odd) / 2;
+  const bool has_low = row - odd < row_end, has_high = row - odd + 8 < row_end;
+#pragma unroll
+  for (int j = 0; j < kTokens / 8; ++j, token += 8, at += 8 * row_pairs) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float first = d[4 * j + 2 * half], second = d[4 * j + 2 * half + 1];
+      const float swapped = __shfl_xor_sync(0xFFFFFFFF, odd ? first : second, 4);
+      if (token < tokens && (half ? has_high : has_low)) at[4 * half] = odd ? pack<Pair>(swapped, second) : pack<Pair>(first, swapped);
+    }
+  }
+}
+
+template <int kTokens, int kBlocks, int kCluster>
+__device__ void consume(const Work& work, const Ring& ring) {
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int first_block = warp / 4 * kBlocks;
+  const auto release = [&](int stage) {
+    if constexpr (kCluster == 1) {
+      if (lane == 0) barrier_arrive(ring.empty(stage));
+    } else {
+      if (lane < kCluster) barrier_arrive_at(ring.empty(stage), lane);
+    }
+  };
+  RingPosition at;
+  for (Items<kCluster> items(work); !items.is_done(); items.next()) {
+    float d[kBlocks][kTokens / 2];
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) d[block][i] = 0.0f;
+      wgmma_results<kTokens / 2>(d[block]);
+    }
+    int previous = -1;
+    for (int k = items.first_k; k < items.end_k; ++k, at.advance(work.stages)) {
+      barrier_wait(ring.full(at.stage), at.round & 1);
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < kGemmBlockK / 16; ++step) {
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block) {
+          Wgmma<kTokens>::add(d[block], wgmma_descriptor(ring.w(at.stage) + (first_block + block) * 64 * kRowBytes + step * 32),
+                              wgmma_descriptor(ring.x(at.stage) + step * 32));
+        }
+      }
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (previous >= 0) release(previous);
+      previous = at.stage;
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) wgmma_results<kTokens / 2>(d[block]);
+    if (previous >= 0) release(previous);
+    const int first_row = items.row_tile * work.tile_rows;
+    const int row_end = min(first_row + work.tile_rows, work.outputs);
+    const int64_t offset = static_cast<int64_t>(items.plane) * work.tokens * work.outputs;
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+      const int row = first_row + (first_block + block) * 64 + warp % 4 * 16 + lane / 4;
+      if (work.is_bfloat16) {
+        store_block<__nv_bfloat162, kTokens>(d[block], static_cast<__nv_bfloat162*>(work.y), work.tokens, work.outputs / 2, row, row_end);
+      } else {
+        store_block<float2, kTokens>(d[block], reinterpret_cast<float2*>(static_cast<float*>(work.y) + offset), work.tokens,
+                                     work.outputs / 2, row, row_end);
+      }
+    }
+  }
+}
+
+// kBlocks: m64 blocks of each of the two consumer warpgroups.
+template <int kTokens, int kBlocks, int kCluster>
+__global__ __launch_bounds__(kThreads, 1) void skinny_gemm(const __grid_constant__ CUtensorMap w_map,
+                                                           const __grid_constant__ CUtensorMap x_map, const Work work) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere the body is empty and the launcher refuses
+  extern __shared__ uint8_t shared[];
+  Ring ring;
+  ring.w_bytes = work.tile_rows * kRowBytes;
+  ring.stage_bytes = ring.w_bytes + kTokens * kRowBytes;
+  ring.stages = work.stages;
+  ring.buffers = (shared_address(shared) + 1023) & ~1023u;
+  const int overrun = max(0, 128 * kBlocks - work.tile_rows - kTokens) * kRowBytes;
+  ring.barriers = ring.buffers + work.stages * ring.stage_bytes + overrun;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  launch_dependents();
+  if (threadIdx.x == kConsumerWarps * 32) {
+    tensor_map_prefetch(&w_map);
+    tensor_map_prefetch(&x_map);
+    for (int stage = 0; stage < work.stages; ++stage) {
+      barrier_init(ring.full(stage), 1);
+      barrier_init(ring.empty(stage), kConsumerWarps * kCluster);
+    }
+    barrier_init_fence();
+  }
+  if constexpr (kCluster == 1) {
+    __syncthreads();
+  } else {
+    cluster_sync();
+  }
+  if (warp == kConsumerWarps) {
+    if (threadIdx.x % 32 == 0) produce<kTokens, kCluster>(work, ring, &w_map, &x_map);
+    __syncwarp();
+  } else {
+    wait_for_dependencies();  // y may still be read by a kernel ahead
+    consume<kTokens, kBlocks, kCluster>(work, ring);
+  }
+  if constexpr (kCluster > 1) cluster_sync();  // nobody leaves while others still write to its shared memory
+#endif
+}
+
+using Kernel = void (*)(const CUtensorMap, const CUtensorMap, const Work);
+
+template <int kTokens>
+Kernel kernel_of(const SkinnyGemmPlan& plan) {
+  const bool is_tall = plan.row_blocks == 4, is_paired = plan.cluster == 2;
+  if constexpr (kTokens >= 64) {  // below that x is too small to share
+    if (is_paired && !is_tall) return skinny_gemm<kTokens, 1, 2>;
+    if constexpr (kTokens <= 128) {
+      if (is_paired) return skinny_gemm<kTokens, 2, 2>;
+    }
+  }
+  if (is_paired) return nullptr;
+  if constexpr (kTokens <= 128) {  // above that the accumulators of four blocks exceed the registers
+    if (is_tall) return skinny_gemm<kTokens, 2, 1>;
+  }
+  return is_tall ? nullptr : skinny_gemm<kTokens, 1, 1>;
+}
+
+Kernel find_kernel(const SkinnyGemmPlan& plan) {
+  switch (plan.tile_tokens) {
+    case 8: return kernel_of<8>(plan);
+    case 16: return kernel_of<16>(plan);
+    case 32: return kernel_of<32>(plan);
+    case 64: return kernel_of<64>(plan);
+    case 96: return kernel_of<96>(plan);
+    case 128: return kernel_of<128>(plan);
+    case 192: return kernel_of<192>(plan);
+    case 256: return kernel_of<256>(plan);
+    default: return nullptr;
+  }
+}
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's encoder, found through the runtime so that nothing links libcuda.
+EncodeTiled find_encoder() {
+  void* entry = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+  return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(entry) : nullptr;
+}
+
+// A [rows, columns] bf16 matrix read in boxes of [box_rows, 64], zeros beyond its edge.
+bool encode_map(EncodeTiled encode, CUtensorMap* map, const void* matrix, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};
+  const cuuint32_t box[2] = {kGemmBlockK, static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[2] = {1, 1};
+  return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(matrix), sizes, strides, box, steps,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+static_assert(sizeof(Work) <= 64, "kernel parameters stay small");
+
+bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+}  // namespace
+
+bool can_run_skinny_gemm(int64_t tokens, int64_t outputs, int64_t inputs) { return gemm_can_run(tokens, outputs, inputs); }
+
+bool is_skinny_gemm_faster(int64_t tokens, int64_t outputs, int64_t inputs) { return gemm_is_faster(tokens, outputs, inputs); }
+
+int skinny_gemm_planes(int64_t outputs, int64_t inputs) { return gemm_planes(outputs, inputs); }
+
+cudaError_t launch_skinny_gemm(const SkinnyGemmArgs& args, cudaStream_t stream) {
+  if (!can_run_skinny_gemm(args.tokens, args.outputs, args.inputs)) return cudaErrorInvalidValue;
+  return launch_skinny_gemm_as(args, gemm_plan(args.tokens, args.outputs, args.inputs), stream);
+}
+
+cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPlan& plan, cudaStream_t stream) {
+  const bool is_valid = can_run_skinny_gemm(args.tokens, args.outputs, args.inputs) && args.tokens <= plan.tile_tokens &&
+                        plan.tile_rows % 8 == 0 && plan.tile_rows <= std::min(64 * plan.row_blocks, 256) &&
+                        gemm_shared_bytes(plan) <= kGemmSharedBytes && args.x_stride % 8 == 0 && args.x_stride >= args.inputs &&
+                        is_aligned(args.x) && is_aligned(args.w) && is_aligned(args.y) &&
+                        (args.output == GemmOutput::kFloatPlanes || plan.planes == 1);
+  const Kernel kernel = is_valid ? find_kernel(plan) : nullptr;
+  if (kernel == nullptr) return cudaErrorInvalidValue;
+  static const EncodeTiled encode = find_encoder();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  CUtensorMap w_map, x_map;
+  if (!encode_map(encode, &w_map, args.w, args.outputs, args.inputs, args.inputs, plan.tile_rows) ||
+      !encode_map(encode, &x_map, args.x, args.tokens, args.inputs, args.x_stride, plan.tile_tokens / plan.cluster)) {
+    return cudaErrorInvalidValue;
+  }
+  int device = 0, sm_count = 0, major = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (status == cudaSuccess && major != 9) status = cudaErrorNotSupported;
+  const int shared_bytes = gemm_shared_bytes(plan);
+  if (status == cudaSuccess) status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (status != cudaSuccess) return status;
+
+  Work work{args.y, args.tokens, args.outputs};
+  work.k_blocks = args.inputs / kGemmBlockK;
+  work.planes = plan.planes;
+  work.row_tiles = gemm_row_tiles(args.outputs, plan.tile_rows);
+  work.tile_rows = plan.tile_rows;
+  work.stages = plan.stages;
+  work.l2_blocks = plan.l2_blocks;
+  work.is_bfloat16 = args.output == GemmOutput::kBfloat16;
+  const int groups = (work.row_tiles + plan.cluster - 1) / plan.cluster * plan.planes;
+  const int resident = sm_count * (2 * shared_bytes <= kGemmSharedBytes - 2048 ? 2 : 1) / plan.cluster;
+
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = args.use_pdl ? 1 : 0;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = plan.cluster;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(std::min(groups, resident) * plan.cluster);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return cudaLaunchKernelEx(&config, kernel, w_map, x_map, work);
+}
+
+}  // namespace openlora
