@@ -25,7 +25,7 @@ _PASSWORD_IN_URL = re.compile(r"[a-z0-9+.-]+://[^/@\s]*:[^/@\s]+@", re.IGNORECAS
 _SIZE_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
-def _parse_size(value: Any) -> Any:
+def parse_size(value: Any) -> Any:
     """Accept 1048576 or "1MiB"; leave anything else to pydantic, whose error names the field."""
     if not isinstance(value, str):
         return value
@@ -36,7 +36,7 @@ def _parse_size(value: Any) -> Any:
     raise ValueError(f'{value!r} is not a size; write whole bytes or a number with B, KiB, MiB or GiB, such as "512MiB"')
 
 
-Bytes = Annotated[int, BeforeValidator(_parse_size), Field(ge=0)]
+Bytes = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
 Ppm = Annotated[int, Field(ge=0, le=1_000_000)]
 
 
@@ -62,6 +62,7 @@ class ServerSettings(_Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 8080  # 0: any free port, printed at start
     api_keys_file: Path | None = None  # one "name key" pair a line; mode 0600
     insecure: bool = False  # serve other hosts than loopback without API keys
+    admin_port: Annotated[int, Field(ge=0, le=65535)] | None = None  # the operator's commands over HTTP, on 127.0.0.1 alone
     max_body_bytes: Bytes = 4 << 20
     max_concurrent_requests: Annotated[int, Field(ge=1)] = 256
     max_choices: Annotated[int, Field(ge=1, le=128)] = 8
@@ -99,13 +100,28 @@ class EngineSettings(_Section):
     stall_timeout_s: Annotated[float, Field(gt=0)] = 60.0
 
 
+class StoreSettings(_Section):
+    """A place outside the hub that clients may name adapters in, with the operator's own endpoint and credentials."""
+
+    url: str  # "s3://bucket/prefix", "gs://bucket", "az://container", "https://host/path"
+    options: dict[str, str] = {}  # obstore's names: region, endpoint, allow_http, ...; credentials come from the environment
+    allow_private: bool = False  # a web server whose address is not on the public internet, or without TLS
+
+
 class AdapterSettings(_Section):
     """Where adapters come from and how much memory they may take."""
 
     directory: Path | None = None  # every sub-directory with an adapter_config.json is served; None: the demo adapters
     roots: tuple[Path, ...] = ()  # further directories that `adapter_source: local` may name
     allow_hub: bool = True
+    default_source: Literal["hub", "s3", "gcs", "azure", "http", "pbase"] = "hub"  # of names no local directory has
+    stores: tuple[StoreSettings, ...] = ()
+    pbase_url: str | None = None  # an endpoint that answers as Predibase's does; None: source pbase is not offered
+    pbase_store: str | None = None  # the store its adapter paths lie in, below one of `stores`
     cache_dir: Path | None = None  # None: <data_dir>/adapters
+    cache_bytes: Bytes = 20 << 30
+    fetch_workers: Annotated[int, Field(ge=1, le=256)] = 16
+    fetch_queue_limit: Annotated[int, Field(ge=1)] = 64
     memory_bytes: Bytes | None = None  # None: see node.engine.sizing
     page_rank: Annotated[int, Field(ge=1, le=64)] | None = None  # None: see node.engine.sizing
     max_rank: Annotated[int, Field(ge=1, le=256)] = 256
@@ -113,6 +129,21 @@ class AdapterSettings(_Section):
     max_terms: Annotated[int, Field(ge=1, le=64)] = 8  # adapters in one request
     fetch_timeout_s: Annotated[float, Field(gt=0)] = 120.0
     negative_cache_s: Annotated[float, Field(ge=0)] = 60.0
+
+
+Limit = Annotated[int, Field(ge=1)] | None
+
+
+class TenantSettings(_Section):
+    """What a tenant may use that has no limit of its own. None: no limit."""
+
+    requests_per_minute: Limit = None
+    tokens_per_minute: Limit = None
+    max_concurrent: Limit = None
+    tokens_per_day: Limit = None
+    tokens_per_month: Limit = None
+    wei_per_day: Limit = None
+    wei_per_month: Limit = None
 
 
 class PricingSettings(_Section):
@@ -187,6 +218,7 @@ class Settings(BaseSettings):
     model: ModelSettings = ModelSettings()
     engine: EngineSettings = EngineSettings()
     adapters: AdapterSettings = AdapterSettings()
+    tenants: TenantSettings = TenantSettings()
     pricing: PricingSettings = PricingSettings()
     split: SplitSettings = SplitSettings()
     ledger: LedgerSettings = LedgerSettings()

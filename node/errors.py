@@ -89,7 +89,7 @@ class RequestError(NodeError):
     """The request itself is wrong; sending it again cannot help.
 
     Codes: invalid_request, invalid_json, not_found, method_not_allowed, unsupported_media_type, body_too_large, body_timeout,
-    receipt_not_found.
+    receipt_not_found, key_not_found.
     """
 
     code = "invalid_request"
@@ -168,19 +168,20 @@ class AdapterUnavailableError(AdapterError):
 
 
 class AuthError(NodeError):
-    """No API key, or a wrong one. Code: invalid_api_key."""
+    """Codes: invalid_api_key (missing, wrong, expired or revoked), insufficient_scope (the key has no right to do that)."""
 
     code = "invalid_api_key"
 
 
 class PaymentError(NodeError):
-    """Codes: payment_required, voucher_invalid, voucher_too_small, deposit_too_small."""
+    """Codes: payment_required, voucher_invalid, voucher_too_small, deposit_too_small, budget_exceeded (of the tenant)."""
 
     code = "voucher_invalid"
 
 
 class OverloadedError(NodeError):
-    """A bounded queue is full. Codes: queue_full, draining, rate_limit_exceeded (too many wrong API keys)."""
+    """A bounded queue is full, or a tenant's share is used up. Codes: queue_full, draining, rate_limit_exceeded (requests or tokens
+    a minute, or too many wrong API keys), concurrency_limit."""
 
     code = "queue_full"
 

@@ -22,7 +22,7 @@ from attribution.signing import Signer
 from node.errors import LedgerError
 from node.settlement.admission import Admission, Outcome, SignedVoucher, open_request
 from node.settlement.ledger_database import DatabaseLock, explain, make_engine, migrate, parse_url
-from node.settlement.ledger_reads import EarningRow, LedgerReads, LedgerTotals, StoredRecord
+from node.settlement.ledger_reads import EarningRow, LedgerReads, LedgerTotals, StoredRecord, UsageRow
 from node.settlement.ledger_writer import HEALED_KEY, Admit, Close, LedgerWriter, SignedReceipt, Transact
 from node.settlement.tables import META
 
@@ -158,7 +158,7 @@ class Ledger:
         bundle = await self.read(lambda reads: reads.receipt(request_id))
         if bundle is None or tenant is None:
             return bundle
-        is_theirs = bundle["record"]["tenant_digest"] == tenant_digest(tenant, self._tenant_salt)
+        is_theirs = bundle["record"]["tenant_digest"] == self.tenant_digest(tenant)
         return bundle if is_theirs else None
 
     async def records(self, after: int = 0, limit: int = 100) -> list[StoredRecord]:
@@ -168,6 +168,14 @@ class Ledger:
     async def earnings(self, *, account: str | None = None, adapter_id: str | None = None) -> list[EarningRow]:
         """Earnings of one account, of one adapter, or all; largest first."""
         return await self.read(lambda reads: reads.earnings(account=account, adapter_id=adapter_id))
+
+    async def usage(self, month: str) -> list[UsageRow]:
+        """What tenants, by digest, were served in a month ("2026-01"), day by day."""
+        return await self.read(lambda reads: reads.usage(month))
+
+    def tenant_digest(self, tenant: str) -> str:
+        """The tenant as records name it."""
+        return tenant_digest(tenant, self._tenant_salt)
 
     async def totals(self) -> LedgerTotals:
         """Counts and sums over all records."""

@@ -20,7 +20,7 @@ from attribution.receipt import Salts
 from attribution.signing import recover
 from node.errors import LedgerError
 from node.settlement.ledger_database import explain, make_engine, parse_url
-from node.settlement.tables import EARNINGS, RECORDS
+from node.settlement.tables import EARNINGS, RECORDS, USAGE
 
 MAX_PAGE = 1000
 
@@ -45,6 +45,15 @@ class EarningRow(msgspec.Struct, frozen=True):
     recorded_wei: int
     payable_wei: int
     request_count: int
+
+
+class UsageRow(msgspec.Struct, frozen=True):
+    """What one tenant, known by digest, was served on one UTC day: prompt and output tokens, and their price in wei."""
+
+    tenant_digest: str
+    day: str
+    tokens: int
+    wei: int
 
 
 class LedgerTotals(msgspec.Struct, frozen=True):
@@ -98,6 +107,11 @@ class LedgerReads:
             query = query.where(EARNINGS.c.adapter_id == adapter_id)
         rows = self.rows(query.order_by(EARNINGS.c.recorded_wei.desc(), EARNINGS.c.account, EARNINGS.c.role))
         return [EarningRow(r.account, r.adapter_id or None, r.role, r.recorded_wei, r.payable_wei, r.request_count) for r in rows]
+
+    def usage(self, month: str) -> list[UsageRow]:
+        """What tenants were served in a month ("2026-01"), day by day."""
+        rows = self.rows(select(USAGE).where(USAGE.c.day.startswith(month, autoescape=True)))
+        return [UsageRow(row.tenant_digest, row.day, row.tokens, row.wei) for row in rows]
 
     def totals(self) -> LedgerTotals:
         """Counts and sums over all records. Amounts add up over the earnings, which is everything every fee was split into."""

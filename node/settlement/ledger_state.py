@@ -7,12 +7,13 @@ group has committed does it become part of `LedgerState`. A group that fails lea
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
 from attribution.record import GENESIS_HASH, Record
 from node.settlement.admission import OpenRequest, SignedVoucher
-from node.settlement.tables import EARNINGS, PAYERS, RECORDS, REQUESTS
+from node.settlement.tables import EARNINGS, PAYERS, RECORDS, REQUESTS, USAGE
 
 EarningKey = tuple[str, str, str]  # account, adapter_id or "", role
 
@@ -73,6 +74,7 @@ class Group:
         self._closed: dict[str, OpenRequest] = {}
         self._payers: dict[str, PayerState] = {}
         self._earnings: dict[EarningKey, Earning] = {}
+        self._usage: dict[tuple[str, str], tuple[int, int]] = {}  # (tenant digest, UTC day) -> (tokens, wei) of this group
         self._records: list[dict[str, object]] = []
 
     def admit(self, request: OpenRequest) -> None:
@@ -97,6 +99,7 @@ class Group:
         if request.voucher is not None:
             known = self._payer(request.voucher)
             self._payers[request.voucher.payer] = PayerState(known.used_wei + fee, known.voucher)
+        self._count_usage(record, fee)
         for line in record.split:
             key, amount = (line.account, line.adapter_id or "", line.role), int(line.amount_wei)
             old = self._earnings.get(key) or self._state.earnings.get(key) or Earning()
@@ -117,6 +120,7 @@ class Group:
             connection.execute(insert(RECORDS), self._records)
         self._write_payers(connection)
         self._write_earnings(connection)
+        self._write_usage(connection)
 
     def merge(self) -> None:
         """The group has committed: make it part of the state."""
@@ -127,6 +131,14 @@ class Group:
             del state.open_requests[request_id]
         state.payers.update(self._payers)
         state.earnings.update(self._earnings)
+
+    def _count_usage(self, record: Record, fee: int) -> None:
+        """What was delivered counts for the tenant's budget; what failed does not."""
+        if record.status in ("ok", "cancelled"):
+            day = datetime.fromtimestamp(record.finished_ms / 1000, UTC).strftime("%Y-%m-%d")
+            tokens, wei = self._usage.get((record.tenant_digest, day), (0, 0))
+            counted = record.tokens.prompt + record.tokens.output
+            self._usage[record.tenant_digest, day] = (tokens + counted, wei + fee)
 
     def _payer(self, voucher: SignedVoucher) -> PayerState:
         return self._payers.get(voucher.payer) or self._state.payers.get(voucher.payer) or PayerState(0, voucher)
@@ -164,6 +176,17 @@ class Group:
         if known:
             same = (EARNINGS.c.account == bindparam("k_account")) & (EARNINGS.c.adapter_id == bindparam("k_adapter"))
             connection.execute(update(EARNINGS).where(same & (EARNINGS.c.role == bindparam("k_role"))), known)
+
+    def _write_usage(self, connection: Connection) -> None:
+        """Add to the sums in the database, which are read only at the start: no tenant stays in this process's memory."""
+        for (digest, day), (tokens, wei) in self._usage.items():
+            here = (USAGE.c.tenant_digest == digest) & (USAGE.c.day == day)
+            known = connection.execute(select(USAGE.c.tokens, USAGE.c.wei).where(here)).first()
+            if known is None:
+                connection.execute(insert(USAGE).values(tenant_digest=digest, day=day, tokens=tokens, wei=wei))
+            else:
+                sums = {"tokens": known.tokens + tokens, "wei": known.wei + wei}
+                connection.execute(update(USAGE).where(here).values(**sums))
 
 
 def better(old: SignedVoucher, new: SignedVoucher) -> SignedVoucher:

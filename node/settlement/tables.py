@@ -80,6 +80,17 @@ class LedgerPayer(SQLModel, table=True):
     signature: bytes = Field(sa_type=LargeBinary)
 
 
+class LedgerUsage(SQLModel, table=True):
+    """What one tenant was served on one UTC day: budgets are held against it, also after a restart."""
+
+    __tablename__ = "ledger_usage"
+
+    tenant_digest: str = Field(primary_key=True, max_length=64)
+    day: str = Field(primary_key=True, index=True, max_length=10)  # 2026-01-31
+    tokens: int = Field(sa_type=BigInteger)
+    wei: int = Field(sa_type=Wei)
+
+
 class LedgerEarning(SQLModel, table=True):
     """What one account earned in one role by one adapter (empty for the node's own share), summed over the records."""
 
@@ -138,6 +149,7 @@ META = _TABLES["ledger_meta"]
 REQUESTS = _TABLES["ledger_request"]
 RECORDS = _TABLES["ledger_record"]
 PAYERS = _TABLES["ledger_payer"]
+USAGE = _TABLES["ledger_usage"]
 EARNINGS = _TABLES["ledger_earning"]
 EPOCHS = _TABLES["epoch"]
 EPOCH_ENTRIES = _TABLES["epoch_entry"]

@@ -11,8 +11,9 @@ from sqlmodel import SQLModel
 from node.errors import LedgerError
 from node.settlement import intents, outbox_tables, tables
 from node.settlement.ledger_database import DatabaseLock, make_engine, migrate, parse_url
+from node.tenancy import tables as tenancy_tables
 
-MODULES = (tables, intents, outbox_tables)
+MODULES = (tables, intents, outbox_tables, tenancy_tables)
 
 
 @pytest.fixture

@@ -1,0 +1,73 @@
+"""Everything about tenants that the request path asks, as one object."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from node.config import TenantSettings
+from node.settlement.ledger import Ledger
+from node.tenancy.door import Door
+from node.tenancy.key_file import read_key_file
+from node.tenancy.meter import Meter, Usage
+from node.tenancy.private_adapters import NameFilter
+from node.tenancy.store import TenantStore
+
+
+@dataclass(frozen=True, slots=True)
+class Tenancy:
+    """Who calls, what is left for them, and which adapters exist for them."""
+
+    store: TenantStore
+    door: Door
+    meter: Meter
+
+    def sees(self, tenant: str) -> NameFilter:
+        """Which adapter names exist for a tenant."""
+
+        def is_visible(name: str) -> bool:
+            private = self.store.private_adapter(name)
+            return private is None or private.admits(tenant)
+
+        return is_visible
+
+    def is_public(self, name: str) -> bool:
+        """Whether everybody may know of an adapter name."""
+        return self.store.private_adapter(name) is None
+
+
+async def open_tenancy(
+    ledger: Ledger,
+    settings: TenantSettings,
+    key_file: Path | None,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    now: Callable[[], datetime] = lambda: datetime.now(UTC),
+) -> Tenancy:
+    """Load tenants and keys, take over the key file, and remember what was used this month.
+
+    Raises:
+        ConfigError: The key file is not usable. LedgerError: The ledger does not answer.
+    """
+    pairs = () if key_file is None else read_key_file(key_file)
+
+    def clock_ms() -> int:
+        return int(now().timestamp() * 1000)
+
+    store = TenantStore(ledger.transact, clock_ms)
+    await store.load()
+    await store.import_keys(pairs)
+    today = now().strftime("%Y-%m-%d")
+    sums: dict[str, Usage] = {}
+    for row in await ledger.usage(today[:7]):
+        usage = sums.setdefault(row.tenant_digest, Usage(today))
+        usage.tokens_per_month += row.tokens
+        usage.wei_per_month += row.wei
+        if row.day == today:
+            usage.tokens_per_day += row.tokens
+            usage.wei_per_day += row.wei
+    meter = Meter(clock, now, lambda tenant: sums.get(ledger.tenant_digest(tenant)))
+    return Tenancy(store, Door(store, settings, clock, clock_ms), meter)
