@@ -42,6 +42,7 @@ from node.engine.engine import Engine, open_engine
 from node.engine.messages import Ready, Stats, Submit
 from node.engine.runner import LogitsWatcher
 from node.engine.scheduler import Work
+from node.engine.sizing import memory_sizes
 from node.request import AdapterTerm, Sampling
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,7 +182,8 @@ def rows(
     settings: dict[str, Any], questions: Sequence[Question], ready: Ready, open_with: OpenEngine
 ) -> Iterator[dict[str, Any]]:
     """Every mode with and without `deterministic`, each against the same questions alone."""
-    block_bytes = EngineSettings(**settings).kv_cache_bytes // ready.kv_block_count
+    memory = memory_sizes(EngineSettings(**settings), AdapterSettings(), None)
+    block_bytes = memory.kv_cache_bytes // ready.kv_block_count
     for is_deterministic in (True, False):
         chosen = {**settings, "deterministic": is_deterministic}
         alone, _ = answers(Mode("alone", {**chosen, "prefix_cache": False}, width=1), questions, open_with)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from node.adapters.loader import AdapterLoader
 from node.adapters.pool import AdapterPool
 from node.config import AdapterSettings, EngineSettings, ModelSettings
 from node.engine.blocks import BlockPool
+from node.engine.grammar import Vocabulary
+from node.engine.grammar_masks import GrammarMasks
 from node.engine.messages import Ready, SequenceEvent, Stats, Submit
 from node.engine.runner import LogitsWatcher, Runner
 from node.engine.scheduler import Scheduler, SchedulerLimits, StepPlan, Work, WorkResult
@@ -68,13 +71,21 @@ class Engine:
     Args:
         scheduler: Decides. runner: computes. adapters: the memory both ask.
         blocks: The scheduler's block pool, for the gauges.
+        grammars: What answers must follow; the runner asks it for masks.
         ready: What this engine is.
     """
 
     def __init__(
-        self, scheduler: Scheduler, runner: StepRunner, adapters: AdapterPool, blocks: BlockPool, ready: Ready
+        self,
+        scheduler: Scheduler,
+        runner: StepRunner,
+        adapters: AdapterPool,
+        blocks: BlockPool,
+        grammars: GrammarMasks,
+        ready: Ready,
     ) -> None:
         self.ready = ready
+        self._grammars = grammars
         self._scheduler = scheduler
         self._runner = runner
         self._adapters = adapters
@@ -85,21 +96,30 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether any sequence waits or runs, or a step is still open."""
-        return self._scheduler.has_work or self._open is not None
+        return self._scheduler.has_work or self._open is not None or self._grammars.waiting_count > 0
 
     def add(self, submit: Submit) -> list[SequenceEvent]:
-        """Queue a sequence; the event, if any, says why not."""
+        """Queue a sequence, once its grammar is compiled where it has one; the event, if any, says why not."""
+        return self._queue(submit) if self._grammars.admit(submit) else []
+
+    def _queue(self, submit: Submit) -> list[SequenceEvent]:
         refusal = self._scheduler.add(submit)
-        return [] if refusal is None else [refusal]
+        if refusal is None:
+            return []
+        self._grammars.forget(submit.sequence_id)
+        return [refusal]
 
     def cancel(self, sequence_id: str) -> list[SequenceEvent]:
         """Stop a sequence; unknown ids are ignored."""
+        if self._grammars.forget(sequence_id):
+            return [SequenceEvent(sequence_id=sequence_id, finish_reason="cancelled")]
         event = self._scheduler.cancel(sequence_id)
         return [] if event is None else [event]
 
     def cancel_all(self) -> list[SequenceEvent]:
         """Stop every sequence."""
-        return self._scheduler.cancel_all()
+        waiting = [event for sequence_id in self._grammars.waiting_ids() for event in self.cancel(sequence_id)]
+        return [*waiting, *self._scheduler.cancel_all()]
 
     def step(self) -> tuple[list[SequenceEvent], bool]:
         """Start a step and finish one: the same on a CPU, the one before it where the runner works ahead.
@@ -110,17 +130,33 @@ class Engine:
         Returns:
             The finished step's events, and whether any row was computed (if not, adapters are on their way).
         """
+        compiled = self._take_compiled()
         plan = self._scheduler.plan()
         before, self._open = self._open, None
         current = self._launch(plan) if plan.work else None
-        events = [*plan.events, *self._land(before, current)]
+        events = [*compiled, *plan.events, *self._land(before, current)]
         if current is not None:
             self._draw(current)
+            events.extend(self._drop_failed())
             if self._runner.is_ahead:
                 self._open = current
             else:
                 events.extend(self._land(current, None))
         return events, before is not None or current is not None
+
+    def _take_compiled(self) -> list[SequenceEvent]:
+        """Queue the sequences whose grammar is ready now; returns the events of those that cannot run."""
+        if not self._grammars.waiting_count:
+            return []
+        ready, events = self._grammars.take_compiled()
+        return [*events, *(event for submit in ready for event in self._queue(submit))]
+
+    def _drop_failed(self) -> list[SequenceEvent]:
+        """End the sequences whose grammar went wrong, before what was drawn for them can be taken over."""
+        events = self._grammars.take_failed()
+        for event in events:
+            self._scheduler.cancel(event.sequence_id)
+        return events
 
     def _launch(self, plan: StepPlan) -> _Open:
         try:
@@ -149,7 +185,9 @@ class Engine:
                 following.flight = None
         else:
             self._failed_steps = 0
-        return self._scheduler.complete(step.plan, results)
+        events = self._scheduler.complete(step.plan, results)
+        self._grammars.observe(events)
+        return events
 
     def _collect(self, step: _Open) -> list[WorkResult] | None:
         if step.flight is None:
@@ -214,8 +252,9 @@ class Engine:
         )
 
     def close(self) -> None:
-        """End the loader thread."""
+        """End the loader's and the compiler's thread."""
         self._adapters.close()
+        self._grammars.close()
 
 
 def open_engine(
@@ -266,9 +305,7 @@ def open_engine(
     blocks = BlockPool(kv.block_count, kv.block_size, settings.prefix_cache)
     # A sequence can never be longer than the whole cache.
     max_model_len = min(spec.max_model_len, kv.block_count * kv.block_size)
-    limits = SchedulerLimits(
-        sizes.max_sequences, sizes.max_batch_tokens, settings.queue_limit, max_model_len, spec.vocab_size
-    )
+    limits = SchedulerLimits(sizes.max_sequences, sizes.max_batch_tokens, settings.queue_limit, max_model_len, spec.vocab_size)
     ready = Ready(
         model_id=files.model_id,
         base_id=loaded.base_id,
@@ -286,4 +323,10 @@ def open_engine(
         max_rank=adapter_settings.max_rank,
     )
     scheduler = Scheduler(blocks, limits, adapters, loaded.base_id)
-    return Engine(scheduler, Runner(loaded.model, kv, adapters, watch_logits), adapters, blocks, ready)
+    grammars = GrammarMasks(functools.partial(_vocabulary, ready), wake)
+    runner = Runner(loaded.model, kv, adapters, grammars, watch_logits)
+    return Engine(scheduler, runner, adapters, blocks, grammars, ready)
+
+
+def _vocabulary(ready: Ready) -> Vocabulary:
+    return Vocabulary(Path(ready.tokenizer_dir) / "tokenizer.json", ready.vocab_size, ready.eos_token_ids)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,12 @@ NUCLEUS_CANDIDATES = 1024  # a nucleus rarely holds more; sorting a whole vocabu
 _NEVER = float("-inf")
 _LARGEST = torch.finfo(torch.float32).max
 _SMALLEST = torch.finfo(torch.float32).tiny
+
+
+def forbid(row: Tensor, words: Tensor) -> None:
+    """Forbid every token whose bit is not set, in place. row: [V]; words: [ceil(V / 32)] int32, see `RowMask`."""
+    bits = np.unpackbits(words.numpy().view(np.uint8), bitorder="little", count=row.shape[0])
+    row.masked_fill_(torch.from_numpy(bits) == 0, _NEVER)
 
 
 def penalise_repetition(row: Tensor, token_ids: Tensor, penalty: float) -> None:

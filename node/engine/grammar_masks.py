@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,19 +39,23 @@ class GrammarMasks:
     """Which tokens each sequence may draw next. All methods are for the step loop's thread.
 
     Args:
-        open_vocabulary: Makes the vocabulary; called once, on the thread, when the engine opens.
-        executor: One thread, owned by the caller; compiling releases the interpreter lock.
-        wake: Called from that thread when a grammar is ready.
+        open_vocabulary: Makes the vocabulary. Called once and at once, on this object's own thread: it takes a quarter of a
+            second and holds the interpreter lock, which nobody minds while the engine opens.
+        wake: Called from that thread when a grammar is ready; compiling one releases the lock.
     """
 
-    def __init__(self, open_vocabulary: Callable[[], Vocabulary], executor: Executor, wake: Callable[[], None]) -> None:
-        self._executor = executor
+    def __init__(self, open_vocabulary: Callable[[], Vocabulary], wake: Callable[[], None]) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._wake = wake
-        self._vocabulary: Future[Vocabulary] = executor.submit(open_vocabulary)
+        self._vocabulary: Future[Vocabulary] = self._executor.submit(open_vocabulary)
         self._compiled: GrammarCache[LLMatcher] = GrammarCache()
         self._waiting: dict[str, tuple[Submit, Future[LLMatcher]]] = {}
         self._constraints: dict[str, _Constraint] = {}
         self._failed: set[str] = set()
+
+    def close(self) -> None:
+        """End the thread; what waits for it is never compiled."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
 
     # ---- arrivals
 
@@ -191,6 +195,4 @@ def _as_grammar_error(error: BaseException) -> GrammarError:
 
 
 def _last_event(sequence_id: str, error: GrammarError) -> SequenceEvent:
-    return SequenceEvent(
-        sequence_id=sequence_id, finish_reason="error", error_code=error.error_code, error_message=error.message
-    )
+    return SequenceEvent(sequence_id=sequence_id, finish_reason="error", error_code=error.error_code, error_message=error.message)

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from node.engine.batch import build_inputs
-from node.engine.sampler import DrawRow, draw, next_token_logprobs
+from node.engine.grammar import mask_width
+from node.engine.sampler import DrawRow, RowMask, draw, next_token_logprobs
 from node.engine.scheduler import Work, WorkResult
 from node.kernels.lora import LoraPool
 from node.models.inputs import CausalLM, KVCache
@@ -29,6 +31,12 @@ class SlotTable(Protocol):
     def slot_of(self, adapter_id: str) -> int: ...
 
 
+class MaskSource(Protocol):
+    """Which tokens each row may draw. `node.engine.grammar_masks.GrammarMasks` is one."""
+
+    def fill_mask(self, sequence_ids: Sequence[str], buffer: np.ndarray) -> list[int]: ...
+
+
 @dataclass(slots=True)
 class Flight:
     """A step whose logits [W, V] float32 are there. `results` follow when its tokens are drawn."""
@@ -45,15 +53,19 @@ class Runner:
         model: The decoder.
         kv: Its paged cache; block numbers of the plan index it.
         adapters: Adapter memory that the plan's adapters are resident in.
+        masks: What rows with a grammar may draw; asked after the forward pass, when all tokens before the draw are known.
         watch_logits: For whoever compares bits; None in a node.
     """
 
     is_ahead = False
 
-    def __init__(self, model: CausalLM, kv: KVCache, adapters: SlotTable, watch_logits: LogitsWatcher | None = None) -> None:
+    def __init__(
+        self, model: CausalLM, kv: KVCache, adapters: SlotTable, masks: MaskSource, watch_logits: LogitsWatcher | None = None
+    ) -> None:
         self._model = model
         self._kv = kv
         self._adapters = adapters
+        self._masks = masks
         self._watch_logits = watch_logits
 
     @torch.inference_mode()
@@ -68,14 +80,14 @@ class Runner:
     @torch.inference_mode()
     def draw(self, flight: Flight) -> None:
         """Draw the tokens."""
-        flight.results = sample(flight.work, flight.logits)
+        flight.results = sample(flight.work, flight.logits, self._masks)
 
     def collect(self, flight: Flight) -> list[WorkResult]:
         """Return one result per work, in order."""
         return flight.results
 
 
-def sample(work: list[Work], logits: Tensor) -> list[WorkResult]:
+def sample(work: list[Work], logits: Tensor, masks: MaskSource) -> list[WorkResult]:
     """Turn the logits of a step into results. logits: [W, V] float32, rows as `batch.logit_rows` asked for them."""
     prompt_logprobs: dict[int, tuple[float, ...]] = {}
     places: dict[int, int] = {}  # work index -> its place among the drawing rows
@@ -90,20 +102,26 @@ def sample(work: list[Work], logits: Tensor) -> list[WorkResult]:
         if item.draws_token:
             places[index] = len(drawing_rows)
             drawing_rows.append(row - 1)
-    drawn = _draw(logits, drawing_rows, [work[index] for index in places])
+    drawn = _draw(logits, drawing_rows, [work[index] for index in places], masks)
     return [
         WorkResult(drawn[places[index]] if index in places else None, prompt_logprobs.get(index, ()))
         for index in range(len(work))
     ]
 
 
-def _draw(logits: Tensor, rows: list[int], work: list[Work]) -> list[DrawnToken | None]:
+def _draw(logits: Tensor, rows: list[int], work: list[Work], masks: MaskSource) -> list[DrawnToken | None]:
     """Draw one token for each of `rows`."""
     if not rows:
         return []
     if len(rows) != logits.shape[0]:
         logits = logits[rows]
-    return draw(logits, [_draw_row(item) for item in work])
+    return draw(logits, [_draw_row(item) for item in work], _mask(masks, work, logits.shape[1]))
+
+
+def _mask(masks: MaskSource, work: list[Work], vocab_size: int) -> RowMask | None:
+    buffer = np.empty((len(work), mask_width(vocab_size)), dtype=np.int32)
+    rows = masks.fill_mask([item.sequence.id for item in work], buffer)
+    return RowMask(rows, torch.from_numpy(buffer)) if rows else None
 
 
 def _draw_row(item: Work) -> DrawRow:

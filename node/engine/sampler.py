@@ -32,12 +32,22 @@ class DrawRow:
     prompt_count: int
 
 
-def draw(logits: Tensor, rows: Sequence[DrawRow]) -> list[DrawnToken | None]:
+@dataclass(frozen=True, slots=True)
+class RowMask:
+    """What rows with a grammar may draw. `words`: [W, ceil(V / 32)] int32, bit i of word w allows token 32 w + i; `rows`: those
+    whose words forbid anything."""
+
+    rows: list[int]
+    words: Tensor
+
+
+def draw(logits: Tensor, rows: Sequence[DrawRow], mask: RowMask | None = None) -> list[DrawnToken | None]:
     """Draw one token a row.
 
     Args:
         logits: [W, V] float32, unmodified.
         rows: W of them.
+        mask: Tokens allowed; None allows all. Log-probabilities stay those of the unmasked distribution.
 
     Returns:
         One token a row; None where the logits are not finite, so that nobody is served noise as an answer.
@@ -48,9 +58,11 @@ def draw(logits: Tensor, rows: Sequence[DrawRow]) -> list[DrawnToken | None]:
     # max propagates NaN, so a row is sound exactly when its largest logit is finite.
     is_sound = best.isfinite().tolist()
     chosen = token_ids.tolist()
-    special = [index for index, row in enumerate(rows) if not _is_plain(row.sampling) and is_sound[index]]
+    masked = set(mask.rows) if mask is not None else set()
+    special = [index for index, row in enumerate(rows) if (index in masked or not _is_plain(row.sampling)) and is_sound[index]]
     if special:
-        for index, token_id in zip(special, _draw_special(logits, [rows[i] for i in special], special), strict=True):
+        drawn = _draw_special(logits, [rows[i] for i in special], special, mask)
+        for index, token_id in zip(special, drawn, strict=True):
             chosen[index] = token_id
     logprobs = _logprobs(logits, rows, chosen, is_sound)
     return [(logprobs.get(index) or DrawnToken(token_id)) if is_sound[index] else None for index, token_id in enumerate(chosen)]
@@ -75,12 +87,18 @@ def _is_shifted(sampling: Sampling) -> bool:
     )
 
 
-def _draw_special(logits: Tensor, rows: list[DrawRow], indexes: list[int]) -> list[int]:
+def _draw_special(logits: Tensor, rows: list[DrawRow], indexes: list[int], mask: RowMask | None) -> list[int]:
     """Draw for rows that are not plain. logits: [W, V]; rows and indexes: n."""
     x = logits[indexes]  # a copy: the caller's logits stay unmodified
     for index, row in enumerate(rows):
         if _is_shifted(row.sampling):
             _shift(x[index], row)
+    if mask is not None:
+        # After penalties and bias, which could lift a forbidden token again; before the filters, which keep the best of the rest.
+        masked = set(mask.rows)
+        for place, index in enumerate(indexes):
+            if index in masked:
+                filters.forbid(x[place], mask.words[index])
     chosen = x.argmax(dim=1).tolist()
     random = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
     if random:

@@ -57,7 +57,9 @@ def step_sizes(settings: EngineSettings, adapters: AdapterSettings, device: Devi
     )
 
 
-def memory_sizes(settings: EngineSettings, adapters: AdapterSettings, free_bytes: int | None, reserve_bytes: int = 0) -> MemorySizes:
+def memory_sizes(
+    settings: EngineSettings, adapters: AdapterSettings, free_bytes: int | None, reserve_bytes: int = 0
+) -> MemorySizes:
     """Share out what the base model leaves.
 
     Args:
