@@ -87,7 +87,7 @@ class Runner:
         return flight.results
 
 
-def sample(work: list[Work], logits: Tensor, masks: MaskSource) -> list[WorkResult]:
+def sample(work: list[Work], logits: Tensor, masks: MaskSource | None = None) -> list[WorkResult]:
     """Turn the logits of a step into results. logits: [W, V] float32, rows as `batch.logit_rows` asked for them."""
     prompt_logprobs: dict[int, tuple[float, ...]] = {}
     places: dict[int, int] = {}  # work index -> its place among the drawing rows
@@ -109,7 +109,7 @@ def sample(work: list[Work], logits: Tensor, masks: MaskSource) -> list[WorkResu
     ]
 
 
-def _draw(logits: Tensor, rows: list[int], work: list[Work], masks: MaskSource) -> list[DrawnToken | None]:
+def _draw(logits: Tensor, rows: list[int], work: list[Work], masks: MaskSource | None) -> list[DrawnToken | None]:
     """Draw one token for each of `rows`."""
     if not rows:
         return []
@@ -118,7 +118,9 @@ def _draw(logits: Tensor, rows: list[int], work: list[Work], masks: MaskSource) 
     return draw(logits, [_draw_row(item) for item in work], _mask(masks, work, logits.shape[1]))
 
 
-def _mask(masks: MaskSource, work: list[Work], vocab_size: int) -> RowMask | None:
+def _mask(masks: MaskSource | None, work: list[Work], vocab_size: int) -> RowMask | None:
+    if masks is None:
+        return None
     buffer = np.empty((len(work), mask_width(vocab_size)), dtype=np.int32)
     rows = masks.fill_mask([item.sequence.id for item in work], buffer)
     return RowMask(rows, torch.from_numpy(buffer)) if rows else None
