@@ -25,6 +25,7 @@ class AttentionShape:
         dtype: of q, of the cache and of the output: bfloat16, float16 or float32.
         scale: of the scores, before the softmax: D ** -0.5 for the Llama families.
         max_batch: most sequences of one decode step. max_context: most tokens of one sequence.
+        windows: every value that `window` will have in a call: what the model's layers use.
     """
 
     heads: int
@@ -35,6 +36,7 @@ class AttentionShape:
     scale: float
     max_batch: int
     max_context: int
+    windows: tuple[int | None, ...] = (None,)
 
     @property
     def heads_per_group(self) -> int:
@@ -79,8 +81,9 @@ class PagedAttention(ABC):
     graph is captured: nothing waits for the device, and nothing is allocated when the graph runs again.
     """
 
-    def __init__(self, shape: AttentionShape, *, is_deterministic: bool = False) -> None:
+    def __init__(self, shape: AttentionShape, device: torch.device, *, is_deterministic: bool = False) -> None:
         self.shape = shape
+        self.device = device
         self.is_deterministic = is_deterministic
 
     @property
@@ -90,7 +93,7 @@ class PagedAttention(ABC):
 
     @abstractmethod
     def plan_decode(self, block_tables: Tensor, context_lens: Tensor, max_context: int) -> DecodePlan:
-        """Plan a step of one row a sequence. Launches at most one small kernel; call it once a step, before the first layer.
+        """Plan a step of one row a sequence. Launches at most one small kernel a window; call it once a step, before the first layer.
 
         It must complete before the first layer's kernels start: under programmatic dependent launch, a kernel launched without
         that attribute has to stand between.

@@ -132,7 +132,7 @@ def open_attention(
 ) -> tuple[PagedAttention, Choice]:
     """Choose and make the backend of this process. See `choose`."""
     choice = choose(setting, shape, attention_facts(device), is_deterministic=is_deterministic)
-    return _make(choice.name)(shape, is_deterministic=is_deterministic), choice
+    return _make(choice.name)(shape, device, is_deterministic=is_deterministic), choice
 
 
 def _make(name: BackendName) -> type[PagedAttention]:

@@ -1,0 +1,161 @@
+"""Paged decode in Triton: one row a sequence, the query heads of a key/value head together, keys split over programs.
+
+A plan kernel (one program, once a step) cuts the contexts into items of at most `chunk` tiles of 64 keys. In the decode kernel a
+program takes items of one key/value head; the program that finishes a sequence's last item joins all of them in ascending order,
+so the result does not depend on who came last. No second launch, no order of arrival in the sums.
+
+The chunk is chosen on the device so that the items fill the programs evenly; with a fixed chunk, a row's cuts depend on its own
+context alone and its bits are the same in any batch.
+
+Bytes: each key and value is read once; partial results add 4 (D + 2) bytes a query head and item.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from node.kernels.attention.triton_math import attend_tile, finish, join_chunks
+
+TILE = 64  # keys of one tile
+
+
+@triton.jit
+def plan_items_kernel(  # noqa: PLR0913
+    lens_ptr,  # noqa: ANN001  [Q] int32
+    items_ptr,  # noqa: ANN001  [max_items, 4] int32: sequence, first key, key after the last, place among the sequence's items
+    counts_ptr,  # noqa: ANN001  [1 + Q] int32: items in all, then items of each sequence
+    firsts_ptr,  # noqa: ANN001  [Q] int32: the first item of each sequence
+    batch,  # noqa: ANN001
+    slots,  # noqa: ANN001  programs of one key/value head that run at once
+    fixed_chunk,  # noqa: ANN001  tiles; 0: choose
+    window,  # noqa: ANN001  0: none
+    TILE: tl.constexpr,  # noqa: N803
+    BATCH: tl.constexpr,  # noqa: N803
+    CHUNKS: tl.constexpr,  # noqa: N803
+    LONGEST: tl.constexpr,  # noqa: N803  most tiles of one sequence
+):  # noqa: ANN201
+    row = tl.arange(0, BATCH)
+    length = tl.load(lens_ptr + row, mask=row < batch, other=0)
+    begin = tl.where(window > 0, tl.maximum(length - window, 0), 0) // TILE
+    end = tl.cdiv(length, TILE)
+    if fixed_chunk > 0:
+        chunk = fixed_chunk
+    else:
+        # Cost of a chunk size: rounds of programs x (tiles of a round + what a program costs before its first key arrives).
+        size = 1 + tl.arange(0, CHUNKS) * tl.cdiv(LONGEST, CHUNKS)
+        needed = tl.sum(tl.cdiv((end - begin)[None, :], size[:, None]), 1)
+        longest = tl.minimum(size, tl.max(end - begin, 0))
+        cost = tl.cdiv(needed, slots) * (longest + 2) * 1024 + tl.minimum(needed, 1023)
+        chunk = tl.sum(tl.where(tl.arange(0, CHUNKS) == tl.argmin(cost, 0), size, 0), 0)
+    # Cuts lie at multiples of the chunk from the sequence's start, not from the window's.
+    first_cut = begin // chunk
+    count = tl.where(length > 0, tl.cdiv(end, chunk) - first_cut, 0)
+    first = tl.cumsum(count, 0) - count
+    tl.store(counts_ptr, tl.sum(count, 0))
+    tl.store(counts_ptr + 1 + row, count, mask=row < batch)
+    tl.store(firsts_ptr + row, first, mask=row < batch)
+    low = tl.where(window > 0, tl.maximum(length - window, 0), 0)
+    for place in range(0, tl.max(count, 0)):
+        here = (row < batch) & (place < count)
+        target = items_ptr + (first + place) * 4
+        cut = (first_cut + place) * chunk * TILE
+        tl.store(target, row, mask=here)
+        tl.store(target + 1, tl.maximum(cut, low), mask=here)
+        tl.store(target + 2, tl.minimum(cut + chunk * TILE, length), mask=here)
+        tl.store(target + 3, place, mask=here)
+
+
+@triton.jit
+def decode_kernel(  # noqa: PLR0913
+    q_ptr,  # noqa: ANN001
+    k_ptr,  # noqa: ANN001
+    v_ptr,  # noqa: ANN001
+    out_ptr,  # noqa: ANN001
+    tables_ptr,  # noqa: ANN001
+    items_ptr,  # noqa: ANN001
+    counts_ptr,  # noqa: ANN001
+    firsts_ptr,  # noqa: ANN001
+    acc_ptr,  # noqa: ANN001  [max_items, N, D] float32
+    stats_ptr,  # noqa: ANN001  [max_items, N, 2] float32: largest score, sum of weights
+    done_ptr,  # noqa: ANN001  [Q, G] int32, 0 before and after
+    batch,  # noqa: ANN001
+    scale_log2,  # noqa: ANN001
+    q_stride,  # noqa: ANN001
+    out_stride,  # noqa: ANN001
+    table_stride,  # noqa: ANN001
+    block_stride,  # noqa: ANN001  of k and v alike
+    token_stride,  # noqa: ANN001
+    GROUPS: tl.constexpr,  # noqa: N803
+    PER_GROUP: tl.constexpr,  # noqa: N803  query heads of a key/value head
+    M: tl.constexpr,  # noqa: N803  the same, rounded up to the tensor cores' 16
+    HEAD: tl.constexpr,  # noqa: N803
+    D: tl.constexpr,  # noqa: N803  HEAD, rounded up to a power of two
+    BLOCK: tl.constexpr,  # noqa: N803  tokens of a cache block
+    TILE: tl.constexpr,  # noqa: N803
+    STAGES: tl.constexpr,  # noqa: N803
+    USE_PDL: tl.constexpr,  # noqa: N803
+):  # noqa: ANN201
+    group = tl.program_id(0)
+    worker = tl.program_id(1)
+    workers = tl.num_programs(1)
+    if USE_PDL:
+        gdc_launch_dependents()
+    heads: tl.constexpr = GROUPS * PER_GROUP
+    lane = tl.arange(0, M)
+    dim = tl.arange(0, D)
+    head = group * PER_GROUP + lane
+    is_head = lane < PER_GROUP
+    is_dim = dim < HEAD
+    if USE_PDL:
+        gdc_wait()
+    count = tl.load(counts_ptr)
+    # Padding rows have no item; they are shared out among the workers too.
+    for row in range(worker, batch, workers):
+        if tl.load(counts_ptr + 1 + row) == 0:
+            where = row * out_stride + head[:, None] * HEAD + dim[None, :]
+            tl.store(out_ptr + where, tl.zeros([M, D], tl.float32), mask=is_head[:, None] & is_dim[None, :])
+    for item in range(worker, count, workers):
+        row = tl.load(items_ptr + item * 4)
+        begin = tl.load(items_ptr + item * 4 + 1)
+        end = tl.load(items_ptr + item * 4 + 2)
+        q_where = row * q_stride + head[:, None] * HEAD + dim[None, :]
+        q = tl.load(q_ptr + q_where, mask=is_head[:, None] & is_dim[None, :], other=0.0)
+        acc = tl.zeros([M, D], tl.float32)
+        top = tl.full([M], float("-inf"), tl.float32)
+        total = tl.zeros([M], tl.float32)
+        # Tiles are aligned to the sequence's start, so that a row's tiles are the same whatever window or item begins where.
+        for start in tl.range((begin // TILE) * TILE, end, TILE, num_stages=STAGES):
+            key = start + tl.arange(0, TILE)
+            is_seen = (key >= begin) & (key < end)
+            block = tl.load(tables_ptr + row * table_stride + key // BLOCK, mask=is_seen, other=0).to(tl.int64)
+            place = block * block_stride + (key % BLOCK) * token_stride + group * HEAD
+            k = tl.load(k_ptr + place[None, :] + dim[:, None], mask=is_seen[None, :] & is_dim[:, None], other=0.0)
+            v = tl.load(v_ptr + place[:, None] + dim[None, :], mask=is_seen[:, None] & is_dim[None, :], other=0.0)
+            acc, top, total = attend_tile(q, k, v, is_seen[None, :], acc, top, total, scale_log2)
+        shares = tl.load(counts_ptr + 1 + row)
+        out_where = row * out_stride + head[:, None] * HEAD + dim[None, :]
+        out_mask = is_head[:, None] & is_dim[None, :]
+        if shares == 1:
+            tl.store(out_ptr + out_where, finish(acc, total), mask=out_mask)
+        else:
+            flat = (item * heads + head).to(tl.int64)
+            tl.store(acc_ptr + flat[:, None] * HEAD + dim[None, :], acc, mask=out_mask)
+            tl.store(stats_ptr + flat * 2, top, mask=is_head)
+            tl.store(stats_ptr + flat * 2 + 1, total, mask=is_head)
+            tl.debug_barrier()  # every thread's stores come before the one that counts
+            arrived = tl.atomic_add(done_ptr + row * GROUPS + group, 1, sem="acq_rel")
+            if arrived == shares - 1:
+                tl.store(done_ptr + row * GROUPS + group, 0)
+                first = tl.load(firsts_ptr + row)
+                acc = tl.zeros([M, D], tl.float32)
+                top = tl.full([M], float("-inf"), tl.float32)
+                total = tl.zeros([M], tl.float32)
+                for share in range(0, shares):
+                    flat = ((first + share) * heads + head).to(tl.int64)
+                    part = tl.load(acc_ptr + flat[:, None] * HEAD + dim[None, :], mask=out_mask, other=0.0, cache_modifier=".cg")
+                    part_top = tl.load(stats_ptr + flat * 2, mask=is_head, other=float("-inf"), cache_modifier=".cg")
+                    part_total = tl.load(stats_ptr + flat * 2 + 1, mask=is_head, other=0.0, cache_modifier=".cg")
+                    acc, top, total = join_chunks(acc, top, total, part, part_top, part_total)
+                tl.store(out_ptr + out_where, finish(acc, total), mask=out_mask)
