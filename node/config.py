@@ -29,6 +29,8 @@ def parse_size(value: Any) -> Any:
     """Accept 1048576 or "1MiB"; leave anything else to pydantic, whose error names the field."""
     if not isinstance(value, str):
         return value
+    if value.strip().isdigit():  # an environment variable is always text
+        return int(value)
     for unit in ("KiB", "MiB", "GiB", "B"):
         number = value.removesuffix(unit).strip()
         if value.endswith(unit) and number.isdigit():

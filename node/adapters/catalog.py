@@ -15,14 +15,21 @@ from pathlib import Path
 
 from attribution.manifest import Manifest
 from node.adapters.binding import LinearTable
+from node.adapters.disk_cache import open_disk_cache
 from node.adapters.failures import Failures
 from node.adapters.flights import Flights
-from node.adapters.hub_shelf import HubShelf
+from node.adapters.locations import Location, is_location, parse_location
 from node.adapters.names import AdapterName, parse_name
+from node.adapters.remote import NameT, RemoteSource
+from node.adapters.shelf import RemoteShelf
 from node.adapters.sources.hub import HubSource
 from node.adapters.sources.local import LocalSource
+from node.adapters.sources.pbase import PbaseSource
+from node.adapters.sources.stores import StoreSource
+from node.adapters.sources.web import Resolve, WebDoor, resolve_host
+from node.adapters.staging import Progress, Staging
 from node.adapters.verify import AdapterVerifier, Coverage, Fingerprint, VerifiedAdapter, fingerprint
-from node.config import Settings
+from node.config import AdapterSettings, Settings
 from node.errors import (
     AdapterChangedError,
     AdapterError,
@@ -34,19 +41,20 @@ from node.errors import (
 from node.request import LinearShape
 from node.resources import data_path
 
-WORKER_COUNT = 4
-MAX_FLIGHTS = 64
+STARTUP_CHECKS = 4  # at once; the engine loads its model meanwhile
+STORE_TIMEOUT_S = 10.0  # on connecting and on every single read
 DEMO_ADAPTERS = "config/demo/adapters"
-SOURCES = ("local", "hub")
+SOURCES = ("local", "hub", "s3", "gcs", "azure", "http", "pbase")
+LOCATION_SOURCES = ("s3", "gcs", "azure", "http")
 _CONTENT_ID = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """An adapter under one of its names. `revision` is the hub's commit, None for a local adapter."""
+    """An adapter under one of its names. `revision` is the source's, None for a local adapter."""
 
     name: str
-    source: str  # "local" or "hub"
+    source: str  # one of SOURCES
     revision: str | None
     verified: VerifiedAdapter
 
@@ -95,9 +103,10 @@ class AdapterCatalog:
         base_id: The base's content hash.
         clock: Monotonic seconds.
         hub_endpoint: The hub's address; None: HF_ENDPOINT, else the public hub.
+        resolve_host: Addresses of a web server's host.
 
     Raises:
-        ConfigError: A directory of the settings does not exist.
+        ConfigError: A directory of the settings does not exist, or a store's settings make no sense.
     """
 
     def __init__(
@@ -108,26 +117,48 @@ class AdapterCatalog:
         clock: Callable[[], float],
         *,
         hub_endpoint: str | None = None,
+        resolve_host: Resolve = resolve_host,
     ) -> None:
         chosen = settings.adapters
         self._local = LocalSource(_roots(chosen.directory, chosen.roots))
         self._verifier = AdapterVerifier(
             LinearTable(linears), base_id, max_rank=chosen.max_rank, max_bytes=chosen.max_adapter_bytes
         )
-        self._flights = Flights(worker_count=WORKER_COUNT, limit=MAX_FLIGHTS, timeout_s=chosen.fetch_timeout_s)
+        self._flights = Flights(
+            worker_count=chosen.fetch_workers, limit=chosen.fetch_queue_limit, timeout_s=chosen.fetch_timeout_s
+        )
         self._failures = Failures(chosen.negative_cache_s, clock)
         self._aliases: dict[str, Path] = {}
         self._entries: OrderedDict[str, tuple[Fingerprint, CatalogEntry]] = OrderedDict()
         self._problems: dict[str, AdapterError] = {}
-        self._shelf: HubShelf | None = None
+        self._cache = open_disk_cache(settings)
+        self._staging = Staging(self._cache)
+        self._default_source = chosen.default_source
+        self._stores = StoreSource(
+            chosen.stores,
+            self._cache,
+            self._staging,
+            max_bytes=chosen.max_adapter_bytes,
+            timeout_s=STORE_TIMEOUT_S,
+            resolve=resolve_host,
+        )
+        self._by_location: RemoteShelf[Location] = self._shelf("store", self._stores, clock)
+        self._by_name: dict[str, RemoteShelf[AdapterName]] = {}
         if chosen.allow_hub:
-            source = HubSource(
-                (chosen.cache_dir or settings.data_dir / "adapters") / "hub",
+            hub = HubSource(
+                self._cache,
+                self._staging,
                 max_bytes=chosen.max_adapter_bytes,
                 timeout_s=min(chosen.fetch_timeout_s, 10.0),
                 endpoint=hub_endpoint,
             )
-            self._shelf = HubShelf(source, self._verifier, self._flights, self._failures, clock)
+            self._by_name["hub"] = self._shelf("hub", hub, clock)
+        pbase = _pbase(chosen, self._stores, resolve_host)
+        if pbase is not None:
+            self._by_name["pbase"] = self._shelf("pbase", pbase, clock)
+
+    def _shelf(self, kind: str, source: RemoteSource[NameT], clock: Callable[[], float]) -> RemoteShelf[NameT]:
+        return RemoteShelf(kind, source, self._cache, self._verifier, self._flights, self._failures, clock)
 
     @property
     def problems(self) -> Mapping[str, AdapterError]:
@@ -137,8 +168,8 @@ class AdapterCatalog:
     async def start(self) -> None:
         """Verify every adapter in the adapters directory. A bad one becomes a problem; the others are served."""
         names = self._local.listed()
-        for first in range(0, len(names), WORKER_COUNT):
-            await asyncio.gather(*map(self._try, names[first : first + WORKER_COUNT]))
+        for first in range(0, len(names), STARTUP_CHECKS):
+            await asyncio.gather(*map(self._try, names[first : first + STARTUP_CHECKS]))
 
     async def _try(self, name: str) -> None:
         try:
@@ -166,47 +197,58 @@ class AdapterCatalog:
         """Find an adapter, fetching and verifying it where needed.
 
         Args:
-            name: See `node.adapters.names`; or the content hash of an adapter that is known.
-            source: "local" or "hub"; None: local first, then, for owner/name, the hub.
-            token: The client's own hub token.
+            name: See `node.adapters.names` and `node.adapters.locations`; or the content hash of an adapter that is known.
+            source: One of SOURCES; None: local first, then the default source.
+            token: The client's own token for hub and pbase.
             pin: The content hash the client insists on.
 
         Raises:
             AdapterError: Every kind; the message names the adapter.
         """
-        parsed = parse_name(name)
-        entry = await self._find(parsed, source, token)
+        entry = await self._find(name, source, token)
         if pin is not None and entry.adapter_id != pin:
             raise AdapterChangedError(f"adapter {name} is now {entry.adapter_id}; the request is pinned to {pin}", param="model")
         return entry
 
     def entries(self) -> tuple[CatalogEntry, ...]:
-        """The adapters known now that anybody may use, by name. Private ones of the hub are not listed."""
+        """The adapters known now that anybody may use, by name. Private and gated ones are not listed."""
         known = {entry.name: entry for _, entry in self._entries.values()}
-        if self._shelf is not None:
-            for revision, name, verified in self._shelf.public():
-                known.setdefault(name, CatalogEntry(name, "hub", revision, verified))
+        for source, shelf in self._by_name.items():
+            for revision, name, verified in shelf.public():
+                known.setdefault(name, CatalogEntry(name, source, revision, verified))
+        for revision, name, verified in self._by_location.public():
+            known.setdefault(name, CatalogEntry(name, parse_location(name).source, revision, verified))
         return tuple(known[name] for name in sorted(known))
 
     async def close(self) -> None:
         """Stop fetching; adapters already verified stay valid for the requests that have them."""
         await self._flights.close()
 
-    async def _find(self, name: AdapterName, source: str | None, token: str | None) -> CatalogEntry:
+    def fetching(self) -> list[Progress]:
+        """The downloads under way now."""
+        return self._staging.progress()
+
+    async def _find(self, text: str, source: str | None, token: str | None) -> CatalogEntry:
         if source not in (None, *SOURCES):
             raise AdapterForbiddenError(
                 f"adapter source {source[:40]!r} is not offered; use one of {', '.join(SOURCES)}", param="adapter_source"
             )
-        if source != "hub":
+        if is_location(text) or source in LOCATION_SOURCES:
+            return await self._from_store(text, source)
+        name = parse_name(text)
+        if source in (None, "local"):
             directory = self._find_directory(name)
             if directory is not None:
                 return await self._from_directory(str(name), directory)
             self._entries.pop(str(name), None)
         if _CONTENT_ID.fullmatch(name.path):
             return await self._find_by_content(name)
-        if source == "local" or not (name.is_hub_id or source == "hub"):
+        chosen = source or self._default_source
+        if chosen in LOCATION_SOURCES:
+            return await self._from_store(text, chosen)
+        if chosen == "local" or not (name.is_hub_id or source is not None):
             raise AdapterNotFoundError(f"adapter {name}: this node has no adapter directory of that name", param="model")
-        return await self._from_hub(name, token)
+        return await self._from_named(chosen, name, token)
 
     async def _find_by_content(self, name: AdapterName) -> CatalogEntry:
         """An adapter by what it is. The files are looked at again: a moved alias must not answer for its old hash."""
@@ -243,13 +285,32 @@ class AdapterCatalog:
         self._problems.pop(name, None)
         return entry
 
-    async def _from_hub(self, name: AdapterName, token: str | None) -> CatalogEntry:
-        if self._shelf is None:
-            raise AdapterForbiddenError(
-                f"adapter {name}: this node fetches nothing from the hub (adapters.allow_hub is false)", param="model"
-            )
-        revision, verified = await self._shelf.resolve(name, token)
-        return CatalogEntry(str(name), "hub", revision, verified)
+    async def _from_named(self, source: str, name: AdapterName, token: str | None) -> CatalogEntry:
+        shelf = self._by_name.get(source)
+        if shelf is None:
+            key = "adapters.allow_hub is false" if source == "hub" else "adapters.pbase_url is not set"
+            raise AdapterForbiddenError(f"adapter {name}: this node fetches nothing from {source} ({key})", param="model")
+        revision, verified = await shelf.resolve(name, token)
+        return CatalogEntry(str(name), source, revision, verified)
+
+    async def _from_store(self, text: str, source: str | None) -> CatalogEntry:
+        """An adapter of one of the operator's stores. A location outside them is refused before anything is asked."""
+        location = parse_location(text, source if source in LOCATION_SOURCES else None)
+        if source not in (None, location.source):
+            raise AdapterForbiddenError(f"adapter location {location} is not of source {source}", param="adapter_source")
+        self._stores.require_allowed(location)
+        revision, verified = await self._by_location.resolve(location, None)
+        return CatalogEntry(str(location), location.source, revision, verified)
+
+
+def _pbase(settings: AdapterSettings, stores: StoreSource, resolve: Resolve) -> PbaseSource | None:
+    if settings.pbase_url is None:
+        return None
+    if settings.pbase_store is None:
+        raise ConfigError("adapters.pbase_url needs adapters.pbase_store, the store that its adapter paths lie in")
+    # The endpoint is the operator's own choice, so it may be on a private network.
+    door = WebDoor(STORE_TIMEOUT_S, allows_private=True, resolve=resolve)
+    return PbaseSource(settings.pbase_url, settings.pbase_store, stores, door)
 
 
 def _roots(directory: Path | None, further: Sequence[Path]) -> tuple[Path, ...]:

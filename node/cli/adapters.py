@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from node.adapters.disk_cache import open_disk_cache
 from node.cli.operate import operate
 from node.cli.options import ConfigOption, DataDirOption, JsonOption, settings_from
 from node.cli.table import print_json, print_rows
+from node.config import parse_size
 
 app = typer.Typer(help="List, add and inspect adapters of the running node.", no_args_is_help=True)
 
@@ -41,6 +43,38 @@ def add(
     """
     entry = operate(settings_from(config, data_dir), "adapters.add", directory=str(directory.absolute()), name=name)
     typer.echo(f"serving {entry['name']} ({entry['adapter_id']})")
+
+
+@app.command()
+def gc(
+    to: Annotated[
+        str | None, typer.Option(help="Size to shrink to, for example 5GiB or 0; default: adapters.cache_bytes.")
+    ] = None,
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove the adapters fetched to disk that were used longest ago. What was used in the last ten minutes stays.
+
+    Example: openlora-node adapters gc --to 5GiB
+    """
+    cache = open_disk_cache(settings_from(config, data_dir))
+    removed = cache.collect(cache.limit_bytes if to is None else _size(to))
+    left = cache.entries()
+    if as_json:
+        shown = [{"directory": str(entry.directory), "size_bytes": entry.size_bytes} for entry in removed]
+        print_json({"removed": shown, "left_count": len(left), "left_bytes": sum(entry.size_bytes for entry in left)})
+        return
+    for entry in removed:
+        typer.echo(f"removed {entry.directory.relative_to(cache.root)} ({entry.size_bytes} bytes)")
+    typer.echo(f"{len(removed)} removed, {len(left)} left ({sum(entry.size_bytes for entry in left)} bytes)")
+
+
+def _size(text: str) -> int:
+    try:
+        return int(parse_size(text))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--to") from error
 
 
 @app.command()

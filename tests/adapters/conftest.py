@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from node.adapters.catalog import AdapterCatalog
+from node.adapters.sources.web import resolve_host
 from node.config import AdapterSettings, Settings
 from node.request import LinearShape
 
@@ -110,10 +111,10 @@ def clock() -> Clock:
 def make_catalog(
     tmp_path: Path, writer: AdapterWriter, linears: tuple[LinearShape, ...], clock: Clock
 ) -> Callable[..., AdapterCatalog]:
-    def make(*, endpoint: str | None = None, **changes: Any) -> AdapterCatalog:
+    def make(*, endpoint: str | None = None, resolve: Any = resolve_host, **changes: Any) -> AdapterCatalog:
         adapters = AdapterSettings(directory=writer.root, **({"allow_hub": False, "max_rank": 64} | changes))
         settings = Settings(data_dir=tmp_path / "data", adapters=adapters)
-        return AdapterCatalog(settings, linears, BASE_ID, clock, hub_endpoint=endpoint)
+        return AdapterCatalog(settings, linears, BASE_ID, clock, hub_endpoint=endpoint, resolve_host=resolve)
 
     return make
 

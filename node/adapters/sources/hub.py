@@ -1,7 +1,7 @@
-"""Adapters from the Hugging Face hub: three files of one commit, nothing else, staged as plain files under its hash.
+"""Adapters from the Hugging Face hub: the files of one commit, nothing else, in the node's own cache under its hash.
 
-`HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE` and the rest mean what the library's documentation says. Downloads go
-through its cache; the node serves from its own directory, where a verified file cannot be a link to something that moves.
+`HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE` and the rest mean what the library's documentation says. It downloads straight into
+the node's cache, so that one size limit holds for everything fetched, and goes on where a download broke off.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,16 @@ import msgspec
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import OfflineModeIsEnabled
 
+from node.adapters.disk_cache import DiskCache
 from node.adapters.names import AdapterName
+from node.adapters.remote import RemoteFile, RemoteVersion
 from node.adapters.sources.hub_errors import from_hub, translated
+from node.adapters.staging import Staging
 from node.adapters.verify import ADAPTER_FILES, WEIGHTS_FILE, refuse_names
 from node.errors import AdapterForbiddenError, AdapterInvalidError, AdapterNotFoundError, AdapterUnavailableError
 
 SMALL_FILE_BYTES = 1 << 20  # configuration and manifest
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-@dataclass(frozen=True, slots=True)
-class HubCommit:
-    """What a name stands for on the hub now. `is_private` covers gated repositories: both are shown only to some tokens."""
-
-    commit: str
-    is_private: bool
-    file_names: tuple[str, ...] = ()
-    sizes: tuple[int | None, ...] = ()
 
 
 class _Reference(msgspec.Struct, frozen=True):
@@ -48,20 +40,23 @@ class HubSource:
     """Fetches adapters. Every method blocks: call them on a worker thread.
 
     Args:
-        directory: Where staged adapters are kept: <directory>/<owner>--<name>/<commit>.
+        cache: Where fetched adapters are kept: hub/<owner>--<name>/<commit>. staging: fills it.
         max_bytes: Limit on the weights file.
         timeout_s: Limit on one answer about a repository; a download is bounded by the library's own HF_HUB_DOWNLOAD_TIMEOUT.
         endpoint: The hub's address; None: HF_ENDPOINT, else the public hub.
     """
 
-    def __init__(self, directory: Path, *, max_bytes: int, timeout_s: float, endpoint: str | None = None) -> None:
-        self._directory = directory
+    def __init__(
+        self, cache: DiskCache, staging: Staging, *, max_bytes: int, timeout_s: float, endpoint: str | None = None
+    ) -> None:
+        self._cache = cache
+        self._staging = staging
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
         self._endpoint = endpoint
         self._api = HfApi(endpoint=endpoint)
 
-    def look_up(self, name: AdapterName, token: str | None) -> HubCommit:
+    def look_up(self, name: AdapterName, token: str | None) -> RemoteVersion:
         """Ask the hub what `name` stands for, with the caller's right to see it.
 
         Args:
@@ -85,61 +80,56 @@ class HubSource:
         self._refuse_oversized(found)
         return found
 
-    def fetch(self, name: AdapterName, found: HubCommit, token: str | None) -> Path:
+    def fetch(self, name: AdapterName, found: RemoteVersion, token: str | None) -> Path:
         """Download and stage what `look_up` found; returns the staged directory.
 
         Raises:
             The errors of `look_up`, and AdapterUnavailableError (cache_full) where nothing can be written.
         """
-        staged = self._staged(name, found.commit)
+        staged = self._staged(name, found.revision)
+        wanted = [file for file in found.files if file.name in ADAPTER_FILES]
         with translated(name):
-            if not (staged / WEIGHTS_FILE).is_file():
-                self._stage(name, found, token, staged)
+            with self._staging.filling(staged, str(name), wanted) as part:
+                if part is not None:
+                    self._download(name, found, token, part)
             self._remember(name, found)
         return staged
 
-    def _stage(self, name: AdapterName, found: HubCommit, token: str | None, staged: Path) -> None:
-        """All files appear under the final name at once, so that a crash never leaves half an adapter there."""
-        staged.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".staging-", dir=staged.parent) as scratch:
-            filling = Path(scratch) / "adapter"
-            filling.mkdir()
-            for file in (file for file in ADAPTER_FILES if file in found.file_names):
-                cached = hf_hub_download(
-                    name.path,
-                    file,
-                    revision=found.commit,
-                    token=token,
-                    endpoint=self._endpoint,
-                    etag_timeout=self._timeout_s,
-                )
-                _place(Path(os.path.realpath(cached)), filling / file)
-            try:
-                filling.rename(staged)
-            except OSError:
-                if not (staged / WEIGHTS_FILE).is_file():  # else another thread was faster, with the same commit
-                    raise
+    def _download(self, name: AdapterName, found: RemoteVersion, token: str | None, part: Path) -> None:
+        for file in (file for file in ADAPTER_FILES if file in found.file_names):
+            hf_hub_download(
+                name.path,
+                file,
+                revision=found.revision,
+                token=token,
+                endpoint=self._endpoint,
+                etag_timeout=self._timeout_s,
+                local_dir=part,
+            )
+        shutil.rmtree(part / ".cache", ignore_errors=True)  # the library's notes about the download
 
-    def _refuse_oversized(self, found: HubCommit) -> None:
-        for file, size in zip(found.file_names, found.sizes, strict=True):
-            limit = self._max_bytes if file == WEIGHTS_FILE else SMALL_FILE_BYTES
-            if file in ADAPTER_FILES and size is not None and size > limit:
-                raise AdapterInvalidError(f"{file} has {size} bytes on the hub; the limit is {limit}", code="adapter_too_large")
+    def _refuse_oversized(self, found: RemoteVersion) -> None:
+        for file in found.files:
+            limit = self._max_bytes if file.name == WEIGHTS_FILE else SMALL_FILE_BYTES
+            if file.name in ADAPTER_FILES and file.size_bytes is not None and file.size_bytes > limit:
+                raise AdapterInvalidError(
+                    f"{file.name} has {file.size_bytes} bytes on the hub; the limit is {limit}", code="adapter_too_large"
+                )
 
     def _staged(self, name: AdapterName, commit: str) -> Path:
-        return self._directory / name.path.replace("/", "--") / commit
+        return self._cache.place("hub", name.path.replace("/", "--"), commit)
 
     def _reference_file(self, name: AdapterName) -> Path:
-        return self._directory / name.path.replace("/", "--") / f"ref-{name.revision or 'main'}.json"
+        return self._cache.place("hub", name.path.replace("/", "--"), f".ref-{name.revision or 'main'}.json")
 
-    def _remember(self, name: AdapterName, found: HubCommit) -> None:
-        content = msgspec.json.encode(_Reference(found.commit, found.is_private))
+    def _remember(self, name: AdapterName, found: RemoteVersion) -> None:
+        content = msgspec.json.encode(_Reference(found.revision, found.is_private))
         file = self._reference_file(name)
         with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".ref-", delete=False) as scratch:
             scratch.write(content)
         os.replace(scratch.name, file)
 
-    def _look_up_offline(self, name: AdapterName, error: OfflineModeIsEnabled) -> HubCommit:
+    def _look_up_offline(self, name: AdapterName, error: OfflineModeIsEnabled) -> RemoteVersion:
         """The last commit seen under this name. A private one stays closed: nobody can say who may read it."""
         try:
             known = msgspec.json.decode(self._reference_file(name).read_bytes(), type=_Reference)
@@ -152,21 +142,15 @@ class HubSource:
             raise AdapterForbiddenError(
                 f"{name} is private or gated, and offline nobody can check who may use it; go online", code="adapter_gated"
             ) from error
-        return HubCommit(known.commit, known.is_private)
+        return RemoteVersion(known.commit, known.is_private)
 
 
-def _commit_of(info: Any, name: AdapterName) -> HubCommit:
+def _commit_of(info: Any, name: AdapterName) -> RemoteVersion:
     if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
         raise AdapterUnavailableError(f"the hub names no commit for {name}", retry_after_s=60.0)
     files = list(info.siblings or ())
     names = [str(file.rfilename) for file in files]
     refuse_names(names)
-    return HubCommit(info.sha, bool(info.private or info.gated), tuple(names), tuple(file.size for file in files))
-
-
-def _place(cached: Path, target: Path) -> None:
-    """A hard link where the cache is on the same file system: a commit's bytes never change, so sharing them is safe."""
-    try:
-        os.link(cached, target)
-    except OSError:
-        shutil.copyfile(cached, target)
+    return RemoteVersion(
+        info.sha, bool(info.private or info.gated), tuple(RemoteFile(str(file.rfilename), file.size) for file in files)
+    )

@@ -1,6 +1,6 @@
-"""Adapters of the hub that were fetched and verified, and who was found to be allowed to use them.
+"""Adapters of one source that were fetched and verified, and who was found to be allowed to use them.
 
-Every (name, token) pair is checked with the hub at its first use and again a minute later, so a token that loses its right, a
+Every (name, token) pair is checked with the source at its first use and again a minute later, so a token that loses its right, a
 repository that turns private and a branch that moves all take effect.
 """
 
@@ -11,43 +11,55 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Generic
 
+from node.adapters.disk_cache import DiskCache
 from node.adapters.failures import Failures
 from node.adapters.flights import Flights
-from node.adapters.names import AdapterName
-from node.adapters.sources.hub import HubCommit, HubSource
+from node.adapters.remote import NameT, RemoteSource, RemoteVersion
 from node.adapters.verify import AdapterVerifier, Fingerprint, VerifiedAdapter, fingerprint
 from node.errors import AdapterChangedError, AdapterError, AdapterInvalidError, AdapterUnavailableError
 
 RECHECK_S = 60.0
 MAX_SHELVED = 4096
 
-Key = tuple[str, str, str]  # ("hub", name, digest of the token)
+Key = tuple[str, str, str]  # (kind, name, digest of the token)
 
 
 @dataclass(frozen=True, slots=True)
 class _Shelved:
     """One name as one caller may use it."""
 
-    commit: str
+    revision: str
     is_private: bool
     verified: VerifiedAdapter
     state: Fingerprint
     checked_s: float
 
 
-class HubShelf:
-    """Resolves hub names. Belongs to the catalog's event loop; blocking work goes through `flights`."""
+class RemoteShelf(Generic[NameT]):
+    """Resolves the names of one source. Belongs to the catalog's event loop; blocking work goes through `flights`.
+
+    Args:
+        kind: Keeps the keys of different sources apart.
+        source: Looks up and fetches. cache: where it fetches to, told of every use.
+        verifier: Checks what was fetched. failures: the negative cache.
+        clock: Monotonic seconds.
+    """
 
     def __init__(
         self,
-        source: HubSource,
+        kind: str,
+        source: RemoteSource[NameT],
+        cache: DiskCache,
         verifier: AdapterVerifier,
         flights: Flights,
         failures: Failures,
         clock: Callable[[], float],
     ) -> None:
+        self._kind = kind
         self._source = source
+        self._cache = cache
         self._verifier = verifier
         self._flights = flights
         self._failures = failures
@@ -55,32 +67,32 @@ class HubShelf:
         self._shelved: OrderedDict[Key, _Shelved] = OrderedDict()
         self._content: OrderedDict[Path, str] = OrderedDict()  # staged directory -> content hash
 
-    async def resolve(self, name: AdapterName, token: str | None) -> tuple[str, VerifiedAdapter]:
-        """The commit a name stands for and its verified adapter.
+    async def resolve(self, name: NameT, token: str | None) -> tuple[str, VerifiedAdapter]:
+        """The revision a name stands for and its verified adapter.
 
         Raises:
-            AdapterError: The hub's refusal, or what is wrong with the files. AdapterChangedError: a commit's files changed.
+            AdapterError: The source's refusal, or what is wrong with the files. AdapterChangedError: a revision's files changed.
         """
-        key = ("hub", str(name), _digest(token))
+        key = (self._kind, str(name), _digest(token))
         known = self._shelved.get(key)
         if known is not None and self._clock() - known.checked_s < RECHECK_S and self._is_unchanged(known):
             self._shelved.move_to_end(key)
-            return known.commit, known.verified
+            return known.revision, known.verified
         self._failures.raise_known(key)
         shelved = await self._flights.join(key, lambda: self._refresh(key, name, token))
-        return shelved.commit, shelved.verified
+        return shelved.revision, shelved.verified
 
     def public(self) -> list[tuple[str, str, VerifiedAdapter]]:
-        """(commit, name, adapter) of everything that is neither private nor gated."""
-        return [(item.commit, key[1], item.verified) for key, item in self._shelved.items() if not item.is_private]
+        """(revision, name, adapter) of everything that is neither private nor gated."""
+        return [(item.revision, key[1], item.verified) for key, item in self._shelved.items() if not item.is_private]
 
-    async def _refresh(self, key: Key, name: AdapterName, token: str | None) -> _Shelved:
+    async def _refresh(self, key: Key, name: NameT, token: str | None) -> _Shelved:
         known = self._shelved.get(key)
         try:
             shelved = await self._fetch(name, token)
         except AdapterUnavailableError as error:
             if known is not None and not known.is_private and self._is_unchanged(known):
-                # The bytes are verified and public; only whether the branch moved is unknown until the hub answers again.
+                # The bytes are verified and public; only whether the branch moved is unknown until the source answers again.
                 return self._shelve(key, replace(known, checked_s=self._clock()))
             self._failures.remember(key, error)
             raise
@@ -90,30 +102,31 @@ class HubShelf:
             raise
         return self._shelve(key, shelved)
 
-    async def _fetch(self, name: AdapterName, token: str | None) -> _Shelved:
+    async def _fetch(self, name: NameT, token: str | None) -> _Shelved:
         found = await self._flights.call(self._look_up, name, token)
         directory = await self._flights.call(self._source.fetch, name, found, token)
+        await self._flights.call(self._cache.touch, directory)
         state = fingerprint(directory)
         try:
             verified = await self._flights.call(self._verifier.verify, directory)
         except AdapterInvalidError as error:
             raise _named(error, name) from error
         self._check_content(directory, verified.adapter_id, name)
-        return _Shelved(found.commit, found.is_private, verified, state, self._clock())
+        return _Shelved(found.revision, found.is_private, verified, state, self._clock())
 
-    def _look_up(self, name: AdapterName, token: str | None) -> HubCommit:
+    def _look_up(self, name: NameT, token: str | None) -> RemoteVersion:
         try:
             return self._source.look_up(name, token)
         except AdapterInvalidError as error:
             raise _named(error, name) from error
 
-    def _check_content(self, directory: Path, adapter_id: str, name: AdapterName) -> None:
-        """A commit's content never changes; if its files do, somebody changed them here."""
+    def _check_content(self, directory: Path, adapter_id: str, name: NameT) -> None:
+        """A revision's content never changes; if its files do, somebody changed them here."""
         before = self._content.setdefault(directory, adapter_id)
         if before != adapter_id:
             raise AdapterChangedError(
-                f"adapter {name}: the cached files of its commit were {before} and are now {adapter_id}; delete {directory.name}"
-                " from the adapter cache and ask again",
+                f"adapter {name}: the cached files of its revision were {before} and are now {adapter_id}; delete "
+                f"{directory.name} from the adapter cache and ask again",
                 param="model",
             )
         while len(self._content) > MAX_SHELVED:
@@ -131,7 +144,7 @@ class HubShelf:
         return fingerprint(known.verified.directory) == known.state
 
 
-def _named(error: AdapterInvalidError, name: AdapterName) -> AdapterInvalidError:
+def _named(error: AdapterInvalidError, name: NameT) -> AdapterInvalidError:
     return AdapterInvalidError(f"adapter {name}: {error.message}", code=error.error_code, param="model")
 
 

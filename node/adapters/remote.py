@@ -1,0 +1,58 @@
+"""What every source outside this machine has in common: it says which version a name stands for, and fetches that version."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+NameT = TypeVar("NameT")
+NameT_contra = TypeVar("NameT_contra", contravariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """One file of an adapter at its source. `tag` is the source's own version mark (an ETag), where it has one."""
+
+    name: str
+    size_bytes: int | None
+    tag: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteVersion:
+    """What a name stands for now.
+
+    Attributes:
+        revision: A commit, or a digest of the files' version marks; other files always have another one.
+        is_private: Whether only some callers may see it; it is then never listed.
+        files: Everything the source shows for the name.
+    """
+
+    revision: str
+    is_private: bool
+    files: tuple[RemoteFile, ...] = ()
+
+    @property
+    def file_names(self) -> list[str]:
+        return [file.name for file in self.files]
+
+
+class RemoteSource(Protocol[NameT_contra]):
+    """A source. Every method blocks: call them on a worker thread."""
+
+    def look_up(self, name: NameT_contra, token: str | None) -> RemoteVersion:
+        """Ask what `name` stands for, with the caller's right to see it.
+
+        Raises:
+            AdapterError: The source's refusal, or files that are no adapter.
+        """
+        ...
+
+    def fetch(self, name: NameT_contra, found: RemoteVersion, token: str | None) -> Path:
+        """Download and stage what `look_up` found; returns the staged directory.
+
+        Raises:
+            The errors of `look_up`, and AdapterUnavailableError (cache_full, source_limit).
+        """
+        ...
