@@ -18,7 +18,7 @@ from node.adapters.binding import LinearTable
 from node.adapters.disk_cache import open_disk_cache
 from node.adapters.failures import Failures
 from node.adapters.flights import Flights
-from node.adapters.locations import Location, is_location, parse_location
+from node.adapters.locations import SCHEMES, SOURCES, Location, is_location, parse_location
 from node.adapters.names import AdapterName, parse_name
 from node.adapters.remote import NameT, RemoteSource
 from node.adapters.shelf import RemoteShelf
@@ -44,8 +44,6 @@ from node.resources import data_path
 STARTUP_CHECKS = 4  # at once; the engine loads its model meanwhile
 STORE_TIMEOUT_S = 10.0  # on connecting and on every single read
 DEMO_ADAPTERS = "config/demo/adapters"
-SOURCES = ("local", "hub", "s3", "gcs", "azure", "http", "pbase")
-LOCATION_SOURCES = ("s3", "gcs", "azure", "http")
 _CONTENT_ID = re.compile(r"[0-9a-f]{64}")
 
 
@@ -233,7 +231,7 @@ class AdapterCatalog:
             raise AdapterForbiddenError(
                 f"adapter source {source[:40]!r} is not offered; use one of {', '.join(SOURCES)}", param="adapter_source"
             )
-        if is_location(text) or source in LOCATION_SOURCES:
+        if is_location(text) or source in SCHEMES:
             return await self._from_store(text, source)
         name = parse_name(text)
         if source in (None, "local"):
@@ -244,7 +242,7 @@ class AdapterCatalog:
         if _CONTENT_ID.fullmatch(name.path):
             return await self._find_by_content(name)
         chosen = source or self._default_source
-        if chosen in LOCATION_SOURCES:
+        if chosen in SCHEMES:
             return await self._from_store(text, chosen)
         if chosen == "local" or not (name.is_hub_id or source is not None):
             raise AdapterNotFoundError(f"adapter {name}: this node has no adapter directory of that name", param="model")
@@ -295,7 +293,7 @@ class AdapterCatalog:
 
     async def _from_store(self, text: str, source: str | None) -> CatalogEntry:
         """An adapter of one of the operator's stores. A location outside them is refused before anything is asked."""
-        location = parse_location(text, source if source in LOCATION_SOURCES else None)
+        location = parse_location(text, source if source in SCHEMES else None)
         if source not in (None, location.source):
             raise AdapterForbiddenError(f"adapter location {location} is not of source {source}", param="adapter_source")
         self._stores.require_allowed(location)

@@ -17,6 +17,7 @@ from node.errors import AdapterForbiddenError, AdapterIdError
 MAX_LOCATION_CHARACTERS = 1024
 MAX_PARTS = 16
 SCHEMES = {"s3": ("s3",), "gcs": ("gs",), "azure": ("az",), "http": ("https", "http")}  # adapter_source -> its schemes
+SOURCES = ("local", "hub", *SCHEMES, "pbase")  # every `adapter_source`
 _AUTHORITY = re.compile(r"[a-z0-9]([a-z0-9._-]{0,251}[a-z0-9])?(:[0-9]{1,5})?")
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+-]{0,127}")
 _PRINTABLE = re.compile(r"[\x21-\x7e]+")

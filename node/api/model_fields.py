@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from node.adapters.locations import SOURCES
 from node.api.fields import Fields
 from node.api.generation import Limits, NamedTerm
 from node.errors import RequestError, UnsupportedError
 
-_MAX_NAME_CHARS = 512
+_MAX_NAME_CHARS = 1024
 _MAX_TOKEN_CHARS = 4096
-_SOURCES = ("hub", "local", "s3", "pbase", "http")
 
 
 def read_model(fields: Fields) -> str:
@@ -22,8 +22,8 @@ def read_model(fields: Fields) -> str:
 def read_source(fields: Fields) -> tuple[str | None, str | None]:
     """(`adapter_source`, `api_token`). The token is the adapter source's own credential, never this node's key."""
     source = fields.label("adapter_source", 32)
-    if source is not None and source.lower() not in _SOURCES:
-        raise fields.error("adapter_source", f"must be one of {', '.join(_SOURCES)}")
+    if source is not None and source.lower() not in SOURCES:
+        raise fields.error("adapter_source", f"must be one of {', '.join(SOURCES)}")
     return source.lower() if source else None, fields.label("api_token", _MAX_TOKEN_CHARS)
 
 
