@@ -62,10 +62,12 @@ class LinearShape(msgspec.Struct, frozen=True):
     """One kind of linear module of the base that an adapter may change, for validating adapters without torch.
 
     `name` is the module's path inside the transformers model with the layer number as `{layer}`, for example
-    "model.layers.{layer}.self_attn.q_proj" or "lm_head"; `layer_count` is 1 for modules outside the layers.
+    "model.layers.{layer}.self_attn.q_proj" or "lm_head"; `layer_count` is 1 for modules outside the layers. `head_count` is how
+    many heads the output rows are, of queries and keys only.
     """
 
     name: str
     in_features: int
     out_features: int
     layer_count: int
+    head_count: int = 0

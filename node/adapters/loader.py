@@ -17,28 +17,39 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from attribution import identity
 from attribution.errors import AttributionError
-from node.adapters.binding import BoundModule, LinearTable, bind
-from node.adapters.lora_config import LoraConfig, read_lora_config
-from node.adapters.safetensors_file import SafetensorsFile, TensorEntry
+from node.adapters.binding import Binding, BoundModule, LinearTable, bind
+from node.adapters.formats.opening import TensorFile, open_adapter
+from node.adapters.lora_config import LoraConfig
+from node.adapters.safetensors_file import TensorEntry
+from node.adapters.side import BaseWeights, SideBuilder, side_bytes
 from node.errors import AdapterChangedError, AdapterError, AdapterUnavailableError, EngineError
 from node.kernels.layout import ModuleSpan, PageLayout
+from node.kernels.lora import SideTensors
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 Page = npt.NDArray[Any]  # [page_elements] float32, or uint16 holding the bits of bfloat16
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlan:
-    """What an adapter needs, known from its headers alone. `rank` is its largest; it decides the number of pages."""
+    """What an adapter needs, known from its headers alone. `rank` is its largest; it decides the number of pages.
+
+    `side_bytes` is what it takes beside its pages, on the same device (see `side`); 0 for most.
+    """
 
     adapter_id: str
     directory: Path
     config: LoraConfig
-    modules: tuple[BoundModule, ...]
+    binding: Binding
     rank: int
+    side_bytes: int = 0
+
+    @property
+    def modules(self) -> tuple[BoundModule, ...]:
+        return self.binding.modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +65,7 @@ class Filled:
 
     plan: AdapterPlan
     seconds: float
+    side: SideTensors | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +87,7 @@ class AdapterLoader:
         layout: The model's pages.
         table: The model's linear modules.
         max_rank: Limit on ranks. max_bytes: limit on an adapter's file.
+        base: The base's weights, for DoRA and adapters of the embedding; None refuses those.
         job_limit: Jobs not yet taken over; the caller keeps within it.
         wake: Called from the loader thread after each outcome, to end the step loop's idle wait.
     """
@@ -86,6 +99,7 @@ class AdapterLoader:
         *,
         max_rank: int,
         max_bytes: int,
+        base: BaseWeights | None = None,
         job_limit: int = 8,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
@@ -93,6 +107,7 @@ class AdapterLoader:
         self._table = table
         self._max_rank = max_rank
         self._max_bytes = max_bytes
+        self._base = base
         self._wake = wake
         self._jobs: queue.Queue[tuple[str, Job] | None] = queue.Queue(job_limit + 1)  # one more for the word to stop
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()  # bounded by job_limit
@@ -143,10 +158,10 @@ class AdapterLoader:
             self._wake()
 
     def _inspect(self, adapter_id: str, directory: Path) -> Outcome:
-        config = read_lora_config(directory, self._max_rank)
-        with SafetensorsFile.open(directory / WEIGHTS_FILE, self._max_bytes) as file:
-            modules = bind(file.entries, config, self._table)
-        return Inspected(AdapterPlan(adapter_id, directory, config, modules, max(module.rank for module in modules)))
+        with open_adapter(directory, self._table.shapes, max_rank=self._max_rank, max_bytes=self._max_bytes) as adapter:
+            binding = bind(adapter.file.entries, adapter.config, self._table)
+        needed = binding.page_rank_needed
+        return Inspected(AdapterPlan(adapter_id, directory, adapter.config, binding, needed, side_bytes(binding, 4)))
 
     def _fill(self, plan: AdapterPlan, pages: Sequence[Page]) -> Outcome:
         """Copy every tensor into the pages, hashing the very bytes that are copied.
@@ -155,15 +170,21 @@ class AdapterLoader:
         answer names the hash, so it has to be the hash of what computed the answer. SHA-256 runs at 1.8 GB/s, off the step loop.
         """
         started = time.perf_counter()
-        with SafetensorsFile.open(plan.directory / WEIGHTS_FILE, self._max_bytes) as file:
+        is_float = not pages or pages[0].dtype == np.float32
+        side = SideBuilder(plan.binding, self._layout, self._base, torch.float32 if is_float else torch.bfloat16)
+        with open_adapter(plan.directory, self._table.shapes, max_rank=self._max_rank, max_bytes=self._max_bytes) as adapter:
             writers = _writers(plan, self._layout, pages)
-            tensors = [_hashed(file, entry, writers) for entry in file.entries.values()]
-            found = identity.adapter_id(tensors, plan.config.raw, threads=1)
+            tensors = [_hashed(adapter.file, entry, writers, side) for entry in adapter.file.entries.values()]
+            found = identity.adapter_id(tensors, adapter.config.raw, threads=1)
         if found != plan.adapter_id:
             raise AdapterChangedError(
                 f"the adapter's files hash to {found} and {plan.adapter_id} was asked for; they changed after they were verified"
             )
-        return Filled(plan, time.perf_counter() - started)
+
+        def write_b(module: BoundModule, values: npt.NDArray[np.float32]) -> None:
+            _matrix_writer(pages, self._layout.page_rank, self._layout.spans[module.name], is_b=True)(values, "F32")
+
+        return Filled(plan, time.perf_counter() - started, side.finish(write_b))
 
 
 def _guarded(adapter_id: str, job: Job) -> Outcome:
@@ -184,21 +205,24 @@ def _guarded(adapter_id: str, job: Job) -> Outcome:
 Writer = Callable[[npt.NDArray[Any], str], None]
 
 
-def _writers(plan: AdapterPlan, layout: PageLayout, pages: Sequence[Page]) -> dict[str, Writer]:
-    """For every tensor of the file, the function that writes it into the pages."""
-    writers: dict[str, Writer] = {}
+def _writers(plan: AdapterPlan, layout: PageLayout, pages: Sequence[Page]) -> dict[str, list[Writer]]:
+    """For every tensor of the file that pages hold, the functions that write it; one tensor may serve several fused modules."""
+    writers: dict[str, list[Writer]] = {}
     for module in plan.modules:
         span = layout.spans[module.name]
-        writers[module.a_tensor] = _matrix_writer(pages, layout.page_rank, span, is_b=False)
-        writers[module.b_tensor] = _matrix_writer(pages, layout.page_rank, span, is_b=True)
+        writers.setdefault(module.a_tensor, []).append(_matrix_writer(pages, layout.page_rank, span, is_b=False))
+        if module.magnitude_tensor is None:  # DoRA's B is written when its gain is known
+            write = _matrix_writer(pages, layout.page_rank, span, is_b=True, first_row=module.first_row)
+            writers.setdefault(module.b_tensor, []).append(write)
     return writers
 
 
-def _matrix_writer(pages: Sequence[Page], page_rank: int, span: ModuleSpan, *, is_b: bool) -> Writer:
+def _matrix_writer(pages: Sequence[Page], page_rank: int, span: ModuleSpan, *, is_b: bool, first_row: int = 0) -> Writer:
     offset, width = (span.b_offset, span.out_features) if is_b else (span.a_offset, span.in_features)
 
     def write(values: npt.NDArray[Any], dtype: str) -> None:
-        rows = convert(values, dtype, pages[0].dtype)
+        part_of_b = values[first_row : first_row + width] if is_b else values
+        rows = convert(part_of_b, dtype, pages[0].dtype)
         rows = rows.T if is_b else rows  # pages are rank-major; the file has B as [out_features, rank]
         for index, page in enumerate(pages):
             part = rows[index * page_rank : (index + 1) * page_rank]
@@ -207,14 +231,17 @@ def _matrix_writer(pages: Sequence[Page], page_rank: int, span: ModuleSpan, *, i
     return write
 
 
-def _hashed(file: SafetensorsFile, entry: TensorEntry, writers: dict[str, Writer]) -> identity.TensorEntry:
+def _hashed(file: TensorFile, entry: TensorEntry, writers: dict[str, list[Writer]], side: SideBuilder) -> identity.TensorEntry:
     """A tensor that is written into its pages when it is read for the hash, so that each byte is fetched once."""
 
     def read() -> bytes:
         values = file.read(entry.name)
-        if entry.name not in writers:
+        if entry.name not in writers and not side.wants(entry.name):
             raise AdapterChangedError(f"tensor {entry.name[:200]!r} is new; the adapter's files changed after they were verified")
-        writers[entry.name](values, entry.dtype)
+        for write in writers.get(entry.name, ()):
+            write(values, entry.dtype)
+        if side.wants(entry.name):
+            side.take(entry.name, values)
         return values.tobytes()
 
     return identity.TensorEntry(entry.name, entry.dtype, entry.shape, read)

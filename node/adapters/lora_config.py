@@ -29,15 +29,15 @@ CODE = "adapter_config_invalid"
 DESCRIPTIVE = frozenset(
     {
         *("base_model_name_or_path", "corda_config", "ephemeral_gpu_offload", "eva_config", "inference_mode"),
-        *("init_lora_weights", "layers_pattern", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core"),
+        *("init_lora_weights", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core"),
         *("peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"),
     }
 )
-# Honoured below. fan_in_fan_out is how the base stores its weight; A and B have one layout either way.
+# Honoured here or in `binding`. fan_in_fan_out is how the base stores its weight; A and B have one layout either way.
 HONOURED = frozenset(
     {
-        *("alpha_pattern", "bias", "exclude_modules", "fan_in_fan_out", "layers_to_transform", "lora_alpha", "peft_type"),
-        *("r", "rank_pattern", "target_modules", "use_rslora"),
+        *("alpha_pattern", "bias", "exclude_modules", "fan_in_fan_out", "layers_pattern", "layers_to_transform", "lora_alpha"),
+        *("lora_bias", "peft_type", "r", "rank_pattern", "target_modules", "use_dora", "use_rslora"),
     }
 )
 # Would run, or ask for, code of the adapter's author; with what to do instead. PEFT itself writes auto_mapping, the class and the
@@ -51,7 +51,26 @@ CODE_FIELDS = {
 # Of the ways to initialise, those that leave the base model alone. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract something
 # from the base weights, so such an adapter is right only on its own changed base (PEFT can convert it before saving).
 PLAIN_INITIALISATIONS = (None, True, False, "true", "gaussian", "eva", "orthogonal")
-FEATURE_NAMES = {"use_dora": "DoRA", "modules_to_save": "whole modules saved beside LoRA", "lora_bias": "a bias in lora_B"}
+FEATURE_NAMES = {
+    "modules_to_save": "whole modules saved beside LoRA",
+    "trainable_token_indices": "trained tokens",
+    "alora_invocation_tokens": "activated LoRA",
+    "layer_replication": "layers of the base used several times",
+    "target_parameters": "LoRA on single parameters",
+    "ensure_weight_tying": "one adapter on tied embeddings",
+}
+PEFT_TYPE_NAMES = {
+    "ADALORA": "AdaLoRA",
+    "ADAPTION_PROMPT": "LLaMA-Adapter",
+    "IA3": "IA3",
+    "LOHA": "LoHa",
+    "LOKR": "LoKr",
+    "PREFIX_TUNING": "prefix tuning",
+    "PROMPT_TUNING": "prompt tuning",
+    "P_TUNING": "p-tuning",
+    "VERA": "VeRA",
+    "XLORA": "X-LoRA",
+}
 
 _Value = TypeVar("_Value")
 
@@ -65,6 +84,9 @@ class LoraConfig:
         alpha: Numerator of the scale, likewise.
         target_modules: Module names or suffixes, or one regular expression.
         exclude_modules: The same, taken away again.
+        use_dora: Every adapted module has a magnitude vector.
+        has_lora_bias: Every adapted module adds scale * lora_B.bias.
+        layers_to_transform: Layer numbers; empty: all layers. layers_pattern: what stands before the number in a module's name.
         raw: The whole parsed file, for the content hash.
     """
 
@@ -76,6 +98,9 @@ class LoraConfig:
     target_modules: tuple[str, ...] | str
     exclude_modules: tuple[str, ...] | str
     layers_to_transform: tuple[int, ...]
+    layers_pattern: tuple[str, ...]
+    use_dora: bool
+    has_lora_bias: bool
     raw: Mapping[str, Any]
 
 
@@ -105,6 +130,11 @@ def parse_lora_config(content: bytes, max_rank: int) -> LoraConfig:
     raw = parse_strict(content, CONFIG_FILE, CODE)
     if not isinstance(raw, dict):
         raise _invalid("the file", raw, "a JSON object")
+    return check_lora_config(raw, max_rank)
+
+
+def check_lora_config(raw: Mapping[str, Any], max_rank: int) -> LoraConfig:
+    """The same from the parsed file, or from a configuration that another format states in its own way."""
     _refuse_features(raw)
     rank_pattern = _pattern(raw, "rank_pattern")
     alpha_pattern = _pattern(raw, "alpha_pattern")
@@ -117,6 +147,9 @@ def parse_lora_config(content: bytes, max_rank: int) -> LoraConfig:
         target_modules=_names(raw, "target_modules"),
         exclude_modules=_names(raw, "exclude_modules"),
         layers_to_transform=_layers(raw.get("layers_to_transform")),
+        layers_pattern=_layer_names(raw),
+        use_dora=_flag(raw, "use_dora"),
+        has_lora_bias=_flag(raw, "lora_bias"),
         raw=raw,
     )
 
@@ -197,7 +230,9 @@ def _refuse_features(raw: Mapping[str, Any]) -> None:
             known_as = f" ({FEATURE_NAMES[field]})" if field in FEATURE_NAMES else ""
             raise _unsupported(f"{field[:80]} = {str(value)[:80]}{known_as}")
     if raw.get("peft_type") != "LORA":
-        raise _unsupported(f"peft_type = {str(raw.get('peft_type'))[:40]}")
+        kind = str(raw.get("peft_type"))[:40]
+        known_as = f" ({PEFT_TYPE_NAMES[kind]})" if kind in PEFT_TYPE_NAMES else ""
+        raise _unsupported(f"peft_type = {kind}{known_as}")
     if raw.get("bias", "none") not in ("none", None):
         raise _unsupported(f"bias = {str(raw['bias'])[:40]}")
     initialisation = raw.get("init_lora_weights")
@@ -212,7 +247,8 @@ def _is_off(value: Any) -> bool:
 
 def _unsupported(setting: str) -> AdapterInvalidError:
     return AdapterInvalidError(
-        f"{CONFIG_FILE} has {setting}; this node serves plain LoRA on linear modules only", code="adapter_feature_unsupported"
+        f"{CONFIG_FILE} has {setting}; this node serves LoRA and DoRA on linear modules and the embedding",
+        code="adapter_feature_unsupported",
     )
 
 
@@ -267,6 +303,11 @@ def _names(raw: Mapping[str, Any], field: str) -> tuple[str, ...] | str:
     if not isinstance(value, list) or len(value) > MAX_NAMES or not all(isinstance(name, str) for name in value):
         raise _invalid(field, value, f"up to {MAX_NAMES} names or one expression of up to {MAX_PATTERN_CHARACTERS} characters")
     return tuple(value)
+
+
+def _layer_names(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    stated = _names(raw, "layers_pattern")
+    return (stated,) if isinstance(stated, str) and stated else tuple(stated)
 
 
 def _layers(value: Any) -> tuple[int, ...]:

@@ -170,10 +170,16 @@ class AdapterPool:
             self._inspecting.add(adapter_id)
             self._loader.inspect(adapter_id, directory)
             return
-        place = self._claim(self._layout.pages_for_rank(plan.rank))
+        place = self._claim(self._page_count_of(plan))
         if place is not None:
             self._filling[adapter_id] = place
-            self._loader.fill(plan, [self._pages[page] for page in place.pages])
+            self._loader.fill(plan, [self._pages[page] for page in place.pages[: self._layout.pages_for_rank(plan.rank)]])
+
+    def _page_count_of(self, plan: AdapterPlan) -> int:
+        """Pages an adapter is charged. What it needs beside its pages (see `node.adapters.side`) is charged in whole pages that
+        stay untouched, so that one bound holds for both."""
+        page_bytes = self._layout.page_elements * self._pages.itemsize
+        return self._layout.pages_for_rank(plan.rank) + -(-plan.side_bytes // page_bytes)
 
     def _claim(self, page_count: int) -> _Place | None:
         """Take a slot and pages, evicting only when that yields enough; None when it does not."""
@@ -194,6 +200,7 @@ class AdapterPool:
         place = self._resident.pop(adapter_id)
         self.tensors.ranks[:, place.slot] = 0
         self.tensors.slot_pages[place.slot] = -1
+        self.tensors.sides.pop(place.slot, None)
         self._give_back(place)
         self.evictions_total += 1
 
@@ -205,7 +212,10 @@ class AdapterPool:
         """Make a complete adapter visible to the step loop: from here on its slot can be named in a batch."""
         plan = filled.plan
         place = self._filling.pop(plan.adapter_id)
-        self.tensors.slot_pages[place.slot, : len(place.pages)] = torch.tensor(place.pages, dtype=torch.int32)
+        count = self._layout.pages_for_rank(plan.rank)
+        self.tensors.slot_pages[place.slot, :count] = torch.tensor(place.pages[:count], dtype=torch.int32)
+        if filled.side is not None:
+            self.tensors.sides[place.slot] = filled.side
         for module in plan.modules:
             index = self._layout.spans[module.name].index
             self.tensors.ranks[index, place.slot] = module.rank
@@ -244,7 +254,7 @@ class AdapterPool:
     def _too_large(self, adapter_ids: Sequence[str]) -> Residency | None:
         """Whether a recipe can never be resident as a whole, as far as its adapters' sizes are known."""
         plans = [self._plans[adapter_id] for adapter_id in adapter_ids if adapter_id in self._plans]
-        page_count = sum(self._layout.pages_for_rank(plan.rank) for plan in plans)
+        page_count = sum(self._page_count_of(plan) for plan in plans)
         if page_count <= self.page_count and len(adapter_ids) <= self.slot_count:
             return None
         page_bytes = self._layout.page_elements * self._pages.itemsize

@@ -17,18 +17,36 @@ from attribution import identity
 from attribution.errors import IdentityError, ManifestError
 from attribution.manifest import MAX_BYTES as MAX_MANIFEST_BYTES
 from attribution.manifest import Manifest
-from node.adapters.binding import BoundModule, LinearTable, bind
-from node.adapters.lora_config import CONFIG_FILE, read_lora_config
+from node.adapters.binding import Binding, LinearTable, bind
+from node.adapters.formats.layout import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    MAX_DIRECTORY_ENTRIES,
+    WEIGHTS_FILE,
+    locate,
+    refuse_code,
+    wanted_files,
+)
+from node.adapters.formats.opening import TensorFile, open_adapter
+from node.adapters.linear_table import EMBEDDING
 from node.adapters.regular_file import read_whole
-from node.adapters.safetensors_file import SafetensorsFile, TensorEntry
+from node.adapters.safetensors_file import TensorEntry
 from node.errors import AdapterInvalidError
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-MANIFEST_FILE = "manifest.json"
+__all__ = [
+    "ADAPTER_FILES",
+    "MAX_DIRECTORY_ENTRIES",
+    "WEIGHTS_FILE",
+    "AdapterVerifier",
+    "Coverage",
+    "Fingerprint",
+    "VerifiedAdapter",
+    "fingerprint",
+    "refuse_names",
+]
+
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE)
-PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 HASH_THREADS = 2  # verification shares the machine with the engine
-MAX_DIRECTORY_ENTRIES = 10_000
 MAX_REMEMBERED = 4096
 _INFINITE_BF16 = np.uint16(0x7F80)  # all exponent bits: infinity or not a number
 
@@ -46,7 +64,11 @@ class Coverage:
 
 @dataclass(frozen=True, slots=True)
 class VerifiedAdapter:
-    """An adapter that may be served. `rank` is its largest; `size_bytes` the length of its weights file."""
+    """An adapter that may be served. `rank` is its largest; `size_bytes` the length of its weights file.
+
+    `has_side` says that it is more than factors of linear modules (DoRA, biases of lora_B, the embedding): only an exact sum of
+    adapters can hold it, no other merge.
+    """
 
     adapter_id: str
     directory: Path
@@ -55,6 +77,7 @@ class VerifiedAdapter:
     size_bytes: int
     manifest: Manifest | None
     manifest_hash: str | None
+    has_side: bool = False
 
 
 class AdapterVerifier:
@@ -96,25 +119,25 @@ class AdapterVerifier:
         return verified
 
     def _verify(self, directory: Path) -> VerifiedAdapter:
-        _refuse_code_and_pickle(directory)
-        config = read_lora_config(directory, self._max_rank)
-        with SafetensorsFile.open(directory / WEIGHTS_FILE, self._max_bytes) as weights:
-            bound = bind(weights.entries, config, self._table)
-            tensors = [_hashable(weights, entry) for entry in weights.entries.values()]
+        refuse_code(directory)
+        with open_adapter(directory, self._table.shapes, max_rank=self._max_rank, max_bytes=self._max_bytes) as adapter:
+            bound = bind(adapter.file.entries, adapter.config, self._table)
+            tensors = [_hashable(adapter.file, entry) for entry in adapter.file.entries.values()]
             try:
-                adapter_id = identity.adapter_id(tensors, config.raw, threads=HASH_THREADS)
+                adapter_id = identity.adapter_id(tensors, adapter.config.raw, threads=HASH_THREADS)
             except IdentityError as error:
                 raise AdapterInvalidError(f"{CONFIG_FILE}: {error}", code="adapter_config_invalid") from error
-            size_bytes = weights.size_bytes
+            size_bytes = adapter.file.size_bytes
         manifest = self._read_manifest(directory, adapter_id)
         return VerifiedAdapter(
             adapter_id=adapter_id,
             directory=directory,
-            rank=max(module.rank for module in bound),
+            rank=bound.rank,
             coverage=_coverage(bound, self._table),
             size_bytes=size_bytes,
             manifest=manifest,
             manifest_hash=manifest.manifest_hash() if manifest is not None else None,
+            has_side=bound.embedding is not None or any(module.needs_side for module in bound.modules),
         )
 
     def _read_manifest(self, directory: Path, adapter_id: str) -> Manifest | None:
@@ -141,7 +164,14 @@ class AdapterVerifier:
 
 def fingerprint(directory: Path) -> Fingerprint:
     """What changes when a file of the adapter is written or replaced; None stands for a file that is not there."""
-    return tuple(_file_fingerprint(directory / name) for name in ADAPTER_FILES)
+    found = tuple(_file_fingerprint(directory / name) for name in ADAPTER_FILES)
+    if found[1] is not None:
+        return found
+    try:
+        layout = locate(directory)
+    except (AdapterInvalidError, OSError):
+        return found
+    return (*found, _file_fingerprint(layout.weights), layout.config and _file_fingerprint(layout.config))
 
 
 def _file_fingerprint(path: Path) -> tuple[int, int, int, int] | None:
@@ -156,34 +186,12 @@ def refuse_names(names: list[str]) -> None:
     """Refuse an adapter by the names of its files, before any of them is opened or fetched.
 
     Raises:
-        AdapterInvalidError: adapter_code_refused (Python files), adapter_format_unsupported (no safetensors weights).
+        AdapterInvalidError: adapter_code_refused (Python files), adapter_format_unsupported (no weights in a format read here).
     """
-    scripts = [name for name in names if name.endswith(".py")]
-    if scripts:
-        raise AdapterInvalidError(
-            f"the adapter holds program code ({scripts[0][:80]!a}); an adapter is data only, remove it",
-            code="adapter_code_refused",
-        )
-    if WEIGHTS_FILE not in names:
-        pickles = [name for name in names if name.endswith(PICKLE_ENDINGS)]
-        found = f" (it has {pickles[0][:80]!a})" if pickles else ""
-        raise AdapterInvalidError(
-            f"only safetensors adapters are accepted: {WEIGHTS_FILE} is missing{found}; save it with safe_serialization=True",
-            code="adapter_format_unsupported",
-        )
+    wanted_files(names)
 
 
-def _refuse_code_and_pickle(directory: Path) -> None:
-    names: list[str] = []
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            names.append(entry.name)
-            if len(names) > MAX_DIRECTORY_ENTRIES:
-                raise AdapterInvalidError(f"the adapter's directory has more than {MAX_DIRECTORY_ENTRIES} entries")
-    refuse_names(sorted(names))
-
-
-def _hashable(weights: SafetensorsFile, entry: TensorEntry) -> identity.TensorEntry:
+def _hashable(weights: TensorFile, entry: TensorEntry) -> identity.TensorEntry:
     """A tensor as the content hash wants it. Looking for NaN happens in the same read, so each byte is fetched once."""
 
     def read() -> bytes:
@@ -203,10 +211,11 @@ def _refuse_nonfinite(data: bytes, entry: TensorEntry) -> None:
         raise AdapterInvalidError(f"tensor {entry.name!r} holds NaN or infinity", code="adapter_nonfinite")
 
 
-def _coverage(bound: tuple[BoundModule, ...], table: LinearTable) -> tuple[Coverage, ...]:
+def _coverage(bound: Binding, table: LinearTable) -> tuple[Coverage, ...]:
     adapted: dict[str, int] = {}
-    for module in bound:
+    for module in bound.modules:
         kind = table.shapes[module.name].name
         adapted[kind] = adapted.get(kind, 0) + 1
     base = {linear.name: linear.layer_count for linear in table.shapes.values()}
-    return tuple(Coverage(kind, count, base[kind]) for kind, count in adapted.items())
+    embedding = () if bound.embedding is None else (Coverage(EMBEDDING, 1, 1),)
+    return (*embedding, *(Coverage(kind, count, base[kind]) for kind, count in adapted.items()))

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 
 from node.engine.scheduler import Work
-from node.kernels.lora import LoraRows, lora_rows
+from node.kernels.lora import LoraPool, LoraRows, lora_rows
+from node.kernels.side import SideGroup, side_rows
 from node.models.inputs import StepInputs
 
 Ints = npt.NDArray[np.int64]
@@ -82,3 +83,11 @@ def adapter_rows(work: Sequence[Work], slot_of: Callable[[str], int]) -> LoraRow
     """The adapters of every row, terms in recipe order (the order they are summed in, so it is part of the answer)."""
     terms = [[(slot_of(term.adapter_id), term.weight) for term in item.sequence.terms] for item in work]
     return lora_rows(terms, [item.count for item in work])
+
+
+def side_groups(work: Sequence[Work], slot_of: Callable[[str], int], pool: LoraPool) -> tuple[SideGroup, ...] | None:
+    """The rows whose adapters have more than pages hold. While no resident adapter has such a thing this looks at nothing."""
+    if not pool.sides:
+        return None
+    terms = [tuple((slot_of(term.adapter_id), term.weight) for term in item.sequence.terms) for item in work]
+    return side_rows(pool, terms, [item.count for item in work])

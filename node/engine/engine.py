@@ -297,6 +297,7 @@ def open_engine(
         LinearTable(spec.linear_kinds),
         max_rank=adapter_settings.max_rank,
         max_bytes=adapter_settings.max_adapter_bytes,
+        base=loaded.model,
         wake=wake,
     )
     adapters = AdapterPool(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from node.engine.batch import build_inputs
+from node.engine.batch import build_inputs, side_groups
 from node.engine.grammar import mask_width
 from node.engine.sampler import DrawRow, RowMask, draw, next_token_logprobs
 from node.engine.scheduler import Work, WorkResult
@@ -72,6 +72,7 @@ class Runner:
     def launch(self, work: list[Work]) -> Flight:
         """Run the model over every row of a plan's work."""
         inputs = build_inputs(work, self._kv.block_size, self._adapters.slot_of)
+        inputs.side = side_groups(work, self._adapters.slot_of, self._adapters.tensors)
         logits = self._model.forward(inputs, self._kv, self._adapters.tensors)
         if self._watch_logits is not None:
             self._watch_logits(work, logits)

@@ -33,6 +33,16 @@ class PackedLinear:
     in_features: int
     is_panelled: bool
 
+    def unpacked(self) -> Tensor:
+        """The weight as it was given to `pack_linear`, [O, H], in its dtype: for work at load time, never in a step."""
+        if not self.is_panelled:
+            return self.data
+        if self.data.dim() == 3:
+            rows = self.data.permute(0, 2, 1).reshape(-1, self.data.shape[1])
+        else:
+            rows = self.data.permute(0, 2, 1, 3).reshape(self.data.shape[0] * self.data.shape[2], -1)
+        return rows[: self.out_features, : self.in_features]
+
 
 @dataclass(frozen=True, slots=True)
 class LoraSpans:

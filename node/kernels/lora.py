@@ -1,16 +1,44 @@
 """The LoRA arguments of one step, shared by the torch reference and the compiled kernels.
 
-Shape letters: T rows (tokens), N (row, adapter) terms of the step, S slots, P pages, M modules of the model, R page rank.
+Shape letters: T rows (tokens), N (row, adapter) terms of the step, S slots, P pages, M modules of the model, R page rank,
+O outputs, H hidden, V vocabulary, r rank of one adapter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingDelta:
+    """E[t] becomes (1 + gain) * E[t] + a[t] b, all in float32.
+
+    Attributes:
+        a: [V, r] in the pages' dtype. b: [H, r] float32, scale and gain multiplied in. gain: [H] float32, g - 1, or None.
+    """
+
+    a: Tensor
+    b: Tensor
+    gain: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class SideTensors:
+    """One adapter's tensors beside its pages (`node.kernels.side`), on the pages' device, by module index (`ModuleSpan.index`).
+
+    Attributes:
+        gains: [O] float32, g - 1. biases: [O] float32, g * s * c.
+        embedding: None where the adapter leaves the embedding alone.
+    """
+
+    gains: Mapping[int, Tensor] = field(default_factory=dict)
+    biases: Mapping[int, Tensor] = field(default_factory=dict)
+    embedding: EmbeddingDelta | None = None
 
 
 @dataclass(slots=True)
@@ -23,6 +51,7 @@ class LoraPool:
         ranks: [M, S] int32. Rank of module m in slot s; 0 where the adapter does not touch the module.
         scales: [M, S] float32. alpha / r, alpha / sqrt(r) for rsLoRA, per module.
         page_rank: R.
+        sides: What pages cannot hold, by slot, of the few adapters that have such a thing; see `node.kernels.side`.
     """
 
     pages: Tensor
@@ -30,6 +59,7 @@ class LoraPool:
     ranks: Tensor
     scales: Tensor
     page_rank: int
+    sides: dict[int, SideTensors] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -11,13 +11,16 @@ Shape letters: T rows (tokens), W rows that want logits, H hidden, V vocabulary,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from node.kernels.lora import LoraPool, LoraRows
+from node.kernels.lora import LoraPool
 from node.kernels.ops import Kernels, LoraSpans, PackedLinear
+from node.kernels.side import SideGroup, add_to_embedding, overwrite_rows, select_groups
 from node.models.inputs import KVCache, StepInputs
 
 
@@ -48,6 +51,11 @@ class DecoderLayer:
     down: FusedLinear
     next_norm: Tensor
 
+    @property
+    def linears(self) -> tuple[FusedLinear, ...]:
+        """Every linear module of the layer."""
+        return self.qkv, self.o, self.gate_up, self.down
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
@@ -66,7 +74,7 @@ class DecoderWeights:
 class Decoder:
     """A `CausalLM`. Keeps nothing between calls but its weights, which `kernels` packed."""
 
-    def __init__(self, weights: DecoderWeights, kernels: Kernels) -> None:
+    def __init__(self, weights: DecoderWeights, kernels: Kernels[Any, Any]) -> None:
         self._weights = weights
         self._kernels = kernels
         self._head_module = int(weights.head.spans.table[0, 0])
@@ -85,11 +93,21 @@ class Decoder:
         kernels, weights, lora, eps = self._kernels, self._weights, inputs.lora, self._weights.eps
         linear, add_rms_norm = kernels.linear, kernels.add_rms_norm
 
-        def project(rows: Tensor, module: FusedLinear) -> Tensor:
-            return linear(rows, module.packed, module.bias, pool=pool, rows=lora, spans=module.spans)
+        def project(rows: Tensor, module: FusedLinear) -> Any:
+            product = linear(rows, module.packed, module.bias, pool=pool, rows=lora, spans=module.spans)
+            if inputs.side is not None and pool is not None:
+                y = kernels.finish(product, rows.dtype)
+                self._overwrite(y, rows, module, pool, inputs.side)
+                product = kernels.unfinish(y)
+            return product
 
-        x = weights.embedding[inputs.token_ids]
-        h = kernels.rms_norm(x, weights.first_norm, eps)
+        plan = kernels.plan_attention(
+            inputs.block_tables, inputs.query_start, inputs.context_lens, inputs.max_query, inputs.max_context
+        )
+        x, h = kernels.embed_rms_norm(inputs.token_ids, weights.embedding, weights.first_norm, eps)
+        if inputs.side is not None and pool is not None:
+            add_to_embedding(x, inputs.token_ids, pool, inputs.side)
+            h = kernels.rms_norm(x, weights.first_norm, eps)
         for layer, keys, values in zip(weights.layers, kv.keys, kv.values, strict=True):
             q = kernels.rope_kv_write(
                 project(h, layer.qkv),
@@ -104,7 +122,7 @@ class Decoder:
                 eps=eps,
             )
             h = kernels.paged_attention(
-                q, keys, values, inputs.block_tables, inputs.query_start, inputs.context_lens, weights.scale, layer.window
+                q, keys, values, inputs.block_tables, inputs.query_start, inputs.context_lens, weights.scale, layer.window, plan
             )
             h = add_rms_norm(project(h, layer.o), x, layer.post_attention_norm, eps)  # x += W_o attention
             h = kernels.silu_mul(project(h, layer.gate_up))
@@ -112,23 +130,33 @@ class Decoder:
         return self._logits(h, inputs, pool)
 
     def _logits(self, h: Tensor, inputs: StepInputs, pool: LoraPool | None) -> Tensor:
-        """Project the wanted rows on the vocabulary. A row that adapters do not change here is not looked up at all."""
-        head, lora = self._weights.head, inputs.lora
-        if inputs.logit_rows.numel() == 0:
-            return torch.empty((0, head.packed.out_features), dtype=torch.float32)
-        if pool is None or not bool(pool.ranks[self._head_module].any()):
-            lora = None
-        rows = None if lora is None else select_rows(lora, inputs.logit_rows)
-        return self._kernels.linear(
-            h[inputs.logit_rows], head.packed, head.bias, pool=pool, rows=rows, spans=head.spans, out_dtype=torch.float32
-        )
+        """Project the wanted rows on the vocabulary."""
+        kernels, head, wanted = self._kernels, self._weights.head, inputs.logit_rows
+        if wanted is not None and wanted.numel() == 0:
+            return torch.empty((0, head.packed.out_features), dtype=torch.float32, device=h.device)
+        rows = kernels.head_rows(inputs.lora, pool, wanted, self._head_module)
+        x = h if wanted is None else h[wanted]
+        product = kernels.linear(x, head.packed, head.bias, pool=pool, rows=rows, spans=head.spans, out_dtype=torch.float32)
+        y = kernels.finish(product, torch.float32)
+        if inputs.side is not None and pool is not None:
+            groups = inputs.side if wanted is None else select_groups(inputs.side, wanted)
+            self._overwrite(y, x, head, pool, groups or ())
+        return y
 
+    def _overwrite(self, y: Tensor, x: Tensor, module: FusedLinear, pool: LoraPool, groups: Sequence[SideGroup]) -> None:
+        """Rows whose adapters have more than pages hold."""
+        overwrite_rows(self._kernels, y, x, module.packed, module.bias, pool=pool, groups=groups, spans=module.spans)
 
-def select_rows(lora: LoraRows, rows: Tensor) -> LoraRows:
-    """The adapters of some rows, in the order of `rows` [W] int64."""
-    first = lora.row_start[rows].long()
-    counts = lora.row_start[rows + 1].long() - first
-    row_start = torch.zeros(rows.numel() + 1, dtype=torch.int64)
-    torch.cumsum(counts, 0, out=row_start[1:])
-    terms = torch.arange(int(row_start[-1])) + torch.repeat_interleave(first - row_start[:-1], counts)
-    return LoraRows(row_start=row_start.int(), slot=lora.slot[terms], weight=lora.weight[terms])
+    # ---- BaseWeights, for what is computed once when an adapter is loaded
+
+    def linear_weight(self, index: int) -> Tensor:
+        """The weight [outputs, inputs] of one linear module, by its index in the page layout."""
+        for module in (self._weights.head, *(m for layer in self._weights.layers for m in layer.linears)):
+            for found, _, _, _, outputs, column in module.spans.table.tolist():
+                if found == index:
+                    return module.packed.unpacked()[column : column + outputs]
+        raise ValueError(f"the model has no linear module of index {index}")
+
+    def embedding_weight(self) -> Tensor:
+        """[V, H]."""
+        return self._weights.embedding

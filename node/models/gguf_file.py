@@ -10,17 +10,20 @@ Source: the GGUF specification of the ggml project.
 from __future__ import annotations
 
 import math
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self
 
 import numpy as np
-import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
-from torch import Tensor
 
 from node.errors import ModelLoadError
+
+if TYPE_CHECKING:  # the API process reads the headers of adapters here, and imports no torch
+    import torch
+    from torch import Tensor
 
 QUANTISATIONS: Final = frozenset(
     ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
@@ -60,15 +63,36 @@ class GgufFile:
         self.path = path
         try:
             with path.open("rb") as file:
-                header = _Header(path, file)
-                self.metadata, self.tensors = header.parse()
+                self._parse(file, path.stat().st_size)
         except OSError as error:
             raise ModelLoadError(
                 f"{path} cannot be read; check that it exists and its permissions", code="model_corrupt"
             ) from error
+
+    @classmethod
+    def from_descriptor(cls, descriptor: int, name: str, *, header_limit_bytes: int) -> Self:
+        """Parse the header of an open file, which stays open and belongs to the caller; `read` is not for such a file.
+
+        Args:
+            name: How messages call the file.
+            header_limit_bytes: Metadata and directory may not be longer; what they build in memory is a multiple of it.
+
+        Raises:
+            ModelLoadError: As for a path.
+        """
+        parsed = cls.__new__(cls)
+        parsed.path = Path(name)
+        with os.fdopen(os.dup(descriptor), "rb") as file:
+            file.seek(0)
+            parsed._parse(file, os.fstat(descriptor).st_size, header_limit_bytes)
+        return parsed
+
+    def _parse(self, file: BinaryIO, size_bytes: int, limit_bytes: int | None = None) -> None:
+        try:
+            self.metadata, self.tensors = _Header(self.path, file, size_bytes, limit_bytes).parse()
         except (struct.error, UnicodeDecodeError, ValueError, MemoryError) as error:
             raise ModelLoadError(
-                f"the header of {path} is not a GGUF header; download the model again", code="model_corrupt"
+                f"the header of {self.path} is not a GGUF header; download the model again", code="model_corrupt"
             ) from error
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -77,6 +101,8 @@ class GgufFile:
         Raises:
             ModelLoadError: model_corrupt. The file changed while it was read.
         """
+        import torch  # see the top of the file
+
         tensor = self.tensors[name]
         result = torch.empty(tensor.shape, dtype=dtype)
         rows = result.view(-1, tensor.shape[-1])
@@ -95,12 +121,13 @@ class GgufFile:
 
 
 class _Header:
-    """Reads the header front to back; `_take` refuses any length that the file cannot hold."""
+    """Reads the header front to back; `_take` refuses any length that the file, or the limit on headers, cannot hold."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO, size_bytes: int, limit_bytes: int | None) -> None:
         self._path = path
         self._file = file
-        self._size = path.stat().st_size
+        self._size = size_bytes
+        self._left = size_bytes if limit_bytes is None else min(size_bytes, limit_bytes)
 
     def parse(self) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
         if self._size < 24 or self._take(4) != b"GGUF":
@@ -182,14 +209,17 @@ class _Header:
 
     def _take(self, count: int) -> bytes:
         self._check(count)
+        self._left -= count
         data = self._file.read(count)
         if len(data) != count:
             raise _corrupt(f"{self._path} has {self._size} bytes and ends inside its header")
         return data
 
     def _check(self, count: int) -> None:
-        if count > self._size:
-            raise _corrupt(f"{self._path} has {self._size} bytes and its header states a value of {count}")
+        if count > self._left:
+            raise _corrupt(
+                f"{self._path} has {self._size} bytes, {self._left} of them left for its header, which states a value of {count}"
+            )
 
 
 def _corrupt(what: str) -> ModelLoadError:

@@ -11,7 +11,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from node.kernels.device_rows import DeviceRows
 from node.kernels.lora import LoraPool, LoraRows
+from node.kernels.side import SideGroup
 
 
 @dataclass(slots=True)
@@ -25,8 +27,10 @@ class StepInputs:
         query_start: [Q + 1] int32. Rows of sequence q are query_start[q] .. query_start[q + 1] - 1.
         context_lens: [Q] int32. Tokens of the sequence after this step; the last row attends to all of them.
         block_tables: [Q, max_blocks] int32. Unused entries are 0.
-        logit_rows: [W] int64. Rows whose logits are wanted.
-        lora: None when no row uses an adapter.
+        logit_rows: [W] int64. Rows whose logits are wanted; None for all.
+        lora: The rows' adapters as the kernels take them; None when no row uses one.
+        side: Rows whose adapters have more than pages hold (DoRA, biases, the embedding); None when there are none.
+        max_query, max_context: The most rows and tokens of one sequence; a GPU's attention wants to know.
     """
 
     token_ids: Tensor
@@ -35,8 +39,11 @@ class StepInputs:
     query_start: Tensor
     context_lens: Tensor
     block_tables: Tensor
-    logit_rows: Tensor
-    lora: LoraRows | None
+    logit_rows: Tensor | None
+    lora: LoraRows | DeviceRows | None
+    side: tuple[SideGroup, ...] | None = None
+    max_query: int = 0
+    max_context: int = 0
 
 
 @dataclass(slots=True)

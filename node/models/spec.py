@@ -64,8 +64,8 @@ class ModelSpec:
         attention, mlp = "model.layers.{layer}.self_attn.", "model.layers.{layer}.mlp."
         hidden, inter, layers = self.hidden_size, self.intermediate_size, self.layer_count
         return (
-            LinearShape(attention + "q_proj", hidden, self.q_size, layers),
-            LinearShape(attention + "k_proj", hidden, self.kv_size, layers),
+            LinearShape(attention + "q_proj", hidden, self.q_size, layers, self.head_count),
+            LinearShape(attention + "k_proj", hidden, self.kv_size, layers, self.kv_head_count),
             LinearShape(attention + "v_proj", hidden, self.kv_size, layers),
             LinearShape(attention + "o_proj", self.q_size, hidden, layers),
             LinearShape(mlp + "gate_proj", hidden, inter, layers),
