@@ -118,6 +118,7 @@ __device__ void produce(const Work& work, const Ring& ring, const CUtensorMap* w
     tensor_prefetch_l2(w_map, ahead_k * kGemmBlockK, ahead.row_tile * work.tile_rows, once);
   }
   wait_for_dependencies();
+  launch_dependents();  // not before the wait: whoever starts now may read the same x (lora_work.h, Follow::kWaitLast)
   RingPosition at;
   for (Items<kCluster> items(work); !items.is_done(); items.next()) {
     for (int k = items.first_k; k < items.end_k; ++k, at.advance(work.stages)) {
@@ -236,10 +237,10 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_gemm(const __grid_constant
   const int overrun = max(0, 128 * kBlocks - work.tile_rows - kTokens) * kRowBytes;
   ring.barriers = ring.buffers + work.stages * ring.stage_bytes + overrun;
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  launch_dependents();
   if (threadIdx.x == kConsumerWarps * 32) {
     tensor_map_prefetch(&w_map);
     tensor_map_prefetch(&x_map);
+#pragma unroll 1
     for (int stage = 0; stage < work.stages; ++stage) {
       barrier_init(ring.full(stage), 1);
       barrier_init(ring.empty(stage), kConsumerWarps * kCluster);
@@ -314,8 +315,6 @@ bool encode_map(EncodeTiled encode, CUtensorMap* map, const void* matrix, int64_
                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
-
-static_assert(sizeof(Work) <= 64, "kernel parameters stay small");
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 

@@ -1,0 +1,141 @@
+"""The cut of the skinny GEMM into work items: plain C++ arithmetic, compiled here without CUDA."""
+
+import ctypes
+import shutil
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from node.kernels.build import compiler, source_dir
+
+SHARED_BYTES = 232_448  # what a Hopper block can have
+LAYER_SHAPES = {(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)}
+SMALL_SHAPES = {(960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576)}
+FIELDS = ("tile_rows", "row_blocks", "tile_tokens", "planes", "stages", "cluster", "l2_blocks", "shared_bytes", "stage_bytes")
+SOURCE = """
+#include "gemm_plan.h"
+using namespace openlora;
+extern "C" bool can_run(long long t, long long n, long long k) { return gemm_can_run(t, n, k); }
+extern "C" bool is_faster(long long t, long long n, long long k) { return gemm_is_faster(t, n, k); }
+extern "C" int planes(long long n, long long k) { return gemm_planes(n, k); }
+extern "C" int plane_start(int blocks, int planes, int plane) { return gemm_plane_start(blocks, planes, plane); }
+extern "C" void plan(long long t, long long n, long long k, int* out) {
+  const SkinnyGemmPlan p = gemm_plan(t, n, k);
+  const int values[] = {p.tile_rows, p.row_blocks, p.tile_tokens, p.planes, p.stages, p.cluster, p.l2_blocks,
+                        gemm_shared_bytes(p), gemm_stage_bytes(p)};
+  for (int i = 0; i < 9; ++i) out[i] = values[i];
+}
+"""
+
+tokens = st.integers(1, 256)
+outputs = st.integers(1, 20_000).map(lambda n: 8 * n)
+inputs = st.integers(1, 400).map(lambda k: 64 * k)
+
+
+class Planner:
+    """The header's functions, callable."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        library.can_run.restype = library.is_faster.restype = ctypes.c_bool
+        for name in ("can_run", "is_faster", "planes", "plan"):
+            count = 2 if name == "planes" else 3
+            getattr(library, name).argtypes = [ctypes.c_longlong] * count + ([ctypes.c_void_p] if name == "plan" else [])
+
+    def can_run(self, t: int, n: int, k: int) -> bool:
+        return bool(self._library.can_run(t, n, k))
+
+    def is_faster(self, t: int, n: int, k: int) -> bool:
+        return bool(self._library.is_faster(t, n, k))
+
+    def planes(self, n: int, k: int) -> int:
+        return int(self._library.planes(n, k))
+
+    def ranges(self, blocks: int, planes: int) -> list[int]:
+        return [self._library.plane_start(blocks, planes, plane) for plane in range(planes + 1)]
+
+    def plan(self, t: int, n: int, k: int) -> dict[str, int]:
+        values = (ctypes.c_int * len(FIELDS))()
+        self._library.plan(t, n, k, values)
+        return dict(zip(FIELDS, values, strict=True))
+
+
+@pytest.fixture(scope="module")
+def planner(tmp_path_factory: pytest.TempPathFactory) -> Planner:
+    chosen = compiler()
+    if chosen is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("gemm_plan")
+    (folder / "plan.cc").write_text(SOURCE)
+    command = [
+        str(shutil.which(chosen)),
+        "-std=c++20",
+        "-O1",
+        "-shared",
+        "-fPIC",
+        f"-I{source_dir() / 'cuda'}",
+        "plan.cc",
+        "-o",
+        "plan.so",
+    ]
+    subprocess.run(command, cwd=folder, check=True, timeout=60)
+    return Planner(ctypes.CDLL(str(Path(folder) / "plan.so")))
+
+
+@pytest.mark.parametrize(
+    ("t", "n", "k", "runs"),
+    [
+        (1, 8, 64, True),
+        (256, 128256, 4096, True),
+        (0, 64, 64, False),
+        (257, 64, 64, False),
+        (8, 60, 64, False),
+        (8, 64, 96, False),
+        (8, 64, 0, False),
+    ],
+)
+def test_can_run_takes_its_shapes_and_refuses_the_others(planner, t, n, k, runs):
+    assert planner.can_run(t, n, k) is runs
+
+
+@given(t=tokens, n=outputs, k=inputs)
+def test_plan_of_any_shape_covers_the_tokens_and_fits_the_kernel(planner, t, n, k):
+    plan = planner.plan(t, n, k)
+    assert plan["tile_tokens"] >= t
+    assert plan["tile_rows"] % 8 == 0
+    assert 8 <= plan["tile_rows"] <= 64 * plan["row_blocks"] <= 256
+    assert plan["row_blocks"] == 2 or plan["tile_tokens"] <= 128
+    assert plan["cluster"] == 1 or plan["tile_tokens"] >= 64
+    assert plan["stages"] >= 2
+    assert plan["shared_bytes"] <= SHARED_BYTES
+
+
+@given(t=tokens, n=outputs, k=inputs)
+def test_last_stage_reads_whole_blocks_inside_the_shared_memory(planner, t, n, k):
+    plan = planner.plan(t, n, k)
+    end_of_reads = (plan["stages"] - 1) * plan["stage_bytes"] + 64 * plan["row_blocks"] * 128
+    assert end_of_reads <= plan["shared_bytes"] - 1024 - 512
+
+
+@given(t=tokens, n=outputs, k=inputs)
+def test_planes_follow_the_matrix_and_never_the_tokens(planner, t, n, k):
+    assert planner.plan(t, n, k)["planes"] == planner.planes(n, k)
+    assert 1 <= planner.planes(n, k) <= min(8, k // 64)
+
+
+@given(blocks=st.integers(1, 1000), planes=st.integers(1, 8))
+def test_plane_ranges_cover_k_in_order_and_evenly(planner, blocks, planes):
+    ranges = planner.ranges(blocks, planes)
+    sizes = [end - start for start, end in pairwise(ranges)]
+    assert (ranges[0], ranges[-1]) == (0, blocks)
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(("n", "k"), sorted(LAYER_SHAPES | SMALL_SHAPES))
+def test_models_we_serve_run_at_every_batch(planner, n, k):
+    assert all(planner.can_run(t, n, k) for t in range(1, 257))
+    assert planner.is_faster(64, n, k)
