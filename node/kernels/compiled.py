@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from node.errors import ConfigError
 from node.kernels.build import library_path
 from node.kernels.fakes import register_fakes
+from node.kernels.head_rows import head_rows
 from node.kernels.linear import LoraSpans, PackedLinear
 from node.kernels.lora import LoraPool, LoraRows
 from node.kernels.memory import WeightArena
@@ -16,7 +19,7 @@ from node.kernels.ops import Kernels
 ISAS = ("avx2", "avx512", "avx512bf16")  # the order of csrc/cpu/dispatch.h
 
 
-class CompiledKernels(Kernels):
+class CompiledKernels(Kernels[Tensor, LoraRows]):
     """The compiled implementation. See `Kernels` for every argument.
 
     Args:
@@ -113,6 +116,15 @@ class CompiledKernels(Kernels):
             self._threads,
         )
 
+    def finish(self, product: Tensor, out_dtype: torch.dtype) -> Tensor:
+        return product
+
+    def unfinish(self, y: Tensor) -> Tensor:
+        return y
+
+    def head_rows(self, rows: LoraRows | None, pool: LoraPool | None, logit_rows: Tensor | None, module: int) -> LoraRows | None:
+        return head_rows(rows, pool, logit_rows, module)
+
     def sgmv(self, y: Tensor, x: Tensor, pool: LoraPool, rows: LoraRows, spans: LoraSpans) -> None:
         self._sgmv(
             y,
@@ -167,6 +179,7 @@ class CompiledKernels(Kernels):
         context_lens: Tensor,
         scale: float,
         sliding_window: int | None = None,
+        plan: Any = None,
     ) -> Tensor:
         window = 0 if sliding_window is None else sliding_window
         return self._paged_attention(  # type: ignore[no-any-return]

@@ -8,7 +8,7 @@ Shape letters: T rows (tokens), H hidden, O outputs, I intermediate, G key/value
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,20 +19,26 @@ from node.kernels.lora import LoraPool, LoraRows
 __all__ = ["Kernels", "LoraSpans", "Mode", "PackedLinear", "lora_spans"]
 
 Mode = Literal["auto", "cpp", "reference"]
+ProductT = TypeVar("ProductT")
+RowsT = TypeVar("RowsT")
 
 
-class Kernels(ABC):
-    """Arithmetic of one step. All tensors lie on the CPU, rows are contiguous, dtypes are float32 or bfloat16.
+class Kernels(ABC, Generic[ProductT, RowsT]):
+    """Arithmetic of one step. All tensors lie on `device`, rows are contiguous, dtypes are float32 or bfloat16.
+
+    A *product* is what a linear layer hands to the operation that reads it: on the CPU the finished tensor [T, O], on a GPU
+    float32 planes whose sum, bias and adapter deltas that operation adds on its way, so that they never go through memory.
+    *Rows* say which adapters each row of the step uses.
 
     Every result of the compiled kernels is bitwise the same for a row alone, in any batch, in any prefill chunk and with any
-    number of threads. `TorchKernels` keeps that promise only when made with `is_deterministic=True`.
+    number of threads. The others keep that promise only when made with `is_deterministic=True`.
     """
 
     @staticmethod
     def load(
         mode: Mode = "auto", *, threads: int | None = None, isa: str | None = None, is_deterministic: bool = False
-    ) -> Kernels:
-        """Choose the kernels of this process.
+    ) -> Kernels[Tensor, LoraRows]:
+        """Choose the kernels of this process on a CPU. `node.kernels.cuda_kernels` has those of a GPU.
 
         Args:
             mode: "auto" takes the compiled ones where they are built and this CPU can run them, "cpp" insists,
@@ -58,7 +64,12 @@ class Kernels(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """ "cpp-avx512bf16", "cpp-avx512", "cpp-avx2" or "reference"."""
+        """ "cpp-avx512bf16", "cpp-avx512", "cpp-avx2", "cuda" or "reference"."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where weights, cache and activations lie."""
+        return torch.device("cpu")
 
     @abstractmethod
     def pack_linear(self, weight: Tensor) -> PackedLinear:
@@ -72,10 +83,10 @@ class Kernels(ABC):
         bias: Tensor | None = None,
         *,
         pool: LoraPool | None = None,
-        rows: LoraRows | None = None,
+        rows: RowsT | None = None,
         spans: LoraSpans | None = None,
         out_dtype: torch.dtype | None = None,
-    ) -> Tensor:
+    ) -> ProductT:
         """y = x W^T + bias + every row's own adapter deltas, summed in float32 and rounded once.
 
         Args:
@@ -84,29 +95,50 @@ class Kernels(ABC):
             out_dtype: Defaults to x's; float32 for logits.
 
         Returns:
-            [T, O].
+            The product [T, O].
         """
+
+    @abstractmethod
+    def finish(self, product: ProductT, out_dtype: torch.dtype) -> Tensor:
+        """The product as a tensor [T, O]. `out_dtype` is the one that `linear` was asked for."""
+
+    @abstractmethod
+    def unfinish(self, y: Tensor) -> ProductT:
+        """A finished tensor [T, O] as a product, for whoever changed it after `finish`."""
 
     @abstractmethod
     def sgmv(self, y: Tensor, x: Tensor, pool: LoraPool, rows: LoraRows, spans: LoraSpans) -> None:
         """Add every row's own adapter deltas to y [T, O] in place, where the base linear is not ours."""
 
     @abstractmethod
+    def head_rows(self, rows: RowsT | None, pool: LoraPool | None, logit_rows: Tensor | None, module: int) -> RowsT | None:
+        """The adapters of the rows that want logits, in their order; None where no adapter changes the output projection.
+
+        Args:
+            logit_rows: [W] int64; None for all rows. module: The output projection's row in `LoraPool.ranks`.
+        """
+
+    def embed_rms_norm(self, token_ids: Tensor, embedding: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """x = embedding[token_ids] [T, H] and `rms_norm` of it. token_ids: [T]; embedding: [V, H]."""
+        x = embedding[token_ids]
+        return x, self.rms_norm(x, weight, eps)
+
+    @abstractmethod
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """weight * x / sqrt(mean(x^2) + eps). x: [T, H]."""
 
     @abstractmethod
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def add_rms_norm(self, x: ProductT, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """residual += x in place, then `rms_norm` of the rounded residual. x, residual: [T, H]."""
 
     @abstractmethod
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def silu_mul(self, gate_up: ProductT) -> Tensor:
         """silu(gate) * up. gate_up: [T, 2 I], gate first; returns [T, I]."""
 
     @abstractmethod
     def rope_kv_write(
         self,
-        qkv: Tensor,
+        qkv: ProductT,
         cos: Tensor,
         sin: Tensor,
         positions: Tensor,
@@ -123,13 +155,26 @@ class Kernels(ABC):
         Args:
             qkv: [T, (heads + 2 G) D], q then k then v.
             cos, sin: [positions, D / 2] float32.
-            positions, kv_slots: [T] int64. kv_slots are block * B + offset.
-            key_cache, value_cache: [blocks, G, B, D], written.
+            positions, kv_slots: [T] integers. kv_slots are block * B + offset; negative on a GPU: padding, nothing is written.
+            key_cache, value_cache: [blocks, G, B, D], written; on a GPU a view of [blocks, B, G, D].
             q_norm, k_norm: [D] weights of Qwen3's per-head norms, or None. eps: theirs.
 
         Returns:
             [T, heads D].
         """
+
+    def plan_attention(
+        self, block_tables: Tensor, query_start: Tensor, context_lens: Tensor, max_query: int, max_context: int
+    ) -> Any:
+        """What depends on the lengths of a step alone, worked out once for all layers. See `paged_attention` for the tensors.
+
+        Args:
+            max_query, max_context: The most rows and tokens of one sequence.
+
+        Returns:
+            The `plan` of `paged_attention`; None where the kernel needs none.
+        """
+        return None
 
     @abstractmethod
     def paged_attention(
@@ -142,6 +187,7 @@ class Kernels(ABC):
         context_lens: Tensor,
         scale: float,
         sliding_window: int | None = None,
+        plan: Any = None,
     ) -> Tensor:
         """Causal attention of each sequence's rows over its cache blocks, prefill chunks and decode alike.
 
@@ -149,6 +195,7 @@ class Kernels(ABC):
             q: [T, heads D]. The last row of sequence s stands at position context_lens[s] - 1.
             block_tables: [Q, max_blocks] int32. query_start: [Q + 1] int32. context_lens: [Q] int32.
             sliding_window: A row sees this many last keys, itself included; None for all.
+            plan: What `plan_attention` gave for this step.
 
         Returns:
             [T, heads D].

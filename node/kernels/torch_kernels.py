@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from node.kernels import reference
+from node.kernels.head_rows import head_rows
 from node.kernels.linear import LoraSpans, PackedLinear
 from node.kernels.lora import LoraPool, LoraRows
 from node.kernels.ops import Kernels
 
 
-class TorchKernels(Kernels):
+class TorchKernels(Kernels[Tensor, LoraRows]):
     """The reference implementation. See `Kernels` for every argument.
 
     Args:
@@ -46,6 +49,15 @@ class TorchKernels(Kernels):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         y = self._linear(x, packed.data, bias, wide)
         return (y + reference.lora_delta(x, pool, rows, spans.table, packed.out_features)).to(out_dtype)
+
+    def finish(self, product: Tensor, out_dtype: torch.dtype) -> Tensor:
+        return product
+
+    def unfinish(self, y: Tensor) -> Tensor:
+        return y
+
+    def head_rows(self, rows: LoraRows | None, pool: LoraPool | None, logit_rows: Tensor | None, module: int) -> LoraRows | None:
+        return head_rows(rows, pool, logit_rows, module)
 
     def sgmv(self, y: Tensor, x: Tensor, pool: LoraPool, rows: LoraRows, spans: LoraSpans) -> None:
         delta = reference.lora_delta(x, pool, rows, spans.table, y.shape[1])
@@ -86,5 +98,6 @@ class TorchKernels(Kernels):
         context_lens: Tensor,
         scale: float,
         sliding_window: int | None = None,
+        plan: Any = None,
     ) -> Tensor:
         return self._attention(q, key_cache, value_cache, block_tables, query_start, context_lens, scale, sliding_window)

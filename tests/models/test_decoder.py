@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from node.kernels.lora import LoraRows
-from node.models.decoder import select_rows
+from node.kernels.head_rows import select_rows
 
 FAMILIES = [
     "llama",
