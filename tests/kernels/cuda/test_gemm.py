@@ -1,0 +1,116 @@
+"""The skinny GEMM on a Hopper GPU, against float64, with fresh inputs and poisoned outputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from node.kernels.build_cuda import build_cuda
+from node.kernels.cuda_ops import CudaOps, Follow
+
+
+def _has_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not _has_hopper(), reason="needs a GPU of compute capability 9.0")]
+
+LAYER_SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)]
+SMALL_SHAPES = [(960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576), (8, 64), (72, 128), (1000, 640)]
+TOKENS = [1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65, 96, 100, 128, 129, 192, 193, 250, 256]
+
+
+@pytest.fixture(scope="module")
+def ops() -> CudaOps:
+    build_cuda()
+    return CudaOps()
+
+
+def _random(rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns, device="cuda").to(torch.bfloat16)
+
+
+def _planes(ops: CudaOps, x: Tensor, weight: Tensor, follow: Follow = Follow.PLAIN) -> Tensor:
+    tokens, outputs = len(x), len(weight)
+    count = ops.skinny_gemm_planes(outputs, x.shape[1], tokens)
+    y = torch.full((count, tokens, outputs), float("nan"), device="cuda")
+    ops.skinny_gemm(x, weight, y, follow)
+    return y
+
+
+def _error(y: Tensor, x: Tensor, weight: Tensor) -> float:
+    """max|difference| / max|reference|; NaN stays NaN, which is under no limit."""
+    reference = x.double() @ weight.double().t()
+    return float((y.double().sum(0) - reference).abs().max() / reference.abs().max())
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), SMALL_SHAPES)
+def test_planes_of_small_matrices_sum_to_the_product(ops, outputs, inputs):
+    for tokens in TOKENS:
+        x, weight = _random(tokens, inputs), _random(outputs, inputs)
+        assert _error(_planes(ops, x, weight), x, weight) < 1e-4, tokens
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64, 128, 256])
+@pytest.mark.parametrize(("outputs", "inputs"), LAYER_SHAPES)
+def test_planes_of_a_layer_sum_to_the_product(ops, outputs, inputs, tokens):
+    x, weight = _random(tokens, inputs), _random(outputs, inputs)
+    assert _error(_planes(ops, x, weight), x, weight) < 1e-4
+
+
+@pytest.mark.parametrize("tokens", [1, 33, 64, 256])
+def test_bfloat16_output_is_the_product_rounded_once(ops, tokens):
+    x, weight = _random(tokens, 4096), _random(28672, 4096)
+    y = torch.full((1, tokens, 28672), float("nan"), device="cuda", dtype=torch.bfloat16)
+    ops.skinny_gemm(x, weight, y, Follow.PLAIN)
+    assert torch.equal(y, _planes(ops, x, weight).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(960, 576), (576, 1536), *LAYER_SHAPES])
+def test_rows_have_the_same_bits_in_every_batch(ops, outputs, inputs):
+    x, weight = _random(256, inputs), _random(outputs, inputs)
+    whole = _planes(ops, x, weight)
+    for tokens in TOKENS:
+        assert torch.equal(_planes(ops, x[:tokens].contiguous(), weight), whole[:, :tokens]), tokens
+
+
+def test_row_has_the_same_bits_at_every_place(ops):
+    x, weight = _random(1, 4096), _random(4096, 4096)
+    many = _planes(ops, x.expand(200, 4096).contiguous(), weight)
+    assert torch.equal(many, _planes(ops, x, weight).expand_as(many))
+
+
+def test_dependent_launches_in_a_graph_see_each_others_results(ops):
+    """x of every launch is written by the one before it, the situation a launch that starts too early would get wrong."""
+    weights = [_random(4096, 4096) / 64 for _ in range(8)]
+    first = _random(64, 4096)
+    x = torch.empty_like(first)
+    y = torch.empty(ops.skinny_gemm_planes(4096, 4096, 64), 64, 4096, device="cuda")
+
+    def chain(follow: Follow) -> Tensor:
+        x.copy_(first)
+        for weight in weights:
+            ops.skinny_gemm(x, weight, y, follow)
+            x.copy_(y.sum(0))
+        return x.clone()
+
+    expected = chain(Follow.PLAIN)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = chain(Follow.WAIT_FIRST)
+    for _ in range(3):
+        result.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(100, 64), (64, 96)])
+def test_planes_of_a_shape_it_cannot_run_are_none(ops, outputs, inputs):
+    assert ops.skinny_gemm_planes(outputs, inputs, 8) == 0
+
+
+def test_planes_beyond_its_tokens_are_none(ops):
+    assert ops.skinny_gemm_planes(4096, 4096, 257) == 0
