@@ -1,35 +1,83 @@
-"""Who is next: fair queueing over (tenant, recipe) by virtual token counters.
+"""Who is next: weighted fair queueing by virtual token counters, first between tenants, then between a tenant's recipes.
 
 Source: Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024), the VTC scheduler that S-LoRA ships. Every client
 has a counter of tokens served; the waiting client with the smallest counter goes next; a client that was away is lifted to the
 smallest counter of those present, so that idling earns no credit. Nobody starves: whoever waits keeps its counter, others' grow.
+
+Two levels, because adapters cost a tenant nothing: with one counter for each (tenant, recipe) a tenant with a thousand adapters
+would get a thousand shares. A tenant's counter grows by cost / weight, so tenants that want the engine at the same time are
+served in proportion to their weights; inside a tenant all recipes weigh the same.
+
+A recipe whose adapters are not loaded is parked: it keeps its counters and leaves the order, so that thousands of cold adapters
+stand in nobody's way. Whoever loads adapters asks for `parked` heads, which take turns between tenants.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Any
 
+from node.engine.counter_heap import CounterHeap
 from node.engine.sequence import FairKey, Sequence
 
 PROMPT_TOKEN_COST = 1
 OUTPUT_TOKEN_COST = 2  # the paper's weights: a decode row costs more time than a prefill row
 
 
+class _Recipe:
+    """Sequences of one tenant with one recipe, first come first served."""
+
+    __slots__ = ("counter", "present", "waiting")
+
+    def __init__(self, counter: int) -> None:
+        self.counter = counter
+        self.present = 0  # sequences waiting or running
+        self.waiting: deque[Sequence] = deque()
+
+    def rank(self) -> tuple[int, int]:
+        return self.counter, self.waiting[0].arrival_index
+
+
+class _Tenant:
+    """One tenant that is present, with its recipes."""
+
+    __slots__ = ("away", "counter", "name", "open", "order", "parked", "present", "recipes", "waiting_count", "weight", "working")
+
+    def __init__(self, name: str, counter: float, order: int) -> None:
+        self.name = name
+        self.order = order  # of tenants that came
+        self.counter = counter
+        self.weight = 1
+        self.present = 0
+        self.waiting_count = 0
+        self.recipes: dict[FairKey, _Recipe] = {}
+        self.open: CounterHeap[_Recipe] = CounterHeap(_Recipe.rank)  # waiting and not parked
+        self.parked: OrderedDict[_Recipe, None] = OrderedDict()  # longest parked first
+        self.working: CounterHeap[_Recipe] = CounterHeap(lambda recipe: recipe.counter)  # waiting or running
+        self.away: OrderedDict[FairKey, int] = OrderedDict()
+
+    def rank(self) -> tuple[float, int, int]:
+        """Of equal counters the one that runs less goes first: a tenant that was just lifted ties with the least served one."""
+        return self.counter, self.present - self.waiting_count, self.order
+
+
 class FairQueue:
-    """Waiting sequences, grouped by client, first come first served inside a client.
+    """Waiting sequences of all tenants.
 
     Args:
-        remembered_limit: Counters kept for clients that are away; the ones away longest are forgotten first.
+        remembered_limit: Counters kept for tenants that are away, and for recipes that are away while their tenant is present;
+            the ones away longest are forgotten first.
     """
 
     def __init__(self, remembered_limit: int = 4096) -> None:
-        self._waiting: dict[FairKey, deque[Sequence]] = {}
-        self._counters: dict[FairKey, int] = {}  # of clients present: waiting or running
-        self._present: dict[FairKey, int] = {}  # sequences of a client, waiting or running
-        self._away: OrderedDict[FairKey, int] = OrderedDict()
+        self._tenants: dict[str, _Tenant] = {}
+        self._open: CounterHeap[_Tenant] = CounterHeap(_Tenant.rank)  # with a recipe that may be next
+        self._working: CounterHeap[_Tenant] = CounterHeap(lambda tenant: tenant.counter)
+        self._away: OrderedDict[str, float] = OrderedDict()
         self._remembered_limit = remembered_limit
+        self._arrivals = 0
         self._count = 0
 
     def __len__(self) -> int:
@@ -37,66 +85,182 @@ class FairQueue:
         return self._count
 
     def __iter__(self) -> Iterator[Sequence]:
-        for queue in self._waiting.values():
-            yield from queue
+        for tenant in self._tenants.values():
+            for recipe in tenant.recipes.values():
+                yield from recipe.waiting
+
+    # ---- coming and going
 
     def join(self, sequence: Sequence) -> None:
-        """A new sequence arrives."""
-        key = sequence.fair_key
-        if key not in self._present:
-            lowest = min(self._counters.values(), default=None)
-            if lowest is None:
-                # Nobody is present, so no one can be treated unfairly by starting everybody at zero again.
-                self._away.clear()
-                lowest = 0
-            self._counters[key] = max(self._away.pop(key, 0), lowest)
-            self._present[key] = 0
-        self._present[key] += 1
-        self._waiting.setdefault(key, deque()).append(sequence)
-        self._count += 1
+        """A new sequence arrives; its tenant weighs what this request says from now on."""
+        tenant = self._tenants.get(sequence.tenant) or self._enter(sequence.tenant)
+        tenant.weight = sequence.weight
+        recipe = tenant.recipes.get(sequence.fair_key)
+        if recipe is None:
+            least = tenant.working.least()
+            recipe = _Recipe(max(tenant.away.pop(sequence.fair_key, 0), 0 if least is None else least.counter))
+            tenant.recipes[sequence.fair_key] = recipe
+            tenant.working.add(recipe)
+        tenant.present += 1
+        recipe.present += 1
+        recipe.waiting.append(sequence)
+        self._count_waiting(tenant, 1)
+        self._offer(tenant, recipe)
 
     def put_back(self, sequence: Sequence) -> None:
-        """A preempted sequence waits again, before its client's others."""
-        self._waiting.setdefault(sequence.fair_key, deque()).appendleft(sequence)
-        self._count += 1
+        """A preempted sequence waits again, before its recipe's others."""
+        tenant, recipe = self._find(sequence.fair_key)
+        recipe.waiting.appendleft(sequence)
+        self._count_waiting(tenant, 1)
+        tenant.open.remove(recipe)
+        self._offer(tenant, recipe)
+        self._rerank(tenant)
 
     def take(self, sequence: Sequence) -> None:
         """A waiting sequence stops waiting; it stays present until `leave`."""
-        queue = self._waiting[sequence.fair_key]
-        queue.remove(sequence)
-        self._count -= 1
-        if not queue:
-            del self._waiting[sequence.fair_key]
+        tenant, recipe = self._find(sequence.fair_key)
+        if recipe.waiting[0] is sequence:
+            recipe.waiting.popleft()
+        else:
+            recipe.waiting.remove(sequence)
+        self._count_waiting(tenant, -1)
+        if not recipe.waiting:
+            tenant.parked.pop(recipe, None)
+            self._withdraw(tenant, recipe)
 
     def leave(self, sequence: Sequence) -> None:
         """A sequence that no longer waits is finished."""
-        key = sequence.fair_key
-        self._present[key] -= 1
-        if self._present[key] == 0:
-            del self._present[key]
-            self._away[key] = self._counters.pop(key)
-            while len(self._away) > self._remembered_limit:
-                self._away.popitem(last=False)
+        tenant, recipe = self._find(sequence.fair_key)
+        recipe.present -= 1
+        if not recipe.present:
+            del tenant.recipes[sequence.fair_key]
+            tenant.working.remove(recipe)
+            tenant.away[sequence.fair_key] = recipe.counter
+            _forget(tenant.away, self._remembered_limit)
+        tenant.present -= 1
+        if not tenant.present:
+            del self._tenants[tenant.name]
+            self._working.remove(tenant)
+            self._away[tenant.name] = tenant.counter
+            _forget(self._away, self._remembered_limit)
+        else:
+            self._rerank(tenant)
+
+    # ---- service
 
     def charge(self, key: FairKey, cost: int) -> None:
-        """A present client was served `cost` weighted tokens."""
-        self._counters[key] += cost
+        """A present tenant's recipe was served `cost` weighted tokens."""
+        tenant, recipe = self._find(key)
+        tenant.counter += cost / tenant.weight
+        recipe.counter += cost
 
-    def counter(self, key: FairKey) -> int:
-        """Weighted tokens a present client was served, counted from its last lift."""
-        return self._counters[key]
+    def counter(self, key: FairKey) -> tuple[float, int]:
+        """Weighted tokens that a present tenant was served by its weight, and one recipe of it, each from its last lift."""
+        tenant, recipe = self._find(key)
+        return tenant.counter, recipe.counter
 
-    def in_order(self) -> Iterator[Sequence]:
-        """Yield waiting sequences, fairest first, following charges and removals made between two yields.
+    def weights(self) -> dict[str, int]:
+        """Tenants present, with what they weigh."""
+        return {name: tenant.weight for name, tenant in self._tenants.items()}
 
-        After a yield, a client comes up again with its next sequence only if the caller took the yielded one.
+    # ---- order
+
+    def first(self) -> Sequence | None:
+        """The fairest waiting sequence that is not parked."""
+        tenant = self._open.least()
+        recipe = None if tenant is None else tenant.open.least()
+        return None if recipe is None else recipe.waiting[0]
+
+    def in_order(self) -> Generator[Sequence, None, None]:
+        """Yield waiting sequences that are not parked, fairest first, following everything that happens between two yields.
+
+        A sequence that the caller neither takes nor parks is passed over, with all others of its recipe, until the walk is over.
+        Close the walk (`contextlib.closing`) where it is left early.
         """
-        heap = [(self._counters[key], queue[0].arrival_index, key) for key, queue in self._waiting.items()]
-        heapq.heapify(heap)
-        while heap:
-            _, _, key = heapq.heappop(heap)
-            head = self._waiting[key][0]
-            yield head
-            queue = self._waiting.get(key)
-            if queue and queue[0] is not head:
-                heapq.heappush(heap, (self._counters[key], queue[0].arrival_index, key))
+        passed: list[tuple[_Tenant, _Recipe]] = []
+        try:
+            while (tenant := self._open.least()) is not None:
+                recipe = tenant.open.least()
+                if recipe is None:
+                    raise RuntimeError(f"tenant {tenant.name} is in the order without a recipe that waits")
+                head = recipe.waiting[0]
+                yield head
+                if recipe in tenant.open and recipe.waiting[0] is head:
+                    self._withdraw(tenant, recipe)
+                    passed.append((tenant, recipe))
+        finally:
+            for tenant, recipe in passed:
+                if recipe.waiting:
+                    self._offer(tenant, recipe)
+
+    def park(self, sequence: Sequence) -> None:
+        """The adapters of a waiting sequence are not loaded: its recipe leaves the order."""
+        tenant, recipe = self._find(sequence.fair_key)
+        tenant.parked[recipe] = None
+        self._withdraw(tenant, recipe)
+
+    def unpark(self, sequence: Sequence) -> None:
+        """They are loaded."""
+        tenant, recipe = self._find(sequence.fair_key)
+        del tenant.parked[recipe]
+        self._offer(tenant, recipe)
+
+    def parked(self, limit: int) -> list[Sequence]:
+        """At most `limit` heads of parked recipes: tenants take turns, the least served first, each with its longest parked."""
+        tenants = heapq.nsmallest(
+            limit, (tenant for tenant in self._tenants.values() if tenant.parked), key=lambda tenant: tenant.counter
+        )
+        heads: list[Sequence] = []
+        turns = deque(iter(tenant.parked) for tenant in tenants)
+        while turns and len(heads) < limit:
+            turn = turns.popleft()
+            recipe = next(turn, None)
+            if recipe is not None:
+                heads.append(recipe.waiting[0])
+                turns.append(turn)
+        return heads
+
+    # ---- inside
+
+    def _enter(self, name: str) -> _Tenant:
+        least = self._working.least()
+        if least is None:
+            # Nobody is present, so no one can be treated unfairly by starting everybody at zero again.
+            self._away.clear()
+        self._arrivals += 1
+        counter = max(self._away.pop(name, 0.0), 0.0 if least is None else least.counter)
+        tenant = _Tenant(name, counter, self._arrivals)
+        self._tenants[name] = tenant
+        self._working.add(tenant)
+        return tenant
+
+    def _find(self, key: FairKey) -> tuple[_Tenant, _Recipe]:
+        tenant = self._tenants[key[0]]
+        return tenant, tenant.recipes[key]
+
+    def _count_waiting(self, tenant: _Tenant, change: int) -> None:
+        tenant.waiting_count += change
+        self._count += change
+
+    def _offer(self, tenant: _Tenant, recipe: _Recipe) -> None:
+        """The recipe may be next, unless it is parked."""
+        if recipe not in tenant.parked and recipe not in tenant.open:
+            tenant.open.add(recipe)
+            if tenant not in self._open:
+                self._open.add(tenant)
+
+    def _rerank(self, tenant: _Tenant) -> None:
+        """It runs less than before: the one change that moves a tenant forward."""
+        if tenant in self._open:
+            self._open.add(tenant)
+
+    def _withdraw(self, tenant: _Tenant, recipe: _Recipe) -> None:
+        tenant.open.remove(recipe)
+        if not tenant.open:
+            self._open.remove(tenant)
+
+
+def _forget(away: OrderedDict[Any, Any], limit: int) -> None:
+    """Drop what was remembered longest."""
+    while len(away) > limit:
+        away.popitem(last=False)

@@ -28,7 +28,8 @@ __all__ = [
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
     """Run one sequence.
 
-    `sequence_id` is unique for the life of the node; `tenant` and the terms key fairness and the prefix cache. `grammar` is what
+    `sequence_id` is unique for the life of the node; `tenant` and the terms key fairness and the prefix cache, `weight` is
+    the tenant's share among those that want the engine at once. `grammar` is what
     the answer must follow, in llguidance's notation, judged before it came here; None leaves it free.
     """
 
@@ -38,6 +39,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
     terms: tuple[AdapterTerm, ...]
     sampling: Sampling
     choice_index: int = 0
+    weight: int = 1
     grammar: str | None = None
 
 

@@ -6,8 +6,10 @@ A step has at most `max_batch_tokens` rows. They are given out in this order:
 3. newly admitted sequences, fairest client first (`node.engine.fairness`);
 4. unfinished prefills, those with the fewest chunks so far first: a long prompt delays another by at most one chunk.
 
-When a running sequence needs a block and none is free, the sequence that arrived last gives up all of its own and waits again;
-its tokens stay, so it continues with the same answer (recomputing moves fewer bytes than swapping keys and values).
+When a running sequence needs a block and none is free, the latest sequence of a tenant that holds more than its share
+(`node.engine.shares`), or else of all, gives up all of its own and waits again; its tokens stay, so it continues with the same
+answer (recomputing moves fewer bytes than swapping keys and values). So does one that holds a place or blocks above its tenant's
+share when a tenant below its own is next: a busy tenant may fill the engine, but not for longer than until somebody else comes.
 
 Planning may run one step ahead of the device: a plan may be made while the one before it is open, that is, not yet answered by
 `complete`. Rows count as computed once they are planned, and a token that an open plan draws counts as pending: its row can be
@@ -18,7 +20,9 @@ device writes in the order of the plans; only blocks full of known tokens are ev
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from node.adapters.residency import AdapterMemory, ResidencyState
@@ -26,6 +30,7 @@ from node.engine.blocks import BlockPool, extend_keys, namespace_key
 from node.engine.fairness import OUTPUT_TOKEN_COST, PROMPT_TOKEN_COST, FairQueue
 from node.engine.messages import SequenceEvent, Submit
 from node.engine.sequence import Sequence
+from node.engine.shares import Shares
 from node.request import DrawnToken
 
 PROMPT_LOGPROB_ROWS = 64  # a row's logits take vocabulary x 4 bytes, so a chunk that wants all of them is kept small
@@ -214,6 +219,7 @@ class Scheduler:
         """Choose the rows of the next step. Every plan with work must be answered by `complete`, in order, one late at most."""
         plan = StepPlan()
         self._adapters.begin_step()
+        self._recall(plan)
         self._plan_decodes(plan)
         self._plan_first_prefill(plan)
         self._admit(plan)
@@ -241,7 +247,7 @@ class Scheduler:
             if sequence.remaining_count != 1 or sequence.is_ending:
                 continue
             while sequence in self._running and not self._grow(sequence, 1):
-                self._preempt(self._running[-1])
+                self._preempt(self._victim(sequence))
             if sequence in self._running:
                 self._give(plan, sequence, 1)
 
@@ -316,24 +322,74 @@ class Scheduler:
 
     def _admit(self, plan: StepPlan) -> None:
         """Move waiting sequences to the running ones, fairest first; one that waits for an adapter holds up nobody."""
-        not_ready_count = 0
-        is_open = True
-        for sequence in self._queue.in_order():
-            residency = self._adapters.ensure(sequence.terms)
-            if residency.state is ResidencyState.FAILED:
-                self._retire(sequence)
-                plan.events.append(sequence.error(residency.code, residency.message))
-                continue
-            is_ready = residency.state is ResidencyState.READY
-            # Once one is refused for want of rows or blocks nobody may overtake it; the rest of the walk only prefetches.
-            # A preempted one waits for the token that an open plan draws for it.
-            is_open = is_open and self._has_place(plan) and not sequence.pending_count
-            if is_ready and is_open and self._start(plan, sequence):
-                continue
-            is_open = is_open and not is_ready
-            not_ready_count += 1
-            if not_ready_count >= PREFETCH_LIMIT:
+        is_open, looks = True, 0
+        with closing(self._queue.in_order()) as walk:
+            for sequence in walk:
+                if not self._is_ready(plan, sequence):
+                    continue
+                # Once one is refused for want of rows or blocks nobody may overtake it; the rest of the walk only prefetches.
+                # A preempted one waits for the token that an open plan draws for it.
+                is_open = is_open and self._has_place(plan) and not sequence.pending_count and self._start(plan, sequence)
+                looks += not is_open
+                if looks >= PREFETCH_LIMIT:
+                    return
+
+    def _is_ready(self, plan: StepPlan, sequence: Sequence) -> bool:
+        """Whether its adapters are loaded. One whose adapters are on their way is parked, one whose adapters are bad ends."""
+        residency = self._adapters.ensure(sequence.terms)
+        if residency.state is ResidencyState.FAILED:
+            self._retire(sequence)
+            plan.events.append(sequence.error(residency.code, residency.message))
+        elif residency.state is ResidencyState.LOADING:
+            self._queue.park(sequence)
+        return residency.state is ResidencyState.READY
+
+    def _recall(self, plan: StepPlan) -> None:
+        """Bring back sequences whose adapters are loaded by now, and make room for a tenant below its share.
+
+        A sequence that finds no place or no blocks, of a tenant that holds less than its part, gets them from a tenant that holds
+        more. It happens before anything is planned, so that nothing planned is taken back.
+        """
+        for sequence in self._queue.parked(PREFETCH_LIMIT):
+            if self._is_ready(plan, sequence):
+                self._queue.unpark(sequence)
+        weights = self._queue.weights()
+        if len(weights) < 2:
+            return
+        while (first := self._queue.first()) is not None and not self._is_ready(plan, first):
+            pass
+        while first is not None and not first.pending_count and not self._has_room(first):
+            victim = self._debtor(first, weights)
+            if victim is None:
                 return
+            self._preempt(victim)
+
+    def _debtor(self, sequence: Sequence, weights: Mapping[str, int]) -> Sequence | None:
+        """Who gives back its place for `sequence`, which is the next to be admitted, if that is within its tenant's part.
+
+        Nobody whose tenant comes before it in the order: that tenant would only take its place again. And never the oldest,
+        whoever it belongs to: somebody always gets to the end.
+        """
+        shares = Shares(self._running, weights, self._max_running, self._blocks.block_count)
+        if not shares.allows(sequence.tenant, self._blocks_of(sequence)):
+            return None
+        counter = self._queue.counter(sequence.fair_key)[0]
+        return shares.victim([other for other in self._running[1:] if self._queue.counter(other.fair_key)[0] >= counter])
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether it could run now, prefix hits aside."""
+        free_count = self._blocks.free_count - self._owed_blocks()
+        return len(self._running) < self._max_running and self._blocks_of(sequence) <= free_count
+
+    def _blocks_of(self, sequence: Sequence) -> int:
+        return self._blocks.blocks_for(len(sequence.tokens))
+
+    def _victim(self, sequence: Sequence) -> Sequence:
+        """Who gives up its blocks for `sequence`: the latest of a tenant above its share, else of all. None of those before
+        `sequence` may, which have rows in this plan; the oldest of all never does."""
+        later = self._running[max(1, self._running.index(sequence)) :]
+        shares = Shares(self._running, self._queue.weights(), self._max_running, self._blocks.block_count)
+        return shares.victim(later) or self._running[-1]
 
     def _has_place(self, plan: StepPlan) -> bool:
         return len(self._running) < self._max_running and self._budget(plan) > 0

@@ -77,6 +77,15 @@ class Sequence:
         return self.submit.sequence_id
 
     @property
+    def tenant(self) -> str:
+        return self.submit.tenant
+
+    @property
+    def weight(self) -> int:
+        """What its tenant weighs in fair queueing."""
+        return self.submit.weight
+
+    @property
     def sampling(self) -> Sampling:
         return self.submit.sampling
 

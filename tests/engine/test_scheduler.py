@@ -374,7 +374,7 @@ def test_two_backlogged_clients_get_equal_service():
         bench.add(f"short{index}", [index] * 2, adapters=("y",), max_new_tokens=2)
     while min(sum(s.fair_key[1][0][0] == name for s in bench.scheduler._queue) for name in "xy") > 0:
         bench.step()
-    served = [bench.scheduler._queue.counter(("t", ((name, 1.0),))) for name in "xy"]
+    served = [bench.scheduler._queue.counter(("t", ((name, 1.0),)))[1] for name in "xy"]
     # The bound of the VTC paper: two backlogged clients differ by at most twice what one batch can hold.
     assert abs(served[0] - served[1]) <= 2 * 4 * (12 + 2 * 8)
 
@@ -414,3 +414,62 @@ def test_any_work_gives_the_same_tokens_and_leaks_nothing(asks, block_count, max
             assert bench.tokens[f"s{index}"] == expected(range(prompt_count), new_count)
     assert bench.blocks.used_count == 0
     assert not any(bench.adapters.pins.values())
+
+
+def test_tenant_below_its_share_gets_a_place_from_one_above_at_once():
+    bench = Bench(max_sequences=4)
+    for index in range(20):
+        bench.add(f"busy{index}", [index] * 3, tenant="busy", max_new_tokens=50)
+    for _ in range(3):
+        bench.step()
+    for index in range(3):
+        bench.add(f"quiet{index}", [90 + index] * 3, tenant="quiet", max_new_tokens=8)
+    bench.step()
+    bench.step()
+    spoken = [name for name in bench.events if name.startswith("quiet")]
+    assert spoken == ["quiet0", "quiet1"]  # half of four places, and no more while both wait
+    bench.run()
+    for index in range(20):
+        assert bench.tokens[f"busy{index}"] == expected([index] * 3, 50)
+
+
+def test_tenant_below_its_share_gets_blocks_from_one_above():
+    bench = Bench(block_count=16, max_sequences=8, prefix_cache=False)
+    for index in range(6):
+        bench.add(f"busy{index}", [index] * 8, tenant="busy", max_new_tokens=40)
+    for _ in range(8):
+        bench.step()
+    bench.add("quiet", range(12), tenant="quiet", max_new_tokens=2)
+    bench.step()
+    assert "quiet" in bench.events
+    bench.run()
+    assert bench.finish_reason("busy5") == "length"
+
+
+def test_oldest_sequence_keeps_its_place_whoever_comes():
+    bench = Bench(max_sequences=2)
+    for index in range(4):
+        bench.add(f"busy{index}", [index] * 3, tenant="busy", max_new_tokens=40)
+    bench.step()
+    for index in range(30):
+        bench.add(f"quiet{index}", [index] * 3, tenant=f"quiet{index % 5}", max_new_tokens=3)
+        bench.step()
+    assert sum(name == "busy0" for plan in bench.plans for name, _, _ in plan) == len(bench.plans)
+
+
+def test_ready_adapter_is_not_held_up_by_many_cold_ones_of_any_tenant():
+    bench = Bench(max_sequences=4, queue_limit=1000)
+    for index in range(200):
+        bench.adapters.state[f"cold{index}"] = LOADING
+        bench.add(f"c{index}", [1] * 3, adapters=(f"cold{index}",), tenant="storm")
+    bench.step()
+    bench.add("hot", range(3), adapters=("hot",), tenant="storm", max_new_tokens=1)
+    bench.add("other", range(3), adapters=("cold0",), tenant="other", max_new_tokens=1)
+    bench.step()
+    assert bench.finish_reason("hot") == "length"
+    bench.step()
+    assert len(bench.adapters.wanted) <= 16
+    assert "cold0" in bench.adapters.wanted
+    del bench.adapters.state["cold0"]
+    bench.step()
+    assert bench.finish_reason("other") == "length"
