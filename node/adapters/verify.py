@@ -171,7 +171,8 @@ def fingerprint(directory: Path) -> Fingerprint:
         layout = locate(directory)
     except (AdapterInvalidError, OSError):
         return found
-    return (*found, _file_fingerprint(layout.weights), layout.config and _file_fingerprint(layout.config))
+    config = None if layout.config is None else _file_fingerprint(layout.config)
+    return (*found, _file_fingerprint(layout.weights), config)
 
 
 def _file_fingerprint(path: Path) -> tuple[int, int, int, int] | None:

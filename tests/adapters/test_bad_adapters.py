@@ -159,7 +159,7 @@ PEFT_AUTO_MAPPING = {
 }
 
 CASES: list[tuple[str, Callable[[Tools], None], str, str]] = [
-    ("01-bin-only", _only_bin, "adapter_format_unsupported", "only safetensors adapters are accepted"),
+    ("01-bin-only", _only_bin, "adapter_format_unsupported", "only safetensors and GGUF adapters are accepted"),
     ("02-pickle", _raw_file(PICKLE), "adapter_corrupt", "exceeds the file's"),
     ("03-empty", _raw_file(b""), "adapter_corrupt", "0 < 8 bytes"),
     ("04-length-2-63", _raw_file((1 << 63).to_bytes(8, "little")), "adapter_corrupt", "0x8000000000000000"),
@@ -237,7 +237,9 @@ CASES: list[tuple[str, Callable[[Tools], None], str, str]] = [
     ("18-python", lambda t: (t.directory / "modeling.py").write_text("import os"), "adapter_code_refused", "modeling.py"),
     ("19-ia3", _config(peft_type="IA3"), "adapter_feature_unsupported", "IA3"),
     ("19-no-type", _config(peft_type=None), "adapter_feature_unsupported", "peft_type"),
-    ("19-dora", _config(use_dora=True), "adapter_feature_unsupported", "DoRA"),
+    ("19-dora-without-magnitudes", _config(use_dora=True), "adapter_config_invalid", "lacks a magnitude_vector"),
+    ("19-lora-bias-without-biases", _config(lora_bias=True), "adapter_config_invalid", "lacks a bias"),
+    ("19-prompt-tuning", _config(peft_type="PROMPT_TUNING"), "adapter_feature_unsupported", "prompt tuning"),
     ("19-bias", _config(bias="lora_only"), "adapter_feature_unsupported", "bias"),
     ("19-modules-to-save", _config(modules_to_save=["lm_head"]), "adapter_feature_unsupported", "modules_to_save"),
     ("19-tokens", _config(trainable_token_indices=[1]), "adapter_feature_unsupported", "trainable_token_indices"),
@@ -246,8 +248,8 @@ CASES: list[tuple[str, Callable[[Tools], None], str, str]] = [
     (
         "19-embedding",
         _renamed("0.self_attn.q_proj.lora_A.weight", "e.lora_embedding_A"),
-        "adapter_feature_unsupported",
-        "embeddings",
+        "adapter_base_mismatch",
+        "not in this base model",
     ),
     ("20-missing", lambda t: t.config.unlink(), "adapter_config_invalid", "missing"),
     ("20-huge", _huge_config, "adapter_config_invalid", "209715200"),
