@@ -93,7 +93,7 @@ class PagedAttention(ABC):
 
     @abstractmethod
     def plan_decode(self, block_tables: Tensor, context_lens: Tensor, max_context: int) -> DecodePlan:
-        """Plan a step of one row a sequence. Launches at most one small kernel a window; call it once a step, before the first layer.
+        """Plan a step of one row a sequence, once, before the first layer. Launches at most one small kernel a window.
 
         It must complete before the first layer's kernels start: under programmatic dependent launch, a kernel launched without
         that attribute has to stand between.

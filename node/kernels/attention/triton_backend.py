@@ -66,7 +66,6 @@ class TritonAttention(PagedAttention):
         longest = triton.cdiv(shape.max_context, TILE)
         self._slots = max(1, _processors(device) * self._tuning.programs_per_sm // shape.groups)
         self._fixed_chunk = max(_LEAST_CHUNK, triton.cdiv(longest, _MOST_CHUNKS)) if is_deterministic else 0
-        self._longest = longest
         # A chunk the plan chooses gives at most one item more a sequence than the slots; a fixed one as many as it gives.
         chunks = triton.cdiv(longest, self._fixed_chunk) if is_deterministic else 0
         self._max_items = max(shape.max_batch * (chunks + 1), shape.max_batch + 8 * self._slots)
@@ -87,8 +86,8 @@ class TritonAttention(PagedAttention):
         empty = context_lens.new_empty
         found = DecodeItems(empty((self._max_items, 4)), empty(batch + 1), empty(batch))
         plan_items_kernel[(1,)](
-            context_lens, found.items, found.counts, found.firsts, batch, self._slots, self._fixed_chunk, window or 0,
-            TILE=TILE, BATCH=triton.next_power_of_2(batch), CHUNKS=32, LONGEST=self._longest, num_warps=4,
+            context_lens, found.items, found.counts, found.firsts, batch, self._slots, self._max_items, self._fixed_chunk,
+            window or 0, TILE=TILE, BATCH=triton.next_power_of_2(batch), CHUNKS=64, num_warps=4,
         )  # fmt: skip
         return found
 
@@ -132,7 +131,7 @@ class TritonAttention(PagedAttention):
         return out
 
     def _prefill_tuning(self) -> Tuning:
-        """Small tiles for the fixed order (16 rows a warp keep the decode kernel's instruction) and for float32 (shared memory)."""
+        """Small tiles for the fixed order (decode's instruction has 16 rows a warp) and for float32 (shared memory)."""
         tuning = self._tuning
         if self.is_deterministic:
             return Tuning(prefill_m=32, prefill_tile=TILE, prefill_warps=2, prefill_stages=2)

@@ -22,20 +22,20 @@ TILE = 64  # keys of one tile
 
 
 @triton.jit
-def plan_items_kernel(  # noqa: PLR0913
-    lens_ptr,  # noqa: ANN001  [Q] int32
-    items_ptr,  # noqa: ANN001  [max_items, 4] int32: sequence, first key, key after the last, place among the sequence's items
-    counts_ptr,  # noqa: ANN001  [1 + Q] int32: items in all, then items of each sequence
-    firsts_ptr,  # noqa: ANN001  [Q] int32: the first item of each sequence
-    batch,  # noqa: ANN001
-    slots,  # noqa: ANN001  programs of one key/value head that run at once
-    fixed_chunk,  # noqa: ANN001  tiles; 0: choose
-    window,  # noqa: ANN001  0: none
-    TILE: tl.constexpr,  # noqa: N803
-    BATCH: tl.constexpr,  # noqa: N803
-    CHUNKS: tl.constexpr,  # noqa: N803
-    LONGEST: tl.constexpr,  # noqa: N803  most tiles of one sequence
-):  # noqa: ANN201
+def plan_items_kernel(
+    lens_ptr,  # [Q] int32
+    items_ptr,  # [max_items, 4] int32: sequence, first key, key after the last, place among the sequence's items
+    counts_ptr,  # [1 + Q] int32: items in all, then items of each sequence
+    firsts_ptr,  # [Q] int32: the first item of each sequence
+    batch,
+    slots,  # programs of one key/value head that run at once
+    max_items,
+    fixed_chunk,  # tiles; 0: choose
+    window,  # 0: none
+    TILE: tl.constexpr,
+    BATCH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
     row = tl.arange(0, BATCH)
     length = tl.load(lens_ptr + row, mask=row < batch, other=0)
     begin = tl.where(window > 0, tl.maximum(length - window, 0), 0) // TILE
@@ -44,10 +44,12 @@ def plan_items_kernel(  # noqa: PLR0913
         chunk = fixed_chunk
     else:
         # Cost of a chunk size: rounds of programs x (tiles of a round + what a program costs before its first key arrives).
-        size = 1 + tl.arange(0, CHUNKS) * tl.cdiv(LONGEST, CHUNKS)
+        # Candidates grow by a fifth: 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, ..
+        size = tl.ceil(tl.exp2(tl.arange(0, CHUNKS) * 0.25)).to(tl.int32)
         needed = tl.sum(tl.cdiv((end - begin)[None, :], size[:, None]), 1)
         longest = tl.minimum(size, tl.max(end - begin, 0))
         cost = tl.cdiv(needed, slots) * (longest + 2) * 1024 + tl.minimum(needed, 1023)
+        cost = tl.where(needed > max_items, 1 << 30, cost)
         chunk = tl.sum(tl.where(tl.arange(0, CHUNKS) == tl.argmin(cost, 0), size, 0), 0)
     # Cuts lie at multiples of the chunk from the sequence's start, not from the window's.
     first_cut = begin // chunk
@@ -57,7 +59,7 @@ def plan_items_kernel(  # noqa: PLR0913
     tl.store(counts_ptr + 1 + row, count, mask=row < batch)
     tl.store(firsts_ptr + row, first, mask=row < batch)
     low = tl.where(window > 0, tl.maximum(length - window, 0), 0)
-    for place in range(0, tl.max(count, 0)):
+    for place in range(tl.max(count, 0)):
         here = (row < batch) & (place < count)
         target = items_ptr + (first + place) * 4
         cut = (first_cut + place) * chunk * TILE
@@ -68,35 +70,35 @@ def plan_items_kernel(  # noqa: PLR0913
 
 
 @triton.jit
-def decode_kernel(  # noqa: PLR0913
-    q_ptr,  # noqa: ANN001
-    k_ptr,  # noqa: ANN001
-    v_ptr,  # noqa: ANN001
-    out_ptr,  # noqa: ANN001
-    tables_ptr,  # noqa: ANN001
-    items_ptr,  # noqa: ANN001
-    counts_ptr,  # noqa: ANN001
-    firsts_ptr,  # noqa: ANN001
-    acc_ptr,  # noqa: ANN001  [max_items, N, D] float32
-    stats_ptr,  # noqa: ANN001  [max_items, N, 2] float32: largest score, sum of weights
-    done_ptr,  # noqa: ANN001  [Q, G] int32, 0 before and after
-    batch,  # noqa: ANN001
-    scale_log2,  # noqa: ANN001
-    q_stride,  # noqa: ANN001
-    out_stride,  # noqa: ANN001
-    table_stride,  # noqa: ANN001
-    block_stride,  # noqa: ANN001  of k and v alike
-    token_stride,  # noqa: ANN001
-    GROUPS: tl.constexpr,  # noqa: N803
-    PER_GROUP: tl.constexpr,  # noqa: N803  query heads of a key/value head
-    M: tl.constexpr,  # noqa: N803  the same, rounded up to the tensor cores' 16
-    HEAD: tl.constexpr,  # noqa: N803
-    D: tl.constexpr,  # noqa: N803  HEAD, rounded up to a power of two
-    BLOCK: tl.constexpr,  # noqa: N803  tokens of a cache block
-    TILE: tl.constexpr,  # noqa: N803
-    STAGES: tl.constexpr,  # noqa: N803
-    USE_PDL: tl.constexpr,  # noqa: N803
-):  # noqa: ANN201
+def decode_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    tables_ptr,
+    items_ptr,
+    counts_ptr,
+    firsts_ptr,
+    acc_ptr,  # [max_items, N, D] float32
+    stats_ptr,  # [max_items, N, 2] float32: largest score, sum of weights
+    done_ptr,  # [Q, G] int32, 0 before and after
+    batch,
+    scale_log2,
+    q_stride,
+    out_stride,
+    table_stride,
+    block_stride,  # of k and v alike
+    token_stride,
+    GROUPS: tl.constexpr,
+    PER_GROUP: tl.constexpr,  # query heads of a key/value head
+    M: tl.constexpr,  # the same, rounded up to the tensor cores' 16
+    HEAD: tl.constexpr,
+    D: tl.constexpr,  # HEAD, rounded up to a power of two
+    BLOCK: tl.constexpr,  # tokens of a cache block
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
     group = tl.program_id(0)
     worker = tl.program_id(1)
     workers = tl.num_programs(1)
@@ -152,7 +154,7 @@ def decode_kernel(  # noqa: PLR0913
                 acc = tl.zeros([M, D], tl.float32)
                 top = tl.full([M], float("-inf"), tl.float32)
                 total = tl.zeros([M], tl.float32)
-                for share in range(0, shares):
+                for share in range(shares):
                     flat = ((first + share) * heads + head).to(tl.int64)
                     part = tl.load(acc_ptr + flat[:, None] * HEAD + dim[None, :], mask=out_mask, other=0.0, cache_modifier=".cg")
                     part_top = tl.load(stats_ptr + flat * 2, mask=is_head, other=float("-inf"), cache_modifier=".cg")

@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def attend_tile(q, k, v, seen, acc, top, total, scale_log2):  # noqa: ANN001, ANN201, PLR0913
+def attend_tile(q, k, v, seen, acc, top, total, scale_log2):
     """One online-softmax step over a tile of keys.
 
     q: [M, D]; k: [D, K]; v: [K, D]; seen: [M, K] bool; acc: [M, D] float32; top, total: [M] float32. `top` starts at -inf.
@@ -30,7 +30,7 @@ def attend_tile(q, k, v, seen, acc, top, total, scale_log2):  # noqa: ANN001, AN
 
 
 @triton.jit
-def join_chunks(acc, top, total, more_acc, more_top, more_total):  # noqa: ANN001, ANN201, PLR0913
+def join_chunks(acc, top, total, more_acc, more_top, more_total):
     """Add a later chunk of keys to earlier ones. acc: [M, D]; top, total: [M]; all float32."""
     new_top = tl.maximum(top, more_top)
     safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -40,6 +40,6 @@ def join_chunks(acc, top, total, more_acc, more_top, more_total):  # noqa: ANN00
 
 
 @triton.jit
-def finish(acc, total):  # noqa: ANN001, ANN201
+def finish(acc, total):
     """Weighted mean [M, D]; 0 for a row that saw no key."""
     return acc / tl.where(total == 0.0, 1.0, total)[:, None]

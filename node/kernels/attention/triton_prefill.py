@@ -14,31 +14,31 @@ from node.kernels.attention.triton_math import attend_tile, finish, join_chunks
 
 
 @triton.jit
-def prefill_kernel(  # noqa: PLR0913
-    q_ptr,  # noqa: ANN001
-    k_ptr,  # noqa: ANN001
-    v_ptr,  # noqa: ANN001
-    out_ptr,  # noqa: ANN001
-    tables_ptr,  # noqa: ANN001
-    starts_ptr,  # noqa: ANN001  [Q + 1] int32
-    lens_ptr,  # noqa: ANN001  [Q] int32
-    scale_log2,  # noqa: ANN001
-    window,  # noqa: ANN001  0: none
-    q_stride,  # noqa: ANN001
-    out_stride,  # noqa: ANN001
-    table_stride,  # noqa: ANN001
-    block_stride,  # noqa: ANN001
-    token_stride,  # noqa: ANN001
-    PER_GROUP: tl.constexpr,  # noqa: N803
-    ROWS: tl.constexpr,  # noqa: N803  rows of a program; ROWS x PER_GROUP <= M
-    M: tl.constexpr,  # noqa: N803
-    HEAD: tl.constexpr,  # noqa: N803
-    D: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
-    TILE: tl.constexpr,  # noqa: N803
-    CHUNK: tl.constexpr,  # noqa: N803  keys of a chunk that is reduced on its own; 0: all
-    STAGES: tl.constexpr,  # noqa: N803
-):  # noqa: ANN201
+def prefill_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    tables_ptr,
+    starts_ptr,  # [Q + 1] int32
+    lens_ptr,  # [Q] int32
+    scale_log2,
+    window,  # 0: none
+    q_stride,
+    out_stride,
+    table_stride,
+    block_stride,
+    token_stride,
+    PER_GROUP: tl.constexpr,
+    ROWS: tl.constexpr,  # rows of a program; ROWS x PER_GROUP <= M
+    M: tl.constexpr,
+    HEAD: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,  # keys of a chunk that is reduced on its own; 0: all
+    STAGES: tl.constexpr,
+):
     group = tl.program_id(0)
     sequence = tl.program_id(1)
     # Late rows see the most keys: they start first, so that no long program begins at the end.
@@ -87,11 +87,11 @@ def prefill_kernel(  # noqa: PLR0913
 
 
 @triton.jit
-def _walk(  # noqa: PLR0913
-    q, k_ptr, v_ptr, table_ptr, group, begin, stop, end, position, oldest, dim, is_dim, acc, top, total, scale_log2,  # noqa: ANN001
-    block_stride, token_stride,  # noqa: ANN001
-    HEAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,  # noqa: N803
-):  # noqa: ANN202  # fmt: skip
+def _walk(
+    q, k_ptr, v_ptr, table_ptr, group, begin, stop, end, position, oldest, dim, is_dim, acc, top, total, scale_log2,
+    block_stride, token_stride,
+    HEAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Reduce the keys begin..stop. position, oldest: [M], the last key that a row sees and the last one before its window."""
     for start in tl.range(begin, stop, TILE, num_stages=STAGES):
         key = start + tl.arange(0, TILE)

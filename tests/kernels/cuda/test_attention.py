@@ -1,0 +1,203 @@
+"""Every attention backend of this GPU against float64: random block tables, windows, chunked prefill, poisoned memory."""
+
+import pytest
+import torch
+
+from node.errors import ConfigError
+from node.kernels import reference
+from node.kernels.attention.paged import AttentionShape
+from node.kernels.attention.registry import attention_facts, open_attention
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+BF16_TOLERANCE, F32_TOLERANCE = 1e-2, 2e-5
+
+
+class Batch:
+    """Sequences of (context, rows) over a cache whose unwritten places are NaN."""
+
+    def __init__(self, shapes, heads, groups, size, block, dtype, *, spare_blocks=3):
+        self.shapes, self.dtype = shapes, dtype
+        needed = [-(-context // block) for context, _ in shapes]
+        order = torch.randperm(sum(needed) + spare_blocks)
+        tables = torch.zeros(len(shapes), max(needed) + 1, dtype=torch.int32)
+        used, place = torch.zeros(len(order), block, dtype=torch.bool), 0
+        for s, (context, _) in enumerate(shapes):
+            blocks = order[place : place + needed[s]]
+            tables[s, : needed[s]] = blocks
+            used[blocks] = (torch.arange(needed[s] * block) < context).view(needed[s], block)
+            place += needed[s]
+        used = used.cuda()[:, :, None, None]
+        both = torch.randn(2, len(order), block, groups, size, device="cuda").where(used, float("nan")).to(dtype)
+        self.keys, self.values = both
+        self.tables = tables.cuda()
+        self.lens = torch.tensor([context for context, _ in shapes], dtype=torch.int32, device="cuda")
+        counts = torch.tensor([0, *(rows for _, rows in shapes)])
+        self.starts = counts.cumsum(0).to(torch.int32).cuda()
+        self.q = torch.randn(int(self.starts[-1]), heads, size, device="cuda").to(dtype)
+        self.geometry = {"heads": heads, "groups": groups, "head_dim": size, "block_size": block, "dtype": dtype}
+        self.scale = size**-0.5
+
+    def backend(self, name, window=None, *, is_deterministic=False, max_context=None):
+        shape = AttentionShape(
+            **self.geometry,
+            scale=self.scale,
+            max_batch=len(self.shapes),
+            max_context=max_context or max(context for context, _ in self.shapes),
+            windows=(window,),
+        )
+        try:
+            found, _ = open_attention(name, shape, torch.device("cuda"), is_deterministic=is_deterministic)
+        except ConfigError as error:
+            pytest.skip(error.message)
+        return found
+
+    def expected(self, window=None):
+        wide = (self.q.double().flatten(1), self.keys.double().transpose(1, 2), self.values.double().transpose(1, 2))
+        return reference.paged_attention(*wide, self.tables, self.starts, self.lens, self.scale, window).view(self.q.shape)
+
+    def decode(self, backend, window=None):
+        out = torch.full_like(self.q, float("nan"))
+        plan = backend.plan_decode(self.tables, self.lens, backend.shape.max_context)
+        return backend.decode(self.q, self.keys, self.values, plan, out, window=window)
+
+    def prefill(self, backend, window=None):
+        out = torch.full_like(self.q, float("nan"))
+        rows = max(rows for _, rows in self.shapes)
+        plan = backend.plan_prefill(self.tables, self.starts, self.lens, rows, max(context for context, _ in self.shapes))
+        return backend.prefill(self.q, self.keys, self.values, plan, out, window=window)
+
+    def check(self, actual, window=None):
+        expected = self.expected(window)
+        assert torch.isfinite(actual).all()
+        tolerance = BF16_TOLERANCE if self.dtype == torch.bfloat16 else F32_TOLERANCE
+        assert (actual.double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+LLAMA = (32, 8, 128)
+GEOMETRIES = [LLAMA, (9, 3, 64), (4, 4, 80), (6, 2, 96)]
+
+
+@pytest.fixture(params=["triton", "fa3", "fa2", "varlen"])
+def name(request):
+    if request.param == "triton" and not attention_facts(torch.device("cuda")).has_triton:
+        pytest.skip("triton is not installed")
+    return request.param
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("block", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("window", [None, 100])
+def test_decode_mixed_contexts_matches_float64(name, geometry, block, window):
+    if geometry != LLAMA and block != 16:
+        pytest.skip("block sizes are covered by the first geometry")
+    contexts = [1, 320, 17, 2049, 64, 65, 130, 4100, 900]
+    batch = Batch([(context, 1) for context in contexts], *geometry, block, torch.bfloat16)
+    batch.check(batch.decode(batch.backend(name, window), window), window)
+
+
+@pytest.mark.parametrize("geometry", [LLAMA, (9, 3, 64)], ids=str)
+@pytest.mark.parametrize("is_deterministic", [False, True])
+def test_decode_float32_matches_float64(geometry, is_deterministic):
+    batch = Batch([(context, 1) for context in (1, 320, 2049, 65)], *geometry, 16, torch.float32)
+    batch.check(batch.decode(batch.backend("auto", is_deterministic=is_deterministic)))
+
+
+@pytest.mark.parametrize("count", [1, 16, 64, 256])
+def test_decode_even_contexts_match_float64(name, count):
+    batch = Batch([(320, 1)] * count, *LLAMA, 16, torch.bfloat16)
+    batch.check(batch.decode(batch.backend(name, max_context=8192)))
+
+
+def test_decode_long_context_matches_float64(name):
+    batch = Batch([(32_768, 1), (32_001, 1), (5, 1)], *LLAMA, 64, torch.bfloat16)
+    batch.check(batch.decode(batch.backend(name)))
+
+
+def test_decode_again_gives_the_same_bits(name):
+    batch = Batch([(context, 1) for context in (1, 320, 2049, 65, 8000)], *LLAMA, 16, torch.bfloat16)
+    backend = batch.backend(name)
+    first = batch.decode(backend)
+    assert all(torch.equal(batch.decode(backend), first) for _ in range(20))
+
+
+def test_decode_padding_rows_are_zero(name):
+    batch = Batch([(320, 1), (700, 1), (64, 1)], *LLAMA, 16, torch.bfloat16)
+    backend = batch.backend(name)
+    expected = batch.decode(backend)
+    batch.lens[1] = 0
+    actual = batch.decode(backend)
+    assert (actual[1] == 0).all()
+    tolerance = BF16_TOLERANCE * expected.abs().max()
+    assert (actual[::2] - expected[::2]).abs().max() <= tolerance
+
+
+def test_decode_in_a_graph_follows_new_lengths(name):
+    batch = Batch([(400, 1), (2000, 1), (64, 1)], *LLAMA, 16, torch.bfloat16)
+    backend = batch.backend(name)
+    batch.decode(backend)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = batch.decode(backend)
+    for lens in ([1, 2000, 64], [400, 3, 30], [399, 1999, 1]):
+        batch.lens.copy_(torch.tensor(lens, dtype=torch.int32))
+        batch.shapes = [(context, 1) for context in lens]
+        batch.q.normal_()
+        captured.fill_(float("nan"))
+        graph.replay()
+        batch.check(captured)
+
+
+@pytest.mark.parametrize("is_bfloat16", [True, False])
+@pytest.mark.parametrize("window", [None, 300])
+def test_deterministic_rows_have_the_same_bits_alone_in_a_batch_and_in_prefill(is_bfloat16, window):
+    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
+    batch = Batch([(context, 1) for context in (1, 320, 5000, 65, 2049, 700)], *LLAMA, 16, dtype)
+    backend = batch.backend("auto", window, is_deterministic=True)
+    together = batch.decode(backend, window)
+    batch.check(together, window)
+    for s in range(len(batch.shapes)):
+        plan = backend.plan_decode(batch.tables[s : s + 1], batch.lens[s : s + 1], 5000)
+        alone = backend.decode(batch.q[s : s + 1], batch.keys, batch.values, plan, torch.empty_like(batch.q[:1]), window=window)
+        assert torch.equal(alone[0], together[s])
+    assert torch.equal(batch.prefill(backend, window), together)
+
+
+@pytest.mark.parametrize("is_bfloat16", [True, False])
+def test_deterministic_prefill_has_the_same_bits_in_any_chunk(is_bfloat16):
+    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
+    batch = Batch([(1500, 1500)], *LLAMA, 16, dtype)
+    backend = batch.backend("auto", is_deterministic=True)
+    whole = batch.prefill(backend)
+    for begin, end in ((0, 1), (5, 70), (700, 1500), (1499, 1500)):
+        lens = torch.tensor([end], dtype=torch.int32, device="cuda")
+        starts = torch.tensor([0, end - begin], dtype=torch.int32, device="cuda")
+        plan = backend.plan_prefill(batch.tables, starts, lens, end - begin, end)
+        q = batch.q[begin:end]
+        part = backend.prefill(q, batch.keys, batch.values, plan, torch.empty_like(q))
+        assert torch.equal(part, whole[begin:end])
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("window", [None, 100])
+def test_prefill_mixed_chunks_match_float64(name, geometry, window):
+    shapes = [(1, 1), (129, 129), (1000, 300), (65, 1), (64, 64), (2048, 17), (400, 399)]
+    batch = Batch(shapes, *geometry, 16, torch.bfloat16)
+    batch.check(batch.prefill(batch.backend(name, window), window), window)
+
+
+@pytest.mark.parametrize("block", [32, 64, 128, 256])
+def test_prefill_block_sizes_match_float64(name, block):
+    batch = Batch([(700, 700), (1000, 300), (65, 1)], *LLAMA, block, torch.bfloat16)
+    batch.check(batch.prefill(batch.backend(name)))
+
+
+def test_prefill_float32_matches_float64():
+    batch = Batch([(129, 129), (1000, 300), (65, 1)], 9, 3, 64, 16, torch.float32)
+    batch.check(batch.prefill(batch.backend("auto")))
+
+
+def test_prefill_last_chunk_of_a_long_prompt_matches_float64(name):
+    batch = Batch([(32_768, 256)], *LLAMA, 64, torch.bfloat16)
+    batch.check(batch.prefill(batch.backend(name)))
