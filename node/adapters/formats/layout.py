@@ -75,11 +75,18 @@ def wanted_files(names: Iterable[str]) -> dict[str, str]:
     return {path: path for path in (chosen, MANIFEST_FILE) if path in known}
 
 
+def is_weights(path: str) -> bool:
+    """Whether a file of `wanted_files` holds weights: the one that may be large."""
+    return path.endswith((WEIGHTS_FILE, GGUF_ENDING))
+
+
 def is_adapter(directory: Path) -> bool:
     """Whether the directory seems to hold an adapter; decides what a listing shows, not what is served."""
     places = [directory, *(directory / part for part in LUDWIG_DIRECTORIES)]
     if any(os.path.lexists(place / CONFIG_FILE) for place in places):
         return True
+    if not directory.is_dir():
+        return False
     try:
         return any(name.endswith(GGUF_ENDING) for name in listed(directory))
     except (AdapterInvalidError, OSError):

@@ -18,11 +18,11 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from node.adapters.disk_cache import DiskCache
+from node.adapters.formats.layout import is_adapter, is_weights, wanted_files
 from node.adapters.names import AdapterName
 from node.adapters.remote import RemoteFile, RemoteVersion
 from node.adapters.sources.hub_errors import from_hub, translated
 from node.adapters.staging import Staging
-from node.adapters.verify import ADAPTER_FILES, WEIGHTS_FILE, refuse_names
 from node.errors import AdapterForbiddenError, AdapterInvalidError, AdapterNotFoundError, AdapterUnavailableError
 
 SMALL_FILE_BYTES = 1 << 20  # configuration and manifest
@@ -87,7 +87,8 @@ class HubSource:
             The errors of `look_up`, and AdapterUnavailableError (cache_full) where nothing can be written.
         """
         staged = self._staged(name, found.revision)
-        wanted = [file for file in found.files if file.name in ADAPTER_FILES]
+        names = wanted_files(found.file_names) if found.files else {}  # offline nobody lists them, and they are here
+        wanted = [file for file in found.files if file.name in names]
         with translated(name):
             with self._staging.filling(staged, str(name), wanted) as part:
                 if part is not None:
@@ -96,7 +97,7 @@ class HubSource:
         return staged
 
     def _download(self, name: AdapterName, found: RemoteVersion, token: str | None, part: Path) -> None:
-        for file in (file for file in ADAPTER_FILES if file in found.file_names):
+        for file in wanted_files(found.file_names):
             hf_hub_download(
                 name.path,
                 file,
@@ -109,9 +110,10 @@ class HubSource:
         shutil.rmtree(part / ".cache", ignore_errors=True)  # the library's notes about the download
 
     def _refuse_oversized(self, found: RemoteVersion) -> None:
+        wanted = wanted_files(found.file_names)
         for file in found.files:
-            limit = self._max_bytes if file.name == WEIGHTS_FILE else SMALL_FILE_BYTES
-            if file.name in ADAPTER_FILES and file.size_bytes is not None and file.size_bytes > limit:
+            limit = self._max_bytes if is_weights(file.name) else SMALL_FILE_BYTES
+            if file.name in wanted and file.size_bytes is not None and file.size_bytes > limit:
                 raise AdapterInvalidError(
                     f"{file.name} has {file.size_bytes} bytes on the hub; the limit is {limit}", code="adapter_too_large"
                 )
@@ -136,7 +138,7 @@ class HubSource:
         except (OSError, msgspec.MsgspecError):
             raise from_hub(error, name) from error
         staged = self._staged(name, known.commit)
-        if not _COMMIT.fullmatch(known.commit) or not (staged / WEIGHTS_FILE).is_file():
+        if not _COMMIT.fullmatch(known.commit) or not is_adapter(staged):
             raise from_hub(error, name) from error
         if known.is_private:
             raise AdapterForbiddenError(
@@ -150,7 +152,7 @@ def _commit_of(info: Any, name: AdapterName) -> RemoteVersion:
         raise AdapterUnavailableError(f"the hub names no commit for {name}", retry_after_s=60.0)
     files = list(info.siblings or ())
     names = [str(file.rfilename) for file in files]
-    refuse_names(names)
+    wanted_files(names)
     return RemoteVersion(
         info.sha, bool(info.private or info.gated), tuple(RemoteFile(str(file.rfilename), file.size) for file in files)
     )

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from node.adapters.lora_config import CONFIG_FILE
+from node.adapters.formats.layout import is_adapter
 from node.adapters.names import AdapterName
 from node.errors import AdapterNotFoundError
 
@@ -48,13 +48,13 @@ class LocalSource:
         return found
 
     def listed(self) -> list[str]:
-        """Names of the directories directly under the first root that hold an adapter_config.json, sorted."""
+        """Names of the directories directly under the first root that hold an adapter, sorted."""
         if not self._roots or not _is_directory(self._roots[0]):
             return []
         names: list[str] = []
         with os.scandir(self._roots[0]) as entries:
             for entry in entries:
-                if len(names) < MAX_LISTED and os.path.lexists(Path(entry.path) / CONFIG_FILE):
+                if len(names) < MAX_LISTED and is_adapter(Path(entry.path)):
                     names.append(entry.name)
         return sorted(names)
 
