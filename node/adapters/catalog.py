@@ -46,6 +46,13 @@ STORE_TIMEOUT_S = 10.0  # on connecting and on every single read
 DEMO_ADAPTERS = "config/demo/adapters"
 _CONTENT_ID = re.compile(r"[0-9a-f]{64}")
 
+NameFilter = Callable[[str], bool]
+
+
+def sees_all(name: str) -> bool:
+    """The operator's view: every name exists."""
+    return True
+
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
@@ -190,7 +197,13 @@ class AdapterCatalog:
         return entry
 
     async def resolve(
-        self, name: str, source: str | None = None, token: str | None = None, *, pin: str | None = None
+        self,
+        name: str,
+        source: str | None = None,
+        token: str | None = None,
+        *,
+        pin: str | None = None,
+        sees: NameFilter = sees_all,
     ) -> CatalogEntry:
         """Find an adapter, fetching and verifying it where needed.
 
@@ -199,24 +212,27 @@ class AdapterCatalog:
             source: One of SOURCES; None: local first, then the default source.
             token: The client's own token for hub and pbase.
             pin: The content hash the client insists on.
+            sees: Which of the operator's names exist for the caller. One that does not is looked past, so that its answer, and
+                the work for it, are those of a name nobody registered.
 
         Raises:
             AdapterError: Every kind; the message names the adapter.
         """
-        entry = await self._find(name, source, token)
+        entry = await self._find(name, source, token, sees)
         if pin is not None and entry.adapter_id != pin:
             raise AdapterChangedError(f"adapter {name} is now {entry.adapter_id}; the request is pinned to {pin}", param="model")
         return entry
 
-    def entries(self) -> tuple[CatalogEntry, ...]:
-        """The adapters known now that anybody may use, by name. Private and gated ones are not listed."""
+    def entries(self, sees: NameFilter = sees_all) -> tuple[CatalogEntry, ...]:
+        """The adapters known now, by name, of those that exist for the caller. Ones that their source keeps private or gated are
+        not listed."""
         known = {entry.name: entry for _, entry in self._entries.values()}
         for source, shelf in self._by_name.items():
             for revision, name, verified in shelf.public():
                 known.setdefault(name, CatalogEntry(name, source, revision, verified))
         for revision, name, verified in self._by_location.public():
             known.setdefault(name, CatalogEntry(name, parse_location(name).source, revision, verified))
-        return tuple(known[name] for name in sorted(known))
+        return tuple(known[name] for name in sorted(known) if sees(name))
 
     async def close(self) -> None:
         """Stop fetching; adapters already verified stay valid for the requests that have them."""
@@ -226,39 +242,42 @@ class AdapterCatalog:
         """The downloads under way now."""
         return self._staging.progress()
 
-    async def _find(self, text: str, source: str | None, token: str | None) -> CatalogEntry:
+    async def _find(self, text: str, source: str | None, token: str | None, sees: NameFilter) -> CatalogEntry:
         if source not in (None, *SOURCES):
             raise AdapterForbiddenError(
                 f"adapter source {source[:40]!r} is not offered; use one of {', '.join(SOURCES)}", param="adapter_source"
             )
         if is_location(text) or source in SCHEMES:
-            return await self._from_store(text, source)
+            return await self._from_store(text, source, sees)
         name = parse_name(text)
         if source in (None, "local"):
             directory = self._find_directory(name)
-            if directory is not None:
+            if directory is None:
+                self._entries.pop(str(name), None)
+            elif sees(name.path):
                 return await self._from_directory(str(name), directory)
-            self._entries.pop(str(name), None)
         if _CONTENT_ID.fullmatch(name.path):
-            return await self._find_by_content(name)
+            return await self._find_by_content(name, sees)
         chosen = source or self._default_source
         if chosen in SCHEMES:
-            return await self._from_store(text, chosen)
+            return await self._from_store(text, chosen, sees)
         if chosen == "local" or not (name.is_hub_id or source is not None):
             raise AdapterNotFoundError(f"adapter {name}: this node has no adapter directory of that name", param="model")
         return await self._from_named(chosen, name, token)
 
-    async def _find_by_content(self, name: AdapterName) -> CatalogEntry:
-        """An adapter by what it is. The files are looked at again: a moved alias must not answer for its old hash."""
-        for entry in self.entries():
+    async def _find_by_content(self, name: AdapterName, sees: NameFilter) -> CatalogEntry:
+        """An adapter by what it is, through a name that exists for the caller. The files are looked at again: a moved alias must
+        not answer for its old hash."""
+        for entry in self.entries(sees):
             if entry.adapter_id == name.path:
-                return await self.resolve(entry.name, entry.source, pin=name.path)
+                return await self.resolve(entry.name, entry.source, pin=name.path, sees=sees)
         raise AdapterNotFoundError(f"no adapter with content hash {name.path} is known here; name it by its name", param="model")
 
     def _find_directory(self, name: AdapterName) -> Path | None:
         if name.revision is not None:
             return None  # a directory has no revisions; one that a client names can only be the hub's
-        return self._aliases.get(name.path) or self._local.find(name)
+        found = self._local.find(name)  # an alias takes as long as a name nobody registered
+        return self._aliases.get(name.path, found)
 
     async def _from_directory(self, name: str, directory: Path) -> CatalogEntry:
         """The entry of a local directory, verified again whenever a stat of its files says they changed."""
@@ -291,12 +310,14 @@ class AdapterCatalog:
         revision, verified = await shelf.resolve(name, token)
         return CatalogEntry(str(name), source, revision, verified)
 
-    async def _from_store(self, text: str, source: str | None) -> CatalogEntry:
+    async def _from_store(self, text: str, source: str | None, sees: NameFilter) -> CatalogEntry:
         """An adapter of one of the operator's stores. A location outside them is refused before anything is asked."""
         location = parse_location(text, source if source in SCHEMES else None)
         if source not in (None, location.source):
             raise AdapterForbiddenError(f"adapter location {location} is not of source {source}", param="adapter_source")
         self._stores.require_allowed(location)
+        if not sees(str(location)):
+            raise AdapterNotFoundError(f"there is no adapter at {location}", param="model")
         revision, verified = await self._by_location.resolve(location, None)
         return CatalogEntry(str(location), location.source, revision, verified)
 

@@ -6,10 +6,7 @@ work are those of an unknown name. A content hash finds an adapter only through 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-
-NameFilter = Callable[[str], bool]
 
 
 @dataclass(frozen=True, slots=True)

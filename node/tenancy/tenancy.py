@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from node.adapters.catalog import NameFilter
 from node.config import TenantSettings
 from node.settlement.ledger import Ledger
 from node.tenancy.door import Door
 from node.tenancy.key_file import read_key_file
 from node.tenancy.meter import Meter, Usage
-from node.tenancy.private_adapters import NameFilter
 from node.tenancy.store import TenantStore
 
 
