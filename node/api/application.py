@@ -17,6 +17,8 @@ from node.api.lorax_routes import LoraxRoutes
 from node.api.middleware import LORAX_UNSUPPORTED, answer_errors, authenticate, identify
 from node.api.model_routes import ModelRoutes
 from node.api.openai_routes import OpenAiRoutes
+from node.api.openapi.document import build_document
+from node.api.openapi.routes import DocumentRoutes
 from node.api.prompting import Prompting
 from node.api.readiness import Readiness
 from node.api.recipes import Recipes
@@ -49,6 +51,7 @@ def build_application(services: Services) -> web.Application:
     models = ModelRoutes(answering, services.catalog, services.ready, services.server, services.version, services.payment_terms)
     probe_id = services.ready.eos_token_ids[0] if services.ready.eos_token_ids else 0
     status = StatusRoutes(answering, Readiness(services.engine, services.books, gate, probe_id), services.books)
+    documents = DocumentRoutes(build_document(answering.limits, services.version))
     services.metrics.watch_engine(lambda: read_gauges(services), lambda: services.now().timestamp())
     application.add_routes(
         [
@@ -68,6 +71,9 @@ def build_application(services: Services) -> web.Application:
             web.get("/ping", status.health),
             web.get("/info", models.info),
             web.get("/metrics", status.metrics),
+            web.get("/openapi.json", documents.document),
+            web.get("/api-doc/openapi.json", documents.document),
+            web.get("/docs", documents.page),
         ]
     )
     return application

@@ -1,0 +1,210 @@
+"""What clients send. Bounds come from the same `Limits` that refuse for them, so the description cannot drift from the door."""
+
+from __future__ import annotations
+
+from node.adapters.locations import SOURCES
+from node.api.generation import Limits
+from node.api.openapi.shapes import Schema, boolean, integer, items, number, optional, optionals, record, reference, text
+
+_MAX_TOKENS = (1 << 31) - 1
+_MAX_SEED = (1 << 63) - 1
+_NAME_CHARS = 1024
+
+
+def request_schemas(limits: Limits) -> dict[str, Schema]:
+    """`components.schemas` of every request body."""
+    return {
+        "ChatRequest": _chat(limits),
+        "CompletionRequest": _completion(limits),
+        "LoraxRequest": _lorax(limits),
+        "TokenizeRequest": record(
+            "A text to cut into tokens.",
+            {
+                "inputs": text("The text.", min_chars=1, max_chars=limits.max_text_chars),
+                "add_special_tokens": optional(boolean("Also those the tokenizer puts around a text; default true.")),
+            },
+            required=("inputs",),
+        ),
+        "MergedAdapters": _merge(limits),
+        "AdapterTerm": record(
+            "One adapter of a request.",
+            {
+                "model": text("Its name, location or content hash.", min_chars=1, max_chars=_NAME_CHARS),
+                "weight": optional(number("Multiplies its own scale; default 1.", -100, 100)),
+            },
+            required=("model",),
+        ),
+    }
+
+
+def _model() -> Schema:
+    return text(
+        'The base model ("" is also the base), an adapter\'s name, location or content hash, or a recipe "a+b@0.7:0.3".',
+        max_chars=_NAME_CHARS,
+    )
+
+
+def _source_fields() -> dict[str, Schema]:
+    return {
+        "adapter_source": text(f"Where the adapter is looked for: {', '.join(SOURCES)} in any case.", max_chars=32),
+        "api_token": text("The caller's own credential at that source; never this node's key.", max_chars=4096),
+    }
+
+
+def _sampling(limits: Limits) -> dict[str, Schema]:
+    return optionals(
+        {
+            "temperature": number("0 is greedy; default 1.", 0, 2),
+            "top_k": integer("-1 and 0 switch it off.", -1, _MAX_TOKENS),
+            "top_p": number("Nucleus sampling.", 0, 1, above_minimum=True),
+            "min_p": number("Tokens less likely than this share of the most likely one are left out.", 0, 1),
+            "typical_p": number("Locally typical sampling.", 0, 1, above_minimum=True),
+            "repetition_penalty": number("Over prompt and output.", 0, 10, above_minimum=True),
+            "frequency_penalty": number("Over the output.", -2, 2),
+            "presence_penalty": number("Over the output.", -2, 2),
+            "seed": integer("The same seed draws the same tokens, whatever else runs.", -_MAX_SEED - 1, _MAX_SEED),
+            "logit_bias": {
+                "type": "object",
+                "description": f"Token ids (0 to {limits.vocab_size - 1}) to what is added to their logits.",
+                "maxProperties": limits.max_logit_bias,
+                "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+                "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+            },
+            "ignore_eos": boolean("Go on after an end-of-sequence token."),
+            "ignore_eos_token": boolean("The same in LoRAX's spelling."),
+            "user": text("For the caller's own use.", max_chars=256),
+        }
+    )
+
+
+def _stop(limits: Limits) -> Schema:
+    one = text("", min_chars=1, max_chars=limits.max_stop_chars)
+    del one["description"]
+    many = {"type": "array", "items": one, "maxItems": limits.max_stop_sequences}
+    return {"anyOf": [one, many, {"type": "null"}], "description": "Strings that end the answer; none is ever part of it."}
+
+
+def _streaming() -> dict[str, Schema]:
+    return optionals(
+        {
+            "stream": boolean("Send the answer as it grows, as server-sent events."),
+            "stream_options": record(
+                "Only with `stream`.", optionals({"include_usage": boolean("One more chunk with token counts.")})
+            ),
+        }
+    )
+
+
+def _choices(limits: Limits) -> dict[str, Schema]:
+    return {"n": optional(integer("Answers to each prompt.", 1, limits.max_choices))}
+
+
+def _chat(limits: Limits) -> Schema:
+    return record(
+        "OpenAI's chat completion request.",
+        {
+            "model": _model(),
+            "messages": items("The conversation.", reference("ChatMessage"), min_items=1, max_items=limits.max_messages),
+            "max_tokens": optional(integer("Tokens of the answer at most.", 1, _MAX_TOKENS)),
+            "max_completion_tokens": optional(integer("The same, OpenAI's newer name.", 1, _MAX_TOKENS)),
+            "logprobs": optional(boolean("Report log-probabilities.")),
+            "top_logprobs": optional(integer("Alternatives for each token; needs `logprobs`.", 0, limits.max_logprobs)),
+            "stop": _stop(limits),
+            **_choices(limits),
+            **_sampling(limits),
+            **_streaming(),
+            **optionals(_source_fields()),
+        },
+        required=("model", "messages"),
+    )
+
+
+def _completion(limits: Limits) -> Schema:
+    token = {"type": "integer", "minimum": 0, "maximum": limits.vocab_size - 1}
+    prompt = {"type": "string", "minLength": 1}
+    ids = {"type": "array", "items": token, "minItems": 1, "maxItems": limits.max_model_len - 1}
+    return record(
+        "OpenAI's completion request.",
+        {
+            "model": _model(),
+            "prompt": {
+                "description": "A text, token ids, or several of one kind.",
+                "anyOf": [
+                    prompt,
+                    ids,
+                    {"type": "array", "items": prompt, "minItems": 1, "maxItems": limits.max_prompts},
+                    {"type": "array", "items": ids, "minItems": 1, "maxItems": limits.max_prompts},
+                ],
+            },
+            "max_tokens": optional(integer("Tokens of each answer at most; default 16.", 1, _MAX_TOKENS)),
+            "logprobs": optional(integer("Alternatives for each token.", 0, limits.max_logprobs)),
+            "stop": _stop(limits),
+            **_choices(limits),
+            **_sampling(limits),
+            **_streaming(),
+            **optionals(_source_fields()),
+        },
+        required=("model", "prompt"),
+    )
+
+
+def _merge(limits: Limits) -> Schema:
+    name = {"type": "string", "minLength": 1, "maxLength": _NAME_CHARS}
+    return record(
+        "Several adapters in one answer, LoRAX's spelling.",
+        {
+            "ids": items("Names; none twice.", name, min_items=1, max_items=limits.max_terms) | {"uniqueItems": True},
+            "weights": optional(items("One for each; left out: 1 each.", {"type": "number", "minimum": -100, "maximum": 100})),
+            "merge_strategy": optional(
+                text("How they are combined; default linear.", choices=("linear", "ties", "dare_linear", "dare_ties"))
+            ),
+            "density": optional(number("Share of values that ties and dare keep.", 0, 1)),
+            "majority_sign_method": optional(text("Of ties; default total.", choices=("total", "frequency"))),
+        },
+        required=("ids",),
+    )
+
+
+def _lorax(limits: Limits) -> Schema:
+    most = (1 << 32) - 1
+    parameters = record(
+        "All optional.",
+        {
+            **optionals(
+                {
+                    "adapter_id": text(
+                        "An adapter's name, location or content hash; absent: the base model.", max_chars=_NAME_CHARS
+                    ),
+                    **_source_fields(),
+                    "max_new_tokens": integer("Tokens of the answer at most.", 1, most),
+                    "temperature": number("Above 0.", 0),
+                    "top_k": integer("Draw among so many tokens.", 1, most),
+                    "top_p": number("Nucleus sampling.", 0, 1, above_minimum=True),
+                    "typical_p": number("Locally typical sampling.", 0, 1, above_minimum=True),
+                    "repetition_penalty": number("Over prompt and output.", 0, above_minimum=True),
+                    "frequency_penalty": number("Over the output.", -2, 2),
+                    "presence_penalty": number("Over the output.", -2, 2),
+                    "do_sample": boolean("Draw; greedy otherwise, unless another parameter asks for drawing."),
+                    "ignore_eos_token": boolean("Go on after an end-of-sequence token."),
+                    "return_full_text": boolean("The prompt before the answer."),
+                    "truncate": integer("Keep only so many tokens of the prompt's end.", 1, limits.max_model_len),
+                    "details": boolean("Tokens, counts and the finish reason."),
+                    "decoder_input_details": boolean("Also the prompt's tokens; not while streaming."),
+                    "return_k_alternatives": integer("Alternatives for each token.", 0, limits.max_logprobs),
+                    "seed": integer("The same seed draws the same tokens.", -_MAX_SEED - 1, _MAX_SEED),
+                    "best_of": integer("Only 1.", 1, 1),
+                }
+            ),
+            "merged_adapters": optional(reference("MergedAdapters")),
+            "stop": _stop(limits),
+        },
+    )
+    return record(
+        "LoRAX's generation request.",
+        {
+            "inputs": text("The prompt.", min_chars=1, max_chars=limits.max_text_chars),
+            "parameters": optional(parameters),
+            "stream": optional(boolean("Only on `/` and `/invocations`.")),
+        },
+        required=("inputs",),
+    )
