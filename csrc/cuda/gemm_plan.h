@@ -26,7 +26,7 @@ struct SkinnyGemmPlan {
   int tile_tokens;  // wgmma n: 8, 16, 32, 64, 96, 128, 192 or 256
   int planes;       // S
   int stages;       // pipeline depth
-  int cluster;      // 1 or 2: blocks that load one tile of x together (TMA multicast)
+  int cluster;      // 1, 2 from 64 tokens on or 4 from 128 on: blocks that load one tile of x together (TMA multicast)
   int l2_blocks;    // stages beyond the pipeline that are asked into L2 before the previous kernels end
 };
 

@@ -265,32 +265,30 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_gemm(const __grid_constant
 
 using Kernel = void (*)(const CUtensorMap, const CUtensorMap, const Work);
 
+// Null for what is not built: sharing x pays only where x is large, and four blocks' accumulators fit up to 128 tokens.
 template <int kTokens>
-Kernel kernel_of(const SkinnyGemmPlan& plan) {
-  const bool is_tall = plan.row_blocks == 4, is_paired = plan.cluster == 2;
-  if constexpr (kTokens >= 64) {  // below that x is too small to share
-    if (is_paired && !is_tall) return skinny_gemm<kTokens, 1, 2>;
-    if constexpr (kTokens <= 128) {
-      if (is_paired) return skinny_gemm<kTokens, 2, 2>;
-    }
+Kernel kernel_of(int row_blocks, int cluster) {
+  constexpr int kShared = kTokens >= 64 ? 2 : 1;  // a cluster that is not built becomes the one that is
+  constexpr int kWide = kTokens >= 128 ? 4 : kShared;
+  if (cluster > kWide) return nullptr;
+  if (row_blocks == 2) {
+    if (cluster == 4) return skinny_gemm<kTokens, 1, kWide>;
+    return cluster == 2 ? skinny_gemm<kTokens, 1, kShared> : skinny_gemm<kTokens, 1, 1>;
   }
-  if (is_paired) return nullptr;
-  if constexpr (kTokens <= 128) {  // above that the accumulators of four blocks exceed the registers
-    if (is_tall) return skinny_gemm<kTokens, 2, 1>;
-  }
-  return is_tall ? nullptr : skinny_gemm<kTokens, 1, 1>;
+  if constexpr (kTokens <= 128) return cluster == 2 ? skinny_gemm<kTokens, 2, kShared> : cluster == 1 ? skinny_gemm<kTokens, 2, 1> : nullptr;
+  return nullptr;
 }
 
 Kernel find_kernel(const SkinnyGemmPlan& plan) {
   switch (plan.tile_tokens) {
-    case 8: return kernel_of<8>(plan);
-    case 16: return kernel_of<16>(plan);
-    case 32: return kernel_of<32>(plan);
-    case 64: return kernel_of<64>(plan);
-    case 96: return kernel_of<96>(plan);
-    case 128: return kernel_of<128>(plan);
-    case 192: return kernel_of<192>(plan);
-    case 256: return kernel_of<256>(plan);
+    case 8: return kernel_of<8>(plan.row_blocks, plan.cluster);
+    case 16: return kernel_of<16>(plan.row_blocks, plan.cluster);
+    case 32: return kernel_of<32>(plan.row_blocks, plan.cluster);
+    case 64: return kernel_of<64>(plan.row_blocks, plan.cluster);
+    case 96: return kernel_of<96>(plan.row_blocks, plan.cluster);
+    case 128: return kernel_of<128>(plan.row_blocks, plan.cluster);
+    case 192: return kernel_of<192>(plan.row_blocks, plan.cluster);
+    case 256: return kernel_of<256>(plan.row_blocks, plan.cluster);
     default: return nullptr;
   }
 }
