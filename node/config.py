@@ -125,6 +125,7 @@ class AdapterSettings(_Section):
     fetch_workers: Annotated[int, Field(ge=1, le=256)] = 16
     fetch_queue_limit: Annotated[int, Field(ge=1)] = 64
     memory_bytes: Bytes | None = None  # None: see node.engine.sizing
+    host_memory_bytes: Bytes | None = None  # page-locked, before a GPU's; None: see node.adapters.memory
     page_rank: Annotated[int, Field(ge=1, le=64)] | None = None  # None: see node.engine.sizing
     max_rank: Annotated[int, Field(ge=1, le=256)] = 256
     max_adapter_bytes: Bytes = 2 << 30

@@ -1,8 +1,11 @@
 """Adapter memory of the engine: which adapter has which slot and pages, and who must leave for whom.
 
-Called by the step loop only. An adapter goes through: inspected (headers read, size known), filling (owns a slot and pages that
-no step can see), resident. The least recently used resident adapter leaves first; one that runs, or that an earlier sequence of
-this step wants, never does. That order makes progress certain: the first in line only ever waits for adapters that finish.
+Called by the step loop only. On a CPU an adapter goes through: inspected (headers read, size known), filling (owns a slot and
+pages that no step can see), resident. On a GPU it fills pages of the host arena, is staged there, and is sent to the GPU when a
+slot and pages are free for it; adapters that wait may be staged long before.
+
+In each tier the least recently used adapter leaves first; one that runs, or that an earlier sequence of this step wants, never
+does. That order makes progress certain: the first in line only ever waits for adapters that finish.
 """
 
 from __future__ import annotations
@@ -10,33 +13,23 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from node.adapters.loader import AdapterLoader, AdapterPlan, Failed, Filled, Inspected, Page
+from node.adapters.file_plan import FilePlan
+from node.adapters.host_arena import HostArena, Staged
+from node.adapters.loader import AdapterLoader, AdapterPlan, Failed, Filled, Inspected
+from node.adapters.page_filler import Page
+from node.adapters.page_store import Arrival, DevicePages, HostPages
 from node.adapters.residency import LOADING, READY, Residency, ResidencyState
-from node.errors import AdapterError, AdapterInvalidError, ConfigError
+from node.adapters.tier import Place, Tier
+from node.errors import AdapterError, AdapterInvalidError
 from node.kernels.layout import PageLayout
 from node.kernels.lora import LoraPool
-from node.kernels.memory import empty_huge
 from node.request import AdapterTerm
 
-SLOT_LIMIT = 1024
-PAGE_LIMIT = 1 << 16
-REMEMBERED_PLANS = 64  # a plan of a 30-layer model takes about 100 kB
+REMEMBERED_PLANS = 4096  # small: what headers say is shared by all adapters of a shape (`file_plan`)
 REMEMBERED_FAILURES = 1024
 FAILURE_S = 1.0  # long enough for every sequence that waits to hear of it, short enough to try again soon
-
-
-@dataclass(slots=True)
-class _Place:
-    """A slot, its pages, and how many running sequences use them."""
-
-    slot: int
-    pages: tuple[int, ...]
-    pin_count: int = 0
 
 
 class AdapterPool:
@@ -44,86 +37,109 @@ class AdapterPool:
 
     Args:
         layout: The order of modules inside a page.
-        dtype: Of the pages: float32 or bfloat16.
-        memory_bytes: Bound on all pages together.
-        max_rank: The largest rank served; sizes the page list of a slot.
-        loader: The thread that fills pages.
+        store: The pages that steps compute from.
+        arena: The tier before them; None where loader threads write the store's pages themselves (`HostPages`).
+        loader: The threads that fill pages.
         clock: Monotonic seconds.
-
-    Raises:
-        ConfigError: Not one page fits into memory_bytes.
     """
 
     def __init__(
         self,
         layout: PageLayout,
-        dtype: torch.dtype,
-        *,
-        memory_bytes: int,
-        max_rank: int,
+        store: HostPages | DevicePages,
         loader: AdapterLoader,
+        arena: HostArena | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        page_bytes = layout.page_elements * dtype.itemsize
-        self.page_count = min(memory_bytes // page_bytes, PAGE_LIMIT)
-        if self.page_count < 1:
-            raise ConfigError(f"adapters.memory_bytes is {memory_bytes}; one page of this model takes {page_bytes}; raise it")
+        if (arena is None) != isinstance(store, HostPages):
+            raise ValueError("pages of a device are filled from a host arena, others in place")
         self._layout = layout
+        self._store = store
+        self._arena = arena
         self._loader = loader
         self._clock = clock
-        # Pages take no memory until they are written, so a large bound costs nothing by itself.
-        pages = empty_huge((self.page_count, layout.page_elements), dtype)
-        # numpy has no bfloat16: the loader writes its bits.
-        self._pages: Page = pages.numpy() if dtype == torch.float32 else pages.view(torch.uint16).numpy()
-        slot_count = min(self.page_count, SLOT_LIMIT)
-        self.tensors = LoraPool(
-            pages=pages,
-            slot_pages=torch.full((slot_count, layout.pages_for_rank(max_rank)), -1, dtype=torch.int32),
-            ranks=torch.zeros((layout.module_count, slot_count), dtype=torch.int32),
-            scales=torch.zeros((layout.module_count, slot_count), dtype=torch.float32),
-            page_rank=layout.page_rank,
-        )
-        self._free_pages = list(range(self.page_count - 1, -1, -1))
-        self._free_slots = list(range(slot_count - 1, -1, -1))
-        self._resident: OrderedDict[str, _Place] = OrderedDict()  # least recently used first
-        self._filling: dict[str, _Place] = {}
+        pages, ranks = store.tensors.pages, store.tensors.ranks
+        self._page_bytes = layout.page_elements * pages.dtype.itemsize
+        self._tier = Tier(int(pages.shape[0]), int(ranks.shape[1]))
+        self._resident: set[str] = set()  # of the tier: those a batch may name
+        self._arrivals: dict[str, Arrival] = {}  # of those: still being copied
+        self._marks: dict[str, int] = {}  # of those: after their last step
+        self._filling: set[str] = set()
         self._inspecting: set[str] = set()
+        self._running_count = 0
         self._plans: OrderedDict[str, AdapterPlan] = OrderedDict()
         self._failures: OrderedDict[str, tuple[AdapterError, float]] = OrderedDict()
         self._wanted: set[str] = set()
         self.loads_total = 0
         self.evictions_total = 0
+        self.file_loads_total = 0
+        self.sent_bytes_total = 0
         self.load_seconds_total = 0.0
 
     @property
+    def _in_place(self) -> HostPages:
+        if not isinstance(self._store, HostPages):
+            raise TypeError("the pages of a device are not written in place")
+        return self._store
+
+    @property
+    def _device(self) -> DevicePages:
+        if isinstance(self._store, HostPages):
+            raise TypeError("pages in host memory are written in place")
+        return self._store
+
+    @property
+    def tensors(self) -> LoraPool:
+        """What kernels read."""
+        return self._store.tensors
+
+    @property
+    def page_count(self) -> int:
+        return self._tier.page_count
+
+    @property
     def slot_count(self) -> int:
-        return int(self.tensors.slot_pages.shape[0])
+        return self._tier.slot_count
 
     @property
     def resident_ids(self) -> tuple[str, ...]:
         """Adapters that can run now, least recently used first."""
-        return tuple(self._resident)
+        return tuple(adapter_id for adapter_id in self._tier.ids if adapter_id in self._resident)
+
+    @property
+    def host_ids(self) -> tuple[str, ...]:
+        """Adapters that wait in host memory, one copy away from running."""
+        staged = () if self._arena is None else self._arena.staged_ids
+        return tuple(adapter_id for adapter_id in staged if adapter_id not in self._resident)
+
+    @property
+    def host_evictions_total(self) -> int:
+        return 0 if self._arena is None else self._arena.evictions_total
 
     @property
     def is_loading(self) -> bool:
-        """Whether the loader has anything of ours."""
-        return bool(self._inspecting or self._filling)
+        """Whether the loader has anything of ours, or a copy is under way."""
+        return bool(self._inspecting or self._filling or self._arrivals)
 
     def slot_of(self, adapter_id: str) -> int:
         """Slot of a resident adapter."""
-        return self._resident[adapter_id].slot
+        if adapter_id not in self._resident:
+            raise KeyError(adapter_id)
+        return self._tier[adapter_id].slot
 
     # ---- AdapterMemory, as the scheduler calls it
 
     def begin_step(self) -> None:
-        """Take over what the loader finished, and forget what the last step wanted."""
+        """Take over what the loader and the copies finished, and forget what the last step wanted."""
         self._wanted.clear()
+        self._store.begin_step()
+        self._settle()
         for outcome in self._loader.outcomes():
             if isinstance(outcome, Inspected):
                 self._inspecting.discard(outcome.plan.adapter_id)
                 self._remember(outcome.plan)
             elif isinstance(outcome, Filled):
-                self._show(outcome)
+                self._take_over(outcome)
             else:
                 self._fail(outcome)
 
@@ -138,31 +154,42 @@ class AdapterPool:
         if too_large is not None:
             return too_large
         self._wanted.update(directories)
-        missing = [adapter_id for adapter_id in directories if adapter_id not in self._resident]
         for adapter_id in directories:
             if adapter_id in self._resident:
-                self._resident.move_to_end(adapter_id)
-        for adapter_id in missing:
-            self._start(adapter_id, Path(directories[adapter_id]))
-        return LOADING if missing else READY
+                self._tier.touch(adapter_id)
+        for adapter_id, directory in directories.items():
+            if adapter_id not in self._resident:
+                self._start(adapter_id, Path(directory))
+        return READY if all(map(self._can_run, directories)) else LOADING
 
     def pin(self, terms: Sequence[AdapterTerm]) -> None:
         """A sequence with this recipe runs from now on."""
+        self._running_count += 1
         for term in terms:
-            self._resident[term.adapter_id].pin_count += 1
+            self._tier.pin(term.adapter_id)
+            arrival = self._arrivals.get(term.adapter_id)
+            if arrival is not None:
+                arrival.join()
 
     def unpin(self, terms: Sequence[AdapterTerm]) -> None:
         """That sequence runs no more."""
+        self._running_count -= 1
         for term in terms:
-            place = self._resident[term.adapter_id]
-            if place.pin_count < 1:
-                raise ValueError(f"adapter {term.adapter_id} is unpinned more often than pinned")
-            place.pin_count -= 1
+            self._tier.unpin(term.adapter_id)
+            self._marks[term.adapter_id] = self._store.mark()
+
+    def _can_run(self, adapter_id: str) -> bool:
+        """A step that names an adapter on its way waits for it, everybody else in that step too: only while nobody runs."""
+        return adapter_id in self._resident and (adapter_id not in self._arrivals or not self._running_count)
 
     # ---- loading
 
     def _start(self, adapter_id: str, directory: Path) -> None:
         """Do the next thing that brings an adapter closer, if there is room for it now."""
+        staged = None if self._arena is None else self._arena.get(adapter_id)
+        if staged is not None:
+            self._send(adapter_id, staged)
+            return
         if adapter_id in self._inspecting or adapter_id in self._filling or self._loader.job_count >= self._loader.job_limit:
             return
         plan = self._plans.get(adapter_id)
@@ -170,59 +197,74 @@ class AdapterPool:
             self._inspecting.add(adapter_id)
             self._loader.inspect(adapter_id, directory)
             return
-        place = self._claim(self._page_count_of(plan))
-        if place is not None:
-            self._filling[adapter_id] = place
-            self._loader.fill(plan, [self._pages[page] for page in place.pages[: self._layout.pages_for_rank(plan.rank)]])
+        pages = self._fill_pages(plan)
+        if pages is not None:
+            self._filling.add(adapter_id)
+            self._loader.fill(plan, pages)
 
-    def _page_count_of(self, plan: AdapterPlan) -> int:
+    def _fill_pages(self, plan: AdapterPlan) -> list[Page] | None:
+        """Pages for the loader to write; None when there are none now."""
+        if self._arena is not None:
+            return self._arena.claim(plan.adapter_id, plan.file.rank, self._wanted)
+        place = self._claim(plan.adapter_id, self._page_count_of(plan.file))
+        return None if place is None else self._in_place.arrays(place.pages[: self._layout.pages_for_rank(plan.file.rank)])
+
+    def _page_count_of(self, file: FilePlan) -> int:
         """Pages an adapter is charged. What it needs beside its pages (see `node.adapters.side`) is charged in whole pages that
         stay untouched, so that one bound holds for both."""
-        page_bytes = self._layout.page_elements * self._pages.itemsize
-        return self._layout.pages_for_rank(plan.rank) + -(-plan.side_bytes // page_bytes)
+        return self._layout.pages_for_rank(file.rank) + -(-file.side_bytes // self._page_bytes)
 
-    def _claim(self, page_count: int) -> _Place | None:
-        """Take a slot and pages, evicting only when that yields enough; None when it does not."""
-        idle = [key for key, place in self._resident.items() if not place.pin_count and key not in self._wanted]
-        victims: list[str] = []
-        pages, slots = len(self._free_pages), len(self._free_slots)
-        while (pages < page_count or not slots) and idle:
-            victims.append(idle.pop(0))
-            pages += len(self._resident[victims[-1]].pages)
-            slots += 1
-        if pages < page_count or not slots:
+    def _claim(self, adapter_id: str, page_count: int) -> Place | None:
+        """A slot and pages, pinned until they are complete, evicting only when that yields enough; None when it does not."""
+        victims = self._tier.victims(page_count, self._wanted)
+        if victims is None:
             return None
         for victim in victims:
             self._evict(victim)
-        return _Place(self._free_slots.pop(), tuple(self._free_pages.pop() for _ in range(page_count)))
+        place = self._tier.take(adapter_id, page_count)
+        self._tier.pin(adapter_id)
+        return place
 
     def _evict(self, adapter_id: str) -> None:
-        place = self._resident.pop(adapter_id)
-        self.tensors.ranks[:, place.slot] = 0
-        self.tensors.slot_pages[place.slot] = -1
-        self.tensors.sides.pop(place.slot, None)
-        self._give_back(place)
+        place = self._tier.drop(adapter_id, self._marks.pop(adapter_id, 0))
+        self._resident.discard(adapter_id)
+        self._store.hide(place.slot)
         self.evictions_total += 1
+        if self._arena is not None:
+            self._arena.touch(adapter_id)
 
-    def _give_back(self, place: _Place) -> None:
-        self._free_slots.append(place.slot)
-        self._free_pages.extend(reversed(place.pages))
-
-    def _show(self, filled: Filled) -> None:
-        """Make a complete adapter visible to the step loop: from here on its slot can be named in a batch."""
-        plan = filled.plan
-        place = self._filling.pop(plan.adapter_id)
-        count = self._layout.pages_for_rank(plan.rank)
-        self.tensors.slot_pages[place.slot, :count] = torch.tensor(place.pages[:count], dtype=torch.int32)
-        if filled.side is not None:
-            self.tensors.sides[place.slot] = filled.side
-        for module in plan.modules:
-            index = self._layout.spans[module.name].index
-            self.tensors.ranks[index, place.slot] = module.rank
-            self.tensors.scales[index, place.slot] = module.scale
-        self._resident[plan.adapter_id] = place
+    def _send(self, adapter_id: str, staged: Staged) -> None:
+        """Copy a staged adapter to the device, if a slot and pages can be free for it now."""
+        place = self._claim(adapter_id, self._page_count_of(staged.file))
+        if place is None or self._arena is None:
+            return
+        sources = self._arena.lend(adapter_id)
+        self._arrivals[adapter_id] = self._device.send(place, sources, staged.file, staged.side)
+        self._resident.add(adapter_id)
         self.loads_total += 1
+        self.sent_bytes_total += len(sources) * self._page_bytes
+
+    def _settle(self) -> None:
+        """Copies that are done keep nobody any more."""
+        for adapter_id in [adapter_id for adapter_id, arrival in self._arrivals.items() if arrival.is_done()]:
+            del self._arrivals[adapter_id]
+            self._tier.unpin(adapter_id)
+            if self._arena is not None:
+                self._arena.release(adapter_id)
+
+    def _take_over(self, filled: Filled) -> None:
+        """Pages that the loader completed: staged in the arena, or visible at once where steps compute from them."""
+        adapter_id, file = filled.plan.adapter_id, filled.plan.file
+        self._filling.discard(adapter_id)
+        self.file_loads_total += 1
         self.load_seconds_total += filled.seconds
+        if self._arena is not None:
+            self._arena.stage(adapter_id, Staged(file, filled.side))
+            return
+        self._in_place.show(self._tier[adapter_id], file, filled.side)
+        self._tier.unpin(adapter_id)
+        self._resident.add(adapter_id)
+        self.loads_total += 1
 
     def _remember(self, plan: AdapterPlan) -> None:
         self._plans[plan.adapter_id] = plan
@@ -232,12 +274,17 @@ class AdapterPool:
     # ---- failing
 
     def _fail(self, failed: Failed) -> None:
-        self._inspecting.discard(failed.adapter_id)
-        self._plans.pop(failed.adapter_id, None)
-        place = self._filling.pop(failed.adapter_id, None)
-        if place is not None:
-            self._give_back(place)
-        self._failures[failed.adapter_id] = (failed.error, self._clock() + FAILURE_S)
+        adapter_id = failed.adapter_id
+        self._inspecting.discard(adapter_id)
+        self._plans.pop(adapter_id, None)
+        if adapter_id in self._filling:
+            self._filling.discard(adapter_id)
+            if self._arena is not None:
+                self._arena.abandon(adapter_id)
+            else:
+                self._tier.unpin(adapter_id)
+                self._tier.drop(adapter_id)
+        self._failures[adapter_id] = (failed.error, self._clock() + FAILURE_S)
         while len(self._failures) > REMEMBERED_FAILURES:
             self._failures.popitem(last=False)
 
@@ -253,19 +300,23 @@ class AdapterPool:
 
     def _too_large(self, adapter_ids: Sequence[str]) -> Residency | None:
         """Whether a recipe can never be resident as a whole, as far as its adapters' sizes are known."""
-        plans = [self._plans[adapter_id] for adapter_id in adapter_ids if adapter_id in self._plans]
-        page_count = sum(self._page_count_of(plan) for plan in plans)
-        if page_count <= self.page_count and len(adapter_ids) <= self.slot_count:
-            return None
-        page_bytes = self._layout.page_elements * self._pages.itemsize
+        files = [self._plans[adapter_id].file for adapter_id in adapter_ids if adapter_id in self._plans]
+        page_count = sum(self._page_count_of(file) for file in files)
+        if page_count > self.page_count or len(adapter_ids) > self.slot_count:
+            return self._refusal(adapter_ids, page_count, self.page_count, "adapters.memory_bytes")
+        largest = max((self._layout.pages_for_rank(file.rank) for file in files), default=0)
+        if self._arena is not None and largest > self._arena.page_count:
+            return self._refusal(adapter_ids[:1], largest, self._arena.page_count, "adapters.host_memory_bytes")
+        return None
+
+    def _refusal(self, adapter_ids: Sequence[str], page_count: int, limit: int, setting: str) -> Residency:
         error = AdapterInvalidError(
-            f"{len(adapter_ids)} adapters of {page_count} pages ({page_count * page_bytes} bytes) were asked for; adapter memory "
-            f"has {self.page_count} pages ({self.page_count * page_bytes} bytes) and {self.slot_count} slots; "
-            "raise adapters.memory_bytes",
+            f"{len(adapter_ids)} adapters of {page_count} pages ({page_count * self._page_bytes} bytes) were asked for; "
+            f"{setting} gives {limit} pages ({limit * self._page_bytes} bytes) and {self.slot_count} slots; raise it",
             code="adapter_too_large",
         )
         return Residency(ResidencyState.FAILED, error.error_code, error.message)
 
     def close(self) -> None:
-        """End the loader thread."""
+        """End the loader's threads."""
         self._loader.close()

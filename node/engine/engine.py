@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from node.adapters.binding import LinearTable
-from node.adapters.loader import AdapterLoader
+from node.adapters.memory import memory_limits, open_pool
 from node.adapters.pool import AdapterPool
 from node.config import AdapterSettings, EngineSettings, ModelSettings
 from node.engine.blocks import BlockPool
@@ -292,16 +292,14 @@ def open_engine(
     )
     spec, dtype = loaded.spec, loaded.dtype
     kv = make_kv_cache(spec, memory.kv_cache_bytes, sizes.kv_block_size, dtype)
-    loader = AdapterLoader(
+    adapters = open_pool(
         loaded.layout,
         LinearTable(spec.linear_kinds),
-        max_rank=adapter_settings.max_rank,
-        max_bytes=adapter_settings.max_adapter_bytes,
+        dtype,
+        memory_limits(adapter_settings, memory.adapter_bytes),
+        device=torch.device("cpu"),
         base=loaded.model,
         wake=wake,
-    )
-    adapters = AdapterPool(
-        loaded.layout, dtype, memory_bytes=memory.adapter_bytes, max_rank=adapter_settings.max_rank, loader=loader
     )
     blocks = BlockPool(kv.block_count, kv.block_size, settings.prefix_cache)
     # A sequence can never be longer than the whole cache.

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from node.adapters.loader import convert, to_bfloat16_bits
+from node.adapters.page_filler import convert, to_bfloat16_bits
 
 
 def test_bfloat16_rounding_equals_torch():

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from node.adapters.binding import LinearTable
 from node.adapters.loader import AdapterLoader
+from node.adapters.page_store import HostPages
 from node.adapters.pool import AdapterPool
 from node.adapters.residency import READY, ResidencyState
 from node.adapters.verify import AdapterVerifier
@@ -86,14 +87,9 @@ class Room:
         self.rung = threading.Semaphore(0)
         self.clock = Clock()
         self.loader = AdapterLoader(self.layout, LinearTable(SHAPES), max_rank=64, max_bytes=1 << 20, wake=self.rung.release)
-        self.pool = AdapterPool(
-            self.layout,
-            dtype,
-            memory_bytes=page_count * self.layout.page_elements * dtype.itemsize,
-            max_rank=64,
-            loader=self.loader,
-            clock=self.clock,
-        )
+        page_bytes = self.layout.page_elements * dtype.itemsize
+        pages = HostPages(self.layout, dtype, memory_bytes=page_count * page_bytes, max_rank=64)
+        self.pool = AdapterPool(self.layout, pages, self.loader, clock=self.clock)
 
     def load(self, *terms):
         """Ask for a recipe until it is decided; waits for the loader's bell, never for time."""

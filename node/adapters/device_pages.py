@@ -1,0 +1,181 @@
+"""Adapter pages and tables on a GPU, filled by a copy stream beside the steps.
+
+One contiguous copy a page and one small copy of the table columns, then an event. Nothing here ever waits: a copy into pages that
+a launched step may still read waits on the device for the event recorded after that step, and a step that names an adapter on its
+way waits on the device for the copy's event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from node.adapters.file_plan import FilePlan
+from node.adapters.page_store import SLOT_LIMIT, count_pages
+from node.adapters.tier import Place
+from node.kernels.layout import PageLayout
+from node.kernels.lora import EmbeddingDelta, LoraPool, SideTensors
+
+
+class Fences:
+    """Events in the order of launched steps: mark m is reached when everything launched before the m-th `advance` has run.
+
+    Args:
+        compute: The stream that steps are launched on.
+    """
+
+    def __init__(self, compute: torch.cuda.Stream) -> None:
+        self._compute = compute
+        self._events: dict[int, torch.cuda.Event] = {}
+        self._free: list[torch.cuda.Event] = []
+        self._last = 0
+
+    @property
+    def mark(self) -> int:
+        """The mark of the next `advance`."""
+        return self._last + 1
+
+    def advance(self) -> None:
+        """Everything launched until now comes before this mark."""
+        self._retire()
+        event = self._free.pop() if self._free else _new_event()
+        event.record(self._compute)
+        self._last += 1
+        self._events[self._last] = event
+
+    def guard(self, stream: torch.cuda.Stream, mark: int) -> None:
+        """Let `stream` wait until a mark is reached. The newest one covers every launched step, so no mark lies beyond it."""
+        event = self._events.get(min(mark, self._last))
+        if event is not None:
+            stream.wait_event(event)
+
+    def _retire(self) -> None:
+        """Forget the marks that are reached: whoever asks for them has nothing to wait for."""
+        for mark in list(self._events):
+            if not _is_reached(self._events[mark]):
+                break
+            self._free.append(self._events.pop(mark))
+
+
+class CudaArrival:
+    """One adapter's copies. `sources` are kept alive until they are read."""
+
+    def __init__(self, event: torch.cuda.Event, compute: torch.cuda.Stream, sources: Sequence[Tensor]) -> None:
+        self._event = event
+        self._compute = compute
+        self._sources = sources
+        self._is_joined = False
+
+    def is_done(self) -> bool:
+        return _is_reached(self._event)
+
+    def join(self) -> None:
+        if not self._is_joined:
+            self._compute.wait_event(self._event)
+            self._is_joined = True
+
+
+class CudaPages:
+    """The pages that steps on a GPU compute from.
+
+    Args:
+        layout: The order of modules inside a page.
+        dtype: Of the pages: float32 or bfloat16.
+        memory_bytes: Bound on all pages together, allocated now.
+        max_rank: The largest rank served; sizes the page list of a slot.
+        device: The GPU. compute: the stream that steps are launched on.
+
+    Raises:
+        ConfigError: Not one page fits into memory_bytes.
+    """
+
+    def __init__(
+        self,
+        layout: PageLayout,
+        dtype: torch.dtype,
+        *,
+        memory_bytes: int,
+        max_rank: int,
+        device: torch.device,
+        compute: torch.cuda.Stream,
+    ) -> None:
+        page_count = count_pages(layout, dtype, memory_bytes)
+        slot_count = min(page_count, SLOT_LIMIT)
+        self._module_count = layout.module_count
+        # Ranks and scales side by side, so that one copy writes both columns of a slot.
+        self._tables = torch.zeros((2, layout.module_count, slot_count), dtype=torch.int32, device=device)
+        self.tensors = LoraPool(
+            # Zeros: a tile may load ranks beyond an adapter's, and what it masks out must not be NaN.
+            pages=torch.zeros((page_count, layout.page_elements), dtype=dtype, device=device),
+            slot_pages=torch.full((slot_count, layout.pages_for_rank(max_rank)), -1, dtype=torch.int32),
+            ranks=self._tables[0],
+            scales=self._tables[1].view(torch.float32),
+            page_rank=layout.page_rank,
+        )
+        self._slot_pages = self.tensors.slot_pages.numpy()
+        self._device = device
+        self._compute = compute
+        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._fences = Fences(compute)
+        self._copies.wait_stream(compute)  # the zeros above
+
+    def begin_step(self) -> None:
+        """Everything launched until now belongs to the marks before this one."""
+        self._fences.advance()
+
+    def mark(self) -> int:
+        """The point after everything that is launched before the next `begin_step`."""
+        return self._fences.mark
+
+    def hide(self, slot: int) -> None:
+        """No step that is launched from now on names this slot. Launched ones may: its pages and columns stay as they are."""
+        self._slot_pages[slot] = -1
+        self.tensors.sides.pop(slot, None)
+
+    def send(self, place: Place, sources: Sequence[Tensor], file: FilePlan, side: SideTensors | None) -> CudaArrival:
+        """Start to copy an adapter into its place, tables included. See `DevicePages`."""
+        columns = self._columns(file)
+        with torch.cuda.stream(self._copies):
+            self._fences.guard(self._copies, place.fence)
+            for page, source in zip(place.pages, sources, strict=False):  # the place may have pages for its side tensors
+                self.tensors.pages[page].copy_(source, non_blocking=True)
+            self._tables[:, :, place.slot].copy_(columns, non_blocking=True)
+            if side is not None:
+                self.tensors.sides[place.slot] = self._move(side)
+            event = _new_event()
+            event.record(self._copies)
+        self._slot_pages[place.slot, : len(sources)] = place.pages[: len(sources)]
+        return CudaArrival(event, self._compute, [*sources, columns])
+
+    def _columns(self, file: FilePlan) -> Tensor:
+        """[2, M] int32, page-locked: a slot's ranks, and its scales' bits."""
+        columns = torch.zeros((2, self._module_count), dtype=torch.int32, pin_memory=True)
+        array = columns.numpy()
+        array[0, file.module_indices] = file.ranks
+        array[1, file.module_indices] = file.scales.view("int32")
+        return columns
+
+    def _move(self, side: SideTensors) -> SideTensors:
+        embedding = side.embedding
+        if embedding is not None:
+            gain = None if embedding.gain is None else self._to_device(embedding.gain)
+            embedding = EmbeddingDelta(self._to_device(embedding.a), self._to_device(embedding.b), gain)
+        gains = {index: self._to_device(tensor) for index, tensor in side.gains.items()}
+        biases = {index: self._to_device(tensor) for index, tensor in side.biases.items()}
+        return SideTensors(gains, biases, embedding)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        """A copy on the copy stream's account, which the allocator may not hand on while steps read it."""
+        moved = tensor.to(self._device, non_blocking=True)
+        moved.record_stream(self._compute)
+        return moved
+
+
+def _new_event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+def _is_reached(event: torch.cuda.Event) -> bool:
+    return bool(event.query())  # type: ignore[no-untyped-call]

@@ -1,0 +1,97 @@
+"""Reads a plain adapter into its pages and hashes the very bytes it reads, in one pass, on threads without the interpreter lock.
+
+Writes the same bits as `node.adapters.page_filler`, which reads everything else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from node.adapters.file_plan import DTYPE_CODES, FilePlan
+from node.adapters.formats.layout import locate
+from node.adapters.page_filler import Page
+from node.adapters.regular_file import open_regular
+from node.errors import AdapterChangedError
+from node.kernels.layout import PageLayout
+
+ROOT_BYTES = 32
+SHORT_FILE = -1  # what `openlora_read_adapter` answers besides an errno
+
+
+class _PageList(ctypes.Structure):
+    """`OpenloraPages` in csrc/adapters/reader.h."""
+
+    _fields_ = (
+        ("pages", ctypes.c_void_p),
+        ("page_count", ctypes.c_int64),
+        ("page_elements", ctypes.c_int64),
+        ("page_rank", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+    )
+
+
+class PageReader:
+    """`csrc/adapters/reader.cc` behind ctypes.
+
+    Args:
+        library: The built kernels. layout: the model's pages.
+        thread_count: Threads of one read. max_bytes: limit on an adapter's file.
+    """
+
+    def __init__(self, library: Path, layout: PageLayout, *, thread_count: int, max_bytes: int) -> None:
+        self._layout = layout
+        self._thread_count = thread_count
+        self._max_bytes = max_bytes
+        self._read = ctypes.CDLL(str(library)).openlora_read_adapter
+        self._read.restype = ctypes.c_int
+        self._read.argtypes = (
+            *(ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64),
+            *(ctypes.POINTER(_PageList), ctypes.c_int, ctypes.c_void_p),
+        )
+
+    def read(self, directory: Path, plan: FilePlan, pages: Sequence[Page]) -> list[str]:
+        """Write every tensor of a plain adapter into `pages`, which nobody else touches meanwhile.
+
+        The header is not looked at again: what stands in its tensors' places has the hash that was asked for, or is refused.
+
+        Args:
+            directory: Of the adapter. plan: what its header said.
+            pages: Enough for the plan's rank, in rank order.
+
+        Returns:
+            The root of each tensor's tree hash, 64 hex digits, in file order.
+
+        Raises:
+            AdapterError: The file is gone, or shorter than the plan says.
+            OSError: It cannot be read.
+        """
+        descriptor, _ = open_regular(locate(directory).weights, self._max_bytes)
+        try:
+            return self._read_open(descriptor, plan, pages)
+        finally:
+            os.close(descriptor)
+
+    def _read_open(self, descriptor: int, plan: FilePlan, pages: Sequence[Page]) -> list[str]:
+        addresses = np.array([page.ctypes.data for page in pages], np.uint64)
+        code = DTYPE_CODES["F32" if pages[0].dtype == np.float32 else "BF16"]
+        target = _PageList(addresses.ctypes.data, len(pages), self._layout.page_elements, self._layout.page_rank, code)
+        roots = np.empty((len(plan.tensors), ROOT_BYTES), np.uint8)
+        fault = self._read(
+            descriptor,
+            *(plan.tensors.ctypes.data, len(plan.tensors)),
+            *(plan.placements.ctypes.data, len(plan.placements)),
+            *(ctypes.byref(target), self._thread_count, roots.ctypes.data),
+        )
+        if fault == SHORT_FILE:
+            raise AdapterChangedError("the adapter's file became shorter after it was verified")
+        if fault < 0:
+            raise ValueError(f"a plan of rank {plan.rank} does not fit into {len(pages)} pages of this model")
+        if fault > 0:
+            raise OSError(fault, os.strerror(fault))
+        digits = roots.tobytes().hex()
+        return [digits[start : start + 2 * ROOT_BYTES] for start in range(0, len(digits), 2 * ROOT_BYTES)]
