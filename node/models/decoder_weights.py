@@ -1,9 +1,12 @@
 """From a checkpoint's tensors to the decoder's packed weights, one layer at a time.
 
-Peak memory is the packed model plus one fused matrix: each tensor is read, joined with its neighbours, packed and dropped.
+Peak memory is the packed model plus one fused matrix: each tensor is read, joined with its neighbours, packed and dropped. On a
+GPU, where packing changes nothing, joined matrices are filled in place by threads (`node.models.placement`).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +16,7 @@ from node.kernels.layout import PageLayout
 from node.kernels.ops import Kernels, lora_spans
 from node.models.decoder import DecoderLayer, DecoderWeights, FusedLinear
 from node.models.gguf_weights import ROPE_FACTORS
+from node.models.placement import DevicePlacement, HostPlacement, Part, Placement
 from node.models.rope import rope_tables
 from node.models.spec import ModelSpec
 from node.models.weights import Weights, read_checked
@@ -22,7 +26,7 @@ _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)  # older checkpoints stored what t
 
 
 def decoder_weights(
-    spec: ModelSpec, weights: Weights, dtype: torch.dtype, kernels: Kernels, layout: PageLayout
+    spec: ModelSpec, weights: Weights, dtype: torch.dtype, kernels: Kernels[Any, Any], layout: PageLayout
 ) -> DecoderWeights:
     """Read, fuse and pack every weight.
 
@@ -36,15 +40,18 @@ def decoder_weights(
     Raises:
         ModelLoadError: model_corrupt. A tensor is missing or has another shape; model_unsupported: one that no rule uses.
     """
-    reader = _Reader(spec, weights, dtype, kernels, layout)
+    placement: Placement = HostPlacement(weights)
+    if kernels.device.type != "cpu":
+        placement = DevicePlacement(weights, kernels.device)
+    reader = _Reader(spec, weights, placement, dtype, kernels, layout)
     first_norms = [reader.vector(f"model.layers.{layer}.input_layernorm.weight") for layer in range(spec.layer_count)]
     next_norms = [*first_norms[1:], reader.vector("model.norm.weight")]
     layers = tuple(_layer(reader, spec, layer, next_norms[layer]) for layer in range(spec.layer_count))
     embedding = reader.matrix(_EMBEDDING, (spec.vocab_size, spec.hidden_size))
     head = reader.head(embedding)
-    factors = reader.matrix(ROPE_FACTORS, (spec.head_dim // 2,), torch.float32) if ROPE_FACTORS in weights.names() else None
     reader.refuse_unused()
-    cos, sin = rope_tables(spec.rope, spec.max_model_len, factors)
+    cos, sin = (table.to(kernels.device) for table in rope_tables(spec.rope, spec.max_model_len, reader.rope_factors()))
+    placement.finish()
     return DecoderWeights(embedding, first_norms[0], layers, head, cos, sin, spec.rms_norm_eps, spec.head_dim**-0.5)
 
 
@@ -68,28 +75,40 @@ def _layer(reader: _Reader, spec: ModelSpec, layer: int, next_norm: Tensor) -> D
 class _Reader:
     """Reads tensors in one dtype and remembers which, so that a tensor nobody asked for is noticed."""
 
-    def __init__(self, spec: ModelSpec, weights: Weights, dtype: torch.dtype, kernels: Kernels, layout: PageLayout) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Weights,
+        placement: Placement,
+        dtype: torch.dtype,
+        kernels: Kernels[Any, Any],
+        layout: PageLayout,
+    ) -> None:
         self._spec = spec
         self._weights = weights
+        self._placement = placement
         self._dtype = dtype
         self._kernels = kernels
         self._layout = layout
         self._used: set[str] = set()
 
-    def matrix(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        self._used.add(name)
-        return read_checked(self._weights, name, shape, dtype or self._dtype)
+    def matrix(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._joined([(name, shape)])
+
+    def _joined(self, parts: list[Part]) -> Tensor:
+        self._used.update(name for name, _ in parts)
+        return self._placement.joined(parts, self._dtype)
 
     def vector(self, name: str, size: int | None = None) -> Tensor:
         return self.matrix(name, (size or self._spec.hidden_size,))
 
     def fused(self, modules: list[tuple[str, int]], in_features: int, has_bias: bool) -> FusedLinear:
         """Join modules that read the same input: (name, out_features) pairs, in output order."""
-        bias = torch.cat([self.vector(name + ".bias", size) for name, size in modules]) if has_bias else None
-        weight = [self.matrix(name + ".weight", (size, in_features)) for name, size in modules]
+        bias = self._joined([(name + ".bias", (size,)) for name, size in modules]) if has_bias else None
+        weight = self._joined([(name + ".weight", (size, in_features)) for name, size in modules])
         columns = [sum(size for _, size in modules[:index]) for index in range(len(modules))]
         spans = lora_spans([(self._layout.spans[name], column) for (name, _), column in zip(modules, columns, strict=True)])
-        return FusedLinear(self._kernels.pack_linear(weight[0] if len(weight) == 1 else torch.cat(weight)), bias, spans)
+        return FusedLinear(self._kernels.pack_linear(weight), bias, spans)
 
     def head(self, embedding: Tensor) -> FusedLinear:
         """The output projection: its own tensor, or the embedding where the two are tied."""
@@ -98,9 +117,16 @@ class _Reader:
         self._used.add(_HEAD + ".weight")  # a tied checkpoint may store the copy
         return FusedLinear(self._kernels.pack_linear(embedding), None, lora_spans([(self._layout.spans[_HEAD], 0)]))
 
+    def rope_factors(self) -> Tensor | None:
+        """Divisors of the rotation's frequencies, as GGUF files of Llama 3 carry them."""
+        if ROPE_FACTORS not in self._weights.names():
+            return None
+        return read_checked(self._weights, ROPE_FACTORS, (self._spec.head_dim // 2,), torch.float32)
+
     def refuse_unused(self) -> None:
         """A tensor that no rule uses means that this is not the model we take it for."""
-        unused = sorted(name for name in self._weights.names() - self._used if not name.endswith(_IGNORED_SUFFIXES))
+        strangers = self._weights.names() - self._used - {ROPE_FACTORS}
+        unused = sorted(name for name in strangers if not name.endswith(_IGNORED_SUFFIXES))
         if unused:
             shown = ", ".join(unused[:4])
             raise ModelLoadError(

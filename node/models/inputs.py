@@ -51,7 +51,7 @@ class KVCache:
     """Paged keys and values of every layer.
 
     Attributes:
-        keys: one [blocks, G, B, D] tensor a layer.
+        keys: one [blocks, G, B, D] tensor a layer; on a GPU a view of [blocks, B, G, D].
         values: the same.
         block_size: B.
     """

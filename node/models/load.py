@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from node.models.source import ModelFiles
 from node.models.spec import ModelSpec
 from node.models.weights import Weights
 
+CPU = torch.device("cpu")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -48,7 +50,7 @@ class LoadedModel:
 def load_model(
     files: ModelFiles,
     dtype: torch.dtype,
-    kernels: Kernels,
+    kernels: Kernels[Any, Any],
     *,
     max_model_len: int | None = None,
     page_rank: int = 8,
@@ -79,7 +81,7 @@ def load_model(
     return LoadedModel(Decoder(weights, kernels), spec, content_hash, layout, dtype)
 
 
-def make_kv_cache(spec: ModelSpec, size_bytes: int, block_size: int, dtype: torch.dtype) -> KVCache:
+def make_kv_cache(spec: ModelSpec, size_bytes: int, block_size: int, dtype: torch.dtype, device: torch.device = CPU) -> KVCache:
     """Allocate paged keys and values for all layers in at most `size_bytes`.
 
     A sequence can never be longer than the whole cache: serve min(`spec.max_model_len`, `block_count * block_size`) tokens.
@@ -94,11 +96,20 @@ def make_kv_cache(spec: ModelSpec, size_bytes: int, block_size: int, dtype: torc
             f"a KV cache of {size_bytes} bytes does not hold one block of {block_bytes} bytes; raise engine.kv_cache_bytes",
             code="model_too_large",
         )
+    if device.type != "cpu":
+        return _device_cache(spec, block_count, block_size, dtype, device)
     shape = (block_count, spec.kv_head_count, block_size, spec.head_dim)
     # Zeros, because a kernel may read a block past a sequence's end; zeros that nobody has touched take no memory.
     keys = [empty_huge(shape, dtype) for _ in range(spec.layer_count)]
     values = [empty_huge(shape, dtype) for _ in range(spec.layer_count)]
     return KVCache(keys, values, block_size)
+
+
+def _device_cache(spec: ModelSpec, block_count: int, block_size: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+    """On a GPU the heads of a token lie side by side: that is how its attention reads and how a step writes."""
+    shape = (block_count, block_size, spec.kv_head_count, spec.head_dim)
+    both = [[torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(spec.layer_count)] for _ in range(2)]
+    return KVCache(both[0], both[1], block_size)
 
 
 def _open_weights(files: ModelFiles, spec: ModelSpec) -> Weights:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ from torch import Tensor
 from node.errors import ModelLoadError
 
 _HEADER_LIMIT_BYTES = 100_000_000  # the format's own limit
-_FLOAT_DTYPES = ("F32", "F16", "BF16")
+_FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Where a tensor's bytes lie: `offset` in bytes from the beginning of `file`, elements of `dtype` in row-major order."""
+
+    file: Path
+    offset: int
+    dtype: torch.dtype
 
 
 class SafetensorsWeights:
@@ -28,8 +38,10 @@ class SafetensorsWeights:
 
     def __init__(self, files: tuple[Path, ...]) -> None:
         self._files: dict[str, Path] = {}
+        self._extents: dict[str, Extent] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
+            start = data_start(file)
             for name, entry in read_header(file).items():
                 if name == "__metadata__":
                     continue
@@ -42,6 +54,7 @@ class SafetensorsWeights:
                     )
                 self._files[name] = file
                 self._shapes[name] = tuple(entry["shape"])
+                self._extents[name] = Extent(file, start + int(entry["data_offsets"][0]), _FLOAT_DTYPES[entry["dtype"]])
         self._names = frozenset(self._files)
 
     def names(self) -> frozenset[str]:
@@ -52,6 +65,10 @@ class SafetensorsWeights:
         """The shape its header states."""
         return self._shapes[name]
 
+    def extent(self, name: str) -> Extent:
+        """Where its bytes lie, for whoever reads them without this class."""
+        return self._extents[name]
+
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """Copy one tensor out. The file is mapped for this call only: pages of a mapping count as the process's memory."""
         file = self._files[name]
@@ -61,6 +78,22 @@ class SafetensorsWeights:
                 return tensor.to(dtype, copy=True).contiguous()
         except (SafetensorError, OSError) as error:
             raise _corrupt(f"tensor {name} cannot be read from {file}") from error
+
+
+def data_start(file: Path) -> int:
+    """Offset of the first tensor's bytes.
+
+    Raises:
+        ModelLoadError: model_corrupt. The file cannot be read.
+    """
+    try:
+        with file.open("rb") as handle:
+            prefix = handle.read(8)
+    except OSError as error:
+        raise ModelLoadError(f"{file} cannot be read; check that it exists and its permissions", code="model_corrupt") from error
+    if len(prefix) != 8:
+        raise _corrupt(f"{file} has {len(prefix)} bytes: it is cut short or no safetensors file")
+    return 8 + int(struct.unpack("<Q", prefix)[0])
 
 
 def read_header(file: Path) -> dict[str, Any]:

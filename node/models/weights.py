@@ -27,7 +27,13 @@ class Weights(Protocol):
 
 
 def read_checked(weights: Weights, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Read a tensor that must exist with this shape.
+    """Read a tensor that must exist with this shape. See `check_shape`."""
+    check_shape(weights, name, shape)
+    return weights.read(name, dtype)
+
+
+def check_shape(weights: Weights, name: str, shape: tuple[int, ...]) -> None:
+    """Refuse a checkpoint whose tensor is not there or has another shape.
 
     Raises:
         ModelLoadError: model_corrupt. The tensor is missing, or its shape is not what the configuration says.
@@ -43,4 +49,3 @@ def read_checked(weights: Weights, name: str, shape: tuple[int, ...], dtype: tor
             "config.json and the weights belong to different models",
             code="model_corrupt",
         )
-    return weights.read(name, dtype)

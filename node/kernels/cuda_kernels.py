@@ -1,0 +1,275 @@
+"""`Kernels` of an NVIDIA GPU: cuBLAS and the skinny GEMM for products, our own operations for what reads them, paged attention.
+
+Launches only: nothing here waits for the device, and with one row a sequence everything may be captured in a CUDA graph.
+
+Shape letters: T rows (tokens), K inputs, N outputs, P planes of a product, V (row, page) pairs, M modules of a fused linear.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from node.errors import ConfigError
+from node.kernels.attention.paged import DecodePlan, PagedAttention, PrefillPlan
+from node.kernels.cuda_ops import CudaOps, Follow, Product, span_list
+from node.kernels.device_rows import DeviceRows
+from node.kernels.linear import LoraSpans, PackedLinear
+from node.kernels.lora import LoraPool, LoraRows
+from node.kernels.ops import Kernels
+from node.kernels.reference import lora_delta
+
+EXACT_ROWS = 32  # of a product whose bits may not depend on the batch, where the skinny GEMM cannot run
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """One of the two, as the step is: one row a sequence, or anything else."""
+
+    decode: DecodePlan | None
+    prefill: PrefillPlan | None
+
+
+class CudaKernels(Kernels[Product, DeviceRows]):
+    """See `Kernels` for every argument.
+
+    Args:
+        device: The GPU.
+        attention: Backend of paged attention.
+        ops: The compiled library; `attach` binds the adapter pool to it.
+        is_deterministic: Rows have the same bits in every batch: fixed splits and products of fixed shapes, several times slower
+            in prefill.
+        has_follow: Launch our kernels before those before them have ended (programmatic dependent launch).
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        attention: PagedAttention,
+        ops: CudaOps,
+        *,
+        is_deterministic: bool = False,
+        has_follow: bool = True,
+    ) -> None:
+        self._device = device
+        self._attention = attention
+        self._ops = ops
+        self._is_deterministic = is_deterministic
+        self._is_hopper = torch.cuda.get_device_capability(device)[0] == 9
+        self._follow = Follow.WAIT_FIRST if has_follow else Follow.PLAIN
+        self._spans: dict[int, tuple[int, ...]] = {}
+        self._planes: dict[tuple[int, int, int], int] = {}
+
+    @property
+    def name(self) -> str:
+        return f"cuda-{self._attention.name}"
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def attach(self, pool: LoraPool) -> None:
+        """Bind the adapter memory, whose tensors stay where they are from now on."""
+        self._ops = CudaOps(pool)
+
+    # ---- products
+
+    def pack_linear(self, weight: Tensor) -> PackedLinear:
+        """The weight itself: both GEMMs read rows of inputs. `weight` may still be being filled."""
+        return PackedLinear(weight, weight.shape[0], weight.shape[1], is_panelled=False)
+
+    def linear(
+        self,
+        x: Tensor,
+        packed: PackedLinear,
+        bias: Tensor | None = None,
+        *,
+        pool: LoraPool | None = None,
+        rows: DeviceRows | None = None,
+        spans: LoraSpans | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Product:
+        weight = packed.data
+        planes = self._skinny_planes(x, weight)
+        if rows is None or spans is None:
+            return Product(self._multiply(x, weight, planes, out_dtype), bias)
+        fields = self._span_list(spans)
+        v = torch.empty((rows.pair_count, len(fields) // 6, 16), dtype=torch.float32, device=x.device)
+        if planes:
+            # Behind the GEMM, beside it: the shrink waits for it last, so whoever waits for the shrink has both.
+            y = self._multiply(x, weight, planes, out_dtype)
+            after = Follow.WAIT_LAST if self._follow is Follow.WAIT_FIRST else Follow.PLAIN
+            self._ops.lora_shrink(x, rows.tiles, fields, v, after)
+        else:
+            self._ops.lora_shrink(x, rows.tiles, fields, v, self._follow)
+            y = self._multiply(x, weight, planes, out_dtype)
+        return Product(y, bias, rows.tiles, v, fields)
+
+    def finish(self, product: Product, out_dtype: torch.dtype) -> Tensor:
+        y = product.y
+        if y.shape[0] == 1 and y.dtype == out_dtype and product.bias is None and product.tiles is None:
+            return y[0]
+        out = torch.empty(y.shape[1:], dtype=out_dtype, device=y.device)
+        self._ops.materialize(product, out, self._follow)
+        return out
+
+    def unfinish(self, y: Tensor) -> Product:
+        return Product(y[None])
+
+    def _skinny_planes(self, x: Tensor, weight: Tensor) -> int:
+        """Planes of the skinny GEMM for this product; 0 where cuBLAS runs it."""
+        if x.dtype != torch.bfloat16 or not self._is_hopper:
+            return 0
+        rows = min(x.shape[0], 256) if self._is_deterministic else x.shape[0]
+        key = (rows, *weight.shape)
+        planes = self._planes.get(key)
+        if planes is None:
+            planes = self._planes[key] = self._ops.skinny_gemm_planes(weight.shape[0], weight.shape[1], rows)
+        return planes
+
+    def _multiply(self, x: Tensor, weight: Tensor, planes: int, out_dtype: torch.dtype | None) -> Tensor:
+        """x W^T as [P, T, N] float32 or [1, T, N] of x's dtype."""
+        if planes:
+            return self._multiply_skinny(x, weight, planes)
+        wide = torch.float32 if x.dtype == torch.float32 else out_dtype or x.dtype
+        if self._is_deterministic:
+            return self._multiply_exactly(x, weight, wide)
+        return _mm(x, weight, wide)[None]
+
+    def _multiply_skinny(self, x: Tensor, weight: Tensor, planes: int) -> Tensor:
+        """Rows in pieces of at most 256; there is more than one piece only where bits may not depend on the batch."""
+        count = x.shape[0]
+        if count <= 256:
+            y = torch.empty((planes, count, weight.shape[0]), dtype=torch.float32, device=x.device)
+            self._ops.skinny_gemm(x, weight, y, self._follow)
+            return y
+        whole = torch.empty((1, count, weight.shape[0]), dtype=torch.float32, device=x.device)
+        for first in range(0, count, 256):
+            piece = self._multiply_skinny(x[first : first + 256], weight, planes)
+            self._ops.materialize(Product(piece), whole[0, first : first + 256], self._follow)
+        return whole
+
+    def _multiply_exactly(self, x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
+        """Products of `EXACT_ROWS` rows each, the last one padded: cuBLAS sums in an order that follows the shape."""
+        count = x.shape[0]
+        padded = x.new_zeros((-(-count // EXACT_ROWS) * EXACT_ROWS, x.shape[1]))
+        padded[:count] = x
+        starts = range(0, len(padded), EXACT_ROWS)
+        pieces = [_mm(padded[first : first + EXACT_ROWS], weight, out_dtype) for first in starts]
+        return torch.cat(pieces)[:count][None]
+
+    def _span_list(self, spans: LoraSpans) -> tuple[int, ...]:
+        key = id(spans)  # a model's own spans, which live as long as it does
+        fields = self._spans.get(key)
+        if fields is None:
+            fields = self._spans[key] = span_list(spans)
+        return fields
+
+    def sgmv(self, y: Tensor, x: Tensor, pool: LoraPool, rows: LoraRows, spans: LoraSpans) -> None:
+        delta = lora_delta(x, pool, rows, spans.table, y.shape[1])
+        y.copy_((y.float() + delta).to(y.dtype))
+
+    def head_rows(
+        self, rows: DeviceRows | None, pool: LoraPool | None, logit_rows: Tensor | None, module: int
+    ) -> DeviceRows | None:
+        return None if rows is None else rows.head
+
+    # ---- what reads products
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty_like(x)
+        self._ops.rms_norm(x, weight, eps, out, self._follow)
+        return out
+
+    def embed_rms_norm(self, token_ids: Tensor, embedding: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        x = torch.empty((token_ids.shape[0], embedding.shape[1]), dtype=embedding.dtype, device=embedding.device)
+        out = torch.empty_like(x)
+        self._ops.embed_rms_norm(token_ids, embedding, weight, eps, x, out)
+        return x, out
+
+    def add_rms_norm(self, x: Product, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty_like(residual)
+        self._ops.add_rms_norm(x, residual, weight, eps, out, self._follow)
+        return out
+
+    def silu_mul(self, gate_up: Product) -> Tensor:
+        _, count, columns = gate_up.y.shape
+        out = torch.empty((count, columns // 2), dtype=self._attention.shape.dtype, device=gate_up.y.device)
+        self._ops.silu_mul(gate_up, out, self._follow)
+        return out
+
+    def rope_kv_write(
+        self,
+        qkv: Product,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        kv_slots: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        *,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> Tensor:
+        shape = self._attention.shape
+        q = torch.empty((qkv.y.shape[1], shape.heads * shape.head_dim), dtype=shape.dtype, device=qkv.y.device)
+        self._ops.rope_kv_write(
+            qkv,
+            cos,
+            sin,
+            positions,
+            kv_slots,
+            key_cache.transpose(1, 2),
+            value_cache.transpose(1, 2),
+            q,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            eps=eps,
+            follow=self._follow,
+        )
+        return q
+
+    # ---- attention
+
+    def plan_attention(
+        self, block_tables: Tensor, query_start: Tensor, context_lens: Tensor, max_query: int, max_context: int
+    ) -> AttentionPlan:
+        if max_query == 1:
+            return AttentionPlan(self._attention.plan_decode(block_tables, context_lens, max_context), None)
+        plan = self._attention.plan_prefill(block_tables, query_start, context_lens, max_query, max_context)
+        return AttentionPlan(None, plan)
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        block_tables: Tensor,
+        query_start: Tensor,
+        context_lens: Tensor,
+        scale: float,
+        sliding_window: int | None = None,
+        plan: Any = None,
+    ) -> Tensor:
+        shape = self._attention.shape
+        if plan is None or scale != shape.scale:
+            raise ConfigError(f"attention was made for scale {shape.scale} and a step asks for {scale} or has no plan")
+        heads = q.view(-1, shape.heads, shape.head_dim)
+        out = torch.empty_like(heads)
+        keys, values = key_cache.transpose(1, 2), value_cache.transpose(1, 2)
+        if plan.decode is not None:
+            self._attention.decode(heads, keys, values, plan.decode, out, window=sliding_window)
+        else:
+            self._attention.prefill(heads, keys, values, plan.prefill, out, window=sliding_window)
+        return out.view(q.shape)
+
+
+def _mm(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """x [T, K] times W^T by cuBLAS, float32 sums, in `out_dtype`."""
+    if out_dtype == x.dtype:
+        return torch.mm(x, weight.T)
+    return torch.mm(x, weight.T, out_dtype=out_dtype)
