@@ -19,6 +19,7 @@ from node.kernels.build import _include_dirs, _library_dir, _run, source_dir
 FLAGS = ("-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA")
 ARCHITECTURES = ("80", "89", "90a")
+CHOSEN_ARCHITECTURES = "OPENLORA_CUDA_ARCHITECTURES"  # "90a", "80,90a": a faster build for one machine
 HOPPER_SUFFIX = "_sm90.cu"  # wgmma and bulk tensor copies: compiled for 90a alone
 BINDING = "binding_cuda.cc"
 CACHED_OBJECTS = 64  # older ones are removed
@@ -35,6 +36,12 @@ def has_cuda_torch() -> bool:
     import torch
 
     return torch.version.cuda is not None
+
+
+def architectures() -> tuple[str, ...]:
+    """What the kernels are compiled for: all supported ones, or those that the environment names."""
+    named = os.environ.get(CHOSEN_ARCHITECTURES)
+    return tuple(named.split(",")) if named else ARCHITECTURES
 
 
 def cuda_sources(sources: Path) -> list[Path]:
@@ -80,7 +87,7 @@ def compile_kernels() -> list[Path]:
     """
     sources, chosen = source_dir(), _require_nvcc()
     names = cuda_sources(sources)
-    print(f"building the CUDA kernels with {chosen} ({len(names)} files for sm_{', sm_'.join(ARCHITECTURES)})", flush=True)  # noqa: T201
+    print(f"building the CUDA kernels with {chosen} ({len(names)} files for sm_{', sm_'.join(architectures())})", flush=True)  # noqa: T201
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
         objects = list(threads.map(lambda name: _object(chosen, sources, name, _gencode(name)), names))
     _forget_old_objects(objects)
@@ -94,7 +101,7 @@ def check_binding() -> None:
 
 
 def _gencode(source: Path) -> tuple[str, ...]:
-    chosen = ("90a",) if source.name.endswith(HOPPER_SUFFIX) else ARCHITECTURES
+    chosen = ("90a",) if source.name.endswith(HOPPER_SUFFIX) else architectures()
     return tuple(part for arch in chosen for part in ("-gencode", f"arch=compute_{arch},code=sm_{arch}"))
 
 
@@ -126,7 +133,7 @@ def _object(chosen: str, sources: Path, source: Path, flags: tuple[str, ...]) ->
 
 
 def _library(sources: Path) -> Path:
-    state = hashlib.sha256(_headers_digest(sources) + repr(ARCHITECTURES).encode())
+    state = hashlib.sha256(_headers_digest(sources) + repr(architectures()).encode())
     for path in (*cuda_sources(sources), sources / BINDING):
         if path.is_file():
             state.update(path.name.encode() + b"\0" + path.read_bytes())

@@ -1,0 +1,153 @@
+// What the kernels share of the instruction set: dependent launches, clusters, bf16 tensor cores. Nothing here knows a shape.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_bf16.h>
+
+#include "lora_work.h"
+
+namespace openlora {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Lets the next kernel of the stream start as soon as every block of this one has come here (Hopper; nothing before it).
+__device__ __forceinline__ void start_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits for the end of the kernels before this one and makes their writes visible; returns at once in a plain launch.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#else
+  return 0;
+#endif
+}
+
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// Address, in the cluster's shared window, of `local` as it lies in block `rank`.
+__device__ __forceinline__ uint32_t remote_address(const void* local, uint32_t rank) {
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(address), "r"(rank));
+#endif
+  return address;
+}
+
+__device__ __forceinline__ float load_remote(uint32_t address) {
+  float value = 0.f;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+#endif
+  return value;
+}
+
+__device__ __forceinline__ void store_remote(uint32_t address, float value) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+#endif
+}
+
+// c[16 x 8] += a[16 x 16] b[16 x 8], bf16 in, float32 out. Lane (g, t) = (lane / 4, lane % 4) holds rows g and g + 8 of a and c.
+__device__ __forceinline__ void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high_half(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+__device__ __forceinline__ float rounded_bf16(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
+
+// One element of the model's type.
+template <class T>
+__device__ __forceinline__ float to_float(T x) {
+  if constexpr (sizeof(T) == 4) return x;
+  else return __bfloat162float(x);
+}
+template <class T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (sizeof(T) == 4) return x;
+  else return __float2bfloat16_rn(x);
+}
+
+// Data that no kernel of the step writes and that each block reads once: keep it out of L1.
+__device__ __forceinline__ uint4 load_stream(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+
+// The tiles of a step, as lora_tiles.py laid them out.
+struct TileTable {
+  const int4* tiles;
+  const int* rows;
+  const int4* entries;
+  const int2* items;
+  int tile_count;
+  int item_count;
+  int largest;
+};
+
+__device__ __forceinline__ TileTable read_tile_table(const int32_t* block) {
+  const int4 counts = __ldg(reinterpret_cast<const int4*>(block));
+  const int4 offsets = __ldg(reinterpret_cast<const int4*>(block) + 1);
+  return {reinterpret_cast<const int4*>(block + offsets.x), block + offsets.y, reinterpret_cast<const int4*>(block + offsets.z),
+          reinterpret_cast<const int2*>(block + offsets.w), counts.x, counts.y, __ldg(block + 8)};
+}
+
+struct Tile {
+  int place;  // first index into TileTable::rows
+  int rows;
+  int entries;
+  int first_entry;
+  int first_pair;
+};
+
+__device__ __forceinline__ Tile read_tile(const TileTable& table, int index) {
+  const int4 raw = __ldg(table.tiles + index);
+  return {raw.x, raw.y & 0xffff, raw.y >> 16, raw.z, raw.w};
+}
+
+// spans[m] without indexing a kernel parameter by a run-time value, which would put it into local memory.
+__device__ __forceinline__ LoraSpan span_at(const LoraWork& work, int m) {
+  return m == 0 ? work.spans[0] : (m == 1 ? work.spans[1] : work.spans[2]);
+}
+
+// Ranks of module `module` that page `ordinal` of slot `slot` holds: 0 to 16.
+__device__ __forceinline__ int ranks_in_page(const LoraWork& work, int module, int slot, int ordinal) {
+  const int left = __ldg(work.ranks + static_cast<int64_t>(module) * work.slots + slot) - ordinal * kPageRank;
+  return left < 0 ? 0 : (left > kPageRank ? kPageRank : left);
+}
+
+}  // namespace openlora

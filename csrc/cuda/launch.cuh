@@ -1,0 +1,60 @@
+// Launching: one place that knows the attributes of a dependent launch and of a cluster.
+#pragma once
+
+#include <algorithm>
+
+#include <cuda_runtime.h>
+
+#include "lora_work.h"
+
+namespace openlora {
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
+inline int processor_count() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+
+// Clusters and dependent launches exist from compute capability 9.0 on.
+inline bool is_hopper() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
+
+struct Shape {
+  int blocks;
+  int threads;
+  int shared_bytes = 0;
+  int cluster = 1;
+};
+
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), const Shape& shape, Follow follow, cudaStream_t stream, Args&&... args) {
+  if (shape.shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(shape.blocks);
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attributes[2];
+  int count = 0;
+  if (is_hopper()) {
+    if (follow != Follow::kPlain) {
+      attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (shape.cluster > 1) {
+      attributes[count].id = cudaLaunchAttributeClusterDimension;
+      attributes[count].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+      ++count;
+    }
+  }
+  config.attrs = attributes;
+  config.numAttrs = count;
+  return cudaLaunchKernelEx(&config, kernel, Params(args)...);
+}
+
+}  // namespace openlora
