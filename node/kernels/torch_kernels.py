@@ -19,15 +19,21 @@ class TorchKernels(Kernels[Tensor, LoraRows]):
 
     Args:
         is_deterministic: Linear layers and attention go row by row, so that a row's bits never depend on its batch or chunk.
+        device: Where the tensors lie. `LoraRows` and `LoraPool.slot_pages` lie on the CPU.
     """
 
-    def __init__(self, *, is_deterministic: bool = False) -> None:
+    def __init__(self, *, is_deterministic: bool = False, device: torch.device | None = None) -> None:
+        self._device = device or torch.device("cpu")
         self._linear = reference.linear_by_row if is_deterministic else reference.linear
         self._attention = reference.paged_attention_by_row if is_deterministic else reference.paged_attention
 
     @property
     def name(self) -> str:
         return "reference"
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
 
     def pack_linear(self, weight: Tensor) -> PackedLinear:
         return PackedLinear(weight.contiguous(), weight.shape[0], weight.shape[1], is_panelled=False)
