@@ -24,6 +24,7 @@ from node.engine.channel import command_address, event_address
 from node.engine.launch import STOP_TIMEOUT_S, EngineProcess
 from node.engine.messages import Cancel, Command, Event, Ready, SequenceEvent, Shutdown, StartFailed, Stats, Step, Submit
 from node.engine.sizing import MAX_SEQUENCES_GPU
+from node.engine.places import Places
 from node.engine.stream import SequenceStream
 from node.errors import EngineError, NodeError, OverloadedError
 
@@ -47,9 +48,9 @@ class EngineClient:
         self._settings = settings
         self._runtime_dir = runtime_dir
         self._clock = clock
-        self._in_flight_limit = settings.engine.queue_limit + (settings.engine.max_sequences or MAX_SEQUENCES_GPU)
+        self._places = Places(settings.engine.queue_limit + (settings.engine.max_sequences or MAX_SEQUENCES_GPU))
         # A sequence sends its Submit and at most one Cancel, so a queue of this size never fills while the engine reads.
-        self._high_water_mark = 2 * self._in_flight_limit + 8
+        self._high_water_mark = 2 * self._places.limit + 8
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
         self._context = zmq.asyncio.Context()
@@ -136,15 +137,17 @@ class EngineClient:
         """
         if not self.is_alive or self._is_closing:
             raise _unavailable("the engine is not running")
-        if len(self._streams) >= self._in_flight_limit:
+        if not self._places.has_room(submit.tenant):
             raise OverloadedError(
-                f"{len(self._streams)} sequences are in flight; the limit is {self._in_flight_limit}; retry later",
+                f"{len(self._streams)} sequences are in flight, as many of {self._places.limit} as this tenant may have now; "
+                "retry later",
                 retry_after_s=1.0,
             )
         if submit.sequence_id in self._streams:
             raise ValueError(f"sequence id {submit.sequence_id} is in flight already")
         self._send(submit)
-        stream = self._streams[submit.sequence_id] = SequenceStream(submit.sequence_id, self.cancel)
+        stream = self._streams[submit.sequence_id] = SequenceStream(submit.sequence_id, submit.tenant, self.cancel)
+        self._places.enter(submit.tenant)
         return stream
 
     def cancel(self, sequence_id: str) -> None:
@@ -252,6 +255,7 @@ class EngineClient:
             stream.put(event)
             if event.finish_reason is not None:
                 del self._streams[event.sequence_id]
+                self._places.leave(stream.tenant)
 
     def _end_all(self, message: str) -> None:
         for sequence_id in list(self._streams):

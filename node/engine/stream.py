@@ -20,8 +20,9 @@ class SequenceStream:
         on_abandon: Called once when the reader closes the stream before its end.
     """
 
-    def __init__(self, sequence_id: str, on_abandon: Callable[[str], None]) -> None:
+    def __init__(self, sequence_id: str, tenant: str, on_abandon: Callable[[str], None]) -> None:
         self.sequence_id = sequence_id
+        self.tenant = tenant
         self._on_abandon = on_abandon
         self._events: deque[SequenceEvent] = deque()
         self._has_news = asyncio.Event()
