@@ -77,10 +77,22 @@ def adapter_id(tensors: Sequence[TensorEntry], config: Mapping[str, Any], *, thr
         if name == following:
             raise IdentityError(f"two tensors normalise to the name {name}; an adapter names each tensor once")
     roots = map_threads(lambda pair: bytes.fromhex(tree_hash(pair[1].read())), entries, threads)
-    described = [
-        [name, entry.dtype.upper(), list(entry.shape), root.hex()] for (name, entry), root in zip(entries, roots, strict=True)
-    ]
-    return canonical.digest({"schema": ADAPTER_SCHEMA, "config": arithmetic_config(config), "tensors": described})
+    described = [(name, entry.dtype, entry.shape, root.hex()) for (name, entry), root in zip(entries, roots, strict=True)]
+    return adapter_id_of_roots(described, config)
+
+
+def adapter_id_of_roots(described: Sequence[tuple[str, str, tuple[int, ...], str]], config: Mapping[str, Any]) -> str:
+    """`adapter_id` for whoever hashed the tensors already.
+
+    Args:
+        described: (normal name, dtype, shape, tree hash v1 of the bytes) of every tensor, in the order of the names.
+        config: As for `adapter_id`.
+
+    Raises:
+        IdentityError: A setting has no exact spelling.
+    """
+    tensors = [[name, dtype.upper(), list(shape), root] for name, dtype, shape, root in described]
+    return canonical.digest({"schema": ADAPTER_SCHEMA, "config": arithmetic_config(config), "tensors": tensors})
 
 
 def normal_name(name: str) -> str:

@@ -26,6 +26,11 @@ _FINISH_REASON = re.compile(r"[!-~]{1,64}")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _FIELD_AT_FAULT = re.compile(r"(?:unknown field `|`\$\.)([^`]+)`")
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]{40}")
+_DENSITY = re.compile(r"1|0\.[0-9]{0,17}[1-9]")
+MERGE_STRATEGIES = ("linear_factors", "ties", "dare_linear", "dare_ties")
+PRUNING = ("ties", "dare_linear", "dare_ties")
+ELECTING = ("ties", "dare_ties")
+SIGN_METHODS = ("total", "frequency")
 
 
 class RecipeTerm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -36,11 +41,24 @@ class RecipeTerm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight: str
 
 
+class Merge(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How several adapters became one before they were added, where that is more than their weighted sum.
+
+    `density` is a decimal string above 0 and at most 1, for strategies that prune; `majority_sign_method` is for those that elect
+    a sign; else None.
+    """
+
+    strategy: str
+    density: str | None = None
+    majority_sign_method: str | None = None
+
+
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """What the node observed of one request. Hashes and digests are 64 hex digits, addresses EIP-55, times UTC milliseconds.
 
     `status` is ok, cancelled, failed or interrupted; `finish_reason` is the client's word for it. `tenant_digest` stands for the
     caller, `payer` and `voucher_digest` for who signed to pay, or None. `contributions` cover the adapters with a manifest.
+    `merge` is None where the answer was computed with the terms themselves.
     """
 
     request_id: str
@@ -61,6 +79,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     payees: Payees
     prompt_digest: str
     output_digest: str
+    merge: Merge | None = None
 
 
 class RecipeAdapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -72,12 +91,16 @@ class RecipeAdapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     share_ppm: int
 
 
-class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What was added to the base model: `kind` is base (nothing), single or linear (a weighted sum)."""
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What was added to the base model.
+
+    `kind` is base (nothing), single, linear (a weighted sum) or merge, and then `merge` says how; only then is it written.
+    """
 
     kind: str
     adapters: tuple[RecipeAdapter, ...]
     recipe_hash: str
+    merge: Merge | None = None
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -138,38 +161,69 @@ def build(facts: Facts, *, sequence: int, previous_hash: str) -> Record:
     """
     _check(facts, sequence, previous_hash)
     tie = request_tie(facts.request_id)
-    recipe = build_recipe(facts.terms, tie)
+    recipe = build_recipe(facts.terms, tie, facts.merge)
     fee = fee_wei(facts.status, facts.tokens, facts.price)
     shares = [(adapter.adapter_id, adapter.share_ppm) for adapter in recipe.adapters]
     lines = split_fee(fee, facts.policy, facts.payees, shares, facts.contributions, tie)
-    copied = {name: getattr(facts, name) for name in Facts.__struct_fields__ if name != "terms"}
+    copied = {name: getattr(facts, name) for name in Facts.__struct_fields__ if name not in ("terms", "merge")}
     return Record(
         schema=SCHEMA, sequence=sequence, previous_hash=previous_hash, recipe=recipe, fee_wei=str(fee), split=lines, **copied
     )
 
 
-def build_recipe(terms: tuple[RecipeTerm, ...], tie: bytes) -> Recipe:
-    """Name, weigh and hash what was added to the base model. The hash covers kind, adapters and weights, in order.
+def build_recipe(terms: tuple[RecipeTerm, ...], tie: bytes, merge: Merge | None = None) -> Recipe:
+    """Name, weigh and hash what was added to the base model. The hash covers kind, adapters and weights, in order, and the merge.
 
     Raises:
-        RecordError: One adapter twice. SplitError: A malformed weight, or all of them zero.
+        RecordError: One adapter twice, or a malformed merge. SplitError: A malformed weight, or all of them zero.
     """
     weights = {term.adapter_id: term.weight for term in terms}
     if len(weights) != len(terms):
         raise RecordError("a recipe names one adapter twice; add its weights and name it once")
     shares = adapter_shares(weights, tie) if terms else {}
-    kind = ("base", "single")[len(terms)] if len(terms) < 2 else "linear"
-    named = [{"adapter_id": term.adapter_id, "weight": term.weight} for term in terms]
-    recipe_hash = canonical.digest({"schema": RECIPE_SCHEMA, "kind": kind, "adapters": named})
     adapters = tuple(RecipeAdapter(t.adapter_id, t.manifest_hash, t.weight, shares[t.adapter_id]) for t in terms)
-    return Recipe(kind, adapters, recipe_hash)
+    return Recipe(_kind(terms, merge), adapters, recipe_hash(terms, merge), merge)
+
+
+def recipe_hash(terms: tuple[RecipeTerm, ...], merge: Merge | None) -> str:
+    """Content hash of a recipe, 64 hex digits: what is computed, whoever made the adapters.
+
+    Raises:
+        RecordError: The merge is malformed.
+    """
+    named = [{"adapter_id": term.adapter_id, "weight": term.weight} for term in terms]
+    recipe: dict[str, Any] = {"schema": RECIPE_SCHEMA, "kind": _kind(terms, merge), "adapters": named}
+    if merge is not None:
+        recipe["merge"] = {
+            "strategy": merge.strategy,
+            "density": merge.density,
+            "majority_sign_method": merge.majority_sign_method,
+        }
+    return canonical.digest(recipe)
+
+
+def _kind(terms: tuple[RecipeTerm, ...], merge: Merge | None) -> str:
+    if merge is None:
+        return ("base", "single")[len(terms)] if len(terms) < 2 else "linear"
+    if len(terms) < 2:
+        raise RecordError(f"a merge of {len(terms)} adapters is no merge; two are needed")
+    prunes, elects = merge.strategy in PRUNING, merge.strategy in ELECTING
+    if merge.strategy not in MERGE_STRATEGIES:
+        raise RecordError(f"merge strategy {merge.strategy!r:.40} is unknown; known are {', '.join(MERGE_STRATEGIES)}")
+    if (merge.density is not None) != prunes or (merge.majority_sign_method is not None) != elects:
+        raise RecordError(f"a {merge.strategy} merge has density and majority_sign_method where it uses them and nowhere else")
+    if merge.density is not None and not _DENSITY.fullmatch(merge.density):
+        raise RecordError(f"density {merge.density!r:.40} is not a plain decimal above 0 and at most 1, without trailing zeros")
+    if merge.majority_sign_method not in (None, *SIGN_METHODS):
+        raise RecordError(f"majority_sign_method {merge.majority_sign_method!r:.40} is none of {', '.join(SIGN_METHODS)}")
+    return "merge"
 
 
 def facts_of(record: Record) -> Facts:
     """The facts inside a record, without anything derived."""
     terms = tuple(RecipeTerm(item.adapter_id, item.manifest_hash, item.weight) for item in record.recipe.adapters)
-    copied = {name: getattr(record, name) for name in Facts.__struct_fields__ if name != "terms"}
-    return Facts(terms=terms, **copied)
+    copied = {name: getattr(record, name) for name in Facts.__struct_fields__ if name not in ("terms", "merge")}
+    return Facts(terms=terms, merge=record.recipe.merge, **copied)
 
 
 def verify(record: Record) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ def _by_row(a: Tensor, b: Tensor) -> Tensor:
 
 
 def overwrite_rows(
-    kernels: Kernels,
+    kernels: Kernels[Any, Any],
     y: Tensor,
     x: Tensor,
     packed: PackedLinear,
@@ -110,7 +111,7 @@ def overwrite_rows(
         if gain is None and offset is None:
             continue
         rows = x[group.rows]
-        base = kernels.linear(rows, packed, out_dtype=torch.float32)
+        base = kernels.finish(kernels.linear(rows, packed, out_dtype=torch.float32), torch.float32)
         if gain is not None:
             base *= 1 + gain
         if bias is not None:
