@@ -19,8 +19,7 @@ from structlog.typing import FilteringBoundLogger
 from attribution.fees import Price, SplitPolicy
 from node import __version__
 from node.adapters.catalog import AdapterCatalog
-from node.api.admin import AdminListener
-from node.api.api_keys import ApiKeys
+from node.api.admin import ADMIN_HOST, AdminListener
 from node.api.application import build_application
 from node.api.doors import Services
 from node.api.listener import Listener
@@ -30,9 +29,13 @@ from node.engine.client import EngineClient
 from node.engine.messages import Ready
 from node.errors import ConfigError
 from node.operations import adapter_operations, settlement_operations
-from node.settlement.treasury import Treasury, open_treasury
+from node.settlement.treasury import LEDGER_NAME, Treasury, open_treasury
 from node.telemetry.logs import make_logger
 from node.telemetry.metrics import NodeMetrics
+from node.tenancy.key_desk import key_operations
+from node.tenancy.key_file import read_key_file
+from node.tenancy.meter import TokenPrice
+from node.tenancy.tenancy import Tenancy, open_tenancy
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -43,6 +46,7 @@ class Node:
 
     settings: Settings
     url: str
+    admin_url: str | None
     ready: Ready
     treasury: Treasury
     catalog: AdapterCatalog
@@ -59,6 +63,8 @@ class Node:
             f"  chain      {self.treasury.describe()}",
             f"  operator   {self.treasury.keys.operator.address}",
         ]
+        if self.admin_url is not None:
+            lines.insert(-1, f"  admin      {self.admin_url}")
         lines += [f"  not served {name}: {problem.message}" for name, problem in self.catalog.problems.items()]
         return "\n".join(lines)
 
@@ -72,23 +78,34 @@ async def open_node(settings: Settings) -> AsyncIterator[Node]:
     """
     _check_exposure(settings)
     logger = make_logger(settings.telemetry.log_level, settings.telemetry.log_format)
-    api_keys = _api_keys(settings)
+    key_file = settings.server.api_keys_file
+    key_lines = () if key_file is None else read_key_file(key_file)
     async with AsyncExitStack() as stack:
         treasury = await stack.enter_async_context(open_treasury(settings, logger))
+        tenancy = await open_tenancy(treasury.ledger, settings.tenants, key_lines)
+        _check_keys(settings, tenancy)
         engine = EngineClient(settings, _private_directory(settings))
         ready = await engine.start()
         stack.push_async_callback(engine.close)
         catalog = AdapterCatalog(settings, ready.linears, ready.base_id, time.monotonic)
         stack.push_async_callback(catalog.close)
         await catalog.start()
-        services = _services(settings, engine, ready, catalog, treasury, api_keys, logger)
+        services = _services(settings, engine, ready, catalog, treasury, tenancy, logger)
         listener = Listener(build_application(services))
         stack.push_async_callback(listener.close, settings.server.drain_timeout_s)
         port = await listener.open(settings.server.host, settings.server.port)
-        admin = AdminListener({**settlement_operations(treasury), **adapter_operations(catalog)}, logger)
+        operations = {
+            **settlement_operations(treasury),
+            **adapter_operations(catalog, tenancy.store),
+            **key_operations(tenancy.store, tenancy.meter),
+        }
+        admin = AdminListener(operations, logger)
         stack.push_async_callback(admin.close)
         await admin.open(admin_socket(settings))
-        yield Node(settings, f"http://{settings.server.host}:{port}", ready, treasury, catalog, engine)
+        admin_url = None
+        if settings.server.admin_port is not None:
+            admin_url = f"http://{ADMIN_HOST}:{await admin.open_port(settings.server.admin_port, tenancy.door)}"
+        yield Node(settings, f"http://{settings.server.host}:{port}", admin_url, ready, treasury, catalog, engine)
 
 
 def _services(
@@ -97,7 +114,7 @@ def _services(
     ready: Ready,
     catalog: AdapterCatalog,
     treasury: Treasury,
-    api_keys: ApiKeys | None,
+    tenancy: Tenancy,
     logger: FilteringBoundLogger,
 ) -> Services:
     pricing, split = settings.pricing, settings.split
@@ -118,7 +135,8 @@ def _services(
         server=settings.server,
         payment_terms=treasury.payment_terms(),
         max_terms=settings.adapters.max_terms,
-        api_keys=api_keys,
+        tenancy=tenancy,
+        price=TokenPrice(pricing.input_token_wei, pricing.output_token_wei),
         metrics=NodeMetrics(CollectorRegistry()),
         logger=logger,
         random_source=random.SystemRandom(),
@@ -130,18 +148,26 @@ def _services(
 
 
 def _check_exposure(settings: Settings) -> None:
-    """Strangers may reach the node only when its operator said how: with keys, or openly."""
+    """Strangers may reach the node only when its operator said how: with keys, or openly. Before anything is opened, this can
+    tell only whether there may be keys."""
     server = settings.server
     if server.host in _LOOPBACK or server.api_keys_file is not None or server.insecure:
         return
-    raise ConfigError(
-        f"server.host {server.host} is reachable from other machines; set server.api_keys_file or accept all with --insecure"
+    if settings.ledger.url is None and not (settings.data_dir / LEDGER_NAME).exists():
+        raise _exposed(server.host)
+
+
+def _check_keys(settings: Settings, tenancy: Tenancy) -> None:
+    server = settings.server
+    if server.host not in _LOOPBACK and not server.insecure and tenancy.door.is_open:
+        raise _exposed(server.host)
+
+
+def _exposed(host: str) -> ConfigError:
+    return ConfigError(
+        f"server.host {host} is reachable from other machines; make a key with openlora-node keys create, set "
+        "server.api_keys_file, or accept all with --insecure"
     )
-
-
-def _api_keys(settings: Settings) -> ApiKeys | None:
-    path = settings.server.api_keys_file
-    return None if path is None else ApiKeys.read(path, time.monotonic)
 
 
 def _private_directory(settings: Settings) -> Path:

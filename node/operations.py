@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,37 @@ from typing import Any
 from attribution.errors import AttributionError
 from attribution.signing import checksum_address
 from node.adapters.catalog import AdapterCatalog, CatalogEntry
+from node.adapters.locations import is_location, parse_location
+from node.adapters.names import parse_name
 from node.errors import ChainError, RequestError
 from node.settlement.claims import active_epoch, claimable, submit_claims
 from node.settlement.epochs import EpochSummary
 from node.settlement.treasury import Treasury
+from node.tenancy.private_adapters import PrivateAdapter
+from node.tenancy.store import TenantStore
 
 Operation = Callable[..., Awaitable[Any]]
 _CHAIN_TIMEOUT_S = 120.0
 
 
-def adapter_operations(catalog: AdapterCatalog) -> dict[str, Operation]:
-    """adapters.list, adapters.add, adapters.show."""
+def adapter_operations(catalog: AdapterCatalog, store: TenantStore) -> dict[str, Operation]:
+    """adapters.list, adapters.add, adapters.show, adapters.restrict, adapters.release."""
 
     async def list_all() -> list[dict[str, Any]]:
-        return [_adapter(entry) for entry in catalog.entries()]
+        return [{**_adapter(entry), "owner": _owner(store, entry.name)} for entry in catalog.entries()]
 
-    async def add(directory: str, name: str | None) -> dict[str, Any]:
+    async def add(directory: str, name: str | None, owner: str | None = None, allowed: Sequence[str] = ()) -> dict[str, Any]:
+        if owner is not None:  # before anybody can see it
+            await restrict(name if name is not None else Path(directory).name, owner, allowed)
         return _adapter(await catalog.add(Path(directory), name))
+
+    async def restrict(name: str, owner: str, allowed: Sequence[str]) -> dict[str, Any]:
+        adapter = PrivateAdapter(_spelled(name), owner, frozenset(allowed))
+        await store.restrict_adapter(adapter)
+        return {"name": adapter.name, "owner": owner, "allowed": sorted(adapter.allowed)}
+
+    async def release(name: str) -> None:
+        await store.release_adapter(_spelled(name))
 
     async def show(name: str) -> dict[str, Any]:
         entry = await catalog.resolve(name)
@@ -36,7 +50,13 @@ def adapter_operations(catalog: AdapterCatalog) -> dict[str, Operation]:
         coverage = [asdict(item) for item in entry.coverage]
         return {**_adapter(entry), "manifest_hash": entry.manifest_hash, "coverage": coverage, "manifest": manifest}
 
-    return {"adapters.list": list_all, "adapters.add": add, "adapters.show": show}
+    return {
+        "adapters.list": list_all,
+        "adapters.add": add,
+        "adapters.show": show,
+        "adapters.restrict": restrict,
+        "adapters.release": release,
+    }
 
 
 def settlement_operations(treasury: Treasury) -> dict[str, Operation]:
@@ -140,6 +160,17 @@ class _RewardDesk:
         """What the chain has paid to each account; blocks."""
         contracts, operator = self._treasury.settled().rails.contracts, self._treasury.keys.operator.address
         return {account: contracts.claimed_wei(operator, account) for account in accounts}
+
+
+def _owner(store: TenantStore, name: str) -> str | None:
+    """The tenant that a private name belongs to; None for a public one."""
+    private = store.private_adapter(name)
+    return None if private is None else private.owner
+
+
+def _spelled(name: str) -> str:
+    """A name as the catalog lists it: a location, or a name of the grammar."""
+    return str(parse_location(name) if is_location(name) else parse_name(name))
 
 
 def _adapter(entry: CatalogEntry) -> dict[str, Any]:

@@ -23,8 +23,11 @@ from node.api.tokenizer import TextTokenizer, TokenSpan
 from node.api.voucher_header import read_voucher
 from node.errors import NodeError
 from node.telemetry.metrics import NodeMetrics
+from node.tenancy.door import Principal
+from node.tenancy.tenancy import Tenancy
 
 TENANT = web.RequestKey("tenant", str)
+PRINCIPAL = web.RequestKey("principal", Principal)
 REQUEST_ID = web.RequestKey("request_id", str)
 RECEIPT_ID = web.RequestKey("receipt_id", str)  # set once the request is admitted: from then on it has a record, however it ends
 _MAX_WARNINGS_CHARS = 512
@@ -45,7 +48,7 @@ class Answering:
     base_name: str
     max_body_bytes: int
     body_timeout_s: float
-    has_api_keys: bool
+    tenancy: Tenancy
 
     def _caller(self, request: web.Request) -> Caller:
         """Tenant from the API key, payment from the voucher header.
@@ -54,7 +57,7 @@ class Answering:
             PaymentError: The header is there and malformed.
         """
         voucher = read_voucher(request.headers.getall("x-openlora-voucher", []))
-        return Caller(request[REQUEST_ID], request[TENANT], request.path, voucher)
+        return Caller(request[REQUEST_ID], request[PRINCIPAL].tenant, request.path, voucher)
 
     def request_id(self, request: web.Request) -> str:
         """Id of this HTTP exchange, for logs and error bodies."""

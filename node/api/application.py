@@ -14,7 +14,7 @@ from node.api.engine_gauges import read_gauges
 from node.api.gate import Gate
 from node.api.generation import Limits
 from node.api.lorax_routes import LoraxRoutes
-from node.api.middleware import LORAX_UNSUPPORTED, answer_errors, authenticate, identify
+from node.api.middleware import LORAX_UNSUPPORTED, announce_limits, answer_errors, authenticate, identify
 from node.api.model_routes import ModelRoutes
 from node.api.openai_routes import OpenAiRoutes
 from node.api.openapi.document import build_document
@@ -40,12 +40,13 @@ def build_application(services: Services) -> web.Application:
         middlewares=[
             identify(services.new_id),
             answer_errors(services.metrics, services.logger, services.clock),
-            authenticate(services.api_keys),
+            authenticate(services.tenancy),
         ],
         client_max_size=services.server.max_body_bytes,
     )
     gate = Gate(services.server.max_concurrent_requests, services.server.drain_timeout_s)
     application[GATE] = gate
+    application.on_response_prepare.append(announce_limits(services.tenancy))
     answering = _answering(services, gate, application)
     openai, lorax = OpenAiRoutes(answering), LoraxRoutes(answering)
     models = ModelRoutes(answering, services.catalog, services.ready, services.server, services.version, services.payment_terms)
@@ -69,6 +70,8 @@ def build_application(services: Services) -> web.Application:
             web.get("/", status.health),
             web.get("/health", status.health),
             web.get("/ping", status.health),
+            web.get("/live", status.live),
+            web.get("/ready", status.health),
             web.get("/info", models.info),
             web.get("/metrics", status.metrics),
             web.get("/openapi.json", documents.document),
@@ -103,6 +106,8 @@ def _answering(services: Services, gate: Gate, application: web.Application) -> 
         tokenizer=tokenizer,
         books=services.books,
         engine=services.engine,
+        tenancy=services.tenancy,
+        price=services.price,
         metrics=services.metrics,
         clock=services.clock,
     )
@@ -118,5 +123,5 @@ def _answering(services: Services, gate: Gate, application: web.Application) -> 
         base_name=services.ready.model_id,
         max_body_bytes=services.server.max_body_bytes,
         body_timeout_s=services.server.body_timeout_s,
-        has_api_keys=services.api_keys is not None,
+        tenancy=services.tenancy,
     )

@@ -11,11 +11,13 @@ from typing import Any, Protocol
 
 from structlog.typing import FilteringBoundLogger
 
-from node.api.api_keys import ApiKeys
+from node.adapters.catalog import NameFilter
 from node.config import ServerSettings
 from node.engine.messages import Ready, SequenceEvent, Stats, Submit
 from node.settlement.admission import SignedVoucher
 from node.telemetry.metrics import NodeMetrics
+from node.tenancy.meter import TokenPrice
+from node.tenancy.tenancy import Tenancy
 
 
 class SequenceEvents(Protocol):
@@ -65,11 +67,11 @@ class CatalogEntry(Protocol):
 class Catalog(Protocol):
     """Which adapters exist."""
 
-    async def resolve(self, name: str, source: str | None = None, token: str | None = None) -> CatalogEntry:
-        """Find, fetch and verify an adapter by name; raises AdapterError."""
+    async def resolve(self, name: str, source: str | None = None, token: str | None = None, *, sees: NameFilter) -> CatalogEntry:
+        """Find, fetch and verify an adapter by name, of the names that exist for the caller; raises AdapterError."""
 
-    def entries(self) -> Sequence[CatalogEntry]:
-        """The adapters that are known now, in the order of their names."""
+    def entries(self, sees: NameFilter) -> Sequence[CatalogEntry]:
+        """The adapters that are known now and exist for the caller, in the order of their names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,7 @@ class Services:
     """Everything the API is built from.
 
     Attributes:
-        api_keys: None serves without keys (loopback, or `--insecure`).
+        tenancy: Who may call, and how much; without any key it serves everybody (loopback, or `--insecure`).
         random_source: Draws seeds for requests without one.
         new_id: A fresh request id, unguessable and unique for the life of the node.
         clock: Monotonic seconds, for durations.
@@ -144,8 +146,9 @@ class Services:
     books: Books
     ready: Ready
     server: ServerSettings
+    price: TokenPrice
     max_terms: int
-    api_keys: ApiKeys | None
+    tenancy: Tenancy
     metrics: NodeMetrics
     logger: FilteringBoundLogger
     random_source: random.Random

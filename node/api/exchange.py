@@ -44,6 +44,7 @@ class Exchange:
         self._clock = clock
         self._is_streamed = is_streamed
         self._closing: asyncio.Task[dict[str, Any]] | None = None
+        self._status: str | None = None
 
     @property
     def request_id(self) -> str:
@@ -64,6 +65,18 @@ class Exchange:
     def output_token_count(self) -> int:
         """Over all choices, end-of-sequence tokens included."""
         return sum(len(choice.token_ids) for choice in self.choices)
+
+    @property
+    def delivered_token_count(self) -> int:
+        """Of those, what reached the client: what the record counts."""
+        return sum(choice.delivered_count for choice in self.choices)
+
+    @property
+    def is_charged(self) -> bool:
+        """Whether the books were closed for something delivered, as a whole or until the client went away."""
+        closing = self._closing
+        is_closed = closing is not None and closing.done() and not closing.cancelled() and closing.exception() is None
+        return is_closed and (self._status == "ok" or (self._status == "cancelled" and self.delivered_token_count > 0))
 
     @property
     def cached_token_count(self) -> int:
@@ -129,6 +142,7 @@ class Exchange:
         """The task outlives a cancelled caller: a client that hangs up cannot interrupt its own record."""
         outputs = tuple(tuple(choice.token_ids[: choice.delivered_count]) for choice in self.choices)
         closing = Closing(self.request_id, status, finish_reason, outputs, self.cached_token_count)
+        self._status = status
         self._closing = asyncio.create_task(self._books.close(closing))
         return await asyncio.shield(self._closing)
 

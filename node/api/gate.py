@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from node.engine.places import Places
 from node.errors import OverloadedError
 
 
@@ -13,16 +14,15 @@ class Gate:
     """Counts the requests in progress. Refuses at the door, with an answer, instead of queueing without bound."""
 
     def __init__(self, limit: int, drain_retry_s: float) -> None:
-        self._limit = limit
+        self._places = Places(limit)
         self._drain_retry_s = drain_retry_s
         self._is_idle = asyncio.Event()
         self._is_idle.set()
-        self.count = 0
         self.is_draining = False
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Hold one place.
+    def entered(self, tenant: str) -> Iterator[None]:
+        """Hold one place; the last ones are not for a tenant that has many.
 
         Raises:
             OverloadedError: queue_full or draining.
@@ -33,18 +33,19 @@ class Gate:
                 code="draining",
                 retry_after_s=self._drain_retry_s,
             )
-        if self.count >= self._limit:
+        if not self._places.has_room(tenant):
             raise OverloadedError(
-                f"{self.count} requests are in progress, as many as server.max_concurrent_requests allows; retry later",
+                f"{self._places.count} requests are in progress, as many as server.max_concurrent_requests "
+                f"({self._places.limit}) allows this tenant now; retry later",
                 retry_after_s=1.0,
             )
-        self.count += 1
+        self._places.enter(tenant)
         self._is_idle.clear()
         try:
             yield
         finally:
-            self.count -= 1
-            if self.count == 0:
+            self._places.leave(tenant)
+            if not self._places.count:
                 self._is_idle.set()
 
     async def drain(self, timeout_s: float) -> bool:

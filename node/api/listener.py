@@ -45,19 +45,7 @@ class Listener:
         Raises:
             ConfigError: port_in_use, or an address this machine does not have.
         """
-        await self._runner.setup()
-        try:
-            await web.TCPSite(self._runner, host, port).start()
-        except OSError as error:
-            await self._runner.cleanup()
-            if error.errno == errno.EADDRINUSE:
-                raise ConfigError(
-                    f"port {port} on {host} is in use by another program; choose one with --port, or 0 for any free port",
-                    code="port_in_use",
-                ) from error
-            raise ConfigError(f"cannot listen on {host} port {port}; check server.host and server.port") from error
-        bound: int = self._runner.addresses[0][1]
-        return bound
+        return await listen(self._runner, host, port)
 
     async def close(self, drain_timeout_s: float) -> bool:
         """Refuse new requests, let those inside finish, cancel what is left (it is recorded as cancelled), stop listening.
@@ -71,3 +59,24 @@ class Listener:
         # aiohttp cancels handlers without waiting for them; theirs are the last records.
         await gate.drain(_CLOSE_BOOKS_S)
         return is_drained
+
+
+async def listen(runner: web.AppRunner, host: str, port: int) -> int:
+    """Set a runner up on an address; returns the port in use.
+
+    Raises:
+        ConfigError: port_in_use, or an address this machine does not have. The runner is cleaned up again.
+    """
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except OSError as error:
+        await runner.cleanup()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"port {port} on {host} is in use by another program; choose one with --port, or 0 for any free port",
+                code="port_in_use",
+            ) from error
+        raise ConfigError(f"cannot listen on {host} port {port}; check server.host, server.port and server.admin_port") from error
+    bound: int = runner.addresses[0][1]
+    return bound

@@ -8,7 +8,6 @@ from typing import Any
 from aiohttp import web
 
 from node.api.answering import Answering
-from node.api.api_keys import bearer_token
 from node.api.body import read_json
 from node.api.errors import lorax_body
 from node.api.exchange import Exchange
@@ -18,6 +17,7 @@ from node.api.lorax_request import read_lorax
 from node.api.openai_routes import collect
 from node.api.sse import EventStream
 from node.errors import EngineError, NodeError, UnsupportedError
+from node.tenancy.door import bearer_token
 
 
 class LoraxRoutes:
@@ -53,8 +53,8 @@ class LoraxRoutes:
 
     def _read(self, request: web.Request, body: dict[str, Any], is_stream: bool) -> Generation:
         """Authorization doubles as the adapter source's token, as LoRAX has it, but never when it carries this node's own key."""
-        has_keys = self._answering.has_api_keys
-        bearer = None if has_keys else bearer_token(request.headers.getall("Authorization", []))
+        is_open = self._answering.tenancy.door.is_open
+        bearer = bearer_token(request.headers.getall("Authorization", [])) if is_open else None
         return read_lorax(body, self._answering.limits, self._answering.random_source, bearer, is_stream)
 
     async def _whole(self, request: web.Request, body: dict[str, Any], *, is_list: bool) -> web.StreamResponse:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -10,18 +10,20 @@ import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from node.api.answering import RECEIPT_ID, REQUEST_ID, TENANT
-from node.api.api_keys import ApiKeys
+from node.api.answering import PRINCIPAL, RECEIPT_ID, REQUEST_ID, TENANT
 from node.api.errors import error_headers, lorax_body, meaning_of, openai_body
+from node.api.scopes import OPEN_PATHS, scopes_of
 from node.errors import NodeError, RequestError
 from node.telemetry.metrics import NodeMetrics
+from node.tenancy.door import Principal, check_scope
+from node.tenancy.tenancy import Tenancy
+from node.tenancy.tenant import ANONYMOUS, Tenant
 
-OPEN_PATHS = frozenset({"/health", "/ping"})
 LORAX_UNSUPPORTED = ("/embed", "/classify", "/classify_batch")
 _LORAX_PATHS = frozenset(
     {"/", "/invocations", "/generate", "/generate_stream", "/health", "/ping", "/info", "/tokenize", *LORAX_UNSUPPORTED}
 )
-ANONYMOUS = "anonymous"
+_NOBODY = Principal(Tenant(ANONYMOUS), frozenset())
 
 
 def identify(new_id: Callable[[], str]) -> Middleware:
@@ -30,22 +32,38 @@ def identify(new_id: Callable[[], str]) -> Middleware:
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         request[REQUEST_ID] = new_id()
-        request[TENANT] = ANONYMOUS
+        request[TENANT], request[PRINCIPAL] = ANONYMOUS, _NOBODY
         return await handler(request)
 
     return middleware
 
 
-def authenticate(keys: ApiKeys | None) -> Middleware:
-    """Every path needs a key, unknown ones too, except the two that load balancers ask."""
+def authenticate(tenancy: Tenancy) -> Middleware:
+    """Every path needs a key, unknown ones too, except those that load balancers ask; a known one needs a key with its scope."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if keys is not None and request.path not in OPEN_PATHS:
-            request[TENANT] = keys.check(request.headers.getall("Authorization", []), request.remote or "")
+        if request.path in OPEN_PATHS:
+            return await handler(request)
+        principal = tenancy.door.identify(request.headers.getall("Authorization", []), request.remote or "")
+        request[TENANT], request[PRINCIPAL] = principal.tenant.name, principal
+        resource = request.match_info.route.resource
+        if principal.key_id is not None and resource is not None:
+            check_scope(principal, scopes_of(request.method, resource.canonical))
+        tenancy.meter.count_request(principal.tenant)
         return await handler(request)
 
     return middleware
+
+
+def announce_limits(tenancy: Tenancy) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+    """Say on every answer, refusals and streams too, what is left of the caller's rates."""
+
+    async def prepare(request: web.Request, response: web.StreamResponse) -> None:
+        if PRINCIPAL in request and request.path not in OPEN_PATHS:
+            response.headers.update(tenancy.meter.headers(request[PRINCIPAL].tenant))
+
+    return prepare
 
 
 def answer_errors(metrics: NodeMetrics, logger: structlog.typing.FilteringBoundLogger, clock: Callable[[], float]) -> Middleware:

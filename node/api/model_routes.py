@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aiohttp import web
 
-from node.api.answering import Answering
+from node.api.answering import TENANT, Answering
 from node.api.body import read_json
 from node.api.doors import Catalog, CatalogEntry
 from node.api.fields import Fields
@@ -38,7 +38,7 @@ class ModelRoutes:
 
     async def models(self, request: web.Request) -> web.Response:
         """The base model, then the adapters by name."""
-        entries = sorted(self._catalog.entries(), key=lambda entry: entry.name)
+        entries = sorted(self._entries(request), key=lambda entry: entry.name)
         data = [self._base(), *(self._adapter(entry) for entry in entries)]
         return self._answering.json({"object": "list", "data": data}, {})
 
@@ -47,12 +47,16 @@ class ModelRoutes:
         name = request.match_info["id"]
         if name == self._ready.model_id:
             return self._answering.json(self._base(), {})
-        for entry in self._catalog.entries():
+        for entry in self._entries(request):
             if name in (entry.name, entry.adapter_id):
                 return self._answering.json(self._adapter(entry), {})
         raise ModelNotFoundError(
             f"the model {name[:200]!r} does not exist; GET /v1/models lists what this node knows", param="model"
         )
+
+    def _entries(self, request: web.Request) -> Sequence[CatalogEntry]:
+        """The adapters that exist for the caller."""
+        return self._catalog.entries(self._answering.tenancy.sees(request[TENANT]))
 
     def _base(self) -> dict[str, Any]:
         ready = self._ready

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from node.adapters.catalog import NameFilter
 from node.api.doors import Catalog, CatalogEntry, RecipeEntry
 from node.api.generation import Generation
 from node.errors import AdapterNotFoundError, ModelNotFoundError, RequestError
@@ -18,8 +19,8 @@ class Recipes:
         self._catalog = catalog
         self._base_name = base_name
 
-    async def resolve(self, generation: Generation) -> tuple[RecipeEntry, ...]:
-        """The request's adapters, in order, by content.
+    async def resolve(self, generation: Generation, sees: NameFilter) -> tuple[RecipeEntry, ...]:
+        """The request's adapters, in order, by content. `sees` tells which names exist for the caller.
 
         Raises:
             ModelNotFoundError: `model` is neither the base model nor an adapter.
@@ -28,7 +29,7 @@ class Recipes:
         """
         if [term.name for term in generation.terms] == [self._base_name]:
             return ()
-        found = [await self._find(term.name, generation) for term in generation.terms]
+        found = [await self._find(term.name, generation, sees) for term in generation.terms]
         recipe = tuple(
             RecipeEntry(entry, round(term.weight, _WEIGHT_DECIMALS)) for entry, term in zip(found, generation.terms, strict=True)
         )
@@ -38,9 +39,9 @@ class Recipes:
             raise RequestError("every weight of the merge is 0; give one adapter a weight", param="merged_adapters.weights")
         return recipe
 
-    async def _find(self, name: str, generation: Generation) -> CatalogEntry:
+    async def _find(self, name: str, generation: Generation, sees: NameFilter) -> CatalogEntry:
         try:
-            return await self._catalog.resolve(name, generation.adapter_source, generation.adapter_token)
+            return await self._catalog.resolve(name, generation.adapter_source, generation.adapter_token, sees=sees)
         except AdapterNotFoundError as error:
             if generation.shape == "lorax":
                 raise

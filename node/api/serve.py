@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import msgspec
 
 from node.api.choice import Choice
-from node.api.doors import Books, Engine, Opening, RecipeEntry
+from node.api.doors import Books, Engine, Opening
 from node.api.exchange import Exchange
 from node.api.gate import Gate
 from node.api.generation import Generation
@@ -24,14 +24,17 @@ from node.engine.messages import Submit
 from node.errors import EngineError, LedgerError
 from node.settlement.admission import SignedVoucher
 from node.telemetry.metrics import NodeMetrics
+from node.tenancy.meter import TokenPrice, Visit
+from node.tenancy.tenancy import Tenancy
+from node.tenancy.tenant import Tenant
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks, under which id: `tenant` keys fairness and the prefix cache, `voucher` is who signed to pay."""
+    """Who asks, under which id: `tenant` keys fairness, limits and the prefix cache, `voucher` is who signed to pay."""
 
     request_id: str
-    tenant: str
+    tenant: Tenant
     route: str
     voucher: SignedVoucher | None = None
 
@@ -47,6 +50,8 @@ class RequestPath:
         tokenizer: TextTokenizer,
         books: Books,
         engine: Engine,
+        tenancy: Tenancy,
+        price: TokenPrice,
         metrics: NodeMetrics,
         clock: Callable[[], float],
     ) -> None:
@@ -56,6 +61,8 @@ class RequestPath:
         self._tokenizer = tokenizer
         self._books = books
         self._engine = engine
+        self._tenancy = tenancy
+        self._price = price
         self._metrics = metrics
         self._clock = clock
 
@@ -67,9 +74,9 @@ class RequestPath:
             NodeError: Refused before admission (nothing is recorded), or failed after it (recorded as failed, fee 0).
         """
         started_s = self._clock()
-        with self._gate.entered():
+        with self._gate.entered(caller.tenant.name), self._tenancy.meter.entered(caller.tenant) as visit:
             self._refuse_when_unwell()
-            exchange = await self._admit(generation, caller)
+            exchange = await self._admit(generation, caller, visit)
             try:
                 yield exchange
             except (asyncio.CancelledError, ConnectionError):
@@ -81,6 +88,7 @@ class RequestPath:
             else:
                 await self._end(exchange, "cancelled", "cancelled")
             finally:
+                self._settle(exchange, visit)
                 self._measure(exchange, caller.route, started_s)
 
     def _refuse_when_unwell(self) -> None:
@@ -90,26 +98,34 @@ class RequestPath:
         if not self._books.is_healthy:
             raise LedgerError("the ledger does not accept records now, so nothing is served; retry later", retry_after_s=5.0)
 
-    async def _admit(self, generation: Generation, caller: Caller) -> Exchange:
-        recipe = await self._recipes.resolve(generation)
+    async def _admit(self, generation: Generation, caller: Caller, visit: Visit) -> Exchange:
+        recipe = await self._recipes.resolve(generation, self._tenancy.sees(caller.tenant.name))
         prompts = await self._prompting.tokenize(generation)
         budget = self._prompting.budget(generation, prompts)
         opening = Opening(
             request_id=caller.request_id,
-            tenant=caller.tenant,
+            tenant=caller.tenant.name,
             recipe=recipe,
             prompts=prompts,
             max_output_tokens=budget * generation.choice_count * len(prompts),
             voucher=caller.voucher,
         )
-        exchange = self._prepare(generation, opening, recipe, budget)
+        prompt_count = sum(len(ids) for ids in prompts)
+        visit.reserve(prompt_count + opening.max_output_tokens, self._price.fee_wei(prompt_count, opening.max_output_tokens))
+        exchange = self._prepare(generation, opening, caller.tenant.weight, budget)
         await self._open_books(exchange)
         return exchange
 
-    def _prepare(self, generation: Generation, opening: Opening, recipe: tuple[RecipeEntry, ...], budget: int) -> Exchange:
+    def _settle(self, exchange: Exchange, visit: Visit) -> None:
+        """Book for the tenant what the ledger counts for it (`ledger_usage`)."""
+        if exchange.is_charged:
+            prompt, output = exchange.prompt_token_count, exchange.delivered_token_count
+            visit.settle(prompt + output, self._price.fee_wei(prompt, output))
+
+    def _prepare(self, generation: Generation, opening: Opening, weight: int, budget: int) -> Exchange:
         sampling = msgspec.structs.replace(generation.sampling, max_new_tokens=budget)
         end_ids = frozenset(sampling.stop_token_ids)
-        terms = engine_terms(recipe)
+        terms = engine_terms(opening.recipe)
         submits: list[Submit] = []
         choices: list[Choice] = []
         for prompt_index, prompt_ids in enumerate(opening.prompts):
@@ -123,6 +139,7 @@ class RequestPath:
                         terms=terms,
                         sampling=sampling,
                         choice_index=choice_index,
+                        weight=weight,
                     )
                 )
                 choices.append(Choice(index, prompt_index, self._tokenizer, generation.stop, end_ids))

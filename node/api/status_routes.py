@@ -31,6 +31,10 @@ class StatusRoutes:
         await self._readiness.check()
         return web.Response()
 
+    async def live(self, request: web.Request) -> web.Response:
+        """200 while this process answers, whatever the engine does: restarting the node would help only if it did not."""
+        return web.Response()
+
     async def metrics(self, request: web.Request) -> web.Response:
         """Prometheus text, or LoRAX's JSON where it is asked for; rendered on a thread: a scrape must not hold up tokens."""
         registry = self._answering.metrics.registry

@@ -34,14 +34,23 @@ def list_adapters(config: ConfigOption = None, data_dir: DataDirOption = None, a
 def add(
     directory: Annotated[Path, typer.Argument(help="Holds adapter_config.json and adapter_model.safetensors.")],
     name: Annotated[str | None, typer.Option(help="Serve it under this name instead of the directory's.")] = None,
+    owner: Annotated[str | None, typer.Option(help="Only this tenant may use it; it does not exist for others.")] = None,
+    allow: Annotated[list[str] | None, typer.Option(help="Another tenant that may use it; may be repeated.")] = None,
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
 ) -> None:
     """Check an adapter and serve it from now on.
 
-    Example: openlora-node adapters add ./my-adapter --name support-v2
+    Example: openlora-node adapters add ./my-adapter --name support-v2 --owner acme
     """
-    entry = operate(settings_from(config, data_dir), "adapters.add", directory=str(directory.absolute()), name=name)
+    entry = operate(
+        settings_from(config, data_dir),
+        "adapters.add",
+        directory=str(directory.absolute()),
+        name=name,
+        owner=owner,
+        allowed=allow or [],
+    )
     typer.echo(f"serving {entry['name']} ({entry['adapter_id']})")
 
 
@@ -84,3 +93,29 @@ def show(name: str, config: ConfigOption = None, data_dir: DataDirOption = None)
     Example: openlora-node adapters show lincoln
     """
     print_json(operate(settings_from(config, data_dir), "adapters.show", name=name))
+
+
+@app.command()
+def restrict(
+    name: str,
+    owner: Annotated[str, typer.Option(help="The tenant it belongs to.")],
+    allow: Annotated[list[str] | None, typer.Option(help="Another tenant that may use it; may be repeated.")] = None,
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+) -> None:
+    """Make an adapter private: from the next request on it does not exist for other tenants.
+
+    Example: openlora-node adapters restrict lincoln --owner acme --allow beta
+    """
+    row = operate(settings_from(config, data_dir), "adapters.restrict", name=name, owner=owner, allowed=allow or [])
+    typer.echo(f"{row['name']} is for {', '.join([row['owner'], *row['allowed']])} alone")
+
+
+@app.command()
+def release(name: str, config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
+    """Make a private adapter public again.
+
+    Example: openlora-node adapters release lincoln
+    """
+    operate(settings_from(config, data_dir), "adapters.release", name=name)
+    typer.echo(f"{name} is for everybody")

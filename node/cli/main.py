@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from node import __version__
-from node.cli import adapters, demo, doctor, epochs, receipts, rewards, start
+from node.cli import adapters, demo, doctor, epochs, keys, receipts, rewards, start
 from node.cli.exits import exit_code
 from node.errors import NodeError
 
@@ -33,6 +33,7 @@ app.command(name="start")(start.start)
 app.command(name="demo")(demo.demo)
 app.command(name="doctor")(doctor.doctor)
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(keys.app, name="keys")
 app.add_typer(receipts.app, name="receipts")
 app.add_typer(epochs.app, name="epochs")
 app.add_typer(rewards.app, name="rewards")

@@ -38,6 +38,8 @@ async def _operate(settings: Settings, operation: str, arguments: dict[str, Any]
             "so start one first: openlora-node start",
             code="node_not_running",
         )
+    if operation.startswith("keys."):
+        return await _on_the_ledger_alone(settings, operation, arguments)
     if not (settings.data_dir / "keys").exists():
         raise EngineError(
             f"no node ever ran on {settings.data_dir}; check --data-dir, or start one: openlora-node start",
@@ -50,6 +52,22 @@ async def _operate(settings: Settings, operation: str, arguments: dict[str, Any]
     logger = make_logger(settings.telemetry.log_level, settings.telemetry.log_format)
     async with open_treasury(settings, logger) as treasury:
         return await settlement_operations(treasury)[operation](**arguments)
+
+
+async def _on_the_ledger_alone(settings: Settings, operation: str, arguments: dict[str, Any]) -> Any:
+    """API keys need neither chain nor operator keys, and are made before a node ever ran."""
+    import time
+
+    from node.settlement.treasury import ledger_url
+    from node.tenancy.key_desk import key_operations
+    from node.tenancy.offline import offline_transact
+    from node.tenancy.store import TenantStore
+
+    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    async with offline_transact(ledger_url(settings)) as transact:
+        store = TenantStore(transact, lambda: time.time_ns() // 1_000_000)
+        await store.load()
+        return await key_operations(store)[operation](**arguments)
 
 
 async def _ask_running_node(settings: Settings, operation: str, arguments: dict[str, Any]) -> Any:

@@ -133,8 +133,8 @@ class Group:
         state.earnings.update(self._earnings)
 
     def _count_usage(self, record: Record, fee: int) -> None:
-        """What was delivered counts for the tenant's budget; what failed does not."""
-        if record.status in ("ok", "cancelled"):
+        """What was delivered counts for the tenant's budget; what failed, or was given up before its first token, does not."""
+        if record.status == "ok" or (record.status == "cancelled" and record.tokens.output):
             day = datetime.fromtimestamp(record.finished_ms / 1000, UTC).strftime("%Y-%m-%d")
             tokens, wei = self._usage.get((record.tenant_digest, day), (0, 0))
             counted = record.tokens.prompt + record.tokens.output

@@ -25,6 +25,7 @@ from node.settlement.rails import Rails, open_rails
 from node.settlement.rpc_session import host_of
 from node.settlement.vouchers import VoucherDesk
 
+LEDGER_NAME = "ledger.sqlite"
 NO_CHAIN_ID = 0  # receipts of a node that settles nowhere are bound to no chain
 _POLL_S = 0.05
 
@@ -105,7 +106,7 @@ async def open_treasury(settings: Settings, logger: FilteringBoundLogger) -> Asy
         keys = await asyncio.to_thread(directory.open)
         rails = await stack.enter_async_context(open_rails(settings, directory, keys.submitter.address, logger))
         ledger = Ledger(
-            _ledger_url(settings),
+            ledger_url(settings),
             clock_ms=_now_ms,
             signer=keys.operator,
             chain_id=NO_CHAIN_ID if rails is None else rails.chain.chain_id,
@@ -187,8 +188,9 @@ async def _close_regularly(epoch_s: float, settlement: Settlement, stop: asyncio
                     logger.info("epoch_closed", epoch_id=summary.epoch_id, records=summary.record_count, root=summary.root)
 
 
-def _ledger_url(settings: Settings) -> str:
-    return settings.ledger.url or f"sqlite:///{settings.data_dir.absolute() / 'ledger.sqlite'}"
+def ledger_url(settings: Settings) -> str:
+    """Where the ledger is: as configured, else SQLite in the data directory."""
+    return settings.ledger.url or f"sqlite:///{settings.data_dir.absolute() / LEDGER_NAME}"
 
 
 def _now_ms() -> int:

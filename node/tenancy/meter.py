@@ -46,6 +46,18 @@ class Usage:
         self.wei_per_month += wei
 
 
+@dataclass(frozen=True, slots=True)
+class TokenPrice:
+    """Wei per token."""
+
+    input_wei: int = 0
+    output_wei: int = 0
+
+    def fee_wei(self, input_tokens: int, output_tokens: int) -> int:
+        """What these tokens cost."""
+        return input_tokens * self.input_wei + output_tokens * self.output_wei
+
+
 @dataclass(slots=True)
 class _Account:
     """One tenant's state. `held` is what generations in progress may still use."""

@@ -65,7 +65,7 @@ class TenantStore:
         """The key with this public id."""
         return self._keys.get(key_id)
 
-    def keys(self) -> Sequence[ApiKey]:
+    def all_keys(self) -> Sequence[ApiKey]:
         """All keys, revoked ones too, by tenant, oldest first."""
         return sorted(self._keys.values(), key=lambda key: (key.tenant, key.created_ms, key.key_id))
 

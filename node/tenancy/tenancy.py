@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 from node.adapters.catalog import NameFilter
 from node.config import TenantSettings
 from node.settlement.ledger import Ledger
 from node.tenancy.door import Door
-from node.tenancy.key_file import read_key_file
 from node.tenancy.meter import Meter, Usage
 from node.tenancy.store import TenantStore
 
@@ -42,24 +40,26 @@ class Tenancy:
 async def open_tenancy(
     ledger: Ledger,
     settings: TenantSettings,
-    key_file: Path | None,
+    key_lines: Sequence[tuple[str, str]],
     *,
     clock: Callable[[], float] = time.monotonic,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> Tenancy:
-    """Load tenants and keys, take over the key file, and remember what was used this month.
+    """Load tenants and keys, take over those of the key file, and remember what was used this month.
+
+    Args:
+        key_lines: From `read_key_file`; none where there is no such file.
 
     Raises:
-        ConfigError: The key file is not usable. LedgerError: The ledger does not answer.
+        LedgerError: The ledger does not answer.
     """
-    pairs = () if key_file is None else read_key_file(key_file)
 
     def clock_ms() -> int:
         return int(now().timestamp() * 1000)
 
     store = TenantStore(ledger.transact, clock_ms)
     await store.load()
-    await store.import_keys(pairs)
+    await store.import_keys(key_lines)
     today = now().strftime("%Y-%m-%d")
     sums: dict[str, Usage] = {}
     for row in await ledger.usage(today[:7]):

@@ -20,17 +20,21 @@ from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client import CollectorRegistry
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from node.api.api_keys import ApiKeys
 from node.api.application import build_application
 from node.api.doors import Closing, Opening, Services
 from node.api.listener import Listener
 from node.api.tokenizer import TextTokenizer
-from node.config import ServerSettings
+from node.config import ServerSettings, TenantSettings
 from node.engine.messages import Ready, SequenceEvent, Stats, Submit
 from node.errors import AdapterIdError, AdapterNotFoundError, LedgerError, NodeError
 from node.request import DrawnToken, TokenLogprob
 from node.telemetry.logs import make_logger
 from node.telemetry.metrics import NodeMetrics
+from node.tenancy.api_key import ALL_BUT_ADMIN, ApiKey, digest_of, id_of
+from node.tenancy.door import Door
+from node.tenancy.meter import Meter, TokenPrice
+from node.tenancy.store import TenantStore
+from node.tenancy.tenancy import Tenancy
 
 BASE_NAME = "tiny-base"
 BASE_ID = "b" * 64
@@ -81,18 +85,20 @@ class FakeCatalog:
         self.faults: dict[str, NodeError] = {}
         self.asked: list[tuple[str, str | None, str | None]] = []
 
-    async def resolve(self, name: str, source: str | None = None, token: str | None = None) -> FakeEntry:
+    async def resolve(
+        self, name: str, source: str | None = None, token: str | None = None, *, sees: Callable[[str], bool]
+    ) -> FakeEntry:
         self.asked.append((name, source, token))
         if name in self.faults:
             raise self.faults[name]
         if ".." in name or "," in name:
             raise AdapterIdError(f"adapter name {name!r} is malformed")
-        if name not in self.known:
+        if name not in self.known or not sees(name):
             raise AdapterNotFoundError(f"no source knows the adapter {name!r}")
         return self.known[name]
 
-    def entries(self) -> list[FakeEntry]:
-        return list(self.known.values())
+    def entries(self, sees: Callable[[str], bool]) -> list[FakeEntry]:
+        return [entry for entry in self.known.values() if sees(entry.name)]
 
 
 @dataclass
@@ -207,6 +213,7 @@ class Bench:
     books: FakeBooks
     tokenizer: TextTokenizer
     log: io.StringIO
+    store: TenantStore
 
     def one_closing(self) -> Closing:
         """The only closing there is: more or none would be a bug in itself."""
@@ -228,14 +235,15 @@ def tokenizer(tokenizer_dir: Path) -> TextTokenizer:
 
 @pytest.fixture
 def make_bench(tokenizer_dir: Path) -> Callable[..., Bench]:
-    """Build a bench; keyword arguments override the server's settings, `keys` turns API keys on."""
+    """Build a bench; keyword arguments override the server's settings, `keys` (tenant: key) turns API keys on."""
 
-    def make(keys: dict[str, bytes] | None = None, **server: Any) -> Bench:
+    def make(keys: dict[str, str] | None = None, **server: Any) -> Bench:
         text = TextTokenizer.open(tokenizer_dir)
         eos_id = text.special.eos_token_id
         assert eos_id is not None
         engine, catalog, books, log = FakeEngine(text, eos_id), FakeCatalog(), FakeBooks(), io.StringIO()
         counter = itertools.count(1)
+        tenancy = make_tenancy(keys or {})
         settings = {"max_body_bytes": 1 << 20, "drain_timeout_s": 5.0, **server}
         services = Services(
             engine=engine,
@@ -244,7 +252,8 @@ def make_bench(tokenizer_dir: Path) -> Callable[..., Bench]:
             ready=make_ready(tokenizer_dir, eos_id),
             server=ServerSettings(**settings),
             max_terms=4,
-            api_keys=None if keys is None else ApiKeys(keys, time.monotonic),
+            tenancy=tenancy,
+            price=TokenPrice(1, 3),
             metrics=NodeMetrics(CollectorRegistry()),
             logger=make_logger("debug", "json", log),
             random_source=random.Random(7),
@@ -253,9 +262,27 @@ def make_bench(tokenizer_dir: Path) -> Callable[..., Bench]:
             now=lambda: datetime(2026, 1, 2, tzinfo=UTC),
             version="0.0.0-test",
         )
-        return Bench(services, engine, catalog, books, text, log)
+        return Bench(services, engine, catalog, books, text, log, tenancy.store)
 
     return make
+
+
+class MemoryDatabase:
+    """Where a tenant store's changes go when nobody needs them back."""
+
+    async def __call__(self, work: Any) -> Any:
+        return None
+
+
+def make_tenancy(keys: dict[str, str]) -> Tenancy:
+    """Tenants in memory; one key each, with every scope but admin."""
+    store = TenantStore(MemoryDatabase(), lambda: 0)
+    for tenant, secret in keys.items():
+        digest = digest_of(secret)
+        key = ApiKey(id_of(secret, digest), tenant, digest, ALL_BUT_ADMIN, 0, is_imported=True)
+        store._keys[key.key_id] = key
+    now = datetime(2026, 1, 2, tzinfo=UTC)
+    return Tenancy(store, Door(store, TenantSettings(), time.monotonic, lambda: 0), Meter(time.monotonic, lambda: now))
 
 
 def make_ready(tokenizer_dir: Path, eos_id: int) -> Ready:
