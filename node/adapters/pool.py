@@ -62,6 +62,7 @@ class AdapterPool:
         self._page_bytes = layout.page_elements * pages.dtype.itemsize
         self._tier = Tier(int(pages.shape[0]), int(ranks.shape[1]))
         self._resident: set[str] = set()  # of the tier: those a batch may name
+        self._files: dict[str, FilePlan] = {}  # of those
         self._arrivals: dict[str, Arrival] = {}  # of those: still being copied
         self._marks: dict[str, int] = {}  # of those: after their last step
         self._filling: set[str] = set()
@@ -126,6 +127,10 @@ class AdapterPool:
         if adapter_id not in self._resident:
             raise KeyError(adapter_id)
         return self._tier[adapter_id].slot
+
+    def adapts(self, adapter_id: str, module: int) -> bool:
+        """Whether a resident adapter changes a linear module, by its row in `LoraPool.ranks`: the host's side of that table."""
+        return bool((self._files[adapter_id].module_indices == module).any())
 
     # ---- AdapterMemory, as the scheduler calls it
 
@@ -228,6 +233,7 @@ class AdapterPool:
     def _evict(self, adapter_id: str) -> None:
         place = self._tier.drop(adapter_id, self._marks.pop(adapter_id, 0))
         self._resident.discard(adapter_id)
+        self._files.pop(adapter_id, None)
         self._store.hide(place.slot)
         self.evictions_total += 1
         if self._arena is not None:
@@ -241,6 +247,7 @@ class AdapterPool:
         sources = self._arena.lend(adapter_id)
         self._arrivals[adapter_id] = self._device.send(place, sources, staged.file, staged.side)
         self._resident.add(adapter_id)
+        self._files[adapter_id] = staged.file
         self.loads_total += 1
         self.sent_bytes_total += len(sources) * self._page_bytes
 
@@ -264,6 +271,7 @@ class AdapterPool:
         self._in_place.show(self._tier[adapter_id], file, filled.side)
         self._tier.unpin(adapter_id)
         self._resident.add(adapter_id)
+        self._files[adapter_id] = file
         self.loads_total += 1
 
     def _remember(self, plan: AdapterPlan) -> None:
