@@ -1,0 +1,390 @@
+"""Adapter memory in two tiers against a device that runs behind: every interleaving of loader, copies, steps and requests.
+
+The device here executes launched work late and in any order its streams allow. A step that finds another adapter's bytes in the
+pages it was launched with has read memory that was given away too early.
+"""
+
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from node.adapters.binding import Binding
+from node.adapters.file_plan import PLACEMENT_RECORD, TENSOR_RECORD, FilePlan
+from node.adapters.host_arena import HostArena
+from node.adapters.loader import AdapterPlan, Failed, Filled, Inspected
+from node.adapters.pool import AdapterPool
+from node.adapters.residency import ResidencyState
+from node.errors import AdapterChangedError
+from node.kernels.layout import PageLayout
+from node.kernels.lora import LoraPool
+from node.request import AdapterTerm
+
+LAYOUT = PageLayout([("m", 2, 3)], 4)
+RANKS = (1, 4, 5, 8, 3, 12, 2)  # of adapter 0, 1, ...: one to three pages
+TERMS = tuple(AdapterTerm(f"{index:064x}", f"/adapters/{index}", 1.0) for index in range(len(RANKS)))
+DEVICE_PAGES, HOST_PAGES = 4, 5
+
+
+def content(adapter_id, page_index):
+    return float(int(adapter_id, 16) * 8 + page_index + 1)
+
+
+def file_plan(rank):
+    return FilePlan(
+        binding=Binding(()),
+        is_plain=True,
+        rank=rank,
+        side_bytes=0,
+        tensors=np.zeros(0, TENSOR_RECORD),
+        placements=np.zeros(0, PLACEMENT_RECORD),
+        module_indices=np.array([0]),
+        ranks=np.array([rank], np.int32),
+        scales=np.array([1.0], np.float32),
+        hash_parts=(b"",),
+        hash_order=(),
+    )
+
+
+class Loader:
+    """Jobs end when the test says so."""
+
+    job_limit = 3
+
+    def __init__(self):
+        self.jobs = deque()
+        self.ended = []
+
+    @property
+    def job_count(self):
+        return len(self.jobs) + len(self.ended)
+
+    def inspect(self, adapter_id, directory):
+        assert self.job_count < self.job_limit
+        self.jobs.append((adapter_id, directory, None))
+
+    def fill(self, plan, pages):
+        assert self.job_count < self.job_limit
+        self.jobs.append((plan.adapter_id, plan.directory, pages))
+
+    def end_one(self, has_failed=False):
+        adapter_id, directory, pages = self.jobs.popleft()
+        plan = AdapterPlan(adapter_id, directory, file_plan(RANKS[int(adapter_id, 16)]))
+        if has_failed:
+            self.ended.append(Failed(adapter_id, AdapterChangedError("changed")))
+        elif pages is None:
+            self.ended.append(Inspected(plan))
+        else:
+            for index, page in enumerate(pages):
+                page[:] = content(adapter_id, index)
+            self.ended.append(Filled(plan, 0.0))
+
+    def outcomes(self):
+        found, self.ended = self.ended, []
+        return found
+
+    def close(self):
+        pass
+
+
+class Arrival:
+    def __init__(self, device):
+        self.device = device
+        self.done = False
+
+    def is_done(self):
+        return self.done
+
+    def join(self):
+        self.device.compute.append(("wait", self))
+
+
+class Device:
+    """Two streams whose work is done when the test says so."""
+
+    def __init__(self):
+        pages = torch.zeros((DEVICE_PAGES, LAYOUT.page_elements))
+        slots = DEVICE_PAGES
+        self.tensors = LoraPool(
+            pages, torch.full((slots, 3), -1, dtype=torch.int32), torch.zeros((1, slots)), torch.zeros((1, slots)), 4
+        )
+        self.compute, self.copies = deque(), deque()
+        self.marks, self.reached = 0, 0
+
+    def begin_step(self):
+        self.marks += 1
+        self.compute.append(("mark", self.marks))
+
+    def mark(self):
+        return self.marks + 1
+
+    def hide(self, slot):
+        self.tensors.slot_pages[slot] = -1
+
+    def send(self, place, sources, file, side):
+        arrival = Arrival(self)
+        self.copies.append((min(place.fence, self.marks), place.pages, sources, arrival))
+        self.tensors.slot_pages[place.slot, : len(sources)] = torch.tensor(place.pages, dtype=torch.int32)
+        return arrival
+
+    def launch(self, pool, adapter_ids):
+        named = {name: self.tensors.slot_pages[pool.slot_of(name)].tolist() for name in adapter_ids}
+        self.compute.append(("step", {name: [page for page in pages if page >= 0] for name, pages in named.items()}))
+
+    def compute_one(self):
+        """Do the oldest piece of the compute stream; False when it has to wait for a copy or there is none."""
+        if not self.compute or (self.compute[0][0] == "wait" and not self.compute[0][1].done):
+            return False
+        kind, value = self.compute.popleft()
+        if kind == "mark":
+            self.reached = value
+        elif kind == "step":
+            for adapter_id, pages in value.items():
+                assert len(pages) == LAYOUT.pages_for_rank(RANKS[int(adapter_id, 16)])
+                for index, page in enumerate(pages):
+                    assert torch.all(self.tensors.pages[page] == content(adapter_id, index)), (
+                        "a step read another adapter's bytes"
+                    )
+        return True
+
+    def copy_one(self):
+        if not self.copies or self.copies[0][0] > self.reached:
+            return False
+        _, pages, sources, arrival = self.copies.popleft()
+        for page, source in zip(pages, sources, strict=True):
+            self.tensors.pages[page].copy_(source)
+        arrival.done = True
+        return True
+
+
+class Tiers(RuleBasedStateMachine):
+    """Requests come, run for some steps one step ahead of the device, and end."""
+
+    def __init__(self):
+        super().__init__()
+        self.now_s = 0.0
+        self.loader, self.device = Loader(), Device()
+        page_bytes = LAYOUT.page_elements * 4
+        self.arena = HostArena(
+            LAYOUT,
+            torch.float32,
+            memory_bytes=HOST_PAGES * page_bytes,
+            allocate=lambda size: torch.zeros(size, dtype=torch.uint8),
+        )
+        self.pool = AdapterPool(LAYOUT, self.device, self.loader, self.arena, clock=lambda: self.now_s)
+        self.waiting, self.running, self.ending = [], [], []
+
+    @precondition(lambda self: len(self.waiting) < 6)
+    @rule(first=st.sampled_from(range(len(RANKS))), others=st.lists(st.sampled_from(range(len(RANKS))), max_size=1))
+    def arrive(self, first, others):
+        self.waiting.append(tuple(TERMS[index] for index in dict.fromkeys([first, *others])))
+
+    @precondition(lambda self: self.loader.jobs)
+    @rule(has_failed=st.sampled_from([False, False, False, True]))
+    def end_job(self, has_failed):
+        self.loader.end_one(has_failed)
+
+    @rule()
+    def compute(self):
+        self.device.compute_one()
+
+    @rule()
+    def copy(self):
+        self.device.copy_one()
+
+    @rule(is_late=st.booleans(), end=st.integers(0, 3))
+    def step(self, is_late, end):
+        """Plan and launch a step; then some running sequences turn out to be over, in this step or the one before."""
+        self.now_s += 0.3
+        self.pool.begin_step()
+        if not is_late:
+            self.finish()
+        for terms in list(self.waiting):
+            answer = self.pool.ensure(terms)
+            if answer.state is ResidencyState.FAILED:
+                self.waiting.remove(terms)
+            elif answer.state is ResidencyState.READY and len(self.running) < 3:
+                self.waiting.remove(terms)
+                self.pool.pin(terms)
+                self.running.append(terms)
+        # A sequence that ended is still in the step that was planned before anybody knew.
+        self.device.launch(self.pool, {term.adapter_id for terms in [*self.running, *self.ending] for term in terms})
+        if is_late:
+            self.finish()
+        self.ending, self.running = self.ending + self.running[:end], self.running[end:]
+
+    def finish(self):
+        for terms in self.ending:
+            self.pool.unpin(terms)
+        self.ending = []
+
+    @invariant()
+    def no_page_has_two_owners_and_none_is_lost(self):
+        for tier in (self.pool._tier, self.arena._tier):
+            owned = [page for adapter_id in tier.ids for page in tier[adapter_id].pages]
+            assert sorted([*owned, *tier._free_pages]) == list(range(tier.page_count))
+            slots = [tier[adapter_id].slot for adapter_id in tier.ids]
+            assert sorted([*slots, *tier._free_slots]) == list(range(tier.slot_count))
+
+    @invariant()
+    def whoever_runs_is_resident(self):
+        named = {term.adapter_id for terms in [*self.running, *self.ending] for term in terms}
+        assert named <= set(self.pool.resident_ids)
+
+    @invariant()
+    def tiers_are_told_apart(self):
+        assert not set(self.pool.host_ids) & set(self.pool.resident_ids)
+        assert self.pool.sent_bytes_total % (LAYOUT.page_elements * 4) == 0
+
+    def teardown(self):
+        """Whatever happened before: when everybody does their part, everybody gets their turn."""
+        for _ in range(60):
+            while self.loader.jobs:
+                self.loader.end_one()
+            self.step(is_late=True, end=3)
+            while self.device.compute_one() or self.device.copy_one():
+                pass
+        assert not self.waiting
+        assert not self.loader.jobs
+        self.step(is_late=True, end=3)
+        assert not any(self.pool._tier[name].pin_count for name in self.pool._tier.ids)
+        assert not any(self.arena._tier[name].pin_count for name in self.arena._tier.ids)
+
+
+TestTiers = Tiers.TestCase
+TestTiers.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+
+
+class Bench:
+    """A pool whose loader and device obey at once."""
+
+    def __init__(self):
+        machine = Tiers()
+        self.loader, self.device, self.arena, self.pool = machine.loader, machine.device, machine.arena, machine.pool
+
+    def step(self, *recipes):
+        self.pool.begin_step()
+        return [self.pool.ensure(terms).state for terms in recipes]
+
+    def stage(self, *terms):
+        """Bring adapters as far as the arena."""
+        for _ in range(2):
+            self.step(terms)
+            while self.loader.jobs:
+                self.loader.end_one()
+        self.pool.begin_step()
+
+
+@pytest.fixture
+def bench():
+    return Bench()
+
+
+def test_idle_engine_may_name_an_adapter_whose_copy_was_only_launched(bench):
+    bench.stage(TERMS[0])
+    assert bench.step([TERMS[0]]) == [ResidencyState.READY]
+    bench.pool.pin([TERMS[0]])
+    kinds = [kind for kind, _ in bench.device.compute]
+    assert kinds[-1] == "wait"
+
+
+def test_running_sequences_do_not_wait_for_anothers_copy(bench):
+    bench.pool.pin([])  # a sequence without adapters runs
+    bench.stage(TERMS[0])
+    assert bench.step([TERMS[0]]) == [ResidencyState.LOADING]
+    bench.device.copy_one()
+    assert bench.step([TERMS[0]]) == [ResidencyState.READY]
+    bench.pool.pin([TERMS[0]])
+    assert "wait" not in [kind for kind, _ in bench.device.compute]
+
+
+def test_adapter_that_left_the_device_comes_back_without_its_files(bench):
+    bench.stage(TERMS[3])  # two pages
+    bench.step([TERMS[3]])
+    bench.device.copy_one()
+    bench.stage(TERMS[5])  # three pages: the first one has to leave
+    bench.step([TERMS[5]])
+    assert bench.pool.host_ids == (TERMS[3].adapter_id,)
+    assert bench.pool.evictions_total == 1
+    while bench.device.compute_one() or bench.device.copy_one():
+        pass
+    loads = bench.pool.file_loads_total
+    bench.step([TERMS[3]])
+    assert bench.pool.resident_ids == (TERMS[3].adapter_id,)
+    assert bench.pool.file_loads_total == loads
+    assert bench.pool.loads_total == 3
+
+
+def test_copy_waits_for_the_last_step_of_the_adapter_that_made_room(bench):
+    bench.stage(TERMS[3])
+    bench.stage(TERMS[5])
+    bench.step([TERMS[3]])
+    bench.device.copy_one()
+    bench.step([TERMS[3]])
+    bench.pool.pin([TERMS[3]])
+    bench.device.launch(bench.pool, [TERMS[3].adapter_id])
+    bench.pool.unpin([TERMS[3]])
+    bench.step([TERMS[5]])
+    assert TERMS[3].adapter_id not in bench.pool.resident_ids
+    while bench.device.compute[0][0] != "step":
+        bench.device.compute_one()
+    assert not bench.device.copy_one()
+    while bench.device.compute_one():
+        pass
+    assert bench.device.copy_one()
+
+
+def test_arena_forgets_the_least_recently_used_and_counts_it(bench):
+    for index in (0, 1, 2, 4):  # one, one, two and one page of five
+        bench.stage(TERMS[index])
+    bench.stage(TERMS[6])
+    assert bench.pool.host_evictions_total == 1
+    assert TERMS[0].adapter_id not in bench.arena.staged_ids
+    assert TERMS[6].adapter_id in bench.arena.staged_ids
+
+
+def test_waiting_adapters_are_staged_while_the_device_is_full(bench):
+    bench.stage(TERMS[5])
+    bench.step([TERMS[5]])
+    bench.pool.pin([TERMS[5]])
+    bench.device.copy_one()
+    bench.stage(TERMS[3])
+    assert bench.step([TERMS[3]]) == [ResidencyState.LOADING]
+    assert bench.pool.host_ids == (TERMS[3].adapter_id,)
+    bench.pool.unpin([TERMS[5]])
+    bench.step([TERMS[3]])
+    assert TERMS[3].adapter_id in bench.pool.resident_ids
+
+
+def test_adapter_larger_than_the_arena_is_refused_with_its_setting():
+    machine = Tiers()
+    small = HostArena(
+        LAYOUT, torch.float32, memory_bytes=LAYOUT.page_elements * 8, allocate=lambda size: torch.zeros(size, dtype=torch.uint8)
+    )
+    pool = AdapterPool(LAYOUT, machine.device, machine.loader, small)
+    pool.begin_step()
+    pool.ensure([TERMS[5]])
+    machine.loader.end_one()
+    pool.begin_step()
+    answer = pool.ensure([TERMS[5]])
+    assert answer.code == "adapter_too_large"
+    assert "adapters.host_memory_bytes" in answer.message
+
+
+def test_device_pages_without_an_arena_are_refused():
+    machine = Tiers()
+    with pytest.raises(ValueError, match="arena"):
+        AdapterPool(LAYOUT, machine.device, machine.loader)
+
+
+def test_plan_directory_is_looked_at_again_when_it_moves(bench):
+    bench.step([TERMS[0]])
+    bench.loader.end_one()
+    moved = AdapterTerm(TERMS[0].adapter_id, "/elsewhere", 1.0)
+    bench.step([moved])
+    assert bench.loader.jobs[0][1] == Path("/elsewhere")
