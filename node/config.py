@@ -73,6 +73,8 @@ class ServerSettings(_Section):
     default_max_tokens: Annotated[int, Field(ge=1)] = 256
     body_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0
+    grammar_timeout_s: Annotated[float, Field(gt=0)] = 1.0  # to compile a schema, pattern or grammar
+    grammar_memory_bytes: Bytes = 1 << 30  # address space of the process that compiles them
 
 
 class ModelSettings(_Section):

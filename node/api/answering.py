@@ -20,6 +20,7 @@ from node.api.exchange import Exchange
 from node.api.generation import Generation, Limits
 from node.api.serve import Caller, RequestPath
 from node.api.tokenizer import TextTokenizer, TokenSpan
+from node.api.tool_dialect import ToolDialect
 from node.api.voucher_header import read_voucher
 from node.errors import NodeError
 from node.telemetry.metrics import NodeMetrics
@@ -40,6 +41,7 @@ class Answering:
     path: RequestPath
     limits: Limits
     tokenizer: TextTokenizer
+    dialect: ToolDialect
     executor: Executor
     metrics: NodeMetrics
     random_source: random.Random

@@ -13,6 +13,7 @@ from node.api.doors import Services
 from node.api.engine_gauges import read_gauges
 from node.api.gate import Gate
 from node.api.generation import Limits
+from node.api.grammar_desk import GrammarDesk, GrammarLimits
 from node.api.lorax_routes import LoraxRoutes
 from node.api.middleware import LORAX_UNSUPPORTED, announce_limits, answer_errors, authenticate, identify
 from node.api.model_routes import ModelRoutes
@@ -99,10 +100,17 @@ def _answering(services: Services, gate: Gate, application: web.Application) -> 
 
     application.on_cleanup.append(close_executor)
     template = ChatTemplate.open(directory, tokenizer.special, services.now)
+    desk = _grammar_desk(services, directory)
+
+    async def close_desk(_: web.Application) -> None:
+        await desk.close()
+
+    application.on_cleanup.append(close_desk)
     path = RequestPath(
         gate=gate,
         recipes=Recipes(services.catalog, services.ready.model_id),
         prompting=Prompting(tokenizer, template, limits, executor),
+        grammars=desk,
         tokenizer=tokenizer,
         books=services.books,
         engine=services.engine,
@@ -115,6 +123,7 @@ def _answering(services: Services, gate: Gate, application: web.Application) -> 
         path=path,
         limits=limits,
         tokenizer=tokenizer,
+        dialect=template.dialect,
         executor=executor,
         metrics=services.metrics,
         random_source=services.random_source,
@@ -125,3 +134,9 @@ def _answering(services: Services, gate: Gate, application: web.Application) -> 
         body_timeout_s=services.server.body_timeout_s,
         tenancy=services.tenancy,
     )
+
+
+def _grammar_desk(services: Services, directory: Path) -> GrammarDesk:
+    ready, server = services.ready, services.server
+    limits = GrammarLimits(server.grammar_timeout_s, server.grammar_memory_bytes)
+    return GrammarDesk(directory / "tokenizer.json", ready.vocab_size, ready.eos_token_ids, limits)

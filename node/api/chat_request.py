@@ -14,25 +14,34 @@ from node.api.sampling_fields import (
     read_sampling,
     read_stop,
     read_stream,
-    refuse_guidance,
-    refuse_structured_output,
+    refuse_templates,
 )
+from node.api.structured_fields import read_constraint
+from node.api.tool_dialect import GENERIC, ToolDialect
+from node.api.tool_fields import ToolUse, read_tools
+from node.api.tool_messages import check_results, read_calls, without_tools
 from node.errors import RequestError, UnsupportedError
 
-_ROLES = ("system", "developer", "user", "assistant")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def read_chat(body: dict[str, Any], limits: Limits, random_source: random.Random) -> Generation:
+def read_chat(body: dict[str, Any], limits: Limits, random_source: random.Random, dialect: ToolDialect = GENERIC) -> Generation:
     """Check every field.
+
+    Args:
+        dialect: How the base model writes tool calls.
 
     Raises:
         RequestError: A field is missing, of the wrong type or out of its range.
-        UnsupportedError: Tools, images, audio, structured output, client templates.
+        UnsupportedError: Images, audio, client templates. GrammarError: See `structured_fields` and `tool_fields`.
     """
     fields = Fields(body)
     model = read_model(fields)
     messages = _read_messages(fields, limits)
+    check_results(messages)
     _refuse_features(fields)
+    use = read_tools(fields)
+    constraint = use.constraint(dialect, read_constraint(fields))
     top_logprobs = _read_logprobs(fields, limits)
     is_stream, has_usage_chunk = read_stream(fields)
     source, token = read_source(fields)
@@ -41,12 +50,12 @@ def read_chat(body: dict[str, Any], limits: Limits, random_source: random.Random
     sampling = read_sampling(fields, limits, random_source, top_logprobs)
     stop = read_stop(fields, "stop", limits)
     fields.label("user")
-    fields.ignore("store", "metadata", "service_tier", "parallel_tool_calls", "tool_choice", "logprobs")
+    fields.ignore("store", "metadata", "service_tier", "parallel_tool_calls", "tool_prompt", "logprobs")
     return Generation(
         shape="chat",
         model=model,
         terms=(NamedTerm(model),) if model else (),
-        prompts=(Prompt(messages=messages),),
+        prompts=(_prompt(messages, use, dialect),),
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         choice_count=choice_count,
@@ -56,16 +65,16 @@ def read_chat(body: dict[str, Any], limits: Limits, random_source: random.Random
         is_stream=is_stream,
         has_usage_chunk=has_usage_chunk,
         top_logprobs=top_logprobs,
+        constraint=constraint,
+        calls=dialect if use.tools else None,
         warnings=tuple(fields.unknown()),
     )
 
 
 def _refuse_features(fields: Fields) -> None:
-    refuse_structured_output(fields)
-    refuse_guidance(fields)
-    for key in ("tools", "functions"):
-        fields.refuse(key, [], remedy="describe the functions in the prompt")
-    fields.refuse("function_call", "none", "auto", remedy="leave it out")
+    refuse_templates(fields)
+    fields.refuse("functions", [], remedy="send them as `tools`")
+    fields.refuse("function_call", "none", "auto", remedy="send `tool_choice`")
     for key in ("audio", "prediction", "web_search_options", "guideline"):
         fields.refuse(key, remedy="leave it out")
     fields.refuse("modalities", ["text"], [], remedy='only ["text"] is served')
@@ -91,15 +100,36 @@ def _read_message(message: Any, name: str, limits: Limits) -> dict[str, Any]:
         raise RequestError(f"`{name}` must be an object with role and content. Given: {shown(message)}", param=name)
     fields = Fields(message, prefix=f"{name}.")
     role = fields.text("role", 32)
-    if role in ("tool", "function"):
-        raise UnsupportedError(f"`{name}.role` {role!r} is not supported by this node; tools are not served", param=name)
+    if role == "function":
+        raise UnsupportedError(f"`{name}.role` 'function' is not supported by this node; use 'tool'", param=name)
     if role not in _ROLES:
         raise RequestError(f"`{name}.role` must be one of {', '.join(_ROLES)}. Given: {shown(message.get('role'))}", param=name)
-    for key in ("tool_calls", "function_call", "audio"):
-        fields.refuse(key, [], remedy="only text messages are served")
-    content = _read_content(fields.raw("content"), name, limits)
+    for key in ("function_call", "audio"):
+        fields.refuse(key, [], remedy="only text messages and tool calls are served")
+    calls = read_calls(fields, name)
+    if calls and role != "assistant":
+        raise fields.error("tool_calls", f"belongs to assistant messages, not to role {role!r}")
+    given = fields.raw("content")
+    content = "" if given is None and calls else _read_content(given, name, limits)
+    if role == "tool":
+        return {"role": role, "content": content, "tool_call_id": _read_call_id(fields)}
     # OpenAI renamed "system" to "developer"; the templates of open models know only the former.
-    return {"role": "system" if role == "developer" else role, "content": content}
+    message = {"role": "system" if role == "developer" else role, "content": content}
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _read_call_id(fields: Fields) -> str:
+    call_id = fields.label("tool_call_id")
+    if not call_id:
+        raise fields.error("tool_call_id", "must name the call that the message answers")
+    return call_id
+
+
+def _prompt(messages: tuple[dict[str, Any], ...], use: ToolUse, dialect: ToolDialect) -> Prompt:
+    """The conversation as the base model's template takes it."""
+    if dialect.is_native:
+        return Prompt(messages=messages, tools=tuple(tool.definition for tool in use.tools))
+    return Prompt(messages=without_tools(messages, use.tools, use.prompt, dialect))
 
 
 def _read_content(content: Any, name: str, limits: Limits) -> str:

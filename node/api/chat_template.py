@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from node.api.tokenizer import SpecialTokens
+from node.api.tool_dialect import dialect_of
 from node.errors import ModelLoadError, RequestError, UnsupportedError
 
 _MAX_TEMPLATE_BYTES = 1 << 20
@@ -36,6 +38,7 @@ class ChatTemplate:
         self._now = now
         self._max_chars = max_chars
         self._template = None if source is None else self._compile(source)
+        self.dialect = dialect_of(source, self._variables(source))
 
     @classmethod
     def open(cls, directory: Path, special: SpecialTokens, now: Callable[[], datetime]) -> ChatTemplate:
@@ -53,8 +56,8 @@ class ChatTemplate:
             )
         return cls(path.read_text(encoding="utf-8"), special, now)
 
-    def render(self, messages: tuple[dict[str, Any], ...]) -> str:
-        """Prompt text that ends where the assistant's answer begins.
+    def render(self, messages: tuple[dict[str, Any], ...], tools: tuple[dict[str, Any], ...] = ()) -> str:
+        """Prompt text that ends where the assistant's answer begins. `tools` only for a dialect that `is_native`.
 
         Raises:
             UnsupportedError: The base model has no chat template.
@@ -67,7 +70,7 @@ class ChatTemplate:
             "add_generation_prompt": True,
             "bos_token": self._special.bos_token or "",
             "eos_token": self._special.eos_token or "",
-            "tools": None,
+            "tools": list(tools) or None,
             "documents": None,
         }
         try:
@@ -92,16 +95,25 @@ class ChatTemplate:
             parts.append(piece)
         return "".join(parts)
 
+    def _variables(self, source: str | None) -> frozenset[str]:
+        if source is None:
+            return frozenset()
+        return frozenset(jinja2.meta.find_undeclared_variables(_environment(self._now).parse(source)))
+
     def _compile(self, source: str) -> jinja2.Template:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: self._now().strftime(form)
-        environment.globals.pop("lipsum", None)
         try:
-            return environment.from_string(source)
+            return _environment(self._now).from_string(source)
         except jinja2.TemplateError as error:
             raise ModelLoadError("the model's chat_template.jinja is not a Jinja template; fix or remove it") from error
+
+
+def _environment(now: Callable[[], datetime]) -> jinja2.Environment:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: now().strftime(form)
+    environment.globals.pop("lipsum", None)
+    return environment
 
 
 def _refuse(message: str) -> None:

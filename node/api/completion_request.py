@@ -14,9 +14,9 @@ from node.api.sampling_fields import (
     read_sampling,
     read_stop,
     read_stream,
-    refuse_guidance,
-    refuse_structured_output,
+    refuse_templates,
 )
+from node.api.structured_fields import read_constraint
 from node.errors import ContextLengthError, RequestError
 
 
@@ -25,15 +25,15 @@ def read_completion(body: dict[str, Any], limits: Limits, random_source: random.
 
     Raises:
         RequestError: A field is missing, of the wrong type or out of its range.
-        UnsupportedError: suffix, echo, structured output.
+        UnsupportedError: suffix, echo, client templates. GrammarError: See `structured_fields`.
     """
     fields = Fields(body)
     model = read_model(fields)
     prompts = _read_prompts(fields, limits)
     fields.refuse("suffix", "", remedy="put the whole context into `prompt`")
     fields.refuse("echo", False, remedy="prepend the prompt yourself")
-    refuse_structured_output(fields)
-    refuse_guidance(fields)
+    refuse_templates(fields)
+    constraint = read_constraint(fields)
     is_stream, has_usage_chunk = read_stream(fields)
     source, token = read_source(fields)
     logprobs = fields.integer("logprobs", 0, limits.max_logprobs)
@@ -60,6 +60,7 @@ def read_completion(body: dict[str, Any], limits: Limits, random_source: random.
         is_stream=is_stream,
         has_usage_chunk=has_usage_chunk,
         top_logprobs=top_logprobs,
+        constraint=constraint,
         warnings=tuple(fields.unknown()),
     )
 

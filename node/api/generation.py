@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from node.api.structured_fields import Constraint
+from node.api.tool_dialect import ToolDialect
 from node.config import ServerSettings
 from node.request import Sampling
 
@@ -63,11 +65,12 @@ class NamedTerm:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt: exactly one of the three is set."""
+    """One prompt: exactly one of text, token ids and messages is set."""
 
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
     messages: tuple[dict[str, Any], ...] | None = None
+    tools: tuple[dict[str, Any], ...] = ()  # for a chat template that shows them
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,8 @@ class Generation:
         stop: Stop strings; no part of one is ever in an answer.
         truncate_prompt_tokens: Keep only so many tokens of the prompt's end (LoRAX `truncate`), None keeps all.
         top_logprobs: Alternatives reported for each token; -1 reports no log-probabilities.
+        constraint: What form the answer must have, None for any.
+        calls: How tool calls are written in the answer, None when it is to be taken as it is.
         warnings: Names of fields that were ignored.
     """
 
@@ -104,4 +109,6 @@ class Generation:
     has_details: bool = False
     has_prompt_details: bool = False
     has_prompt_text: bool = False
+    constraint: Constraint | None = None
+    calls: ToolDialect | None = None
     warnings: tuple[str, ...] = ()

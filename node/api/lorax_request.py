@@ -13,7 +13,8 @@ from typing import Any
 from node.api.fields import Fields
 from node.api.generation import Generation, Limits, NamedTerm, Prompt
 from node.api.model_fields import read_merge, read_source
-from node.api.sampling_fields import read_seed, read_stop, refuse_structured_output
+from node.api.sampling_fields import read_seed, read_stop
+from node.api.structured_fields import read_constraint
 from node.errors import RequestError
 from node.request import Sampling
 
@@ -31,7 +32,7 @@ def read_lorax(
 
     Raises:
         RequestError: A field is missing, of the wrong type or out of its range.
-        UnsupportedError: best_of above 1, watermark, structured output, merges other than linear.
+        UnsupportedError: best_of above 1, watermark, merges other than linear. GrammarError: See `structured_fields`.
     """
     outer = Fields(body)
     inputs = outer.text("inputs", limits.max_text_chars)
@@ -56,7 +57,7 @@ def read_lorax(
 def _read_parameters(fields: Fields, limits: Limits, random_source: random.Random, bearer: str | None) -> Generation:
     model, terms = _read_adapters(fields, limits)
     source, token = read_source(fields)
-    refuse_structured_output(fields)
+    constraint = read_constraint(fields)
     fields.refuse("watermark", False, remedy="leave it out")
     _refuse_best_of(fields)
     has_prompt_details = fields.boolean("decoder_input_details")
@@ -79,6 +80,7 @@ def _read_parameters(fields: Fields, limits: Limits, random_source: random.Rando
         has_details=has_details,
         has_prompt_details=has_prompt_details,
         has_prompt_text=fields.boolean("return_full_text"),
+        constraint=constraint,
     )
 
 

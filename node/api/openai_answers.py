@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 from typing import Any
 
 from node.api.choice import Choice, Piece, TextToken
 from node.api.exchange import Exchange
 from node.api.generation import Generation
 from node.api.tokenizer import TextTokenizer
+from node.api.tool_calls import ToolCallReader, merged
 from node.request import TokenLogprob
 
 _FINISH = {"stop": "stop", "stop_sequence": "stop", "length": "length"}
@@ -28,6 +30,7 @@ class OpenAiAnswers:
     tokenizer: TextTokenizer
     created_s: int
     model: str
+    readers: dict[int, ToolCallReader] = field(default_factory=dict, init=False, repr=False)  # by choice
 
     def whole(self, texts: list[str], tokens: list[list[TextToken]], receipt: dict[str, Any]) -> dict[str, Any]:
         """The complete answer."""
@@ -40,22 +43,56 @@ class OpenAiAnswers:
         """Chat announces every choice's role before its text."""
         if not self._is_chat:
             return None
+        content = "" if self.generation.calls is None else None
         choices = [
-            {"index": choice.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+            {"index": choice.index, "delta": {"role": "assistant", "content": content}, "logprobs": None, "finish_reason": None}
             for choice in self.exchange.choices
         ]
         return {**self._frame("chat.completion.chunk"), "choices": choices}
 
-    def chunk(self, piece: Piece, text_offset: int) -> dict[str, Any]:
-        """One piece. `text_offset` is where its text begins in the choice, for completion log-probabilities."""
+    def chunk(self, piece: Piece, text_offset: int) -> dict[str, Any] | None:
+        """One piece, or None when it shows nothing, such as the wrapping of a tool call.
+
+        Args:
+            text_offset: Where its text begins in the choice, for completion log-probabilities.
+        """
         finish = _FINISH[piece.finish_reason] if piece.finish_reason is not None else None
         logprobs = self._logprobs(list(piece.tokens), text_offset) if piece.tokens else None
         entry: dict[str, Any] = {"index": piece.choice_index, "logprobs": logprobs, "finish_reason": finish}
-        if self._is_chat:
+        if not self._is_chat:
+            entry["text"] = piece.text
+            return {**self._frame("text_completion"), "choices": [entry]}
+        if self.generation.calls is None:
             entry["delta"] = {"content": piece.text} if piece.text or finish is None else {}
-            return {**self._frame("chat.completion.chunk"), "choices": [entry]}
-        entry["text"] = piece.text
-        return {**self._frame("text_completion"), "choices": [entry]}
+        else:
+            entry["delta"] = self._read_calls(piece.choice_index, piece.text, is_last=finish is not None)
+            entry["finish_reason"] = self._call_finish(piece.choice_index, finish)
+            if not entry["delta"] and finish is None and logprobs is None:
+                return None
+        return {**self._frame("chat.completion.chunk"), "choices": [entry]}
+
+    def _read_calls(self, choice_index: int, text: str, *, is_last: bool) -> dict[str, Any]:
+        """What a piece of text adds to a message that may call tools."""
+        if self.generation.calls is None:
+            return {"content": text}
+        reader = self.readers.get(choice_index)
+        if reader is None:
+            reader = self.readers[choice_index] = ToolCallReader(self.generation.calls)
+        content, deltas = reader.feed(text)
+        if is_last:
+            content += reader.finish()
+        delta: dict[str, Any] = {"content": content} if content else {}
+        if deltas:
+            delta["tool_calls"] = merged(deltas, lambda index: self._call_id(choice_index, index))
+        return delta
+
+    def _call_finish(self, choice_index: int, finish: str | None) -> str | None:
+        """An answer that ended with calls was ended by them; one that was cut off says so."""
+        return "tool_calls" if finish == "stop" and self.readers[choice_index].call_count else finish
+
+    def _call_id(self, choice_index: int, index: int) -> str:
+        seed = f"{self.exchange.request_id}:{choice_index}:{index}"
+        return "call_" + hashlib.sha256(seed.encode()).hexdigest()[:24]
 
     def usage_chunk(self) -> dict[str, Any]:
         """The extra last chunk of `stream_options.include_usage`."""
@@ -87,9 +124,15 @@ class OpenAiAnswers:
     def _choice(self, choice: Choice, text: str, tokens: list[TextToken]) -> dict[str, Any]:
         finish = _FINISH[choice.finish_reason or "stop"]
         entry: dict[str, Any] = {"index": choice.index, "logprobs": self._logprobs(tokens, 0), "finish_reason": finish}
-        if self._is_chat:
+        if not self._is_chat:
+            return {**entry, "text": text}
+        if self.generation.calls is None:
             return {**entry, "message": {"role": "assistant", "content": text, "refusal": None}}
-        return {**entry, "text": text}
+        read = self._read_calls(choice.index, text, is_last=True)
+        message: dict[str, Any] = {"role": "assistant", "content": read.get("content"), "refusal": None}
+        if "tool_calls" in read:
+            message["tool_calls"] = [{name: call[name] for name in ("id", "type", "function")} for call in read["tool_calls"]]
+        return {**entry, "message": message, "finish_reason": self._call_finish(choice.index, finish)}
 
     def _logprobs(self, tokens: list[TextToken], text_offset: int) -> dict[str, Any] | None:
         if self.generation.top_logprobs < 0:

@@ -29,7 +29,7 @@ class OpenAiRoutes:
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """One chat completion."""
         body = await read_json(request, self._answering.max_body_bytes, self._answering.body_timeout_s)
-        generation = read_chat(body, self._answering.limits, self._answering.random_source)
+        generation = read_chat(body, self._answering.limits, self._answering.random_source, self._answering.dialect)
         return await self._answer(request, generation)
 
     async def completion(self, request: web.Request) -> web.StreamResponse:
@@ -71,6 +71,8 @@ class OpenAiRoutes:
                     await stream.send(opening)
                 chunk = answers.chunk(piece, offsets[piece.choice_index])
                 offsets[piece.choice_index] += len(piece.text)
+                if chunk is None:
+                    continue
                 if exchange.is_finished:
                     await self._send_last(stream, answers, exchange, chunk)
                 elif piece.text or piece.tokens or piece.finish_reason:

@@ -59,7 +59,7 @@ class Prompting:
         if prompt.messages is None:
             return self._tokenizer.encode(prompt.text or "")
         # The template writes bos itself where the model wants it.
-        return self._tokenizer.encode(self._template.render(prompt.messages), adds_special=False)
+        return self._tokenizer.encode(self._template.render(prompt.messages, prompt.tools), adds_special=False)
 
     def _check(self, ids: list[int], generation: Generation) -> None:
         if not ids:

@@ -107,21 +107,8 @@ def read_choice_count(fields: Fields, limits: Limits) -> int:
     return choice_count
 
 
-def refuse_structured_output(fields: Fields) -> None:
-    """Only plain text for now; anything else is refused by its name."""
-    value = fields.raw("response_format")
-    if value is None or value == {"type": "text"}:
-        return
-    kind = value.get("type") if isinstance(value, dict) else None
-    if kind == "text":
-        return
-    fields.refuse("response_format", remedy=f'leave it out or send {{"type": "text"}} (type given: {str(kind)[:32]!r})')
-
-
-def refuse_guidance(fields: Fields) -> None:
-    """Ways to make the server run a client's grammar or template; each has been an advisory somewhere."""
-    for key in ("structured_outputs", "guided_json", "guided_regex", "guided_grammar", "guided_choice"):
-        fields.refuse(key, remedy="ask for the format in the prompt")
+def refuse_templates(fields: Fields) -> None:
+    """Ways to make the server run a client's template; each has been an advisory somewhere."""
     for key in ("chat_template", "chat_template_kwargs"):
         fields.refuse(key, {}, remedy="the base model's own template is used")
 

@@ -1,6 +1,6 @@
 """The request path: from a validated request to an answer with a receipt. Every shape of request goes through here.
 
-gate -> adapters by content -> tokens -> price and durable admission -> engine -> text -> record -> receipt
+gate -> grammar judged -> adapters by content -> tokens -> price and durable admission -> engine -> text -> record -> receipt
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from node.api.doors import Books, Engine, Opening
 from node.api.exchange import Exchange
 from node.api.gate import Gate
 from node.api.generation import Generation
+from node.api.grammar_desk import GrammarDesk
 from node.api.prompting import Prompting
 from node.api.recipes import Recipes, engine_terms
 from node.api.tokenizer import TextTokenizer
@@ -47,6 +48,7 @@ class RequestPath:
         gate: Gate,
         recipes: Recipes,
         prompting: Prompting,
+        grammars: GrammarDesk,
         tokenizer: TextTokenizer,
         books: Books,
         engine: Engine,
@@ -58,6 +60,7 @@ class RequestPath:
         self._gate = gate
         self._recipes = recipes
         self._prompting = prompting
+        self._grammars = grammars
         self._tokenizer = tokenizer
         self._books = books
         self._engine = engine
@@ -99,6 +102,9 @@ class RequestPath:
             raise LedgerError("the ledger does not accept records now, so nothing is served; retry later", retry_after_s=5.0)
 
     async def _admit(self, generation: Generation, caller: Caller, visit: Visit) -> Exchange:
+        constraint = generation.constraint
+        if constraint is not None:
+            await self._grammars.check(caller.tenant.name, constraint.grammar, constraint.param)
         recipe = await self._recipes.resolve(generation, self._tenancy.sees(caller.tenant.name))
         prompts = await self._prompting.tokenize(generation)
         budget = self._prompting.budget(generation, prompts)
@@ -140,6 +146,7 @@ class RequestPath:
                         sampling=sampling,
                         choice_index=choice_index,
                         weight=weight,
+                        grammar=None if generation.constraint is None else generation.constraint.grammar,
                     )
                 )
                 choices.append(Choice(index, prompt_index, self._tokenizer, generation.stop, end_ids))
