@@ -70,12 +70,13 @@ __device__ __forceinline__ void load_pages(Pages<G, U>& out, const Params& p, co
 }
 
 template <int G, int NT, int U>
-__device__ __forceinline__ void multiply(float (&acc)[G][NT][4], const Pages<G, U>& pages, const __nv_bfloat16* const (&x)[NT], int step, int last) {
+__device__ __forceinline__ void multiply(float (&acc)[G][NT][4], const Pages<G, U>& pages, const __nv_bfloat16* const (&x)[NT], int rows, int step, int last) {
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     if (step + u >= last) break;
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
+      if (n * 8 >= rows) break;
       const uint4 b = x[n] == nullptr ? make_uint4(0, 0, 0, 0) : __ldcg(reinterpret_cast<const uint4*>(x[n] + (step + u) * kStep));
 #pragma unroll
       for (int m = 0; m < G; ++m) {
@@ -143,10 +144,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, NT > 2 ? 1 : 2) shrink_kernel(c
       x[n] = r < now.tile.rows ? static_cast<const __nv_bfloat16*>(p.x) + __ldg(table.rows + now.tile.place + r) * p.x_stride + t * 8 : nullptr;
     }
     float acc[G][NT][4] = {};
-    multiply<G, NT, U>(acc, pages, x, first, last);
+    multiply<G, NT, U>(acc, pages, x, now.tile.rows, first, last);
     for (int step = first + U; step < last; step += U) {
       load_pages<G, U>(pages, p, now, count, step, last);
-      multiply<G, NT, U>(acc, pages, x, step, last);
+      multiply<G, NT, U>(acc, pages, x, now.tile.rows, step, last);
     }
     if (index + stride < table.item_count) fetch(index + stride);  // its pages arrive while this item is summed
     gather_warps<G, NT>(acc, slots, now.tile.rows);

@@ -157,3 +157,7 @@ def _require_nvcc() -> str:
             "no CUDA compiler found (nvcc on the PATH or in $CUDA_HOME/bin); install the CUDA toolkit, 12.8 or newer"
         )
     return found
+
+
+if __name__ == "__main__":
+    build_cuda()

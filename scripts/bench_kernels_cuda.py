@@ -1,0 +1,257 @@
+"""Time the CUDA kernels of one layer of a Llama-3.1-8B shape. `bench_kernels.py --device cuda` runs this.
+
+Every row is a graph of one operation over 32 layers and several sets of adapters, replayed: the adapters' pages come from
+memory, as in a step, where the base weights have pushed them out of the cache; products and hidden states stay in the cache.
+"floor_us" is the bytes that must come from memory (A, B) over 3.11 TB/s.
+
+Shape letters: B rows (sequences), D adapters, K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from node.kernels.cuda_ops import CudaOps, DeviceTiles, Follow, Product
+from node.kernels.layout import PageLayout
+from node.kernels.linear import lora_spans
+from node.kernels.lora import LoraPool
+from node.kernels.lora_tiles import build_tiles
+
+HIDDEN, INTERMEDIATE, LAYERS, HEADS, GROUPS, SIZE = 4096, 14336, 32, 32, 8, 128
+Q, KV, EPS, BLOCK = HEADS * SIZE, GROUPS * SIZE, 1e-5, 64
+READ_TB_S = 3.11  # of an H100 SXM, measured: read-only stream
+PAGES = 256
+LINEARS = {
+    "qkv": (HIDDEN, (("q", Q), ("k", KV), ("v", KV))),
+    "o": (Q, (("o", HIDDEN),)),
+    "gate_up": (HIDDEN, (("gate", INTERMEDIATE), ("up", INTERMEDIATE))),
+    "down": (INTERMEDIATE, (("down", HIDDEN),)),
+}
+CONSUMERS = {"qkv": "rope_kv_write", "o": "add_rms_norm", "gate_up": "silu_mul", "down": "add_rms_norm"}
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which adapter each row of a batch has. ranks: of the adapters, in turn."""
+
+    name: str
+    adapters: int
+    ranks: tuple[int, ...] = (16,)
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """A pool of random pages over all layers, and tables for adapters of the given ranks."""
+
+    layout: PageLayout
+    pages: Tensor
+
+    @classmethod
+    def make(cls) -> Adapters:
+        modules = [
+            (f"{layer}.{name}", inputs, outputs)
+            for layer in range(LAYERS)
+            for inputs, parts in LINEARS.values()
+            for name, outputs in parts
+        ]
+        layout = PageLayout(modules, 16)
+        pages = torch.empty((PAGES, layout.page_elements), dtype=torch.bfloat16, device="cuda")
+        for page in pages:
+            page.normal_(std=0.02)
+        return cls(layout, pages)
+
+    def pool(self, ranks: Sequence[int]) -> tuple[LoraPool, np.ndarray]:
+        """Slots of the given ranks, pages dealt in turn; the page table on the host."""
+        counts = [self.layout.pages_for_rank(rank) for rank in ranks]
+        table = np.full((len(ranks), max(counts)), -1, np.int32)
+        firsts = np.cumsum([0, *counts])
+        if firsts[-1] > PAGES:
+            raise ValueError(f"{firsts[-1]} pages wanted, {PAGES} made")
+        for slot, count in enumerate(counts):
+            table[slot, :count] = np.arange(firsts[slot], firsts[slot] + count)
+        by_module = torch.tensor(ranks, dtype=torch.int32, device="cuda").repeat(self.layout.module_count, 1)
+        scales = torch.full(by_module.shape, 2.0, device="cuda")
+        return LoraPool(self.pages, torch.from_numpy(table).cuda(), by_module, scales, 16), table
+
+    def spans(self, layer: int, linear: str) -> tuple[int, ...]:
+        column, found = 0, []
+        for name, outputs in LINEARS[linear][1]:
+            found.append((self.layout.spans[f"{layer}.{name}"], column))
+            column += outputs
+        return tuple(int(field) for field in lora_spans(found).table.flatten().tolist())
+
+
+def slots_of(draw: Draw, rows: int, generator: np.random.Generator) -> list[int]:
+    """One slot a row."""
+    if draw.name == "zipf1.5":
+        weights = 1.0 / np.arange(1, draw.adapters + 1) ** 1.5
+        return generator.choice(draw.adapters, rows, p=weights / weights.sum()).tolist()  # type: ignore[no-any-return]
+    if draw.name == "uniform":
+        return generator.integers(0, draw.adapters, rows).tolist()  # type: ignore[no-any-return]
+    return [row % draw.adapters for row in range(rows)]  # distinct, identical: dealt in turn
+
+
+def time_us(calls: Sequence[Callable[[], None]], repetitions: int = 7) -> float:
+    """Median time of one call when all of them run one after another in a graph."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(repetitions):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times[1:])
+
+
+class Layer:
+    """The operations of a decode step on `rows` rows, with the adapters of a draw (None: no LoRA)."""
+
+    def __init__(
+        self, adapters: Adapters, draw: Draw | None, rows: int, *, tile_rows: int, y_type: torch.dtype = torch.float32
+    ) -> None:
+        self.adapters, self.draw, self.rows = adapters, draw, rows
+        ranks = [16] if draw is None else [draw.ranks[i % len(draw.ranks)] for i in range(max(draw.adapters, 64))]
+        if sum(adapters.layout.pages_for_rank(rank) for rank in ranks) > PAGES:
+            ranks = ranks[: draw.adapters]  # type: ignore[union-attr]
+        pool, table = adapters.pool(ranks)
+        self.ops = CudaOps(pool)
+        self.tiles: list[DeviceTiles] = []
+        self.used_ranks = 0
+        generator = np.random.default_rng(rows)
+        pairs = 1
+        if draw is not None:
+            slots = slots_of(draw, rows, generator)
+            sets = max(1, min(8, len(ranks) // max(len(set(slots)), 1)))
+            for turn in range(sets):
+                moved = [(slot + turn * draw.adapters) % len(ranks) for slot in slots]
+                block = build_tiles([((slot, 1.0),) for slot in moved], [1] * rows, table, tile_rows)
+                self.tiles.append(DeviceTiles(torch.from_numpy(block.data).cuda(), tile_rows))
+                pairs = max(pairs, block.pair_count)
+            self.used_ranks = sum(ranks[slot] for slot in set(slots))
+        self.v = {name: torch.randn(pairs, len(parts), 16, device="cuda") for name, (_, parts) in LINEARS.items()}
+        bf16 = {"dtype": torch.bfloat16, "device": "cuda"}
+        self.x = {name: torch.randn(rows, inputs, **bf16) for name, (inputs, _) in LINEARS.items()}
+        self.y = {name: self._planes(name, y_type) for name in LINEARS}
+        self.residual, self.normed = torch.randn(rows, HIDDEN, **bf16), torch.empty(rows, HIDDEN, **bf16)
+        self.act, self.q = torch.empty(rows, INTERMEDIATE, **bf16), torch.empty(rows, Q, **bf16)
+        self.weight = torch.randn(HIDDEN, **bf16)
+        self.cache = torch.empty(2, max(rows, 256) // 16 + 1, BLOCK, GROUPS, SIZE, **bf16)
+        angles = torch.randn(4096, SIZE // 2, device="cuda")
+        self.cos, self.sin = angles.cos(), angles.sin()
+        self.positions = torch.arange(rows, dtype=torch.int32, device="cuda") % 4096
+        self.slots = torch.arange(rows, dtype=torch.int32, device="cuda")
+
+    def _planes(self, name: str, y_type: torch.dtype) -> Tensor:
+        inputs, parts = LINEARS[name]
+        outputs = sum(size for _, size in parts)
+        planes = max(1, self.ops.skinny_gemm_planes(outputs, inputs, self.rows)) if y_type == torch.float32 else 1
+        return torch.randn(planes, self.rows, outputs, device="cuda").to(y_type)
+
+    def shrink(self, name: str, follow: Follow) -> list[Callable[[], None]]:
+        def call(layer: int, tiles: DeviceTiles) -> Callable[[], None]:
+            spans = self.adapters.spans(layer, name)
+            return lambda: self.ops.lora_shrink(self.x[name], tiles, spans, self.v[name], follow)
+
+        return [call(layer, tiles) for tiles in self.tiles for layer in range(LAYERS)]
+
+    def consumer(self, name: str, follow: Follow) -> list[Callable[[], None]]:
+        def call(layer: int, tiles: DeviceTiles | None) -> Callable[[], None]:
+            spans = self.adapters.spans(layer, name) if tiles is not None else ()
+            product = Product(self.y[name], None, tiles, self.v[name] if tiles is not None else None, spans)
+            if name == "qkv":
+                keys, values = self.cache
+                return lambda: self.ops.rope_kv_write(
+                    product, self.cos, self.sin, self.positions, self.slots, keys, values, self.q, follow=follow
+                )
+            if name == "gate_up":
+                return lambda: self.ops.silu_mul(product, self.act, follow)
+            return lambda: self.ops.add_rms_norm(product, self.residual, self.weight, EPS, self.normed, follow)
+
+        return [call(layer, tiles) for tiles in (self.tiles or [None]) for layer in range(LAYERS)]
+
+    def measure(self, follow: Follow = Follow.WAIT_FIRST) -> Iterator[dict[str, object]]:
+        for name, (inputs, parts) in LINEARS.items():
+            outputs = sum(size for _, size in parts)
+            if self.draw is not None:
+                read = self.used_ranks * inputs * len(parts) * 2
+                yield self._row("shrink_" + name, time_us(self.shrink(name, follow)), read, follow)
+            read = self.used_ranks * outputs * 2
+            yield self._row(f"{CONSUMERS[name]}_{name}", time_us(self.consumer(name, follow)), read, follow)
+
+    def _row(self, op: str, us: float, read: int, follow: Follow) -> dict[str, object]:
+        draw = self.draw
+        return {
+            "op": op,
+            "B": self.rows,
+            "D": 0 if draw is None else draw.adapters,
+            "draw": None if draw is None else draw.name,
+            "rank": None if draw is None else list(draw.ranks),
+            "planes": int(self.y[op.split("_", 1)[1] if op.startswith("shrink") else op.rsplit("norm_", 1)[-1]].shape[0])
+            if op in ("add_rms_norm_o", "add_rms_norm_down")
+            else None,
+            "follow": follow.name.lower(),
+            "us": round(us, 2),
+            "adapter_bytes": read,
+            "tb_s": round(read / us / 1e6, 2),
+            "floor_us": round(read / READ_TB_S / 1e6, 2),
+        }
+
+
+def facts() -> dict[str, object]:
+    """What a figure means nothing without."""
+    query = ["nvidia-smi", "--query-gpu=name,clocks.max.sm,clocks.max.mem,driver_version", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().split(", ")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "gpu": found[0],
+        "clock_sm": found[1],
+        "clock_memory": found[2],
+        "driver": found[3],
+        "torch": torch.__version__,
+        "commit": commit,
+    }
+
+
+def bench(out: Path | None, *, is_short: bool = False) -> None:
+    """Print a JSON line a measurement, and append it to `out`."""
+    label = facts()
+    adapters = Adapters.make()
+    mixed = (8, 16, 64)
+    draws: list[Draw | None] = [None, Draw("identical", 1), Draw("distinct", 8), Draw("distinct", 64)]
+    if not is_short:
+        draws += [Draw("uniform", 64), Draw("zipf1.5", 64), Draw("distinct", 64, (8,)), Draw("distinct", 64, (64,))]
+        draws += [Draw("distinct", 64, mixed)]
+    for rows in (1, 16, 64, 256):
+        for draw in draws:
+            if draw is not None and draw.name == "distinct" and draw.adapters > rows:
+                continue
+            layer = Layer(adapters, draw, rows, tile_rows=16)
+            _emit(layer.measure(), label, out)
+    prefill = Layer(adapters, Draw("distinct", 64), 16384, tile_rows=64, y_type=torch.bfloat16)
+    _emit(prefill.measure(), label, out)
+
+
+def _emit(rows: Iterator[dict[str, object]], label: dict[str, object], out: Path | None) -> None:
+    for row in rows:
+        line = json.dumps({"work": "lora", **row, **label})
+        print(line, flush=True)
+        if out is not None:
+            with out.open("a") as file:
+                file.write(line + "\n")
