@@ -59,7 +59,7 @@ def draw(logits: Tensor, rows: Sequence[DrawRow], mask: RowMask | None = None) -
     is_sound = best.isfinite().tolist()
     chosen = token_ids.tolist()
     masked = set(mask.rows) if mask is not None else set()
-    special = [index for index, row in enumerate(rows) if (index in masked or not _is_plain(row.sampling)) and is_sound[index]]
+    special = [index for index, row in enumerate(rows) if (index in masked or not is_plain(row.sampling)) and is_sound[index]]
     if special:
         drawn = _draw_special(logits, [rows[i] for i in special], special, mask)
         for index, token_id in zip(special, drawn, strict=True):
@@ -73,12 +73,13 @@ def next_token_logprobs(logits: Tensor, token_ids: Tensor) -> list[float]:
     return logits.log_softmax(dim=1).gather(1, token_ids[:, None])[:, 0].tolist()
 
 
-def _is_plain(sampling: Sampling) -> bool:
+def is_plain(sampling: Sampling) -> bool:
     """Greedy and unpenalised: the argmax is the answer."""
-    return sampling.temperature == 0 and not _is_shifted(sampling)
+    return sampling.temperature == 0 and not is_shifted(sampling)
 
 
-def _is_shifted(sampling: Sampling) -> bool:
+def is_shifted(sampling: Sampling) -> bool:
+    """Whether penalties or a bias move the logits."""
     return (
         sampling.repetition_penalty != 1
         or sampling.frequency_penalty != 0
@@ -91,7 +92,7 @@ def _draw_special(logits: Tensor, rows: list[DrawRow], indexes: list[int], mask:
     """Draw for rows that are not plain. logits: [W, V]; rows and indexes: n."""
     x = logits[indexes]  # a copy: the caller's logits stay unmodified
     for index, row in enumerate(rows):
-        if _is_shifted(row.sampling):
+        if is_shifted(row.sampling):
             _shift(x[index], row)
     if mask is not None:
         # After penalties and bias, which could lift a forbidden token again; before the filters, which keep the best of the rest.
@@ -102,7 +103,7 @@ def _draw_special(logits: Tensor, rows: list[DrawRow], indexes: list[int], mask:
     chosen = x.argmax(dim=1).tolist()
     random = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
     if random:
-        drawn = _draw_random(x[random], [rows[index] for index in random])
+        drawn = draw_random(x[random], [rows[index] for index in random])
         for index, token_id in zip(random, drawn, strict=True):
             chosen[index] = token_id
     return chosen
@@ -120,15 +121,20 @@ def _shift(row: Tensor, asked: DrawRow) -> None:
         filters.add_bias(row, sampling.logit_bias)
 
 
-def _draw_random(x: Tensor, rows: list[DrawRow]) -> list[int]:
-    """Temperature, filters in the order of `Sampling`, then one draw a row. x: [n, V]."""
+def draw_random(x: Tensor, rows: list[DrawRow], ahead: int = 0) -> list[int]:
+    """Temperature, filters in the order of `Sampling`, then one draw a row.
+
+    Args:
+        x: [n, V] float32. Logits after penalties, bias and masks, all finite or -inf, on the CPU.
+        rows: n of them. ahead: tokens drawn that `rows` do not hold yet; they count in the position.
+    """
     x = filters.divide_by_temperature(x, torch.tensor([[row.sampling.temperature] for row in rows], dtype=x.dtype))
     _apply(x, rows, filters.keep_top_k, lambda s: s.top_k, off=0, dtype=torch.int64)
     _apply(x, rows, filters.keep_typical, lambda s: s.typical_p, off=1.0)
     _apply(x, rows, filters.keep_top_p, lambda s: s.top_p, off=1.0)
     _apply(x, rows, filters.keep_min_p, lambda s: s.min_p, off=0.0)
     cumulative = x.softmax(dim=1).double().cumsum(dim=1)
-    noise = [[uniform(row.sampling.seed, row.choice_index, len(row.tokens))] for row in rows]
+    noise = [[uniform(row.sampling.seed, row.choice_index, len(row.tokens) + ahead)] for row in rows]
     total = cumulative[:, -1:].contiguous()
     target = torch.tensor(noise, dtype=torch.float64) * total
     index = torch.searchsorted(cumulative, target, right=True)[:, 0]

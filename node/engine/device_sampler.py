@@ -1,0 +1,319 @@
+"""The next tokens of a step on the device that computed its logits: nothing waits for the device until somebody reads.
+
+The same definitions as `node.engine.sampler` (noise of one number a row, order of the filters, lowest index among equals). On a GPU
+the greedy choice is one kernel that belongs into the step's graph; rows that ask for more cost a few launches after it. Next
+tokens stay on the device for the next step; what the host wants to know is copied to pinned memory behind an event.
+
+Shape letters: W rows that want logits, n rows that ask for more than the argmax, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from node.engine import filters
+from node.engine.noise import uniform
+from node.engine.sampler import DrawRow, RowMask, draw_random, is_plain, is_shifted
+from node.request import DrawnToken, TokenLogprob
+
+_PARTS = 8  # programs that share a row of the greedy kernel: 64 rows then fill the GPU four times over
+_GREEDY_BLOCK = 2048
+_DRAW_BLOCK = 4096
+_LARGEST = torch.finfo(torch.float32).max
+_BITS = 32
+
+
+@dataclass(slots=True)
+class Choice:
+    """What the greedy kernel wrote; made once for each batch bucket and static under a CUDA graph.
+
+    Attributes:
+        next_tokens: [W] int64. Always a token of the vocabulary, so that the next step can embed it.
+        is_sound: [W] int8. 0 where the logits are not finite: such a row's token means nothing.
+    """
+
+    next_tokens: Tensor
+    is_sound: Tensor
+
+
+@dataclass(slots=True)
+class _Logprobs:
+    """Rows that asked for log-probabilities, [m] of the chosen token and [m, k] of the most likely ones."""
+
+    rows: list[int]
+    chosen: Tensor
+    top_values: Tensor
+    top_ids: Tensor
+
+
+class DeviceDraw:
+    """The tokens of one step, on their way to the host."""
+
+    def __init__(self, choice: Choice, rows: Sequence[DrawRow], logprobs: _Logprobs | None) -> None:
+        count = len(rows)
+        self._rows = rows
+        self._tokens = _to_host(choice.next_tokens[:count])
+        self._is_sound = _to_host(choice.is_sound[:count])
+        self._logprobs = logprobs
+        if logprobs is not None:
+            logprobs.chosen = _to_host(logprobs.chosen)
+            logprobs.top_values, logprobs.top_ids = _to_host(logprobs.top_values), _to_host(logprobs.top_ids)
+        self._event: torch.cuda.Event | None = None
+        if choice.next_tokens.is_cuda:
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def is_ready(self) -> bool:
+        """Whether `read` would return at once."""
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def read(self) -> list[DrawnToken | None]:
+        """Wait for the device and return one token a row; None where the logits were not finite."""
+        if self._event is not None:
+            self._event.synchronize()
+        drawn: list[DrawnToken | None] = [
+            DrawnToken(token_id) if is_sound else None
+            for token_id, is_sound in zip(self._tokens.tolist(), self._is_sound.tolist(), strict=True)
+        ]
+        if self._logprobs is not None:
+            self._add_logprobs(drawn, self._logprobs)
+        return drawn
+
+    def _add_logprobs(self, drawn: list[DrawnToken | None], found: _Logprobs) -> None:
+        chosen, values, ids = found.chosen.tolist(), found.top_values.tolist(), found.top_ids.tolist()
+        for place, row in enumerate(found.rows):
+            token = drawn[row]
+            if token is not None:
+                count = self._rows[row].sampling.logprobs
+                top = zip(ids[place][:count], values[place][:count], strict=True)
+                drawn[row] = DrawnToken(token.token_id, chosen[place], tuple(TokenLogprob(*pair) for pair in top))
+
+
+class DeviceSampler:
+    """Draws the next tokens of a step's rows. One a device; every call runs on torch's current stream.
+
+    Args:
+        vocab_size: V. max_rows: the most rows of one step.
+        device: of the logits. On a CPU everything is done at once, by the code of `node.engine.sampler`.
+    """
+
+    def __init__(self, vocab_size: int, max_rows: int, device: torch.device) -> None:
+        self._vocab = vocab_size
+        self._device = device
+        self._max_rows = max_rows
+        if device.type == "cuda":
+            self._part_values = torch.empty((max_rows, _PARTS), dtype=torch.float32, device=device)
+            self._part_tokens = torch.empty((max_rows, _PARTS), dtype=torch.int32, device=device)
+            self._arrived = torch.zeros(max_rows, dtype=torch.int32, device=device)
+
+    def new_choice(self, rows: int) -> Choice:
+        """Static outputs of the greedy kernel for a bucket of `rows`."""
+        return Choice(
+            torch.zeros(rows, dtype=torch.int64, device=self._device), torch.zeros(rows, dtype=torch.int8, device=self._device)
+        )
+
+    def greedy(self, logits: Tensor, choice: Choice, *, use_pdl: bool = False) -> None:
+        """Choose the largest logit of every row, the lowest index among equals. Safe inside a CUDA graph.
+
+        Args:
+            logits: [W, V] float32, contiguous rows. choice: of at least W rows, written.
+            use_pdl: launch with programmatic stream serialization (compute capability 9.0 on).
+        """
+        count = logits.shape[0]
+        if logits.is_cuda:
+            self._launch_greedy(logits, choice, use_pdl)
+            return
+        best, token_ids = logits.max(dim=1)
+        is_sound = best.isfinite()  # max propagates NaN
+        choice.is_sound[:count] = is_sound
+        choice.next_tokens[:count] = torch.where(is_sound, token_ids, 0)
+
+    def _launch_greedy(self, logits: Tensor, choice: Choice, use_pdl: bool) -> None:
+        from node.kernels.triton_sampling import greedy_kernel
+
+        pdl = {"launch_pdl": True} if use_pdl else {}
+        greedy_kernel[(logits.shape[0], _PARTS)](
+            logits, choice.next_tokens, choice.is_sound, self._part_values, self._part_tokens, self._arrived,
+            self._vocab, logits.stride(0), PARTS=_PARTS, BLOCK=_GREEDY_BLOCK, USE_PDL=use_pdl, num_warps=8, **pdl,
+        )  # fmt: skip
+
+    def draw(
+        self,
+        logits: Tensor,
+        rows: Sequence[DrawRow],
+        choice: Choice,
+        mask: RowMask | None = None,
+        unseen: Tensor | None = None,
+    ) -> DeviceDraw:
+        """Draw for the rows that ask for more than `greedy` chose, and send everything to the host.
+
+        Args:
+            logits: [W, V] float32, unmodified. Those that `greedy` filled `choice` from.
+            rows: W of them; their `tokens` are what the host knows.
+            choice: read, and overwritten for the rows that ask for more.
+            mask: Tokens allowed, words on the CPU or this device; None allows all.
+            unseen: [W] int64 on this device: the token of the step before, which the host has not read yet and `rows` therefore
+                lack; None when they lack nothing.
+
+        Returns:
+            What `read` waits for. Log-probabilities are those of the unmasked, unmodified distribution.
+        """
+        masked = set(mask.rows) if mask is not None else set()
+        special = [index for index, row in enumerate(rows) if index in masked or not is_plain(row.sampling)]
+        if special:
+            self._draw_special(logits, [rows[index] for index in special], special, choice, mask, unseen)
+        return DeviceDraw(choice, rows, _logprobs(logits, rows, choice))
+
+    def _draw_special(
+        self,
+        logits: Tensor,
+        rows: list[DrawRow],
+        indexes: list[int],
+        choice: Choice,
+        mask: RowMask | None,
+        unseen: Tensor | None,
+    ) -> None:
+        where = _to_device(np.array(indexes, dtype=np.int64), self._device)
+        x = logits[where]  # a copy
+        shift(x, rows, None if unseen is None else unseen[where])
+        if mask is not None:
+            forbid_rows(x, mask, indexes)
+        if x.is_cuda:
+            self._launch_draw(x, rows, where, choice, int(unseen is not None))
+        else:
+            chosen = x.argmax(dim=1)
+            random = [place for place, row in enumerate(rows) if row.sampling.temperature > 0]
+            if random:
+                is_finite = x[random].amax(dim=1, keepdim=True).isfinite()  # rows that are not sound must still not raise
+                drawn = draw_random(x[random].where(is_finite, 0.0), [rows[place] for place in random], int(unseen is not None))
+                chosen[random] = torch.tensor(drawn)
+            choice.next_tokens[where] = chosen
+
+    def _launch_draw(self, x: Tensor, rows: list[DrawRow], where: Tensor, choice: Choice, ahead: int) -> None:
+        from node.kernels.triton_sampling import draw_kernel
+
+        asked = _to_device(np.array([_asked(row, ahead) for row in rows], dtype=np.float64), self._device)
+        draw_kernel[(len(rows),)](
+            x, asked, where, choice.next_tokens, self._vocab, x.stride(0),
+            ANY_KEY=0x7FFFFFFF, TINY=torch.finfo(torch.float32).tiny, BLOCK=_DRAW_BLOCK, num_warps=32,
+        )  # fmt: skip
+
+
+def _asked(row: DrawRow, ahead: int) -> tuple[float, ...]:
+    """A row of `draw_kernel`'s parameters. Greedy is temperature 0 without filters and without noise."""
+    s = row.sampling
+    if s.temperature == 0:
+        return (0.0, 0, 1.0, 1.0, 0.0, 0.0)
+    noise = uniform(s.seed, row.choice_index, len(row.tokens) + ahead)
+    return (s.temperature, s.top_k, s.typical_p, s.top_p, s.min_p, noise)
+
+
+def shift(x: Tensor, rows: Sequence[DrawRow], unseen: Tensor | None) -> None:
+    """Apply penalties and bias to x [n, V] in place, all rows at once.
+
+    Semantics: `filters.penalise_repetition`, `penalise_output`, `add_bias`, row by row. unseen: [n] int64 on x's device, one more
+    token of every row's output, or None.
+    """
+    if not any(is_shifted(row.sampling) for row in rows):
+        return
+    _penalise_repetition(x, rows, unseen)
+    _penalise_output(x, rows, unseen)
+    biases = [(place, *pair) for place, row in enumerate(rows) for pair in row.sampling.logit_bias]
+    if biases:
+        places, ids, values = zip(*biases, strict=True)
+        flat = _to_device(np.array(places, dtype=np.int64) * x.shape[1] + np.array(ids, dtype=np.int64), x.device)
+        x.view(-1).index_add_(0, flat, _to_device(np.array(values, dtype=np.float32), x.device))
+
+
+def _penalise_repetition(x: Tensor, rows: Sequence[DrawRow], unseen: Tensor | None) -> None:
+    asking = [place for place, row in enumerate(rows) if row.sampling.repetition_penalty != 1]
+    if not asking:
+        return
+    places, ids, owners = _history(x, asking, [np.frombuffer(rows[place].tokens, dtype=np.int64) for place in asking], unseen)
+    penalties = _to_device(np.array([rows[place].sampling.repetition_penalty for place in asking], dtype=np.float64), x.device)
+    penalty = penalties[owners].to(x.dtype)
+    values = x[places, ids]
+    # A token that occurs twice is written twice, with the same value: read before any was written.
+    x[places, ids] = torch.where(values > 0, values / penalty, values * penalty).clamp(max=_LARGEST)
+
+
+def _penalise_output(x: Tensor, rows: Sequence[DrawRow], unseen: Tensor | None) -> None:
+    asking = [p for p, row in enumerate(rows) if row.sampling.frequency_penalty != 0 or row.sampling.presence_penalty != 0]
+    if not asking:
+        return
+    outputs = [np.frombuffer(rows[place].tokens, dtype=np.int64)[rows[place].prompt_count :] for place in asking]
+    _, ids, owners = _history(x, asking, outputs, unseen)
+    counts = torch.zeros((len(asking), x.shape[1]), dtype=x.dtype, device=x.device)
+    counts.view(-1).index_add_(0, owners * x.shape[1] + ids, torch.ones(ids.shape[0], dtype=x.dtype, device=x.device))
+    sampling = [rows[place].sampling for place in asking]
+    frequency = _to_device(np.array([[s.frequency_penalty] for s in sampling], dtype=np.float32), x.device)
+    presence = _to_device(np.array([[s.presence_penalty] for s in sampling], dtype=np.float32), x.device)
+    where = _to_device(np.array(asking, dtype=np.int64), x.device)
+    x[where] -= counts * frequency + (counts > 0) * presence
+
+
+def _history(
+    x: Tensor, asking: list[int], tokens: list[npt.NDArray[Any]], unseen: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Every token of the asking rows as (row of x, token id, place in `asking`), the unseen ones last."""
+    lengths = [len(row) for row in tokens]
+    places = _to_device(np.repeat(np.array(asking, dtype=np.int64), lengths), x.device)
+    owners = _to_device(np.repeat(np.arange(len(asking), dtype=np.int64), lengths), x.device)
+    ids = _to_device(np.concatenate(tokens), x.device)
+    if unseen is not None:
+        where = _to_device(np.array(asking, dtype=np.int64), x.device)
+        places, ids = torch.cat((places, where)), torch.cat((ids, unseen[where]))
+        owners = torch.cat((owners, torch.arange(len(asking), device=x.device)))
+    return places, ids, owners
+
+
+def forbid_rows(x: Tensor, mask: RowMask, indexes: Sequence[int]) -> None:
+    """Set what the masked rows may not draw to -inf, in place. x: [n, V]; indexes: the n rows of the mask's [W] that x holds."""
+    masked = set(mask.rows)
+    places = [place for place, index in enumerate(indexes) if index in masked]
+    if not places:
+        return
+    chosen = np.array([indexes[place] for place in places], dtype=np.int64)
+    if mask.words.device == x.device:
+        words = mask.words[_to_device(chosen, x.device)]
+    else:
+        words = _to_device(mask.words.numpy()[chosen], x.device)
+    bits = torch.arange(_BITS, dtype=torch.int32, device=x.device)
+    is_allowed = (words.unsqueeze(2) >> bits) & 1
+    is_allowed = is_allowed.view(len(places), -1)[:, : x.shape[1]].bool()
+    where = _to_device(np.array(places, dtype=np.int64), x.device)
+    x[where] = x[where].masked_fill(~is_allowed, float("-inf"))
+
+
+def _logprobs(logits: Tensor, rows: Sequence[DrawRow], choice: Choice) -> _Logprobs | None:
+    asking = [index for index, row in enumerate(rows) if row.sampling.logprobs >= 0]
+    if not asking:
+        return None
+    where = _to_device(np.array(asking, dtype=np.int64), logits.device)
+    log_p = logits[where].log_softmax(dim=1)
+    most = min(max(rows[index].sampling.logprobs for index in asking), logits.shape[1])
+    top = torch.topk(log_p, most, dim=1)
+    chosen = log_p.gather(1, choice.next_tokens[where][:, None])[:, 0]
+    return _Logprobs(asking, chosen, top.values, top.indices)
+
+
+def _to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Upload without waiting: from pinned memory, which torch keeps until the copy is done."""
+    host = torch.from_numpy(np.ascontiguousarray(values).copy())
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def _to_host(values: Tensor) -> Tensor:
+    """A copy on the host that is complete once an event recorded after this call has passed."""
+    if not values.is_cuda:
+        return values.clone()
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values, non_blocking=True)

@@ -1,0 +1,115 @@
+"""Sampling on a GPU against the CPU's sampler: same tokens for the same seeds."""
+
+from array import array
+
+import pytest
+import torch
+
+from node.engine.device_sampler import DeviceSampler
+from node.engine.sampler import DrawRow, RowMask, draw
+from node.request import Sampling
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+VOCAB = 128_256
+
+PARAMETERS = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 5},
+    {"temperature": 1.3, "top_p": 0.8, "logprobs": 3},
+    {"temperature": 1.0, "typical_p": 0.5},
+    {"temperature": 2.0, "min_p": 0.05},
+    {"repetition_penalty": 1.7},
+    {"temperature": 1.0, "frequency_penalty": 0.9, "presence_penalty": 0.4},
+    {"logit_bias": ((5, 60.0), (9, -3.0))},
+    {"temperature": 1.5, "top_k": 50, "typical_p": 0.9, "top_p": 0.85, "min_p": 0.02, "repetition_penalty": 0.6},
+    {"temperature": 1e-30},
+    {"temperature": 1.0, "top_p": 5e-324},
+    {"temperature": 1.0, "typical_p": 5e-324},
+    {"temperature": 1.0, "min_p": 1.0},
+    {"temperature": 5.0, "top_k": 2**31 - 1, "top_p": 0.9999},
+    {"frequency_penalty": -2.0, "logprobs": 5},
+]
+
+
+def make_rows(seed, count=len(PARAMETERS)):
+    return [
+        DrawRow(Sampling(max_new_tokens=9, seed=seed * 1000 + i, **PARAMETERS[i % len(PARAMETERS)]), 0, array("q", range(40)), 8)
+        for i in range(count)
+    ]
+
+
+def on_gpu(logits, rows, mask=None, *, spoil=False):
+    sampler = DeviceSampler(logits.shape[1], len(rows), torch.device("cuda"))
+    choice = sampler.new_choice(len(rows))
+    x = logits.cuda()
+    if spoil:
+        choice.next_tokens.fill_(-99)
+        choice.is_sound.fill_(7)
+    sampler.greedy(x, choice)
+    return sampler.draw(x, rows, choice, mask).read(), choice
+
+
+@pytest.mark.parametrize("vocab", [49_152, VOCAB, 151_936, 1000])
+@pytest.mark.parametrize("count", [1, 16, 64])
+def test_draw_on_the_gpu_gives_the_tokens_of_the_cpu(vocab, count):
+    rows = make_rows(count, count)
+    logits = torch.randn(count, vocab) * 3
+    ours, _ = on_gpu(logits, rows, spoil=True)
+    theirs = draw(logits, rows)
+    differing = [i for i in range(count) if ours[i].token_id != theirs[i].token_id]
+    # Sums run in another order, so a draw within rounding of a border may fall on its other side.
+    assert len(differing) <= count // 32, [(i, PARAMETERS[i % len(PARAMETERS)]) for i in differing]
+    for our, their in zip(ours, theirs, strict=True):
+        if our.token_id == their.token_id and their.logprob is not None:
+            assert our.logprob == pytest.approx(their.logprob, abs=1e-4)
+            assert [t.token_id for t in our.top] == [t.token_id for t in their.top]
+
+
+def test_greedy_ties_take_the_lowest_index():
+    logits = torch.zeros(4, VOCAB)
+    for row, (low, high) in enumerate(((5, 9), (2047, 2048), (100, 128_000), (128_254, 128_255))):
+        logits[row, [low, high]] = 2.5
+    ours, _ = on_gpu(logits, [DrawRow(Sampling(max_new_tokens=1), 0, array("q", [1]), 1)] * 4)
+    assert [token.token_id for token in ours] == [5, 2047, 100, 128_254]
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("column", [0, 2048, VOCAB - 1])
+def test_non_finite_rows_are_none_and_spare_the_others(poison, column):
+    rows, logits = make_rows(1), torch.randn(len(PARAMETERS), VOCAB)
+    clean, _ = on_gpu(logits, rows)
+    logits[3, column] = logits[0, column] = logits[6, column] = poison
+    ours, choice = on_gpu(logits, rows)
+    assert [index for index, token in enumerate(ours) if token is None] == [0, 3, 6]
+    assert all(ours[i] == clean[i] for i in range(len(rows)) if i not in (0, 3, 6))
+    assert ((choice.next_tokens >= 0) & (choice.next_tokens < VOCAB)).all()
+
+
+def test_masks_hold():
+    rows, logits = make_rows(2), torch.randn(len(PARAMETERS), VOCAB) * 3
+    words = torch.randint(-(1 << 31), 1 << 31, (len(rows), VOCAB // 32)).to(torch.int32)
+    mask = RowMask([0, 1, 4, 7, 9], words)
+    ours, theirs = on_gpu(logits, rows, mask)[0], draw(logits, rows, mask)
+    assert sum(a.token_id != b.token_id for a, b in zip(ours, theirs, strict=True)) <= 1
+    for place in mask.rows:
+        token = ours[place].token_id
+        assert int(words[place, token // 32]) >> (token % 32) & 1
+
+
+def test_greedy_in_a_graph_follows_new_logits():
+    logits = torch.randn(64, VOCAB, device="cuda")
+    sampler = DeviceSampler(VOCAB, 64, torch.device("cuda"))
+    choice = sampler.new_choice(64)
+    sampler.greedy(logits, choice)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sampler.greedy(logits, choice)
+    for _ in range(5):
+        logits.normal_()
+        choice.next_tokens.fill_(-1)
+        graph.replay()
+        assert torch.equal(choice.next_tokens, logits.argmax(dim=1))
+        assert choice.is_sound.all()
