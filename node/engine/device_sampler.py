@@ -1,7 +1,7 @@
 """The next tokens of a step on the device that computed its logits: nothing waits for the device until somebody reads.
 
-The same definitions as `node.engine.sampler` (noise of one number a row, order of the filters, lowest index among equals). On a GPU
-the greedy choice is one kernel that belongs into the step's graph; rows that ask for more cost a few launches after it. Next
+The same definitions as `node.engine.sampler` (noise of one number a row, order of the filters, lowest index among equals). On a
+GPU the greedy choice is one kernel that belongs into the step's graph; rows that ask for more cost a few launches after it. Next
 tokens stay on the device for the next step; what the host wants to know is copied to pinned memory behind an event.
 
 Shape letters: W rows that want logits, n rows that ask for more than the argmax, V vocabulary.
@@ -13,13 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from node.engine import filters
 from node.engine.noise import uniform
 from node.engine.sampler import DrawRow, RowMask, draw_random, is_plain, is_shifted
 from node.request import DrawnToken, TokenLogprob

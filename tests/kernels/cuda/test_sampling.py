@@ -33,7 +33,7 @@ PARAMETERS = [
 ]
 
 
-def make_rows(seed, count=len(PARAMETERS)):
+def make_rows(seed, count=16):
     return [
         DrawRow(Sampling(max_new_tokens=9, seed=seed * 1000 + i, **PARAMETERS[i % len(PARAMETERS)]), 0, array("q", range(40)), 8)
         for i in range(count)
