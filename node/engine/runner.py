@@ -116,10 +116,11 @@ def _draw(logits: Tensor, rows: list[int], work: list[Work], masks: MaskSource |
         return []
     if len(rows) != logits.shape[0]:
         logits = logits[rows]
-    return draw(logits, [_draw_row(item) for item in work], _mask(masks, work, logits.shape[1]))
+    return draw(logits, [draw_row(item) for item in work], row_mask(masks, work, logits.shape[1]))
 
 
-def _mask(masks: MaskSource | None, work: list[Work], vocab_size: int) -> RowMask | None:
+def row_mask(masks: MaskSource | None, work: list[Work], vocab_size: int) -> RowMask | None:
+    """What works that draw may draw; None where none of them has a grammar."""
     if masks is None:
         return None
     buffer = np.empty((len(work), mask_width(vocab_size)), dtype=np.int32)
@@ -127,7 +128,8 @@ def _mask(masks: MaskSource | None, work: list[Work], vocab_size: int) -> RowMas
     return RowMask(rows, torch.from_numpy(buffer)) if rows else None
 
 
-def _draw_row(item: Work) -> DrawRow:
+def draw_row(item: Work) -> DrawRow:
+    """What the sampler must know of a work that draws."""
     sequence = item.sequence
     return DrawRow(sequence.sampling, sequence.submit.choice_index, sequence.tokens, sequence.prompt_count)
 
