@@ -112,7 +112,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     waiting: int = 0
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
-    resident_adapters: tuple[str, ...] = ()
+    resident_adapters: tuple[str, ...] = ()  # in the memory that steps compute from: the GPU's, on a GPU
+    host_adapters: tuple[str, ...] = ()  # not resident, in page-locked host memory; never on a CPU
     waiting_adapters: tuple[str, ...] = ()
     adapter_slots: int = 0
     steps_total: int = 0
@@ -122,6 +123,9 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     preemptions_total: int = 0
     adapter_loads_total: int = 0
     adapter_evictions_total: int = 0
+    adapter_file_loads_total: int = 0  # read from their files; the other loads came from host memory
+    adapter_host_evictions_total: int = 0
+    adapter_sent_bytes_total: int = 0  # from host memory to the GPU
     adapter_load_seconds_total: float = 0.0
     max_adapters_in_one_step: int = 0  # distinct adapters in one decode step, the largest seen
     last_step_adapters: tuple[str, ...] = ()
