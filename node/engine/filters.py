@@ -23,7 +23,7 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def forbid(row: Tensor, words: np.ndarray) -> None:
-    """Forbid every token whose bit is not set, in place. row: [V] float32 on the CPU; words: [ceil(V / 32)] int32, see `RowMask`."""
+    """Forbid tokens whose bit is not set, in place. row: [V] float32, CPU; words: [ceil(V / 32)] int32, as in `RowMask`."""
     bits = np.unpackbits(words.view(np.uint8), bitorder="little", count=row.shape[0])
     # Integer operations on the bits of the floats: 27 us for 49,152 tokens on one core, where masked_fill takes 170.
     keep = np.negative(bits.astype(np.int32))

@@ -40,6 +40,10 @@ class RowMask:
     rows: list[int]
     words: Tensor
 
+    def forbids(self, row: int, token_id: int) -> bool:
+        """Whether a row with a grammar may not draw a token; the words are on the CPU."""
+        return not int(self.words.numpy()[row, token_id // 32]) >> token_id % 32 & 1
+
 
 def draw(logits: Tensor, rows: Sequence[DrawRow], mask: RowMask | None = None) -> list[DrawnToken | None]:
     """Draw one token a row.
@@ -59,7 +63,9 @@ def draw(logits: Tensor, rows: Sequence[DrawRow], mask: RowMask | None = None) -
     is_sound = best.isfinite().tolist()
     chosen = token_ids.tolist()
     masked = set(mask.rows) if mask is not None else set()
-    special = [index for index, row in enumerate(rows) if (index in masked or not is_plain(row.sampling)) and is_sound[index]]
+    # The best token of all is often allowed, and then it is the best of those allowed.
+    stopped = {index for index in masked if mask is not None and mask.forbids(index, chosen[index])}
+    special = [index for index, row in enumerate(rows) if (index in stopped or not is_plain(row.sampling)) and is_sound[index]]
     if special:
         drawn = _draw_special(logits, [rows[i] for i in special], special, mask)
         for index, token_id in zip(special, drawn, strict=True):
@@ -96,10 +102,10 @@ def _draw_special(logits: Tensor, rows: list[DrawRow], indexes: list[int], mask:
             _shift(x[index], row)
     if mask is not None:
         # After penalties and bias, which could lift a forbidden token again; before the filters, which keep the best of the rest.
-        masked = set(mask.rows)
+        masked, words = set(mask.rows), mask.words.numpy()
         for place, index in enumerate(indexes):
             if index in masked:
-                filters.forbid(x[place], mask.words[index])
+                filters.forbid(x[place], words[index])
     chosen = x.argmax(dim=1).tolist()
     random = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
     if random:
