@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -79,30 +81,40 @@ def build_cuda() -> Path:
     return path
 
 
+def check() -> None:
+    """Compile everything as far as errors can show: machine code for Hopper, and PTX for the rest, whose sources differ from
+    Hopper's but not from one another's. The binding is compiled against the headers of whatever torch is installed.
+
+    Raises:
+        ConfigError: No sources, no nvcc, or the compiler failed.
+    """
+    sources = source_dir()
+    _compile_all(sources, lambda name: _gencode(name, {"90a": "sm_90a", "80": "compute_80"}))
+    _object(_require_nvcc(), sources, sources / BINDING, _torch_flags())
+
+
 def compile_kernels() -> list[Path]:
     """Compile every kernel file for its architectures; needs nvcc alone, no torch.
 
     Raises:
         ConfigError: No sources, no nvcc, or the compiler failed.
     """
-    sources, chosen = source_dir(), _require_nvcc()
-    names = cuda_sources(sources)
-    print(f"building the CUDA kernels with {chosen} ({len(names)} files for sm_{', sm_'.join(architectures())})", flush=True)  # noqa: T201
+    return _compile_all(source_dir(), lambda name: _gencode(name, {arch: f"sm_{arch}" for arch in architectures()}))
+
+
+def _compile_all(sources: Path, flags: Callable[[Path], tuple[str, ...]]) -> list[Path]:
+    chosen, names = _require_nvcc(), cuda_sources(sources)
+    print(f"building the CUDA kernels with {chosen} ({len(names)} files)", flush=True)  # noqa: T201
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-        objects = list(threads.map(lambda name: _object(chosen, sources, name, _gencode(name)), names))
+        objects = list(threads.map(lambda name: _object(chosen, sources, name, flags(name)), names))
     _forget_old_objects(objects)
     return objects
 
 
-def check_binding() -> None:
-    """Compile the binding against the headers of whatever torch is installed; the object is thrown away where it cannot link."""
-    sources = source_dir()
-    _object(_require_nvcc(), sources, sources / BINDING, _torch_flags())
-
-
-def _gencode(source: Path) -> tuple[str, ...]:
-    chosen = ("90a",) if source.name.endswith(HOPPER_SUFFIX) else architectures()
-    return tuple(part for arch in chosen for part in ("-gencode", f"arch=compute_{arch},code=sm_{arch}"))
+def _gencode(source: Path, codes: dict[str, str]) -> tuple[str, ...]:
+    """nvcc's flags for one file. codes: what to make for each virtual architecture."""
+    chosen = {"90a": "sm_90a"} if source.name.endswith(HOPPER_SUFFIX) else codes
+    return tuple(part for arch, code in chosen.items() for part in ("-gencode", f"arch=compute_{arch},code={code}"))
 
 
 def _torch_flags() -> tuple[str, ...]:
@@ -159,5 +171,18 @@ def _require_nvcc() -> str:
     return found
 
 
+def main(arguments: list[str]) -> int:
+    """`check` compiles and links nothing; without an argument the library is built."""
+    try:
+        if arguments == ["check"]:
+            check()
+        else:
+            print(f"CUDA kernels ready: {build_cuda()}")  # noqa: T201
+    except ConfigError as error:
+        print(f"error: {error.message}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    build_cuda()
+    raise SystemExit(main(sys.argv[1:]))
