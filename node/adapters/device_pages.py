@@ -60,12 +60,11 @@ class Fences:
 
 
 class CudaArrival:
-    """One adapter's copies. `sources` are kept alive until they are read."""
+    """One adapter's copies."""
 
-    def __init__(self, event: torch.cuda.Event, compute: torch.cuda.Stream, sources: Sequence[Tensor]) -> None:
+    def __init__(self, event: torch.cuda.Event, compute: torch.cuda.Stream) -> None:
         self._event = event
         self._compute = compute
-        self._sources = sources
         self._is_joined = False
 
     def is_done(self) -> bool:
@@ -103,7 +102,6 @@ class CudaPages:
     ) -> None:
         page_count = count_pages(layout, dtype, memory_bytes)
         slot_count = min(page_count, SLOT_LIMIT)
-        self._module_count = layout.module_count
         # Ranks and scales side by side, so that one copy writes both columns of a slot.
         self._tables = torch.zeros((2, layout.module_count, slot_count), dtype=torch.int32, device=device)
         self.tensors = LoraPool(
@@ -115,6 +113,9 @@ class CudaPages:
             page_rank=layout.page_rank,
         )
         self._slot_pages = self.tensors.slot_pages.numpy()
+        # A place of its own for each slot: it is written again only when the copy before has long arrived.
+        self._columns = torch.zeros((slot_count, 2, layout.module_count), dtype=torch.int32, pin_memory=True)
+        self._column_array = self._columns.numpy()
         self._device = device
         self._compute = compute
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -136,7 +137,7 @@ class CudaPages:
 
     def send(self, place: Place, sources: Sequence[Tensor], file: FilePlan, side: SideTensors | None) -> CudaArrival:
         """Start to copy an adapter into its place, tables included. See `DevicePages`."""
-        columns = self._columns(file)
+        columns = self._write_columns(place.slot, file)
         with torch.cuda.stream(self._copies):
             self._fences.guard(self._copies, place.fence)
             for page, source in zip(place.pages, sources, strict=False):  # the place may have pages for its side tensors
@@ -147,15 +148,15 @@ class CudaPages:
             event = _new_event()
             event.record(self._copies)
         self._slot_pages[place.slot, : len(sources)] = place.pages[: len(sources)]
-        return CudaArrival(event, self._compute, [*sources, columns])
+        return CudaArrival(event, self._compute)
 
-    def _columns(self, file: FilePlan) -> Tensor:
+    def _write_columns(self, slot: int, file: FilePlan) -> Tensor:
         """[2, M] int32, page-locked: a slot's ranks, and its scales' bits."""
-        columns = torch.zeros((2, self._module_count), dtype=torch.int32, pin_memory=True)
-        array = columns.numpy()
+        array = self._column_array[slot]
+        array[...] = 0
         array[0, file.module_indices] = file.ranks
         array[1, file.module_indices] = file.scales.view("int32")
-        return columns
+        return self._columns[slot]
 
     def _move(self, side: SideTensors) -> SideTensors:
         embedding = side.embedding
