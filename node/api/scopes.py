@@ -30,6 +30,7 @@ _BY_ROUTE = {
     ("GET", "/v1/receipts/{id}"): _INFERENCE,
     ("GET", "/info"): _READ,
     ("GET", "/openapi.json"): _READ,
+    ("GET", "/api-doc/openapi.json"): _READ,
     ("GET", "/docs"): _READ,
     ("GET", "/metrics"): _METRICS,
     ("POST", "/v1/load_lora_adapter"): _WRITE,

@@ -6,8 +6,14 @@ import aiohttp
 import pytest
 
 from node.api.admin import AdminListener
+from node.config import TenantSettings
 from node.errors import ChainError, NodeError, error_from_json
 from node.telemetry.logs import make_logger
+from node.tenancy.api_key import Scope
+from node.tenancy.door import Door
+from node.tenancy.offline import offline_transact
+from node.tenancy.store import TenantStore
+from node.tenancy.tenant import TenantTerms
 
 
 class Bench:
@@ -103,3 +109,47 @@ async def test_socket_left_by_a_crash_is_replaced(tmp_path):
 def test_error_of_an_unknown_class_is_still_an_error():
     error = error_from_json({"kind": "FutureError", "message": "m", "code": "c", "param": None, "retry_after_s": None})
     assert (type(error), error.error_code) == (NodeError, "c")
+
+
+@pytest.fixture
+async def port(tmp_path):
+    """The operations on a loopback port: its URL, and a store to make keys in."""
+
+    async def echo(name):
+        return name
+
+    listener = AdminListener({"echo": echo}, make_logger("debug", "json", io.StringIO()))
+    await listener.open(tmp_path / "admin.sock")
+    async with offline_transact(f"sqlite:///{tmp_path / 'ledger.sqlite'}") as transact:
+        store = TenantStore(transact, lambda: 0)
+        await store.load()
+        number = await listener.open_port(0, Door(store, TenantSettings(), lambda: 0.0, lambda: 0))
+        yield f"http://127.0.0.1:{number}", store
+    await listener.close()
+
+
+async def ask(url, headers):
+    async with aiohttp.ClientSession() as session, session.post(f"{url}/echo", json={"name": "x"}, headers=headers) as answer:
+        return answer.status, await answer.json()
+
+
+async def test_port_is_closed_also_on_a_node_without_keys(port):
+    status, body = await ask(port[0], {})
+    assert (status, body["kind"]) == (401, "AuthError")
+
+
+async def test_port_opens_for_admin_keys_alone(port):
+    url, store = port
+    _, admin = await store.create_key(TenantTerms("boss"), [Scope.ADMIN])
+    _, other = await store.create_key(TenantTerms("acme"), [scope for scope in Scope if scope is not Scope.ADMIN])
+    assert await ask(url, {"Authorization": f"Bearer {admin}"}) == (200, "x")
+    status, body = await ask(url, {"Authorization": f"Bearer {other}"})
+    assert (status, body["code"]) == (403, "insufficient_scope")
+    assert (await ask(url, {"Authorization": "Bearer wrong"}))[0] == 401
+
+
+async def test_port_answers_to_no_other_name(port):
+    url, store = port
+    _, admin = await store.create_key(TenantTerms("boss"), [Scope.ADMIN])
+    status, _ = await ask(url, {"Authorization": f"Bearer {admin}", "Host": "evil.example"})
+    assert status == 400

@@ -277,12 +277,20 @@ async def test_adapters_are_described_with_and_without_a_manifest():
         return entry
 
     catalog = SimpleNamespace(entries=lambda: [entry], add=add, resolve=resolve)
-    operations = adapter_operations(catalog)
+    restricted = []
+
+    async def restrict(adapter):
+        restricted.append((adapter.name, adapter.owner, adapter.allowed, list(added)))
+
+    store = SimpleNamespace(private_adapter=lambda name: None, restrict_adapter=restrict)
+    operations = adapter_operations(catalog, store)
 
     [listed] = await operations["adapters.list"]()
     shown = await operations["adapters.show"](name="plain")
     await operations["adapters.add"](directory="/d", name=None)
+    await operations["adapters.add"](directory="/e", name=None, owner="acme", allowed=["beta"])
 
-    assert (listed["name"], listed["trainer"], listed["size"]) == ("plain", "unknown", 5)
+    assert restricted == [("e", "acme", frozenset({"beta"}), [("/d", None)])]  # before anybody can see it
+    assert (listed["name"], listed["trainer"], listed["size"], listed["owner"]) == ("plain", "unknown", 5, None)
     assert (shown["manifest"], shown["manifest_hash"], shown["coverage"]) == (None, None, [])
-    assert added == [("/d", None)]
+    assert added == [("/d", None), ("/e", None)]

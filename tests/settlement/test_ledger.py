@@ -11,7 +11,7 @@ from attribution.record import RecipeTerm
 from attribution.signing import LocalSigner
 from node.errors import LedgerError, OverloadedError, RequestError
 from node.settlement import ledger_writer
-from node.settlement.admission import Admission, Outcome, SignedVoucher, weight_text
+from node.settlement.admission import Admission, Outcome, SignedVoucher
 from node.settlement.ledger import Ledger
 from node.settlement.ledger_reads import LedgerReads
 from node.settlement.tables import REQUESTS
@@ -179,6 +179,27 @@ async def test_earnings_tell_recorded_from_payable(ledger):
     assert {row.role for row in await ledger.earnings(adapter_id=ADAPTER)} == {"trainer", "data"}
     assert (await ledger.totals()).payable_wei == 240
     assert ledger.used_wei(PAYER) == 240
+
+
+async def test_usage_by_tenant_and_day_is_what_was_delivered_also_after_a_restart(make):
+    ledger = make()
+    await ledger.open()
+    await serve(ledger, "a", tenant="ann")
+    await serve(ledger, "b", ok("b", ((5, 6, 7),), "cancelled"), tenant="ann")
+    await serve(ledger, "c", ok("c", ((),), "cancelled"), tenant="ann")
+    await serve(ledger, "d", ok("d", ((5,),), "failed"), tenant="ann")
+    await serve(ledger, "e", tenant="bob")
+    await ledger.shutdown()
+
+    again = make()
+    await again.open()
+    rows = {row.tenant_digest: row for row in await again.usage("2023-11")}
+    assert {row.day for row in rows.values()} == {"2023-11-14"}
+    ann, bob = rows[again.tenant_digest("ann")], rows[again.tenant_digest("bob")]
+    assert (ann.tokens, ann.wei) == (4 + 2 + 4 + 3, 2 * 40 + 500)
+    assert (bob.tokens, bob.wei) == (6, 240)
+    assert await again.usage("2023-12") == []
+    await again.shutdown()
 
 
 async def test_open_again_continues_the_chain_and_knows_every_payer(make):
@@ -420,16 +441,3 @@ async def test_reads_beside_a_running_node_see_what_is_committed(ledger, url):
     assert reads.receipt("r1") == await ledger.receipt("r1")
     assert reads.totals().records == 1
     reads.close()
-
-
-@pytest.mark.parametrize(
-    ("weight", "expected"), [(1.0, "1"), (0.1, "0.1"), (-0.25, "-0.25"), (1e-5, "0.00001"), (-0.0, "0"), (100.0, "100")]
-)
-def test_weight_text_is_the_shortest_decimal(weight, expected):
-    assert weight_text(weight) == expected
-
-
-@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 1e9, 1e-30])
-def test_weight_text_out_of_range_is_refused(weight):
-    with pytest.raises(RequestError):
-        weight_text(weight)
