@@ -18,7 +18,11 @@ from structlog.typing import FilteringBoundLogger
 
 from attribution.fees import Price, SplitPolicy
 from node import __version__
+from node.adapters.binding import LinearTable
 from node.adapters.catalog import AdapterCatalog
+from node.adapters.disk_cache import open_disk_cache
+from node.adapters.merges.derived import Deriver
+from node.adapters.verify import AdapterVerifier
 from node.api.admin import ADMIN_HOST, AdminListener
 from node.api.application import build_application
 from node.api.doors import Services
@@ -90,7 +94,9 @@ async def open_node(settings: Settings) -> AsyncIterator[Node]:
         catalog = AdapterCatalog(settings, ready.linears, ready.base_id, time.monotonic)
         stack.push_async_callback(catalog.close)
         await catalog.start()
-        services = _services(settings, engine, ready, catalog, treasury, tenancy, logger)
+        deriver = _deriver(settings, ready)
+        stack.push_async_callback(deriver.close)
+        services = _services(settings, engine, ready, catalog, deriver, treasury, tenancy, logger)
         listener = Listener(build_application(services))
         stack.push_async_callback(listener.close, settings.server.drain_timeout_s)
         port = await listener.open(settings.server.host, settings.server.port)
@@ -113,6 +119,7 @@ def _services(
     engine: EngineClient,
     ready: Ready,
     catalog: AdapterCatalog,
+    deriver: Deriver,
     treasury: Treasury,
     tenancy: Tenancy,
     logger: FilteringBoundLogger,
@@ -144,6 +151,20 @@ def _services(
         clock=time.monotonic,
         now=lambda: datetime.now(UTC),
         version=__version__,
+        merger=deriver,
+    )
+
+
+def _deriver(settings: Settings, ready: Ready) -> Deriver:
+    adapters = settings.adapters
+    limits = {"max_rank": adapters.max_rank, "max_bytes": adapters.max_adapter_bytes}
+    return Deriver(
+        open_disk_cache(settings),
+        AdapterVerifier(LinearTable(ready.linears), ready.base_id, **limits),
+        ready.linears,
+        **limits,
+        memory_bytes=adapters.merge_memory_bytes,
+        timeout_s=adapters.merge_timeout_s,
     )
 
 

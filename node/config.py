@@ -132,6 +132,8 @@ class AdapterSettings(_Section):
     max_rank: Annotated[int, Field(ge=1, le=256)] = 256
     max_adapter_bytes: Bytes = 2 << 30
     max_terms: Annotated[int, Field(ge=1, le=64)] = 8  # adapters in one request
+    merge_memory_bytes: Bytes = 4 << 30  # of the process that makes a derived adapter
+    merge_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     fetch_timeout_s: Annotated[float, Field(gt=0)] = 120.0
     negative_cache_s: Annotated[float, Field(ge=0)] = 60.0
 

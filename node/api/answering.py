@@ -86,6 +86,8 @@ class Answering:
         if recipe:
             headers["x-adapter-id"] = _latin(",".join(item.entry.name for item in recipe))
             headers["x-openlora-adapters"] = ",".join(item.entry.adapter_id for item in recipe)
+            if len(recipe) > 1:
+                headers["x-openlora-recipe"] = exchange.opening.recipe_hash
             headers["x-adapter-source"] = generation.adapter_source or "local"
         headers.update(warning_headers(generation.warnings))
         return headers

@@ -108,7 +108,7 @@ def _answering(services: Services, gate: Gate, application: web.Application) -> 
     application.on_cleanup.append(close_desk)
     path = RequestPath(
         gate=gate,
-        recipes=Recipes(services.catalog, services.ready.model_id),
+        recipes=Recipes(services.catalog, services.ready.model_id, services.merger),
         prompting=Prompting(tokenizer, template, limits, executor),
         grammars=desk,
         tokenizer=tokenizer,

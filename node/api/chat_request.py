@@ -7,6 +7,7 @@ from typing import Any
 
 from node.api.fields import Fields, shown
 from node.api.generation import Generation, Limits, NamedTerm, Prompt
+from node.api.merge_fields import read_adapters
 from node.api.model_fields import read_model, read_source
 from node.api.sampling_fields import (
     read_choice_count,
@@ -44,6 +45,7 @@ def read_chat(body: dict[str, Any], limits: Limits, random_source: random.Random
     constraint = use.constraint(dialect, read_constraint(fields))
     top_logprobs = _read_logprobs(fields, limits)
     is_stream, has_usage_chunk = read_stream(fields)
+    merged = read_adapters(fields, model, limits)
     source, token = read_source(fields)
     max_new_tokens = read_max_tokens(fields, "max_completion_tokens", "max_tokens")
     choice_count = read_choice_count(fields, limits)
@@ -54,7 +56,7 @@ def read_chat(body: dict[str, Any], limits: Limits, random_source: random.Random
     return Generation(
         shape="chat",
         model=model,
-        terms=(NamedTerm(model),) if model else (),
+        terms=merged[0] if merged is not None else (NamedTerm(model),) if model else (),
         prompts=(_prompt(messages, use, dialect),),
         sampling=sampling,
         max_new_tokens=max_new_tokens,
@@ -67,6 +69,8 @@ def read_chat(body: dict[str, Any], limits: Limits, random_source: random.Random
         top_logprobs=top_logprobs,
         constraint=constraint,
         calls=dialect if use.tools else None,
+        merge=None if merged is None else merged[1],
+        lists_adapters=fields.raw("adapters") is not None,
         warnings=tuple(fields.unknown()),
     )
 

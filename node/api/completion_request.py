@@ -7,6 +7,7 @@ from typing import Any
 
 from node.api.fields import Fields, shown
 from node.api.generation import Generation, Limits, NamedTerm, Prompt
+from node.api.merge_fields import read_adapters
 from node.api.model_fields import read_model, read_source
 from node.api.sampling_fields import (
     read_choice_count,
@@ -35,6 +36,7 @@ def read_completion(body: dict[str, Any], limits: Limits, random_source: random.
     refuse_templates(fields)
     constraint = read_constraint(fields)
     is_stream, has_usage_chunk = read_stream(fields)
+    merged = read_adapters(fields, model, limits)
     source, token = read_source(fields)
     logprobs = fields.integer("logprobs", 0, limits.max_logprobs)
     top_logprobs = -1 if logprobs is None else logprobs
@@ -49,7 +51,7 @@ def read_completion(body: dict[str, Any], limits: Limits, random_source: random.
     return Generation(
         shape="completion",
         model=model,
-        terms=(NamedTerm(model),) if model else (),
+        terms=merged[0] if merged is not None else (NamedTerm(model),) if model else (),
         prompts=prompts,
         sampling=sampling,
         max_new_tokens=16 if max_new_tokens is None else max_new_tokens,  # OpenAI's default for this endpoint
@@ -61,6 +63,8 @@ def read_completion(body: dict[str, Any], limits: Limits, random_source: random.
         has_usage_chunk=has_usage_chunk,
         top_logprobs=top_logprobs,
         constraint=constraint,
+        merge=None if merged is None else merged[1],
+        lists_adapters=fields.raw("adapters") is not None,
         warnings=tuple(fields.unknown()),
     )
 

@@ -11,7 +11,9 @@ from typing import Any, Protocol
 
 from structlog.typing import FilteringBoundLogger
 
+from attribution.record import Merge, RecipeTerm, recipe_hash
 from node.adapters.catalog import NameFilter
+from node.adapters.merges.recipe import MergeRecipe
 from node.config import ServerSettings
 from node.engine.messages import Ready, SequenceEvent, Stats, Submit
 from node.settlement.admission import SignedVoucher
@@ -74,12 +76,28 @@ class Catalog(Protocol):
         """The adapters that are known now and exist for the caller, in the order of their names."""
 
 
+class DerivedAdapter(Protocol):
+    """An adapter made of others."""
+
+    @property
+    def adapter_id(self) -> str: ...
+    @property
+    def directory(self) -> Path: ...
+
+
+class Merger(Protocol):
+    """Makes several adapters one."""
+
+    async def derive(self, recipe: MergeRecipe) -> DerivedAdapter:
+        """The adapter of a recipe, made where it is not there yet; raises AdapterError."""
+
+
 @dataclass(frozen=True, slots=True)
 class RecipeEntry:
-    """One adapter of a request as the books need it: who it is, and with what weight it was used."""
+    """One adapter of a request as the books need it: who it is, and with what weight it was used, a plain decimal."""
 
     entry: CatalogEntry
-    weight: float
+    weight: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +108,7 @@ class Opening:
         prompts: Token ids of every distinct prompt.
         max_output_tokens: The most that all choices together can produce; bounds the price.
         voucher: Who signed to pay, or None.
+        merge: How the adapters of `recipe` became one, or None where the answer is computed with all of them.
     """
 
     request_id: str
@@ -98,6 +117,12 @@ class Opening:
     prompts: tuple[tuple[int, ...], ...]
     max_output_tokens: int
     voucher: SignedVoucher | None
+    merge: Merge | None = None
+
+    @property
+    def recipe_hash(self) -> str:
+        """Content hash of recipe and merge, the one the record will carry."""
+        return recipe_hash(tuple(RecipeTerm(item.entry.adapter_id, None, item.weight) for item in self.recipe), self.merge)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +164,7 @@ class Services:
         clock: Monotonic seconds, for durations.
         now: UTC time, for what clients and templates see.
         payment_terms: What a payer must know to sign a voucher (`GET /info`), or None on a node that takes no payment.
+        merger: Makes derived adapters; None refuses every merge that is more than a sum.
     """
 
     engine: Engine
@@ -157,3 +183,4 @@ class Services:
     now: Callable[[], datetime]
     version: str
     payment_terms: Mapping[str, Any] | None = None
+    merger: Merger | None = None

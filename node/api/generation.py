@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from attribution.record import Merge
 from node.api.structured_fields import Constraint
 from node.api.tool_dialect import ToolDialect
 from node.config import ServerSettings
@@ -57,10 +58,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class NamedTerm:
-    """One adapter of the request, still by name. `weight` multiplies the adapter's own scale."""
+    """One adapter of the request, still by name. `weight`, a plain decimal, multiplies the adapter's own scale."""
 
     name: str
-    weight: float = 1.0
+    weight: str = "1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,8 @@ class Generation:
     Attributes:
         model: The client's spelling, for answers and logs; "" asks for the base model.
         terms: Adapters by name with weights; empty is the base model.
+        merge: How several terms become one adapter; None adds them as they are.
+        lists_adapters: The terms come from `adapters`, so `model` can only be the base.
         prompts: One or more; choices are numbered prompt by prompt.
         sampling: Complete but for `max_new_tokens`, which is 0 here: it depends on the prompt's length.
         max_new_tokens: What the client asked for; None leaves it to the node.
@@ -111,4 +114,6 @@ class Generation:
     has_prompt_text: bool = False
     constraint: Constraint | None = None
     calls: ToolDialect | None = None
+    merge: Merge | None = None
+    lists_adapters: bool = False
     warnings: tuple[str, ...] = ()

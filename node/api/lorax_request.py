@@ -12,7 +12,8 @@ from typing import Any
 
 from node.api.fields import Fields
 from node.api.generation import Generation, Limits, NamedTerm, Prompt
-from node.api.model_fields import read_merge, read_source
+from node.api.merge_fields import MAX_NAME_CHARS, Merged, read_merged_adapters
+from node.api.model_fields import read_source
 from node.api.sampling_fields import read_seed, read_stop
 from node.api.structured_fields import read_constraint
 from node.errors import RequestError
@@ -55,7 +56,7 @@ def read_lorax(
 
 
 def _read_parameters(fields: Fields, limits: Limits, random_source: random.Random, bearer: str | None) -> Generation:
-    model, terms = _read_adapters(fields, limits)
+    model, (terms, merge) = _read_adapters(fields, limits)
     source, token = read_source(fields)
     constraint = read_constraint(fields)
     fields.refuse("watermark", False, remedy="leave it out")
@@ -81,6 +82,7 @@ def _read_parameters(fields: Fields, limits: Limits, random_source: random.Rando
         has_prompt_details=has_prompt_details,
         has_prompt_text=fields.boolean("return_full_text"),
         constraint=constraint,
+        merge=merge,
     )
 
 
@@ -89,14 +91,14 @@ def _with_logprobs(sampling: Sampling, alternatives: int, has_prompt_details: bo
     return Sampling(**{**values, "logprobs": alternatives, "prompt_logprobs": has_prompt_details})
 
 
-def _read_adapters(fields: Fields, limits: Limits) -> tuple[str, tuple[NamedTerm, ...]]:
-    adapter_id = fields.label("adapter_id", 512) or ""
-    merged = read_merge(fields, limits)
-    if adapter_id and merged:
+def _read_adapters(fields: Fields, limits: Limits) -> tuple[str, Merged]:
+    adapter_id = fields.label("adapter_id", MAX_NAME_CHARS) or ""
+    terms, merge = read_merged_adapters(fields, limits)
+    if adapter_id and terms:
         raise RequestError("at most one of `adapter_id` or `adapters` may be provided", param="parameters.merged_adapters")
-    if merged:
-        return ",".join(term.name for term in merged), merged
-    return adapter_id, (NamedTerm(adapter_id),) if adapter_id else ()
+    if terms:
+        return ",".join(term.name for term in terms), (terms, merge)
+    return adapter_id, ((NamedTerm(adapter_id),) if adapter_id else (), None)
 
 
 def _refuse_best_of(fields: Fields) -> None:

@@ -1,43 +1,74 @@
-"""Adapter names to verified adapters."""
+"""Adapter names to verified adapters, and several of them to one where a merge asks for it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from attribution.record import Merge
 from node.adapters.catalog import NameFilter
-from node.api.doors import Catalog, CatalogEntry, RecipeEntry
+from node.adapters.merges.recipe import MergeRecipe, MergeSource
+from node.api.doors import Catalog, CatalogEntry, Merger, RecipeEntry
 from node.api.generation import Generation
-from node.errors import AdapterNotFoundError, ModelNotFoundError, RequestError
+from node.errors import AdapterNotFoundError, ModelNotFoundError, RequestError, UnsupportedError
 from node.request import AdapterTerm
 
-# Weights are exact decimals in the record; twelve places are more than a float32 kernel can tell apart.
-_WEIGHT_DECIMALS = 12
+
+@dataclass(frozen=True, slots=True)
+class ResolvedRecipe:
+    """What a request is answered with.
+
+    Attributes:
+        entries: Every adapter the client named, in order: who is recorded and paid.
+        merge: How they became one, or None.
+        terms: What the engine adds: the entries themselves, or the one adapter made of them.
+    """
+
+    entries: tuple[RecipeEntry, ...] = ()
+    merge: Merge | None = None
+    terms: tuple[AdapterTerm, ...] = ()
 
 
 class Recipes:
-    """Resolves what a request names. The base model's name, and nothing, stand for the base model."""
+    """Resolves what a request names. The base model's name, and nothing, stand for the base model.
 
-    def __init__(self, catalog: Catalog, base_name: str) -> None:
+    Args:
+        merger: Makes derived adapters; None refuses every merge that is more than a sum.
+    """
+
+    def __init__(self, catalog: Catalog, base_name: str, merger: Merger | None = None) -> None:
         self._catalog = catalog
         self._base_name = base_name
+        self._merger = merger
 
-    async def resolve(self, generation: Generation, sees: NameFilter) -> tuple[RecipeEntry, ...]:
+    async def resolve(self, generation: Generation, sees: NameFilter) -> ResolvedRecipe:
         """The request's adapters, in order, by content. `sees` tells which names exist for the caller.
 
         Raises:
             ModelNotFoundError: `model` is neither the base model nor an adapter.
-            AdapterError: The adapter exists and cannot be used.
-            RequestError: Two names of one adapter, or weights that are all zero.
+            AdapterError: The adapter exists and cannot be used, or the adapters cannot be merged.
+            RequestError: Two names of one adapter, or `adapters` beside a model that is not the base.
         """
-        if [term.name for term in generation.terms] == [self._base_name]:
-            return ()
+        if generation.lists_adapters and generation.model not in ("", self._base_name):
+            raise RequestError(
+                f'`adapters` change the base model: send model {self._base_name!r} or "", and list every adapter', param="model"
+            )
+        if generation.model == self._base_name and not generation.lists_adapters:
+            return ResolvedRecipe()
         found = [await self._find(term.name, generation, sees) for term in generation.terms]
-        recipe = tuple(
-            RecipeEntry(entry, round(term.weight, _WEIGHT_DECIMALS)) for entry, term in zip(found, generation.terms, strict=True)
-        )
-        if len({item.entry.adapter_id for item in recipe}) != len(recipe):
+        entries = tuple(RecipeEntry(entry, term.weight) for entry, term in zip(found, generation.terms, strict=True))
+        if len({item.entry.adapter_id for item in entries}) != len(entries):
             raise RequestError("two of the named adapters are the same by content; name it once", param="merged_adapters.ids")
-        if recipe and not any(item.weight for item in recipe):
-            raise RequestError("every weight of the merge is 0; give one adapter a weight", param="merged_adapters.weights")
-        return recipe
+        terms = engine_terms(entries) if generation.merge is None else (await self._merged(entries, generation.merge),)
+        return ResolvedRecipe(entries, generation.merge, terms)
+
+    async def _merged(self, entries: tuple[RecipeEntry, ...], merge: Merge) -> AdapterTerm:
+        if self._merger is None:
+            raise UnsupportedError(
+                f"`merge_strategy` {merge.strategy!r} is not supported by this node; use linear", param="merge_strategy"
+            )
+        sources = tuple(MergeSource(item.entry.adapter_id, item.entry.directory, item.weight) for item in entries)
+        derived = await self._merger.derive(MergeRecipe(merge, sources))
+        return AdapterTerm(derived.adapter_id, str(derived.directory), 1.0)
 
     async def _find(self, name: str, generation: Generation, sees: NameFilter) -> CatalogEntry:
         try:
@@ -53,5 +84,5 @@ class Recipes:
 
 
 def engine_terms(recipe: tuple[RecipeEntry, ...]) -> tuple[AdapterTerm, ...]:
-    """The recipe as the engine reads it."""
-    return tuple(AdapterTerm(item.entry.adapter_id, str(item.entry.directory), item.weight) for item in recipe)
+    """The adapters as the engine reads them, all added to the base."""
+    return tuple(AdapterTerm(item.entry.adapter_id, str(item.entry.directory), float(item.weight)) for item in recipe)

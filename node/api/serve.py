@@ -19,10 +19,11 @@ from node.api.gate import Gate
 from node.api.generation import Generation
 from node.api.grammar_desk import GrammarDesk
 from node.api.prompting import Prompting
-from node.api.recipes import Recipes, engine_terms
+from node.api.recipes import Recipes
 from node.api.tokenizer import TextTokenizer
 from node.engine.messages import Submit
 from node.errors import EngineError, LedgerError
+from node.request import AdapterTerm
 from node.settlement.admission import SignedVoucher
 from node.telemetry.metrics import NodeMetrics
 from node.tenancy.meter import TokenPrice, Visit
@@ -105,20 +106,21 @@ class RequestPath:
         constraint = generation.constraint
         if constraint is not None:
             await self._grammars.check(caller.tenant.name, constraint.grammar, constraint.param)
-        recipe = await self._recipes.resolve(generation, self._tenancy.sees(caller.tenant.name))
+        resolved = await self._recipes.resolve(generation, self._tenancy.sees(caller.tenant.name))
         prompts = await self._prompting.tokenize(generation)
         budget = self._prompting.budget(generation, prompts)
         opening = Opening(
             request_id=caller.request_id,
             tenant=caller.tenant.name,
-            recipe=recipe,
+            recipe=resolved.entries,
             prompts=prompts,
             max_output_tokens=budget * generation.choice_count * len(prompts),
             voucher=caller.voucher,
+            merge=resolved.merge,
         )
         prompt_count = sum(len(ids) for ids in prompts)
         visit.reserve(prompt_count + opening.max_output_tokens, self._price.fee_wei(prompt_count, opening.max_output_tokens))
-        exchange = self._prepare(generation, opening, caller.tenant.weight, budget)
+        exchange = self._prepare(generation, opening, resolved.terms, caller.tenant.weight, budget)
         await self._open_books(exchange)
         return exchange
 
@@ -128,10 +130,11 @@ class RequestPath:
             prompt, output = exchange.prompt_token_count, exchange.delivered_token_count
             visit.settle(prompt + output, self._price.fee_wei(prompt, output))
 
-    def _prepare(self, generation: Generation, opening: Opening, weight: int, budget: int) -> Exchange:
+    def _prepare(
+        self, generation: Generation, opening: Opening, terms: tuple[AdapterTerm, ...], weight: int, budget: int
+    ) -> Exchange:
         sampling = msgspec.structs.replace(generation.sampling, max_new_tokens=budget)
         end_ids = frozenset(sampling.stop_token_ids)
-        terms = engine_terms(opening.recipe)
         submits: list[Submit] = []
         choices: list[Choice] = []
         for prompt_index, prompt_ids in enumerate(opening.prompts):

@@ -8,7 +8,7 @@ from attribution.fees import Contribution, Payees, Price, SplitPolicy
 from attribution.record import RecipeTerm
 from node.api.doors import Closing, Opening, RecipeEntry
 from node.errors import NodeError, PaymentError
-from node.settlement.admission import Admission, Outcome, weight_text
+from node.settlement.admission import Admission, Outcome
 from node.settlement.ledger import Ledger
 from node.settlement.vouchers import VoucherDesk
 
@@ -114,6 +114,7 @@ class SettlementBooks:
             prompts=opening.prompts,
             terms=tuple(_term(item) for item in opening.recipe),
             contributions=_contributions(opening.recipe),
+            merge=opening.merge,
             price=self._price,
             policy=self._policy,
             payees=self._payees,
@@ -127,7 +128,7 @@ class SettlementBooks:
 
 
 def _term(item: RecipeEntry) -> RecipeTerm:
-    return RecipeTerm(item.entry.adapter_id, item.entry.manifest_hash, weight_text(item.weight))
+    return RecipeTerm(item.entry.adapter_id, item.entry.manifest_hash, item.weight)
 
 
 def _contributions(recipe: tuple[RecipeEntry, ...]) -> tuple[Contribution, ...]:

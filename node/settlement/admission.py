@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from decimal import Decimal
 
 import msgspec
 
 from attribution.digests import SALT_BYTES, tenant_digest, token_digest
 from attribution.errors import AttributionError
 from attribution.fees import Contribution, Payees, Price, SplitPolicy, Tokens
-from attribution.record import REQUEST_ID, Facts, RecipeTerm, build_recipe
-from attribution.shares import WEIGHT_DECIMALS
+from attribution.record import REQUEST_ID, Facts, Merge, RecipeTerm, build_recipe
 from node.errors import RequestError
 
 TokenIds = Sequence[Sequence[int]]
@@ -45,6 +43,7 @@ class Admission(msgspec.Struct, frozen=True, kw_only=True):
     payees: Payees
     voucher: SignedVoucher | None = None
     voucher_digest: str | None = None  # 64 hex digits, given with the voucher
+    merge: Merge | None = None
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,6 +78,7 @@ class OpenRequest(msgspec.Struct, frozen=True, kw_only=True):
     payees: Payees
     voucher: SignedVoucher | None
     voucher_digest: str | None
+    merge: Merge | None = None
 
     def to_bytes(self) -> bytes:
         """JSON for the table of open requests."""
@@ -111,6 +111,7 @@ class OpenRequest(msgspec.Struct, frozen=True, kw_only=True):
             payees=self.payees,
             prompt_digest=self.prompt_digest,
             output_digest=token_digest(self.output_salt, outcome.outputs),
+            merge=self.merge,
         )
 
 
@@ -125,7 +126,7 @@ def open_request(
     if not REQUEST_ID.fullmatch(admission.request_id):
         raise RequestError("the request id must have 1 to 128 printable ASCII characters and no spaces", param="request_id")
     try:
-        build_recipe(admission.terms, b"")
+        build_recipe(admission.terms, b"", admission.merge)
     except AttributionError as error:
         raise RequestError(f"the adapter recipe cannot be recorded: {error}", param="adapters") from error
     prompt_salt = random_bytes(SALT_BYTES)
@@ -146,20 +147,5 @@ def open_request(
         payees=admission.payees,
         voucher=admission.voucher,
         voucher_digest=admission.voucher_digest,
+        merge=admission.merge,
     )
-
-
-def weight_text(weight: float) -> str:
-    """A recipe weight as the decimal string that a record carries: the shortest one that reads back as the same float.
-
-    Raises:
-        RequestError: Not finite, 10**9 or more, or with more than 18 decimals.
-    """
-    text = format(Decimal(repr(float(weight))), "f")
-    text = text.rstrip("0").rstrip(".") if "." in text else text
-    whole, _, fraction = text.lstrip("-").partition(".")
-    if not whole.isdigit() or len(whole) > 9 or len(fraction) > WEIGHT_DECIMALS:
-        raise RequestError(
-            f"weight {weight} is out of range; use a finite number below 1e9 with at most 18 decimals", param="weights"
-        )
-    return "0" if text == "-0" else text

@@ -68,7 +68,7 @@ def make_books(ledger, desk=None, *, requires_payment=False):
 
 
 def opening(entry=None, voucher=None):
-    recipe = () if entry is None else (RecipeEntry(entry, 0.25),)
+    recipe = () if entry is None else (RecipeEntry(entry, "0.25"),)
     return Opening("req-1", "ann", recipe, ((1, 2, 3),), 8, voucher)
 
 
