@@ -179,3 +179,74 @@ def test_parse_other_shapes_are_refused(generator, change):
 def test_parse_a_duplicate_key_is_refused():
     with pytest.raises(CanonicalError):
         record.parse(b'{"schema":"a","schema":"b"}')
+
+
+def merged(sample, merge, **changes):
+    return record.build(msgspec.structs.replace(sample, merge=merge, **changes), sequence=1, previous_hash=record.GENESIS_HASH)
+
+
+@pytest.mark.parametrize("density", ["1", "0.5", "0.000000000000000001"])
+def test_build_merge_names_itself_and_shares_by_magnitude(generator, density):
+    built = merged(generator.sample_facts(), record.Merge("dare_ties", density, "frequency"))
+
+    assert built.recipe.kind == "merge"
+    assert built.recipe.merge == record.Merge("dare_ties", density, "frequency")
+    assert [adapter.share_ppm for adapter in built.recipe.adapters] == [666_667, 333_333]
+    record.verify(built)
+    assert record.parse(built.to_bytes()) == built
+    assert built.to_bytes() == canonical.dumps(msgspec.to_builtins(built))
+
+
+def test_build_without_merge_writes_no_merge(generator):
+    built = record.build(generator.sample_facts(), sequence=1, previous_hash=record.GENESIS_HASH)
+
+    assert "merge" not in canonical.loads(built.to_bytes())["recipe"]
+
+
+def test_recipe_hash_covers_every_part_of_a_merge(generator):
+    facts = generator.sample_facts()
+    merges = [
+        None,
+        record.Merge("linear_factors"),
+        record.Merge("dare_linear", "0.5"),
+        record.Merge("dare_linear", "0.25"),
+        record.Merge("ties", "0.5", "total"),
+        record.Merge("ties", "0.5", "frequency"),
+    ]
+
+    assert len({merged(facts, merge).recipe.recipe_hash for merge in merges}) == len(merges)
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [
+        record.Merge("linear"),
+        record.Merge("blend"),
+        record.Merge("ties", "0.5"),
+        record.Merge("ties", None, "total"),
+        record.Merge("ties", "0", "total"),
+        record.Merge("ties", "0.50", "total"),
+        record.Merge("ties", "1.5", "total"),
+        record.Merge("ties", "0.5", "loudest"),
+        record.Merge("dare_linear", "0.5", "total"),
+        record.Merge("linear_factors", "0.5"),
+    ],
+)
+def test_build_malformed_merge_is_refused(generator, merge):
+    with pytest.raises(RecordError):
+        merged(generator.sample_facts(), merge)
+
+
+def test_build_merge_of_one_adapter_is_refused(generator):
+    facts = generator.sample_facts()
+
+    with pytest.raises(RecordError, match="no merge"):
+        merged(facts, record.Merge("linear_factors"), terms=facts.terms[:1])
+
+
+def test_verify_other_merge_than_the_hash_says_is_refused(generator):
+    built = merged(generator.sample_facts(), record.Merge("ties", "0.5", "total"))
+    recipe = msgspec.structs.replace(built.recipe, merge=record.Merge("ties", "0.5", "frequency"))
+
+    with pytest.raises(RecordError, match="recipe"):
+        record.verify(msgspec.structs.replace(built, recipe=recipe))

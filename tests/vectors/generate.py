@@ -75,6 +75,16 @@ def identity_cases() -> dict[str, Any]:
         {"config": config, "tensors": [shown for shown, _ in tensors], "adapter_id": adapter_id([e for _, e in tensors], config)}
         for config in configs
     ]
+    more = [
+        tensor("base_model.model.model.embed_tokens.lora_embedding_A", 2, 5),
+        tensor("base_model.model.model.embed_tokens.lora_embedding_B", 4, 2),
+        tensor(f"{prefix}.lora_magnitude_vector", 1, 4),
+    ]
+    dora = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_dora": True}
+    both = [*tensors, *more]
+    adapters.append(
+        {"config": dora, "tensors": [shown for shown, _ in both], "adapter_id": adapter_id([entry for _, entry in both], dora)}
+    )
     lengths = [0, 1, 1000, LEAF_BYTES, LEAF_BYTES + 1, 3 * LEAF_BYTES + 5]
     trees = [
         {"length_bytes": n, "byte_at": "i*31 mod 251", "root": tree_hash(bytes(i * 31 % 251 for i in range(n)))} for n in lengths
@@ -209,6 +219,8 @@ def record_chain() -> dict[str, Any]:
         {"request_id": "req-0003", "status": "cancelled", "finish_reason": "cancelled", "tokens": Tokens(17, 0, 3)},
         {"request_id": "req-0004", "status": "failed", "finish_reason": "error"},
         {"request_id": "req-0005", "payer": None, "voucher_digest": None, "tokens": Tokens(1, 0, 1)},
+        {"request_id": "req-0006", "merge": record.Merge("ties", "0.5", "total")},
+        {"request_id": "req-0007", "merge": record.Merge("linear_factors")},
     ]
     previous, shown = record.GENESIS_HASH, []
     signer, domain = LocalSigner(key("operator")), receipt.receipt_domain(31337)
