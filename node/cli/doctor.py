@@ -9,12 +9,11 @@ import socket
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import typer
 
+from node.cli.finding import Finding
 from node.cli.options import ConfigOption, DataDirOption, JsonOption, settings_from
 from node.cli.table import print_json
 from node.config import Settings
@@ -22,16 +21,6 @@ from node.errors import NodeError
 
 _DISK_BYTES_WANTED = 2 << 30
 _MARKS = {"ok": "[green]ok[/]  ", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One check: what was looked at, how it stands and, unless it is fine, what to do."""
-
-    subject: str
-    state: Literal["ok", "warn", "fail"]
-    detail: str
-    remedy: str = ""
 
 
 def doctor(config: ConfigOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
@@ -50,8 +39,12 @@ def doctor(config: ConfigOption = None, data_dir: DataDirOption = None, as_json:
 
 def examine(settings: Settings) -> Iterator[Finding]:
     """Run every check in the order in which starting would meet them."""
-    checks: tuple[Callable[[Settings], Finding], ...] = (_python, _torch, _kernels, _model, _disk, _port, _keys, _http, _chain)
-    for check in checks:
+    before: tuple[Callable[[Settings], Finding], ...] = (_python, _torch, _kernels)
+    after: tuple[Callable[[Settings], Finding], ...] = (_model, _disk, _port, _keys, _http, _chain)
+    for check in before:
+        yield check(settings)
+    yield from _gpu(settings)
+    for check in after:
         yield check(settings)
 
 
@@ -80,6 +73,12 @@ def _kernels(settings: Settings) -> Finding:
     if kernels.name == "reference" and settings.engine.kernels != "reference":
         return Finding("kernels", "warn", "torch reference, slow", "install g++, then: python -m node.kernels.build")
     return Finding("kernels", "ok", kernels.name)
+
+
+def _gpu(settings: Settings) -> Iterator[Finding]:
+    from node.cli.doctor_gpu import gpu_facts, gpu_findings  # imports torch
+
+    return gpu_findings(settings, gpu_facts())
 
 
 def _model(settings: Settings) -> Finding:

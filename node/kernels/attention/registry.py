@@ -15,6 +15,9 @@ from node.kernels.attention.paged import AttentionShape, PagedAttention
 BackendName = Literal["fa3", "fa2", "varlen", "triton"]
 Setting = Literal["auto", "fa3", "fa2", "varlen", "triton"]
 
+_NO_FA3 = "flash-attn 3 is not installed"
+_NO_FA3_HINT = "flash-attn 3 (module flash_attn_interface)"
+
 ORDER: tuple[BackendName, ...] = ("fa3", "fa2", "varlen", "triton")
 
 
@@ -71,10 +74,10 @@ def refusal(name: BackendName, shape: AttentionShape, facts: AttentionFacts, *, 
 
 
 def _refuse_fa3(shape: AttentionShape, facts: AttentionFacts) -> str:
-    if not facts.has_fa3:
-        return "flash-attn 3 is not installed"
     if facts.capability[0] != 9:
         return f"it needs a Hopper GPU, this one has capability {facts.capability[0]}.{facts.capability[1]}"
+    if not facts.has_fa3:
+        return _NO_FA3
     return "" if shape.head_dim <= 256 else f"head size {shape.head_dim} is above its 256"
 
 
@@ -117,14 +120,8 @@ def choose(setting: Setting, shape: AttentionShape, facts: AttentionFacts, *, is
     for index, name in enumerate(ORDER):
         if not refusals[name]:
             passed = "; ".join(f"{earlier}: {refusals[earlier]}" for earlier in ORDER[:index])
-            return Choice(name, passed or "the fastest on this GPU", _what_would_be_faster(name, facts, refusals["fa3"]))
+            return Choice(name, passed or "the fastest on this GPU", _NO_FA3_HINT if refusals["fa3"] == _NO_FA3 else "")
     raise ConfigError("No attention backend can run on this GPU: " + "; ".join(f"{n}: {r}" for n, r in refusals.items()) + ".")
-
-
-def _what_would_be_faster(name: BackendName, facts: AttentionFacts, fa3_refusal: str) -> str:
-    if name != "fa3" and facts.capability[0] == 9 and not facts.has_fa3:
-        return "flash-attn 3 (module flash_attn_interface)"
-    return ""
 
 
 def open_attention(
