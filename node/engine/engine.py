@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-
-import torch
 
 from node.adapters.binding import LinearTable
 from node.adapters.memory import memory_limits, open_pool
 from node.adapters.pool import AdapterPool
 from node.config import AdapterSettings, EngineSettings, ModelSettings
 from node.engine.blocks import BlockPool
+from node.engine.device import choose_device, device_memory, device_name, open_kernels, open_runner
 from node.engine.grammar import Vocabulary
 from node.engine.grammar_masks import GrammarMasks
 from node.engine.messages import Ready, SequenceEvent, Stats, Submit
-from node.engine.runner import LogitsWatcher, Runner
+from node.engine.runner import LogitsWatcher
 from node.engine.scheduler import Scheduler, SchedulerLimits, StepPlan, Work, WorkResult
 from node.engine.sizing import memory_sizes, step_sizes
-from node.kernels.ops import Kernels
-from node.models.load import DTYPES, load_model, make_kv_cache
+from node.models.load import DTYPES, ModelSource, load_model, make_kv_cache, open_source
 from node.models.source import resolve
-from node.models.tokenizer_files import write_tokenizer
 
 # What torch, numpy and the kernels' own checks raise when the numbers of a step make no sense or do not fit into memory.
 STEP_ERRORS = (RuntimeError, LookupError, ValueError, ArithmeticError, MemoryError)
@@ -138,7 +134,7 @@ class Engine:
         if current is not None:
             self._draw(current)
             events.extend(self._drop_failed())
-            if self._runner.is_ahead:
+            if self._runner.is_ahead and current.flight is not None:
                 self._open = current
             else:
                 events.extend(self._land(current, None))
@@ -268,6 +264,7 @@ def open_engine(
     state_dir: Path,
     wake: Callable[[], None] = lambda: None,
     watch_logits: LogitsWatcher | None = None,
+    source: ModelSource | None = None,
 ) -> Engine:
     """Load the model and build everything around it. Sets this process's number of compute threads.
 
@@ -275,33 +272,28 @@ def open_engine(
         state_dir: Tokenizer files and the cache of content hashes go here.
         wake: Called from the loader thread when an adapter changed its state.
         watch_logits: See `Runner`.
+        source: A model that is not in files, for benchmarks; None reads what the settings name.
 
     Raises:
         ModelLoadError, ConfigError: The settings name something this machine cannot run.
     """
-    threads = settings.threads or os.cpu_count() or 1
-    kernels = Kernels.load(settings.kernels, threads=threads, is_deterministic=settings.deterministic)
-    # The compiled kernels have threads of their own; torch's, once awake, would spin on the same cores for milliseconds.
-    torch.set_num_threads(threads if kernels.name == "reference" else 1)
-    sizes = step_sizes(settings, adapter_settings, "cpu")
-    memory = memory_sizes(settings, adapter_settings, None)
-    files = resolve(model_settings.path, model_settings.revision)
-    loaded = load_model(
-        files,
-        DTYPES[model_settings.dtype],
-        kernels,
-        max_model_len=model_settings.max_model_len,
-        page_rank=sizes.page_rank,
-        hash_cache=state_dir / "model_hashes.json",
-    )
-    spec, dtype = loaded.spec, loaded.dtype
-    kv = make_kv_cache(spec, memory.kv_cache_bytes, sizes.kv_block_size, dtype)
+    device = choose_device(model_settings.device)
+    sizes = step_sizes(settings, adapter_settings, "cpu" if device.type == "cpu" else "cuda")
+    dtype = DTYPES[model_settings.dtype]
+    if source is None:
+        files = resolve(model_settings.path, model_settings.revision)
+        source = open_source(files, model_settings.max_model_len, state_dir / "model_hashes.json")
+    spec = source.spec
+    kernels = open_kernels(device, settings, sizes, spec, dtype)
+    loaded = load_model(source, dtype, kernels, sizes.page_rank)
+    memory = memory_sizes(settings, adapter_settings, *device_memory(device, spec, sizes, dtype))
+    kv = make_kv_cache(spec, memory.kv_cache_bytes, sizes.kv_block_size, dtype, device)
     adapters = open_pool(
         loaded.layout,
         LinearTable(spec.linear_kinds),
         dtype,
         memory_limits(adapter_settings, memory.adapter_bytes),
-        device=torch.device("cpu"),
+        device=device,
         base=loaded.model,
         wake=wake,
     )
@@ -310,16 +302,16 @@ def open_engine(
     max_model_len = min(spec.max_model_len, kv.block_count * kv.block_size)
     limits = SchedulerLimits(sizes.max_sequences, sizes.max_batch_tokens, settings.queue_limit, max_model_len, spec.vocab_size)
     ready = Ready(
-        model_id=files.model_id,
+        model_id=source.model_id,
         base_id=loaded.base_id,
         architecture=spec.architecture,
         dtype=model_settings.dtype,
-        device="cpu",
+        device=device_name(device),
         kernels=kernels.name,
         vocab_size=spec.vocab_size,
         max_model_len=max_model_len,
         eos_token_ids=spec.eos_token_ids,
-        tokenizer_dir=str(write_tokenizer(files, spec.eos_token_ids, state_dir / "tokenizer")),
+        tokenizer_dir=str(source.write_tokenizer(state_dir / "tokenizer")),
         linears=spec.linear_kinds,
         kv_block_count=kv.block_count,
         kv_block_size=kv.block_size,
@@ -327,7 +319,7 @@ def open_engine(
     )
     scheduler = Scheduler(blocks, limits, adapters, loaded.base_id)
     grammars = GrammarMasks(functools.partial(_vocabulary, ready), wake)
-    runner = Runner(loaded.model, kv, adapters, grammars, watch_logits)
+    runner = open_runner(loaded, kernels, kv, adapters, grammars, sizes, max_model_len, watch_logits)
     return Engine(scheduler, runner, adapters, blocks, grammars, ready)
 
 

@@ -82,7 +82,8 @@ def memory_sizes(
     kv = left - pool if settings.kv_cache_bytes is None else settings.kv_cache_bytes
     if kv < 0 or kv + pool > left:
         raise ConfigError(
-            f"adapters.memory_bytes is {pool} and engine.kv_cache_bytes {max(kv, 0)}; the GPU has {left} bytes for both; lower them"
+            f"adapters.memory_bytes is {pool} and engine.kv_cache_bytes {max(kv, 0)}; the GPU has {left} bytes for both; "
+            "lower them"
         )
     return MemorySizes(kv, pool)
 

@@ -39,24 +39,24 @@ class CudaKernels(Kernels[Product, DeviceRows]):
     Args:
         device: The GPU.
         attention: Backend of paged attention.
-        ops: The compiled library; `attach` binds the adapter pool to it.
         is_deterministic: Rows have the same bits in every batch: fixed splits and products of fixed shapes, several times slower
             in prefill.
         has_follow: Launch our kernels before those before them have ended (programmatic dependent launch).
     """
 
+    takes_tiles = True
+
     def __init__(
         self,
         device: torch.device,
         attention: PagedAttention,
-        ops: CudaOps,
         *,
         is_deterministic: bool = False,
         has_follow: bool = True,
     ) -> None:
         self._device = device
         self._attention = attention
-        self._ops = ops
+        self._ops = CudaOps()
         self._is_deterministic = is_deterministic
         self._is_hopper = torch.cuda.get_device_capability(device)[0] == 9
         self._follow = Follow.WAIT_FIRST if has_follow else Follow.PLAIN

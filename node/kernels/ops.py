@@ -8,7 +8,7 @@ Shape letters: T rows (tokens), H hidden, O outputs, I intermediate, G key/value
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,12 @@ class Kernels(ABC, Generic[ProductT, RowsT]):
 
     Every result of the compiled kernels is bitwise the same for a row alone, in any batch, in any prefill chunk and with any
     number of threads. The others keep that promise only when made with `is_deterministic=True`.
+
+    Attributes:
+        takes_tiles: Rows are `DeviceRows`; otherwise they are `LoraRows`, which lie on the CPU whatever `device` is.
     """
+
+    takes_tiles: ClassVar[bool] = False
 
     @staticmethod
     def load(

@@ -63,7 +63,7 @@ class TorchKernels(Kernels[Tensor, LoraRows]):
         return y
 
     def head_rows(self, rows: LoraRows | None, pool: LoraPool | None, logit_rows: Tensor | None, module: int) -> LoraRows | None:
-        return head_rows(rows, pool, logit_rows, module)
+        return head_rows(rows, pool, None if logit_rows is None else logit_rows.cpu().long(), module)
 
     def sgmv(self, y: Tensor, x: Tensor, pool: LoraPool, rows: LoraRows, spans: LoraSpans) -> None:
         delta = reference.lora_delta(x, pool, rows, spans.table, y.shape[1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from node.models.model_config import read_spec
 from node.models.safetensors_weights import SafetensorsWeights
 from node.models.source import ModelFiles
 from node.models.spec import ModelSpec
+from node.models.tokenizer_files import write_tokenizer
 from node.models.weights import Weights
 
 CPU = torch.device("cpu")
@@ -47,38 +50,68 @@ class LoadedModel:
     dtype: torch.dtype
 
 
-def load_model(
-    files: ModelFiles,
-    dtype: torch.dtype,
-    kernels: Kernels[Any, Any],
-    *,
-    max_model_len: int | None = None,
-    page_rank: int = 8,
-    hash_cache: Path | None = None,
-) -> LoadedModel:
-    """Read a base model into memory.
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A base model before it is loaded.
+
+    Attributes:
+        model_id: The name that clients use.
+        spec: Its sizes. weights: its tensors.
+        base_id: Returns its content hash, 64 hex digits; may read every byte.
+        write_tokenizer: Writes what the API process reads into a directory and returns it.
+    """
+
+    model_id: str
+    spec: ModelSpec
+    weights: Weights
+    base_id: Callable[[], str]
+    write_tokenizer: Callable[[Path], Path]
+
+
+def open_source(files: ModelFiles, max_model_len: int | None, hash_cache: Path | None = None) -> ModelSource:
+    """Look into a base model's files; reads no weight.
 
     Args:
         files: From `source.resolve`.
-        dtype: float32 or bfloat16.
-        kernels: Packs the weights and runs them.
         max_model_len: Longest context, tokens; None for what the model was trained for, at most 8192.
-        page_rank: Ranks of an adapter page.
         hash_cache: Where content hashes are remembered between starts; None forgets.
+
+    Raises:
+        ModelLoadError: model_unsupported or model_corrupt.
+    """
+    spec = read_spec(files, max_model_len)
+    return ModelSource(
+        files.model_id,
+        spec,
+        _open_weights(files, spec),
+        lambda: base_id(files, hash_cache),
+        lambda directory: write_tokenizer(files, spec.eos_token_ids, directory),
+    )
+
+
+def load_model(source: ModelSource, dtype: torch.dtype, kernels: Kernels[Any, Any], page_rank: int) -> LoadedModel:
+    """Read a base model into memory.
+
+    Args:
+        dtype: float32 or bfloat16.
+        kernels: Packs the weights and runs them, on its device.
+        page_rank: Ranks of an adapter page.
 
     Raises:
         ModelLoadError: model_unsupported, model_corrupt or model_too_large. Refused before memory is spent where possible.
     """
-    spec = read_spec(files, max_model_len)
-    layout = PageLayout(spec.linears, page_rank)
-    content_hash = base_id(files, hash_cache)
-    try:
-        weights = decoder_weights(spec, _open_weights(files, spec), dtype, kernels, layout)
-    except MemoryError as error:
-        raise ModelLoadError(
-            f"{files.model_id} does not fit into memory; choose a smaller model", code="model_too_large"
-        ) from error
-    return LoadedModel(Decoder(weights, kernels), spec, content_hash, layout, dtype)
+    layout = PageLayout(source.spec.linears, page_rank)
+    with ThreadPoolExecutor(1, thread_name_prefix="base-hash") as threads:
+        content_hash = threads.submit(source.base_id)
+        if kernels.device.type == "cpu":
+            content_hash.result()  # the CPU is needed for the weights; a GPU's host has cores for both
+        try:
+            weights = decoder_weights(source.spec, source.weights, dtype, kernels, layout)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise ModelLoadError(
+                f"{source.model_id} does not fit into memory; choose a smaller model", code="model_too_large"
+            ) from error
+        return LoadedModel(Decoder(weights, kernels), source.spec, content_hash.result(), layout, dtype)
 
 
 def make_kv_cache(spec: ModelSpec, size_bytes: int, block_size: int, dtype: torch.dtype, device: torch.device = CPU) -> KVCache:

@@ -18,7 +18,7 @@ from node.kernels.layout import PageLayout
 from node.kernels.lora import LoraPool, lora_rows
 from node.kernels.ops import Kernels
 from node.models.inputs import KVCache, StepInputs
-from node.models.load import LoadedModel, load_model, make_kv_cache
+from node.models.load import LoadedModel, load_model, make_kv_cache, open_source
 from node.models.source import resolve
 
 BLOCK_SIZE = 4
@@ -132,7 +132,8 @@ def load() -> Callable[..., LoadedModel]:
 
     def load(path: Path | str, **options: Any) -> LoadedModel:
         options.setdefault("kernels", Kernels.load("reference"))
-        return load_model(resolve(str(path)), options.pop("dtype", torch.float32), **options)
+        source = open_source(resolve(str(path)), options.get("max_model_len"), options.get("hash_cache"))
+        return load_model(source, options.get("dtype", torch.float32), options["kernels"], options.get("page_rank", 8))
 
     return load
 

@@ -130,11 +130,11 @@ def test_smollm2_bfloat16_load_stays_small():
     What the libraries take is measured before and left out: a torch built for GPUs takes 260 MiB more than one that is not.
     """
     program = (
-        "import torch; from node.models.load import load_model; from node.models.source import resolve;"
+        "import torch; from node.models.load import load_model, open_source; from node.models.source import resolve;"
         "from node.kernels.ops import Kernels;"
         "peak = lambda: int([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0]);"
         f"files, kernels = resolve({PACKAGED_MODEL!r}), Kernels.load(); before = peak();"
-        "load_model(files, torch.bfloat16, kernels); print(peak() - before)"
+        "load_model(open_source(files, None), torch.bfloat16, kernels, 8); print(peak() - before)"
     )
 
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

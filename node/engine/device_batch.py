@@ -1,0 +1,157 @@
+"""A step plan written into a step's block: rows and block tables, with numpy.
+
+Shape letters: T rows (tokens), Q sequences, W rows that want logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from node.engine.scheduler import Work
+from node.engine.step_block import BlockLayout, Ints
+from node.kernels.lora_tiles import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What the host knows of a plan without looking at tokens.
+
+    Attributes:
+        rows, sequences: T and Q.
+        logit_rows: [W]. Which rows want logits; None where every row is one sequence's last.
+        max_query, max_context: The most rows and tokens of one sequence.
+        table_width: The most KV blocks of one sequence.
+    """
+
+    rows: int
+    sequences: int
+    logit_rows: npt.NDArray[np.int32] | None
+    max_query: int
+    max_context: int
+    table_width: int
+
+    @property
+    def is_decode(self) -> bool:
+        """One row a sequence, and nothing but its last logits wanted."""
+        return self.logit_rows is None
+
+
+def step_shape(work: Sequence[Work]) -> StepShape:
+    """Measure a plan."""
+    counts = [item.count for item in work]
+    max_query = max(counts)
+    is_decode = max_query == 1 and not any(item.wants_prompt_logprobs for item in work)
+    return StepShape(
+        rows=sum(counts),
+        sequences=len(work),
+        logit_rows=None if is_decode else _logit_rows(work),
+        max_query=max_query,
+        max_context=max([item.start + item.count for item in work]),
+        table_width=max([len(item.sequence.blocks) for item in work]),
+    )
+
+
+def _logit_rows(work: Sequence[Work]) -> npt.NDArray[np.int32]:
+    """All rows of a work that wants prompt log-probabilities, the last of one that draws."""
+    rows: list[int] = []
+    end = 0
+    for item in work:
+        end += item.count
+        if item.wants_prompt_logprobs:
+            rows.extend(range(end - item.count, end))
+        elif item.draws_token:
+            rows.append(end - 1)
+    return np.array(rows, dtype=np.int32)
+
+
+def recipes_of(work: Sequence[Work], slot_of: Callable[[str], int]) -> list[Recipe]:
+    """The (slot, weight) terms of every sequence, in recipe order: the order they are summed in, so it is part of the answer."""
+    return [tuple([(slot_of(term.adapter_id), term.weight) for term in item.sequence.terms]) for item in work]
+
+
+def pending_places(work: Sequence[Work], places: Mapping[str, int]) -> dict[int, int]:
+    """Work index -> place among the last step's draws, where the last row's token is still being drawn.
+
+    Raises:
+        ValueError: The step before did not draw that token, or somebody else has it.
+    """
+    found: dict[int, int] = {}
+    for index, item in enumerate(work):
+        if item.start + item.count > len(item.sequence.tokens):
+            place = places.get(item.sequence.id)
+            if place is None:
+                raise ValueError(f"the token of sequence {item.sequence.id} is neither known nor being drawn")
+            found[index] = place
+    return found
+
+
+def write_decode(
+    host: Ints, layout: BlockLayout, work: Sequence[Work], block_size: int, pending: Mapping[int, int], own: int
+) -> None:
+    """Write one row a sequence; behind them padding up to `layout.rows`: no keys are written for it and its context is 0.
+
+    Args:
+        pending: See `pending_places`. own: `sources` value of the first of the run's own tokens.
+    """
+    count, bucket = len(work), layout.rows
+    starts = np.array([item.start for item in work], dtype=np.int32)
+    tokens = [0 if index in pending else item.sequence.tokens[item.start] for index, item in enumerate(work)]
+    sources = [pending.get(index, own + index) for index in range(count)]
+    blocks = [item.sequence.blocks[block] for item, block in zip(work, (starts // block_size).tolist(), strict=True)]
+    slots = np.array(blocks, dtype=np.int32) * block_size + starts % block_size
+    for at, values, padding in (
+        (layout.tokens, tokens, 0),
+        (layout.sources, sources, own),
+        (layout.positions, starts, 0),
+        (layout.kv_slots, slots, -1),
+        (layout.context_lens, starts + 1, 0),
+    ):
+        host[at : at + count] = values
+        host[at + count : at + bucket] = padding
+    _write_tables(host, layout, work)
+
+
+def write_rows(
+    host: Ints,
+    layout: BlockLayout,
+    work: Sequence[Work],
+    shape: StepShape,
+    block_size: int,
+    pending: Mapping[int, int],
+    own: int,
+) -> None:
+    """Write any number of rows a sequence. See `write_decode`."""
+    row = 0
+    host[layout.query_start] = 0
+    for index, item in enumerate(work):
+        positions = np.arange(item.start, item.start + item.count, dtype=np.int32)
+        tokens = np.frombuffer(item.sequence.tokens, dtype=np.int64)[item.start : item.start + item.count]
+        blocks = np.frombuffer(item.sequence.blocks, dtype=np.int32)
+        end = row + item.count
+        host[layout.tokens + row : layout.tokens + row + len(tokens)] = tokens
+        host[layout.sources + row : layout.sources + end] = np.arange(own + row, own + end)
+        if index in pending:
+            host[layout.sources + end - 1] = pending[index]
+        host[layout.positions + row : layout.positions + end] = positions
+        host[layout.kv_slots + row : layout.kv_slots + end] = (
+            blocks[positions // block_size] * block_size + positions % block_size
+        )
+        host[layout.query_start + index + 1] = end
+        host[layout.context_lens + index] = item.start + item.count
+        row = end
+    if shape.logit_rows is not None:
+        host[layout.logits : layout.logits + len(shape.logit_rows)] = shape.logit_rows
+    _write_tables(host, layout, work)
+
+
+def _write_tables(host: Ints, layout: BlockLayout, work: Sequence[Work]) -> None:
+    """Block numbers of every sequence; what lies behind a sequence's own is never followed."""
+    at = layout.tables
+    for item in work:
+        blocks = item.sequence.blocks
+        host[at : at + len(blocks)] = blocks
+        at += layout.table_width

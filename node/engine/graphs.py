@@ -1,0 +1,75 @@
+"""Decode steps recorded as CUDA graphs: one for each batch size in steps, and for batches with and without adapters."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+BUCKET_STEP = 64  # beyond the last one
+
+
+class Adapted(IntEnum):
+    """What adapters change in a step. Very few change the output projection, so that is a graph of its own, made when needed."""
+
+    NOTHING = 0
+    LAYERS = 1
+    LAYERS_AND_HEAD = 2
+
+
+GraphKey = tuple[int, Adapted]
+
+
+def buckets_for(max_sequences: int) -> tuple[int, ...]:
+    """The batch sizes to record, ascending; the last one holds `max_sequences`."""
+    sizes = [size for size in BUCKETS if size < max_sequences]
+    at = bisect_left(BUCKETS, max_sequences)
+    if at < len(BUCKETS):
+        return (*sizes, BUCKETS[at])
+    last = -(-max_sequences // BUCKET_STEP) * BUCKET_STEP
+    return (*sizes, *range(BUCKETS[-1] + BUCKET_STEP, last + 1, BUCKET_STEP))
+
+
+class DecodeGraphs:
+    """Records a step once and replays it with the static memory it was recorded with.
+
+    Args:
+        run: Launches the step of a key; returns its logits.
+        buckets: Ascending batch sizes.
+        is_recording: False: every step is launched anew.
+    """
+
+    def __init__(self, run: Callable[[GraphKey], Tensor], buckets: Sequence[int], *, is_recording: bool) -> None:
+        self._run = run
+        self._is_recording = is_recording
+        self._graphs: dict[GraphKey, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._pool: Any = None  # torch names its type differently in every release
+        self.buckets = tuple(buckets)
+
+    def bucket(self, rows: int) -> int:
+        """The smallest batch size that holds `rows`."""
+        return self.buckets[bisect_left(self.buckets, rows)]
+
+    def step(self, key: GraphKey) -> Tensor:
+        """Launch the step; its logits stay valid until the next call."""
+        found = self._graphs.get(key)
+        if found is not None:
+            found[0].replay()
+            return found[1]
+        logits = self._run(key)
+        if self._is_recording:
+            self.record(key)
+        return logits
+
+    def record(self, key: GraphKey) -> None:
+        """Record a step that has been launched before, so that everything it compiles or allocates once is there."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            logits = self._run(key)
+        self._pool = self._pool or graph.pool()
+        self._graphs[key] = graph, logits

@@ -1,0 +1,107 @@
+"""Everything a GPU's step reads from the host, as one run of int32: written with numpy, sent with one copy, viewed as tensors.
+
+The device's memory begins with the tokens that the last step drew, because the next step may be launched before the host knows
+them: `sources` says for every row where its token stands, there or among the run's own tokens.
+
+Shape letters: T rows (tokens), Q sequences, W rows that want logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLayout:
+    """Where each section of the run begins, in int32, every one at a multiple of 16 bytes.
+
+    Attributes:
+        rows, sequences, logit_rows: T, Q and W. table_width: blocks of one sequence at most.
+        tokens, sources, positions, kv_slots: [T]. query_start: [Q + 1]. context_lens: [Q]. logits: [W]. tables: [Q, table_width].
+        tiles: the LoRA work, last because it stays on the device while a batch's members do not change.
+        size: Without the tiles.
+    """
+
+    rows: int
+    sequences: int
+    logit_rows: int
+    table_width: int
+    tokens: int
+    sources: int
+    positions: int
+    kv_slots: int
+    query_start: int
+    context_lens: int
+    logits: int
+    tables: int
+    tiles: int
+
+    @classmethod
+    def of(cls, rows: int, sequences: int, logit_rows: int, table_width: int) -> BlockLayout:
+        counts = (rows, rows, rows, rows, sequences + 1, sequences, logit_rows, sequences * table_width)
+        starts = np.cumsum([0, *(_aligned(count) for count in counts)]).tolist()
+        return cls(rows, sequences, logit_rows, table_width, *starts)
+
+
+class StepBlock:
+    """The run on both sides: two pinned copies on the host, taken in turns, and one on the device.
+
+    A host copy is written again two steps later. By then the tokens of the step it served are known, so it has been read.
+
+    Args:
+        drawn: Tokens that one step can draw.
+        capacity: int32 of the largest run.
+        device: Where it goes.
+    """
+
+    def __init__(self, drawn: int, capacity: int, device: torch.device) -> None:
+        self._capacity = capacity
+        self._drawn = _aligned(drawn)
+        is_gpu = device.type == "cuda"
+        self._hosts = [torch.zeros(capacity, dtype=torch.int32, pin_memory=is_gpu) for _ in range(2)]
+        self._memory = torch.zeros(self._drawn + capacity, dtype=torch.int32, device=device)
+        self._device = self._memory[self._drawn :]
+        self._turn = 0
+        self.drawn = self._memory[:drawn]  # the last step's tokens, in the order it drew them
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    def begin(self, needed: int) -> Ints:
+        """The host's copy for the next step.
+
+        Raises:
+            ValueError: The step needs more than the capacity.
+        """
+        if needed > self._capacity:
+            raise ValueError(f"a step needs {needed} int32 of metadata and the engine has room for {self._capacity}")
+        self._turn = 1 - self._turn
+        return self._hosts[self._turn].numpy()
+
+    def send(self, count: int) -> None:
+        """Copy the first `count` int32 to the device, in stream order."""
+        self._device[:count].copy_(self._hosts[self._turn][:count], non_blocking=True)
+
+    def view(self, start: int, count: int) -> Tensor:
+        """A section on the device."""
+        return self._device[start : start + count]
+
+    def source_of_own(self, index: int) -> int:
+        """`sources` value of the run's own int32 at `index`."""
+        return self._drawn + index
+
+    def gather(self, sources: Tensor) -> Tensor:
+        """Token ids [T] int32 of `sources` [T]."""
+        return torch.index_select(self._memory, 0, sources)
+
+
+def _aligned(count: int) -> int:
+    return -(-count // 4) * 4
