@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from llguidance import LLMatcher
+from llguidance import regex_to_lark
 from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 
 from node.errors import GrammarError
@@ -27,8 +27,7 @@ def schema_rule(schema: dict[str, Any], *, is_lenient: bool = False) -> str:
 
 def of_pattern(pattern: str) -> str:
     """Text that a regular expression matches from end to end. `\\d` is 0 to 9; anchors at the ends change nothing."""
-    grammar: str = LLMatcher.grammar_from_regex(pattern)
-    return grammar
+    return f"start: /{regex_to_lark(pattern, 'd')}/"
 
 
 def of_choices(choices: list[str]) -> str:

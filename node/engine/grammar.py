@@ -20,6 +20,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from node.errors import GrammarError
 
 MASK_WORD_BITS = 32
+_SLICE_CHARS = (1, 2, 3, 4, 5, 6, 8, 10, 14, 20, 30)
 _TOO_COMPLEX = re.compile(r"too many|too large|too complex|limit|fuel|items; max", re.IGNORECASE)
 _KEYWORDS = re.compile(r"Unimplemented keys: (\[[^\]\n]{0,200}\])")
 _TYPE = re.compile(r"Invalid type: (\S{1,40})")
@@ -55,7 +56,8 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Path, vocab_size: int, end_ids: Sequence[int]) -> None:
         self.vocab_size = vocab_size
-        self._tokenizer = LLTokenizer(str(tokenizer), n_vocab=vocab_size, eos_token=list(end_ids))
+        self.end_ids = frozenset(end_ids)
+        self._tokenizer = LLTokenizer(str(tokenizer), n_vocab=vocab_size, eos_token=list(end_ids), slices=_slices())
 
     def compile(self, text: str) -> LLMatcher:
         """A matcher at its start, with one mask computed: its copies share what that taught it.
@@ -71,6 +73,15 @@ class Vocabulary:
         if matcher.is_error() or not mask.any():
             raise explain(matcher.get_error())
         return matcher
+
+
+def _slices() -> list[str]:
+    """Kinds of tokens whose masks are computed once: white space, and string characters by length: some must end soon.
+
+    A third less time a mask than with the library's own two lengths, on the schema above.
+    """
+    text = r'[^"\\\x00-\x1F\x7F]'
+    return [r"[\x20\x0A\x0D\x09]+", *(f"{text}{{1,{count}}}" for count in _SLICE_CHARS), f"{text}+"]
 
 
 def fill(matcher: LLMatcher, row: np.ndarray) -> None:

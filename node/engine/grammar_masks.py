@@ -123,6 +123,20 @@ class GrammarMasks:
         """Whether no sequence has a grammar."""
         return not self._constraints
 
+    def constrained(self, sequence_ids: Sequence[str]) -> list[int]:
+        """The rows that have a grammar."""
+        return [index for index, sequence_id in enumerate(sequence_ids) if sequence_id in self._constraints]
+
+    def allows(self, sequence_id: str, token_id: int) -> bool:
+        """Whether a sequence with a grammar may draw a token: a hundredth of a mask's time, for rows that know what they want."""
+        constraint = self._constraints[sequence_id]
+        matcher = constraint.matcher
+        if constraint.failure is not None or matcher.validate_tokens([token_id]) == 1:
+            return True
+        if matcher.is_stopped() and not matcher.is_error():
+            return token_id in self._vocabulary.result().end_ids
+        return False
+
     def fill_mask(self, sequence_ids: Sequence[str], buffer: np.ndarray) -> list[int]:
         """Write the tokens that each row may draw, from the tokens its sequence has taken over so far.
 
@@ -134,7 +148,7 @@ class GrammarMasks:
         Returns:
             The rows that have a grammar; with none of them the buffer is untouched.
         """
-        rows = [index for index, sequence_id in enumerate(sequence_ids) if sequence_id in self._constraints]
+        rows = self.constrained(sequence_ids)
         if not rows:
             return rows
         buffer[: len(sequence_ids)] = _ALL_ALLOWED

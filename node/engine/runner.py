@@ -34,6 +34,10 @@ class SlotTable(Protocol):
 class MaskSource(Protocol):
     """Which tokens each row may draw. `node.engine.grammar_masks.GrammarMasks` is one."""
 
+    def constrained(self, sequence_ids: Sequence[str]) -> list[int]: ...
+
+    def allows(self, sequence_id: str, token_id: int) -> bool: ...
+
     def fill_mask(self, sequence_ids: Sequence[str], buffer: np.ndarray) -> list[int]: ...
 
 
@@ -116,11 +120,39 @@ def _draw(logits: Tensor, rows: list[int], work: list[Work], masks: MaskSource |
         return []
     if len(rows) != logits.shape[0]:
         logits = logits[rows]
-    return draw(logits, [draw_row(item) for item in work], row_mask(masks, work, logits.shape[1]))
+    return draw(logits, [draw_row(item) for item in work], _lazy_mask(masks, work, logits.shape[1]))
+
+
+@dataclass(frozen=True, slots=True)
+class LazyMask:
+    """A `TokenMask` that asks the grammars only what the sampler asks it: the CPU computes logits and masks on the same cores."""
+
+    rows: list[int]
+    sequence_ids: list[str]
+    masks: MaskSource
+    vocab_size: int
+
+    def forbids(self, row: int, token_id: int) -> bool:
+        """Whether a row may not draw a token."""
+        return not self.masks.allows(self.sequence_ids[row], token_id)
+
+    def words_of(self, rows: Sequence[int]) -> np.ndarray:
+        """Masks [n, ceil(V / 32)] int32 of some rows."""
+        buffer = np.empty((len(rows), mask_width(self.vocab_size)), dtype=np.int32)
+        self.masks.fill_mask([self.sequence_ids[row] for row in rows], buffer)
+        return buffer
+
+
+def _lazy_mask(masks: MaskSource | None, work: list[Work], vocab_size: int) -> LazyMask | None:
+    if masks is None:
+        return None
+    sequence_ids = [item.sequence.id for item in work]
+    rows = masks.constrained(sequence_ids)
+    return LazyMask(rows, sequence_ids, masks, vocab_size) if rows else None
 
 
 def row_mask(masks: MaskSource | None, work: list[Work], vocab_size: int) -> RowMask | None:
-    """What works that draw may draw; None where none of them has a grammar."""
+    """What works that draw may draw, for a device whose sampler cannot ask back; None where none of them has a grammar."""
     if masks is None:
         return None
     buffer = np.empty((len(work), mask_width(vocab_size)), dtype=np.int32)

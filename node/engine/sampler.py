@@ -12,6 +12,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,6 +33,17 @@ class DrawRow:
     prompt_count: int
 
 
+class TokenMask(Protocol):
+    """What rows with a grammar may draw, asked as little as possible: a mask takes longer than a question about one token."""
+
+    @property
+    def rows(self) -> list[int]: ...
+
+    def forbids(self, row: int, token_id: int) -> bool: ...
+
+    def words_of(self, rows: Sequence[int]) -> np.ndarray: ...
+
+
 @dataclass(frozen=True, slots=True)
 class RowMask:
     """What rows with a grammar may draw. `words`: [W, ceil(V / 32)] int32, bit i of word w allows token 32 w + i; `rows`: those
@@ -44,8 +56,12 @@ class RowMask:
         """Whether a row with a grammar may not draw a token; the words are on the CPU."""
         return not int(self.words.numpy()[row, token_id // 32]) >> token_id % 32 & 1
 
+    def words_of(self, rows: Sequence[int]) -> np.ndarray:
+        """The words of some rows; they are on the CPU."""
+        return self.words.numpy()[list(rows)]
 
-def draw(logits: Tensor, rows: Sequence[DrawRow], mask: RowMask | None = None) -> list[DrawnToken | None]:
+
+def draw(logits: Tensor, rows: Sequence[DrawRow], mask: TokenMask | None = None) -> list[DrawnToken | None]:
     """Draw one token a row.
 
     Args:
@@ -62,9 +78,9 @@ def draw(logits: Tensor, rows: Sequence[DrawRow], mask: RowMask | None = None) -
     # max propagates NaN, so a row is sound exactly when its largest logit is finite.
     is_sound = best.isfinite().tolist()
     chosen = token_ids.tolist()
-    masked = set(mask.rows) if mask is not None else set()
     # The best token of all is often allowed, and then it is the best of those allowed.
-    stopped = {index for index in masked if mask is not None and mask.forbids(index, chosen[index])}
+    rivals = [] if mask is None else [index for index in mask.rows if is_plain(rows[index].sampling)]
+    stopped = {index for index in rivals if mask is not None and mask.forbids(index, chosen[index])}
     special = [index for index, row in enumerate(rows) if (index in stopped or not is_plain(row.sampling)) and is_sound[index]]
     if special:
         drawn = _draw_special(logits, [rows[i] for i in special], special, mask)
@@ -94,7 +110,7 @@ def is_shifted(sampling: Sampling) -> bool:
     )
 
 
-def _draw_special(logits: Tensor, rows: list[DrawRow], indexes: list[int], mask: RowMask | None) -> list[int]:
+def _draw_special(logits: Tensor, rows: list[DrawRow], indexes: list[int], mask: TokenMask | None) -> list[int]:
     """Draw for rows that are not plain. logits: [W, V]; rows and indexes: n."""
     x = logits[indexes]  # a copy: the caller's logits stay unmodified
     for index, row in enumerate(rows):
@@ -102,10 +118,10 @@ def _draw_special(logits: Tensor, rows: list[DrawRow], indexes: list[int], mask:
             _shift(x[index], row)
     if mask is not None:
         # After penalties and bias, which could lift a forbidden token again; before the filters, which keep the best of the rest.
-        masked, words = set(mask.rows), mask.words.numpy()
-        for place, index in enumerate(indexes):
-            if index in masked:
-                filters.forbid(x[place], words[index])
+        constrained = set(mask.rows)
+        places = [place for place, index in enumerate(indexes) if index in constrained]
+        for place, words in zip(places, mask.words_of([indexes[place] for place in places]), strict=True):
+            filters.forbid(x[place], words)
     chosen = x.argmax(dim=1).tolist()
     random = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
     if random:
