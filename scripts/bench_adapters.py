@@ -1,0 +1,325 @@
+#!/usr/bin/env python3
+"""Measure adapter memory: churn (W2), cold adapters (W3), loads beside running requests, a large pool.
+
+    scripts/bench_adapters.py --rows churn cold beside zipf --out figures.jsonl
+
+Every adapter is a file of its own with its own random bytes, written to --files once and read through the page cache. The engine
+runs in this process; times are taken at its door: from `add` to the event that carries a token.
+
+churn   256 adapters through 32 slots, one request each (prompt 128, 64 new tokens), all submitted together. First pass: files in
+        the page cache. Later passes: adapters in host memory.
+cold    Time to first token (prompt 16) on an idle engine of an adapter never seen, of one in host memory, of a resident one.
+beside  Inter-token latency of 63 running requests beside which a short request comes every 6 steps, in turns for a resident
+        adapter and for one that has to be loaded from its files.
+zipf    Requests whose adapters are drawn by Zipf's law (s = 1) from 1,000, against the same from 64.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from node.adapters.binding import LinearTable
+from node.adapters.file_plan import FilePlans
+from node.adapters.page_reader import PageReader
+from node.engine.engine import Engine
+from node.engine.messages import Submit
+from node.kernels.build import library_path
+from node.kernels.layout import PageLayout
+from node.request import AdapterTerm, LinearShape, Sampling
+
+MAX_BYTES = 1 << 30
+IDLE_S = 0.001
+
+
+# ---- files
+
+
+def write_adapter(directory: Path, linears: Sequence[LinearShape], rank: int, seed: int) -> None:
+    """A PEFT adapter of all linear modules: bfloat16, magnitudes between 2^-7 and 2^-5, signs and mantissas random."""
+    header: dict[str, Any] = {}
+    size = 0
+    for shape in linears:
+        for layer in range(shape.layer_count):
+            for side, sizes in (("A", (rank, shape.in_features)), ("B", (shape.out_features, rank))):
+                name = f"base_model.model.{shape.name.replace('{layer}', str(layer))}.lora_{side}.weight"
+                end = size + 2 * sizes[0] * sizes[1]
+                header[name] = {"dtype": "BF16", "shape": sizes, "data_offsets": [size, end]}
+                size = end
+    raw = json.dumps(header).encode()
+    bits = np.random.Generator(np.random.SFC64(seed)).integers(0, 1 << 16, size // 2, dtype=np.uint16)
+    np.bitwise_and(bits, 0x80FF, out=bits)
+    np.bitwise_or(bits, 0x3C00, out=bits)
+    directory.mkdir(parents=True)
+    with (directory / "adapter_model.safetensors").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.write(bits.data)
+    targets = sorted({shape.name.rpartition(".")[2] for shape in linears})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "target_modules": targets}
+    (directory / "adapter_config.json").write_text(json.dumps({**config, "bias": "none"}))
+
+
+class AdapterFiles:
+    """Adapters with distinct bytes below a directory, made once and named by their content hashes.
+
+    Args:
+        linears: Modules to adapt. layout: the engine's pages, through which the hashes are computed.
+    """
+
+    def __init__(self, root: Path, linears: Sequence[LinearShape], layout: PageLayout, rank: int, count: int) -> None:
+        self._root, self._linears, self._rank = root, linears, rank
+        library = library_path()
+        if library is None:
+            raise SystemExit("the C++ kernels are not built; run python -m node.kernels.build")
+        self._layout = layout
+        self._plans = FilePlans(layout, LinearTable(linears), max_rank=256, max_bytes=MAX_BYTES)
+        self._reader = PageReader(library, layout, thread_count=1, max_bytes=MAX_BYTES)
+        self._scratch = threading.local()
+        started = time.perf_counter()
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            self.terms = list(threads.map(self._make, range(count)))
+        if len({term.adapter_id for term in self.terms}) != count:
+            raise SystemExit("two adapters have the same bytes")
+        self.seconds = time.perf_counter() - started
+
+    def _make(self, seed: int) -> AdapterTerm:
+        directory = self._root / f"adapter-{seed}"
+        write_adapter(directory, self._linears, self._rank, seed)
+        if not hasattr(self._scratch, "pages"):
+            count = self._layout.pages_for_rank(self._rank)
+            self._scratch.pages = [np.zeros(self._layout.page_elements, np.uint16) for _ in range(count)]
+        plan = self._plans.read(directory)
+        return AdapterTerm(plan.adapter_id(self._reader.read(directory, plan, self._scratch.pages)), str(directory), 1.0)
+
+
+# ---- runs
+
+
+class Bell:
+    """What the loader rings; the stand-in for the wait of the engine's loop."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def ring(self) -> None:
+        self._event.set()
+
+    def wait(self) -> None:
+        """As `EngineLoop` sleeps when a step computed nothing."""
+        self._event.wait(IDLE_S)
+        self._event.clear()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked, in tokens."""
+
+    terms: tuple[AdapterTerm, ...]
+    prompt: int
+    new: int
+
+
+@dataclass
+class Trace:
+    """When each request's tokens came, seconds since submission."""
+
+    token_s: dict[str, list[float]]
+
+    @property
+    def first_s(self) -> list[float]:
+        return [moments[0] for moments in self.token_s.values()]
+
+    @property
+    def total_s(self) -> float:
+        return max(moments[-1] for moments in self.token_s.values())
+
+    @property
+    def token_count(self) -> int:
+        return sum(map(len, self.token_s.values()))
+
+
+class Bench:
+    """Runs requests on an engine of this process."""
+
+    def __init__(self, engine: Engine, bell: Bell, seed: int = 0) -> None:
+        self.engine = engine
+        self._bell = bell
+        self._random = np.random.default_rng(seed)
+        self._count = 0
+
+    def submit(self, request: Request) -> str:
+        self._count += 1
+        name = f"r{self._count}"
+        prompt = self._random.integers(10, self.engine.ready.vocab_size - 10, request.prompt)
+        sampling = Sampling(max_new_tokens=request.new)
+        submit = Submit(
+            sequence_id=name, tenant="bench", prompt_ids=tuple(prompt.tolist()), terms=request.terms, sampling=sampling
+        )
+        for event in self.engine.add(submit):
+            raise SystemExit(f"the engine refused: {event.error_code}: {event.error_message}")
+        return name
+
+    def step(self, trace: Trace, started: float) -> bool:
+        """One turn of the loop; returns whether anything was computed."""
+        events, has_computed = self.engine.step()
+        now = time.perf_counter() - started
+        for event in events:
+            if event.finish_reason == "error":
+                raise SystemExit(f"the engine failed: {event.error_code}: {event.error_message}")
+            trace.token_s.setdefault(event.sequence_id, []).extend([now] * len(event.tokens))
+        if not has_computed:
+            self._bell.wait()
+        return has_computed
+
+    def run(self, requests: Sequence[Request]) -> Trace:
+        """All requests together, until the last token."""
+        trace = Trace({})
+        started = time.perf_counter()
+        for request in requests:
+            self.submit(request)
+        while self.engine.has_work:
+            self.step(trace, started)
+        return trace
+
+
+# ---- rows
+
+
+def churn(bench: Bench, terms: Sequence[AdapterTerm], passes: int = 3) -> dict[str, Any]:
+    requests = [Request((term,), 128, 64) for term in terms]
+    figures = []
+    for _ in range(passes):
+        before = bench.engine.stats()
+        trace = bench.run(requests)
+        after = bench.engine.stats()
+        figures.append(
+            {
+                "out_tok_s": trace.token_count / trace.total_s,
+                "total_s": trace.total_s,
+                "file_loads": after.adapter_file_loads_total - before.adapter_file_loads_total,
+                "loads": after.adapter_loads_total - before.adapter_loads_total,
+                "steps": after.steps_total - before.steps_total,
+                "sent_gb": (after.adapter_sent_bytes_total - before.adapter_sent_bytes_total) / 1e9,
+                "load_s": after.adapter_load_seconds_total - before.adapter_load_seconds_total,
+            }
+        )
+    later = [figure["out_tok_s"] for figure in figures[1:]]
+    return {"first_tok_s": figures[0]["out_tok_s"], "later_tok_s": max(later), "passes": figures}
+
+
+def cold(bench: Bench, fresh: Sequence[AdapterTerm], fillers: Sequence[AdapterTerm]) -> dict[str, Any]:
+    """`fresh`: adapters never seen. `fillers`: enough others to push them out of the slots, but not out of host memory."""
+
+    def first_ms(term: AdapterTerm) -> float:
+        return bench.run([Request((term,), 16, 2)]).first_s[0] * 1e3
+
+    cold_ms = [first_ms(term) for term in fresh]
+    resident_ms = [first_ms(fresh[-1]) for _ in range(len(fresh))]
+    bench.run([Request((term,), 16, 2) for term in fillers])
+    resident = set(bench.engine.stats().resident_adapters)
+    staged = [term for term in fresh if term.adapter_id not in resident]
+    before = bench.engine.stats().adapter_file_loads_total
+    host_ms = [first_ms(term) for term in staged]
+    return {
+        "cold_ms": cold_ms,
+        "cold_median_ms": statistics.median(cold_ms),
+        "resident_median_ms": statistics.median(resident_ms),
+        "host_median_ms": statistics.median(host_ms) if host_ms else None,
+        "host_ms": host_ms,
+        "host_read_files": bench.engine.stats().adapter_file_loads_total - before,
+        "first_ever_ms": cold_ms[0],
+    }
+
+
+def beside(
+    bench: Bench, residents: Sequence[AdapterTerm], loads: Sequence[AdapterTerm], pairs: int, count: int = 63
+) -> dict[str, Any]:
+    """Turns of running requests beside short ones, for resident adapters and for adapters never seen."""
+    pending = itertools.cycle(loads)
+    turns: dict[str, list[list[float]]] = {"resident": [], "loading": []}
+    load_count = 0
+    for index in range(pairs):
+        for kind in ("resident", "loading") if index % 2 == 0 else ("loading", "resident"):
+            shorts = iter(lambda: residents[0], None) if kind == "resident" else pending
+            before = bench.engine.stats().adapter_file_loads_total
+            turns[kind].append(_gaps_ms(bench, [residents[i % len(residents)] for i in range(count)], shorts))
+            load_count += bench.engine.stats().adapter_file_loads_total - before
+    ratios = [
+        float(np.percentile(loading, 99) / np.percentile(quiet, 99))
+        for quiet, loading in zip(turns["resident"], turns["loading"], strict=True)
+    ]
+    figures: dict[str, Any] = {"pairs": pairs, "file_loads": load_count, "p99_ratio": statistics.median(ratios)}
+    figures["p99_ratio_interval"] = interval(ratios)
+    for kind, gaps in turns.items():
+        joined = np.concatenate(gaps)
+        figures |= {f"{kind}_p50_ms": float(np.median(joined)), f"{kind}_p99_ms": float(np.percentile(joined, 99))}
+    return figures
+
+
+def _gaps_ms(
+    bench: Bench, terms: Sequence[AdapterTerm], shorts: Iterator[AdapterTerm], new: int = 160, every: int = 6, skipped: int = 8
+) -> list[float]:
+    """Inter-token times of one request for each term, while a request of one token for the next short comes every few steps."""
+    trace = Trace({})
+    started = time.perf_counter()
+    names = [bench.submit(Request((term,), 64, new)) for term in terms]
+    steps = 0
+    while any(len(trace.token_s.get(name, ())) < new for name in names):
+        if all(len(trace.token_s.get(name, ())) >= skipped for name in names):
+            steps += 1
+            if steps % every == 0:
+                bench.submit(Request((next(shorts),), 16, 1))
+        bench.step(trace, started)
+    while bench.engine.has_work:
+        bench.step(trace, started)
+    return [float(gap) * 1e3 for name in names for gap in np.diff(trace.token_s[name][skipped:])]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Order statistics that cover the median with at least 95 %; all of them where there are fewer than six."""
+    ordered, count = sorted(values), len(values)
+    tail = 0.0
+    for cut in range(count // 2):
+        tail += math.comb(count, cut) / 2**count  # that the median lies below the cut-th value
+        if tail > 0.025:
+            return ordered[max(cut - 1, 0)], ordered[count - 1 - max(cut - 1, 0)]
+    return ordered[0], ordered[-1]
+
+
+def zipf(bench: Bench, terms: Sequence[AdapterTerm], request_count: int, seed: int = 1) -> dict[str, Any]:
+    weights = 1 / np.arange(1, len(terms) + 1)
+    drawn = np.random.default_rng(seed).choice(len(terms), request_count, p=weights / weights.sum())
+    requests = [Request((terms[index],), 128, 64) for index in drawn]
+    before = bench.engine.stats()
+    trace = bench.run(requests)
+    after = bench.engine.stats()
+    return {
+        "adapters": len(terms),
+        "distinct": len(set(drawn.tolist())),
+        "out_tok_s": trace.token_count / trace.total_s,
+        "loads": after.adapter_loads_total - before.adapter_loads_total,
+        "file_loads": after.adapter_file_loads_total - before.adapter_file_loads_total,
+        "host_evictions": after.adapter_host_evictions_total - before.adapter_host_evictions_total,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    found: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version(), "cores": os.cpu_count()}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
