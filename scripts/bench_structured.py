@@ -3,11 +3,12 @@
 
     .venv/bin/python scripts/bench_structured.py --batch 8 16 --pairs 9 --out figures.jsonl
 
-Work: a batch of sequences of one prompt, 64 random tokens and 64 new ones, greedy, end-of-sequence off, no prefix cache. One side is
+Work: a batch of sequences of one prompt, 64 random tokens and 64 new ones, end-of-sequence off, no prefix cache. One side is
 free; every row of the other follows a JSON schema of ten fields whose list is too long to end before the last token. A step's
-time is the median over the steps in which every row decodes; a pair runs both sides, and the other way round in the next pair. The
-figure is the median of the pairs' ratios, with the range of order statistics that covers it with >= 95 %. `mask_ms` is the part of
-a step that fills the masks, `compile_ms` the first compilation of the schema, `distinct` gives every row a schema of its own.
+time is the median over the steps in which every row decodes; a pair runs both sides, and the other way round in the next pair.
+The figure is the median of the pairs' ratios, with the range of order statistics that covers it with >= 95 %. `mask_ms` is the
+part of a step that fills masks, where any are filled, `compile_ms` the first compilation of the schema. Row structured is greedy
+with one schema for all, -distinct has a schema for every sequence, -sampled has temperature 1.
 """
 
 from __future__ import annotations
@@ -79,12 +80,12 @@ class MaskClock:
         return rows
 
 
-def run(engine: Engine, batch: int, texts: list[str | None], new_tokens: int, run_id: str) -> list[float]:
+def run(engine: Engine, batch: int, texts: list[str | None], new_tokens: int, temperature: float, run_id: str) -> list[float]:
     """Decode one batch; returns the seconds of every step in which all rows decoded."""
     generator = torch.Generator().manual_seed(7)
     prompt = tuple(torch.randint(10, engine.ready.vocab_size - 10, (64,), generator=generator).tolist())
     for index in range(batch):
-        sampling = Sampling(max_new_tokens=new_tokens)
+        sampling = Sampling(max_new_tokens=new_tokens, temperature=temperature, seed=index)
         submit = Submit(
             sequence_id=f"{run_id}-{index}",
             tenant="bench",
@@ -116,28 +117,36 @@ def interval(ratios: list[float]) -> tuple[float, float]:
     return ratios[max(0, below - 1)], ratios[count - max(1, below)]
 
 
-def measure(args: argparse.Namespace, engine: Engine, clock: MaskClock, batch: int, is_distinct: bool) -> dict[str, Any]:
+ROWS = {
+    "structured": (False, 0.0),
+    "structured-distinct": (True, 0.0),
+    "structured-sampled": (False, 1.0),
+}  # row: whether every sequence has a schema of its own, temperature
+
+
+def measure(args: argparse.Namespace, engine: Engine, clock: MaskClock, batch: int, row: str) -> dict[str, Any]:
+    is_distinct, temperature = ROWS[row]
     texts: list[str | None] = [grammar(index if is_distinct else 0) for index in range(batch)]
     sides = {"plain": [None] * batch, "schema": texts}
     medians: dict[str, list[float]] = {name: [] for name in sides}
     for name in sides:
-        run(engine, batch, sides[name], args.new_tokens, f"warm-{batch}-{is_distinct}-{name}")
+        run(engine, batch, sides[name], args.new_tokens, temperature, f"warm-{batch}-{row}-{name}")
     clock.seconds.clear()
     for pair in range(args.pairs):
         for name in list(sides)[:: 1 if pair % 2 == 0 else -1]:
-            times = run(engine, batch, sides[name], args.new_tokens, f"{batch}-{is_distinct}-{pair}-{name}")
+            times = run(engine, batch, sides[name], args.new_tokens, temperature, f"{batch}-{row}-{pair}-{name}")
             medians[name].append(statistics.median(times) * 1000)
     ratios = [ours / plain for ours, plain in zip(medians["schema"], medians["plain"], strict=True)]
     low, high = interval(ratios)
     return {
-        "row": "structured-distinct" if is_distinct else "structured",
+        "row": row,
         "batch": batch,
         "pairs": args.pairs,
         "plain_step_ms": round(statistics.median(medians["plain"]), 3),
         "schema_step_ms": round(statistics.median(medians["schema"]), 3),
         "ratio": round(statistics.median(ratios), 4),
         "ratio_95": [round(low, 4), round(high, 4)],
-        "mask_ms": round(statistics.median(clock.seconds) * 1000, 3),
+        "mask_ms": round(statistics.median(clock.seconds) * 1000, 3) if clock.seconds else 0.0,
         "dtype": args.dtype,
         "kernels": engine.ready.kernels,
         "threads": args.threads or os.cpu_count(),
@@ -156,6 +165,7 @@ def compile_ms(engine: Engine) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=0)
@@ -166,12 +176,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as state_dir:
         settings = EngineSettings(threads=args.threads, prefix_cache=False)
         engine = open_engine(ModelSettings(path=args.model, dtype=args.dtype), settings, AdapterSettings(), Path(state_dir))
-        clock = MaskClock(engine._grammars)  # noqa: SLF001
+        clock = MaskClock(engine._grammars)
         first_ms = round(compile_ms(engine), 2)
         try:
             for batch in args.batch:
-                for is_distinct in (False, True):
-                    line = json.dumps({**measure(args, engine, clock, batch, is_distinct), "compile_ms": first_ms})
+                for row in args.rows:
+                    line = json.dumps({**measure(args, engine, clock, batch, row), "compile_ms": first_ms})
                     print(line, flush=True)
                     if args.out:
                         with args.out.open("a", encoding="utf-8") as file:
