@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from attribution.record import SIGN_METHODS
 from node.adapters.locations import SOURCES
 from node.api.generation import Limits
+from node.api.merge_fields import MAX_WEIGHT, STRATEGIES
 from node.api.openapi.shapes import Schema, boolean, integer, items, number, optional, optionals, record, reference, text
 
 _MAX_TOKENS = (1 << 31) - 1
@@ -30,10 +32,12 @@ def request_schemas(limits: Limits) -> dict[str, Schema]:
             "One adapter of a request.",
             {
                 "model": text("Its name, location or content hash.", min_chars=1, max_chars=_NAME_CHARS),
-                "weight": optional(number("Multiplies its own scale; default 1.", -100, 100)),
+                "adapter_id": text("The same as `model`; one of the two.", min_chars=1, max_chars=_NAME_CHARS),
+                "weight": optional(_weight()),
             },
-            required=("model",),
-        ),
+            is_open=False,
+        )
+        | {"oneOf": [{"required": ["model"]}, {"required": ["adapter_id"]}]},
     }
 
 
@@ -114,6 +118,7 @@ def _chat(limits: Limits) -> Schema:
             **_sampling(limits),
             **_streaming(),
             **optionals(_source_fields()),
+            **_adapters(limits),
         },
         required=("model", "messages"),
     )
@@ -143,9 +148,39 @@ def _completion(limits: Limits) -> Schema:
             **_sampling(limits),
             **_streaming(),
             **optionals(_source_fields()),
+            **_adapters(limits),
         },
         required=("model", "prompt"),
     )
+
+
+def _weight() -> Schema:
+    return {
+        "description": "Multiplies the adapter's own scale; text keeps every digit.",
+        "anyOf": [
+            {"type": "number", "minimum": -MAX_WEIGHT, "maximum": MAX_WEIGHT},
+            {"type": "string", "pattern": r"^-?[0-9]{1,2}(\.[0-9]{1,18})?$"},
+        ],
+    }
+
+
+def _merge_options() -> dict[str, Schema]:
+    return optionals(
+        {
+            "merge_strategy": text(
+                "How several adapters are combined. linear (the default) is the exact sum of their changes; the others make one "
+                "adapter of them as PEFT's add_weighted_adapter does: linear_factors is what PEFT calls linear.",
+                choices=STRATEGIES,
+            ),
+            "density": number("Share of values that ties, dare_linear and dare_ties keep; those need it, above 0.", 0, 1),
+            "majority_sign_method": text("Of ties and dare_ties; default total.", choices=SIGN_METHODS),
+        }
+    )
+
+
+def _adapters(limits: Limits) -> dict[str, Schema]:
+    listed = items("Adapters of the base model, instead of one in `model`.", reference("AdapterTerm"), min_items=1)
+    return {"adapters": optional(listed | {"maxItems": limits.max_terms}), **_merge_options()}
 
 
 def _merge(limits: Limits) -> Schema:
@@ -154,12 +189,8 @@ def _merge(limits: Limits) -> Schema:
         "Several adapters in one answer, LoRAX's spelling.",
         {
             "ids": items("Names; none twice.", name, min_items=1, max_items=limits.max_terms) | {"uniqueItems": True},
-            "weights": optional(items("One for each; left out: 1 each.", {"type": "number", "minimum": -100, "maximum": 100})),
-            "merge_strategy": optional(
-                text("How they are combined; default linear.", choices=("linear", "ties", "dare_linear", "dare_ties"))
-            ),
-            "density": optional(number("Share of values that ties and dare keep.", 0, 1)),
-            "majority_sign_method": optional(text("Of ties; default total.", choices=("total", "frequency"))),
+            "weights": optional(items("One for each; left out: 1 each.", _weight())),
+            **_merge_options(),
         },
         required=("ids",),
     )
