@@ -1,0 +1,267 @@
+"""W1: decode speed by batch size and number of adapters, in one process, on random weights of a known shape.
+
+Every row: B requests submitted together, each a random prompt of 256 tokens and exactly 128 new ones, greedy, end-of-sequence
+off, no prefix cache; D adapters with distinct bytes, all resident. `prefill_s`: the same requests with one new token each.
+step_ms = (total - prefill) / 127, the best of --repeat runs after a warm-up. floor_ms: the fewest bytes a step must read
+(weights but the embedding, B x 320 tokens of keys and values, every adapter that the batch names) over the GPU's read bandwidth.
+graph_ms: the last decode step's graph alone, replayed without a host in between.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_adapters import AdapterFiles, Bell, Bench, Request
+from random_model import random_source
+
+from node.config import AdapterSettings, EngineSettings, ModelSettings
+from node.engine.engine import Engine, open_engine
+from node.engine.graphs import Adapted
+from node.kernels.layout import PageLayout
+from node.models.spec import ModelSpec
+from node.request import AdapterTerm
+
+READ_BYTES_S = 3.11e12  # an H100's read-only stream, measured
+ZIPF_EXPONENT = 1.5
+RANKS = {"8": (8,), "16": (16,), "64": (64,), "mixed": (8, 16, 64)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table. `draw`: how requests choose among the D adapters; `rank`: a key of `RANKS`."""
+
+    batch: int
+    adapters: int
+    draw: str = "round robin"
+    rank: str = "16"
+
+
+def table(name: str) -> list[Row]:
+    """The rows of a named table, the most telling ones first."""
+    anchors = [(64, 0), (64, 64), (64, 1), (64, 8), (256, 64), (256, 0), (1, 0), (1, 1), (128, 64), (16, 8), (16, 1), (16, 0)]
+    anchors += [(128, 0), (128, 1), (128, 8), (256, 1), (256, 8)]
+    tables = {
+        "anchors": [Row(batch, adapters) for batch, adapters in anchors],
+        "musts": [Row(batch, adapters) for batch, adapters in anchors[:8]],
+        "draws": [Row(64, 64, draw) for draw in ("distinct", "uniform", "zipf", "identical")],
+        "ranks": [Row(64, 64, "round robin", rank) for rank in RANKS],
+    }
+    return tables[name]
+
+
+class Pools:
+    """Adapter files by rank, written once."""
+
+    def __init__(self, root: Path, engine: Engine, spec: ModelSpec, page_rank: int) -> None:
+        self._root = root
+        self._linears = [shape for shape in engine.ready.linears if "lm_head" not in shape.name]
+        self._layout = PageLayout(spec.linears, page_rank)
+        self._made: dict[int, list[AdapterTerm]] = {}
+
+    def terms(self, rank: str, count: int) -> list[tuple[AdapterTerm, int]]:
+        """`count` adapters and their ranks; of mixed ranks in turn."""
+        ranks = RANKS[rank]
+        per_rank = -(-count // len(ranks)) if count else 0
+        pools = [self._of_rank(number, per_rank) for number in ranks]
+        return [(pools[i % len(ranks)][i // len(ranks)], ranks[i % len(ranks)]) for i in range(count)]
+
+    def _of_rank(self, rank: int, count: int) -> list[AdapterTerm]:
+        made = self._made.get(rank, [])
+        if len(made) < count:
+            root = self._root / f"rank-{rank}-{count}"
+            made = self._made[rank] = AdapterFiles(root, self._linears, self._layout, rank, count).terms
+        return made
+
+
+def choose(row: Row, terms: Sequence[tuple[AdapterTerm, int]], seed: int) -> list[tuple[AdapterTerm, int] | None]:
+    """The adapter of every request."""
+    count = len(terms)
+    if not count:
+        return [None] * row.batch
+    random = np.random.default_rng(seed)
+    if row.draw == "identical":
+        places = [0] * row.batch
+    elif row.draw == "uniform":
+        places = random.integers(0, count, row.batch).tolist()
+    elif row.draw == "zipf":
+        weights = np.arange(1, count + 1) ** -ZIPF_EXPONENT
+        places = random.choice(count, row.batch, p=weights / weights.sum()).tolist()
+    else:  # round robin, distinct
+        places = [index % count for index in range(row.batch)]
+    return [terms[place] for place in places]
+
+
+def floor_ms(spec: ModelSpec, row: Row, chosen: Sequence[tuple[AdapterTerm, int] | None], tokens: int) -> float:
+    """The bytes that a decode step must read, over the read bandwidth. bfloat16."""
+    linears = sum(inputs * outputs for _, inputs, outputs in spec.linears)
+    layered = [(inputs, outputs) for name, inputs, outputs in spec.linears if name != "lm_head"]
+    per_rank = sum(inputs + outputs for inputs, outputs in layered)
+    ranks = {found[0].adapter_id: found[1] for found in chosen if found is not None}
+    kv = row.batch * tokens * 2 * spec.layer_count * spec.kv_size
+    return 2e3 * (linears + kv + per_rank * sum(ranks.values())) / READ_BYTES_S
+
+
+def measure(bench: Bench, row: Row, chosen: Sequence[tuple[AdapterTerm, int] | None], args: argparse.Namespace) -> dict[str, Any]:
+    """Best of `repeat` runs after a warm-up, which also makes the adapters resident."""
+    terms = [() if found is None else (found[0],) for found in chosen]
+    short = [Request(item, args.prompt_tokens, 1) for item in terms]
+    whole = [Request(item, args.prompt_tokens, args.new_tokens) for item in terms]
+    bench.run([Request(item, args.prompt_tokens, min(8, args.new_tokens)) for item in terms])
+    prefill_s = min(bench.run(short).total_s for _ in range(args.repeat))
+    before = bench.engine.stats()
+    total_s = min(bench.run(whole).total_s for _ in range(args.repeat))
+    after = bench.engine.stats()
+    return {
+        "step_ms": 1e3 * (total_s - prefill_s) / (args.new_tokens - 1),
+        "prefill_s": prefill_s,
+        "total_s": total_s,
+        "out_tok_s": row.batch * args.new_tokens / total_s,
+        "steps": (after.steps_total - before.steps_total) // args.repeat,
+        "adapter_loads": after.adapter_loads_total - before.adapter_loads_total,
+    }
+
+
+def graph_ms(engine: Engine, row: Row, replays: int = 30) -> float | None:
+    """Time of the row's decode graph with what its last step left in its static memory; None where none was recorded."""
+    graphs = getattr(engine._runner, "_graphs", None)
+    if graphs is None:
+        return None
+    key = (graphs.bucket(row.batch), Adapted.LAYERS if row.adapters else Adapted.NOTHING)
+    if key not in graphs._graphs:
+        return None
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(replays):
+        graphs.step(key)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / replays
+
+
+def gpu_facts() -> dict[str, Any]:
+    """Name, driver and clocks of the GPU."""
+    if not torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
+        return {}
+    query = "name,driver_version,clocks.sm,clocks.mem,power.draw"
+    done = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True)
+    return dict(zip(query.split(","), [part.strip() for part in done.stdout.splitlines()[0].split(",")], strict=False))
+
+
+def facts(engine: Engine, args: argparse.Namespace, start_s: float) -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    return {
+        "row": "machine",
+        "workload": "W1",
+        "model": engine.ready.model_id,
+        "dtype": engine.ready.dtype,
+        "kernels": engine.ready.kernels,
+        "engine_start_s": round(start_s, 3),
+        "max_batch_tokens": args.max_batch_tokens,
+        "kv_blocks": engine.ready.kv_block_count,
+        "adapter_slots": engine.stats().adapter_slots,
+        "deterministic": args.deterministic,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "commit": os.environ.get("COMMIT") or commit.stdout.strip(),
+        **gpu_facts(),
+    }
+
+
+def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Open an engine and measure the rows until --budget-s is spent."""
+    started = time.perf_counter()
+    bell = Bell()
+    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    source = random_source(args.shape, device, args.max_model_len, args.layers)
+    # The pool decides what fits: every adapter of the largest row must be resident while it runs.
+    with tempfile.TemporaryDirectory(prefix="bench", dir=args.files) as directory:
+        engine = open_engine(
+            ModelSettings(path="random", device=args.device, dtype=args.dtype),
+            EngineSettings(
+                prefix_cache=False,
+                max_sequences=args.max_sequences,
+                max_batch_tokens=args.max_batch_tokens,
+                kernels=args.kernels,
+                deterministic=args.deterministic,
+            ),
+            AdapterSettings(memory_bytes=args.adapter_bytes, host_memory_bytes=args.host_bytes),
+            Path(directory),
+            wake=bell.ring,
+            source=source,
+        )
+        start_s = time.perf_counter() - started
+        yield facts(engine, args, start_s)
+        pools = Pools(Path(directory), engine, source.spec, 16 if device.type == "cuda" else 8)
+        bench = Bench(engine, bell)
+        gc.collect()
+        gc.freeze()
+        try:
+            for row in table(args.table):
+                if time.perf_counter() - started > args.budget_s:
+                    return
+                yield _guarded(bench, row, pools, source.spec, args)
+        finally:
+            engine.close()
+
+
+def _guarded(bench: Bench, row: Row, pools: Pools, spec: ModelSpec, args: argparse.Namespace) -> dict[str, Any]:
+    chosen = choose(row, pools.terms(row.rank, row.adapters), seed=row.batch)
+    distinct = len({found[0].adapter_id for found in chosen if found is not None})
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    found = measure(bench, row, chosen, args)
+    floor = floor_ms(spec, row, chosen, args.prompt_tokens + args.new_tokens // 2)
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    values = {**asdict(row), "distinct_adapters": distinct, **found, "floor_ms": floor, "graph_ms": graph_ms(bench.engine, row)}
+    values["step_over_floor"] = found["step_ms"] / floor
+    return {"row": "W1", **{k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}, "peak_bytes": peak}
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", choices=("anchors", "musts", "draws", "ranks"), default="anchors")
+    parser.add_argument("--shape", default="llama-3.1-8b")
+    parser.add_argument("--layers", type=int, help="another number of layers")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--kernels", choices=("auto", "cpp", "reference"), default="auto")
+    parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--max-sequences", type=int, default=256)
+    parser.add_argument("--max-batch-tokens", type=int, default=8192)
+    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--adapter-bytes", type=int, default=8 << 30)
+    parser.add_argument("--host-bytes", type=int, default=2 << 30)
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--budget-s", type=float, default=600.0, help="begin no row after this")
+    parser.add_argument("--files", default="/dev/shm" if Path("/dev/shm").is_dir() else None, help="where adapter files go")  # noqa: S108
+    parser.add_argument("--out", type=Path, help="append the rows as JSON lines")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse(argv)
+    for row in rows(args):
+        line = json.dumps(row)
+        print(line, flush=True)
+        if args.out is not None:
+            with args.out.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+    return 0
