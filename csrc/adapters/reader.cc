@@ -1,7 +1,8 @@
-// Work is cut into leaves of the tree hash (1 MiB, most tensors are one leaf); threads claim them in file order. A thread owns two
-// buffers of 1 and 2 MiB: a leaf is read from the page cache into the first, hashed and, converted in the second where the dtypes
-// differ, written to the pages, all while it lies in the thread's second-level cache.
-// Bytes: file once, pages once. Bound: SHA-256, about 2 GB/s a thread; 84 MB on 12 threads predicted at 4 ms.
+// Work is cut into leaves of the tree hash (1 MiB; most tensors are one leaf). A thread claims 16 leaves of one size and goes through
+// them side by side in pieces of 16 KiB: each piece is read from the page cache into the thread's buffers, converted where the dtypes
+// differ and written to the pages; then 16 pieces are hashed together, while all of it lies in the second-level cache (272 KiB a thread,
+// 800 KiB with conversion).
+// Bytes: file once, pages once. Bound: SHA-256, 1.1 GB/s a thread one by one, about 3.5 GB/s 16 side by side (Xeon, 3 GHz).
 #include "adapters/reader.h"
 
 #include <errno.h>
@@ -12,6 +13,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -26,9 +28,17 @@ constexpr int64_t kLeafBytes = int64_t{1} << 20;
 constexpr int kShortFile = -1;
 constexpr int kDoesNotFit = -2;
 constexpr int kMaxThreads = 64;
+constexpr int64_t kPieceBytes = 16 << 10;
+constexpr int64_t kMarginBytes = 64;  // before a piece: the byte of the message that the last piece left over, at the very end
 
 struct Leaf {
   int64_t tensor, begin_bytes, size_bytes;
+};
+
+// What one thread reads into.
+struct Buffers {
+  alignas(64) uint8_t pieces[kLanes][kMarginBytes + kPieceBytes];
+  alignas(64) uint8_t converted[2 * kPieceBytes];
 };
 
 int64_t tensor_bytes(const OpenloraTensor& t) { return t.rows * t.columns * item_bytes(static_cast<Dtype>(t.dtype)); }
@@ -71,12 +81,19 @@ class Reading {
       const int64_t size = tensor_bytes(tensors[i]);
       for (int64_t at = 0; at < size; at += kLeafBytes) leaves_.push_back({i, at, std::min(kLeafBytes, size - at)});
     }
-    first_leaf_.push_back(static_cast<int64_t>(leaves_.size()));
+    first_leaf_.push_back(leaf_count());
     digests_.resize(leaves_.size() * kDigestBytes);
+    order_.resize(leaves_.size());
+    std::iota(order_.begin(), order_.end(), int64_t{0});
+    std::stable_sort(order_.begin(), order_.end(),
+                     [this](int64_t a, int64_t b) { return leaves_[a].size_bytes > leaves_[b].size_bytes; });
   }
 
   int run(int thread_count) {
-    const int helpers = static_cast<int>(std::min<int64_t>(std::min(thread_count, kMaxThreads), leaf_count())) - 1;
+    // Fewer leaves than lanes for everybody: rather all threads with some lanes each.
+    group_ = std::clamp<int64_t>(leaf_count() / std::max(thread_count, 1), 1, kLanes);
+    const int64_t groups = (leaf_count() + group_ - 1) / group_;
+    const int helpers = static_cast<int>(std::min<int64_t>(std::min(thread_count, kMaxThreads), groups)) - 1;
     std::vector<std::thread> threads;
     for (int i = 0; i < helpers; ++i) {
       try {
@@ -115,29 +132,80 @@ class Reading {
   int64_t leaf_count() const { return static_cast<int64_t>(leaves_.size()); }
 
   void work() {
-    std::unique_ptr<uint8_t[]> raw(new (std::nothrow) uint8_t[kLeafBytes]);
-    std::unique_ptr<uint8_t[]> converted(new (std::nothrow) uint8_t[2 * kLeafBytes]);
-    if (!raw || !converted) {
+    std::unique_ptr<Buffers> buffers(new (std::nothrow) Buffers);
+    if (!buffers) {
       fail(ENOMEM);
       return;
     }
-    for (int64_t i = next_.fetch_add(1); i < leaf_count() && fault_.load() == 0; i = next_.fetch_add(1)) {
-      const Leaf& leaf = leaves_[i];
-      const int fault = read_exactly(descriptor_, raw.get(), leaf.size_bytes, tensors_[leaf.tensor].file_offset + leaf.begin_bytes);
+    for (int64_t i = next_.fetch_add(group_); i < leaf_count() && fault_.load() == 0; i = next_.fetch_add(group_)) {
+      const int fault = process(order_.data() + i, static_cast<int>(std::min(group_, leaf_count() - i)), *buffers);
       if (fault != 0) {
         fail(fault);
         return;
       }
-      write(leaf, raw.get(), converted.get());
-      sha256(0x00, raw.get(), leaf.size_bytes, digests_.data() + i * kDigestBytes);
     }
   }
 
-  void write(const Leaf& leaf, const uint8_t* raw, uint8_t* converted) const {
-    const OpenloraTensor& t = tensors_[leaf.tensor];
+  // Leaves `chosen`, longest first: read, place and hash.
+  int process(const int64_t* chosen, int lane_count, Buffers& buffers) {
+    HashLanes lanes;
+    for (int lane = 0; lane < lane_count; ++lane) {
+      lanes.start(lane);
+      buffers.pieces[lane][kMarginBytes - 1] = 0x00;  // the prefix of a leaf
+    }
+    for (int64_t at = 0; lane_count > 0; at += kPieceBytes) {
+      const int fault = read_pieces(chosen, lane_count, at, buffers);
+      if (fault != 0) return fault;
+      lane_count = hash_pieces(chosen, lane_count, at, buffers, lanes);
+    }
+    return 0;
+  }
+
+  int read_pieces(const int64_t* chosen, int lane_count, int64_t at, Buffers& buffers) const {
+    for (int lane = 0; lane < lane_count; ++lane) {
+      const Leaf& leaf = leaves_[chosen[lane]];
+      const int64_t begin = leaf.begin_bytes + at, size = std::min(kPieceBytes, leaf.size_bytes - at);
+      uint8_t* piece = buffers.pieces[lane] + kMarginBytes;
+      const int fault = read_exactly(descriptor_, piece, size, tensors_[leaf.tensor].file_offset + begin);
+      if (fault != 0) return fault;
+      write(tensors_[leaf.tensor], piece, buffers.converted, begin, size);
+    }
+    return 0;
+  }
+
+  // Blocks that every lane has are hashed side by side, the rest of longer ones alone. Returns how many leaves go on: the first ones.
+  int hash_pieces(const int64_t* chosen, int lane_count, int64_t at, Buffers& buffers, HashLanes& lanes) {
+    const uint8_t* blocks[kLanes];
+    int64_t left[kLanes];  // bytes of the message at blocks[lane]: one left over, and the piece
+    for (int lane = 0; lane < lane_count; ++lane) {
+      blocks[lane] = buffers.pieces[lane] + kMarginBytes - 1;
+      left[lane] = 1 + std::min(kPieceBytes, leaves_[chosen[lane]].size_bytes - at);
+    }
+    const int64_t shared = left[lane_count - 1] / kBlockBytes;
+    if (shared > 0) lanes.add(blocks, lane_count, shared);
+    int going_on = 0;
+    for (int lane = 0; lane < lane_count; ++lane) {
+      left[lane] -= shared * kBlockBytes;
+      if (const int64_t own = left[lane] / kBlockBytes; own > 0) {
+        lanes.add_one(lane, blocks[lane], own);
+        blocks[lane] += own * kBlockBytes, left[lane] -= own * kBlockBytes;
+      }
+      const int64_t size = leaves_[chosen[lane]].size_bytes;
+      if (at + kPieceBytes < size) {
+        buffers.pieces[lane][kMarginBytes - 1] = *blocks[lane];
+        going_on = lane + 1;
+      } else {
+        lanes.finish(lane, blocks[lane], left[lane], size + 1, digests_.data() + chosen[lane] * kDigestBytes);
+      }
+    }
+    return going_on;
+  }
+
+  // Bytes begin_bytes .. of a tensor into the pages.
+  void write(const OpenloraTensor& t, const uint8_t* raw, uint8_t* converted, int64_t begin_bytes, int64_t size_bytes) const {
     if (t.placement_count == 0) return;
     const auto dtype = static_cast<Dtype>(t.dtype), page_dtype = static_cast<Dtype>(pages_.dtype);
-    const int64_t begin = leaf.begin_bytes / item_bytes(dtype), count = leaf.size_bytes / item_bytes(dtype);
+    const int64_t begin = begin_bytes / item_bytes(dtype), count = size_bytes / item_bytes(dtype);
     if (dtype != page_dtype) {
       convert(raw, dtype, converted, page_dtype, count);
       raw = converted;
@@ -177,6 +245,8 @@ class Reading {
   const OpenloraPages pages_;
   std::vector<Leaf> leaves_;
   std::vector<int64_t> first_leaf_;
+  std::vector<int64_t> order_;  // leaves, longest first, so that those of one size lie side by side
+  int64_t group_ = 1;
   std::vector<uint8_t> digests_;
   std::atomic<int64_t> next_{0};
   std::atomic<int> fault_{0};
