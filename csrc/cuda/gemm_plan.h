@@ -27,7 +27,8 @@ struct SkinnyGemmPlan {
   int planes;       // S
   int stages;       // pipeline depth
   int cluster;      // 1, 2 from 64 tokens on or 4 from 128 on: blocks that load one tile of x together (TMA multicast)
-  int l2_blocks;    // stages beyond the pipeline that are asked into L2 before the previous kernels end
+  int early;        // stages of W asked for before the kernels ahead have ended; 0: all
+  int next_blocks;  // stages of the next GEMM's W that each block asks into L2 on its way out
 };
 
 // Bytes of one stage: a tile of W and a tile of x.
@@ -63,10 +64,10 @@ constexpr bool gemm_can_run(int64_t tokens, int64_t outputs, int64_t inputs) {
          outputs >= 8 && outputs % 8 == 0 && outputs < kLimit;
 }
 
-// Stages that fit into `bytes` of shared memory, at least 2, at most 16.
+// Stages that fit into `bytes` of shared memory, at least 2, at most 24.
 constexpr int gemm_stages_that_fit(SkinnyGemmPlan plan, int bytes) {
   int stages = 2;
-  for (plan.stages = 3; plan.stages <= 16 && gemm_shared_bytes(plan) <= bytes; ++plan.stages) stages = plan.stages;
+  for (plan.stages = 3; plan.stages <= 24 && gemm_shared_bytes(plan) <= bytes; ++plan.stages) stages = plan.stages;
   return stages;
 }
 

@@ -30,8 +30,14 @@ constexpr int kRowBytes = kGemmBlockK * 2;  // one swizzle row
 struct Work {
   void* y;
   int tokens, outputs;
-  int k_blocks, planes, row_tiles, tile_rows, stages, l2_blocks;
+  int k_blocks, planes, row_tiles, tile_rows, stages, early;
   bool is_bfloat16;
+};
+
+// The GEMM that follows in the stream: how much of each of its first work items to ask into L2 on the way out.
+struct Next {
+  int units = 0;  // its blocks
+  int cluster = 1, planes = 1, tile_rows = 0, k_blocks = 0, blocks = 0;
 };
 
 // Where stage buffers and barriers lie; the same in every block of a cluster.
@@ -98,7 +104,8 @@ __device__ void load_x(const Ring& ring, const CUtensorMap* map, int k, int stag
 
 // One thread: asks for the first round of W, waits for the kernels ahead, then keeps the ring full.
 template <int kTokens, int kCluster>
-__device__ void produce(const Work& work, const Ring& ring, const CUtensorMap* w_map, const CUtensorMap* x_map) {
+__device__ void produce(const Work& work, const Next& next, const Ring& ring, const CUtensorMap* w_map, const CUtensorMap* x_map,
+                        const CUtensorMap* next_map) {
   const uint64_t once = policy_evict_first();
   const uint64_t keep = policy_evict_last();
   const int bytes = ring.stage_bytes;
@@ -111,27 +118,24 @@ __device__ void produce(const Work& work, const Ring& ring, const CUtensorMap* w
       ahead_k = ahead.first_k;
     }
   };
-  for (; early < work.stages && !ahead.is_done(); ++early, step()) {
+  for (; early < work.early && !ahead.is_done(); ++early, step()) {
     load_w(ring, w_map, ahead, ahead_k, early, work.tile_rows, bytes, once);
-  }
-  for (int i = 0; i < work.l2_blocks && !ahead.is_done(); ++i, step()) {
-    tensor_prefetch_l2(w_map, ahead_k * kGemmBlockK, ahead.row_tile * work.tile_rows, once);
   }
   wait_for_dependencies();
   launch_dependents();  // not before the wait: whoever starts now may read the same x (lora_work.h, Follow::kWaitLast)
   RingPosition at;
   for (Items<kCluster> items(work); !items.is_done(); items.next()) {
     for (int k = items.first_k; k < items.end_k; ++k, at.advance(work.stages)) {
-      if (at.round > 0) {
-        if constexpr (kCluster == 1) {
-          barrier_wait(ring.empty(at.stage), (at.round - 1) & 1);
-        } else {
-          barrier_wait_cluster(ring.empty(at.stage), (at.round - 1) & 1);
-        }
-        load_w(ring, w_map, items, k, at.stage, work.tile_rows, bytes, once);
-      }
+      if (at.round > 0) barrier_wait(ring.empty(at.stage), (at.round - 1) & 1);
+      if (at.round > 0 || at.stage >= early) load_w(ring, w_map, items, k, at.stage, work.tile_rows, bytes, once);
       load_x<kTokens, kCluster>(ring, x_map, k, at.stage, keep);
     }
+  }
+  for (int block = static_cast<int>(blockIdx.x); block < next.units; block += static_cast<int>(gridDim.x)) {
+    const int item = block / next.cluster;
+    const int row = (item / next.planes * next.cluster + block % next.cluster) * next.tile_rows;
+    const int first = gemm_plane_start(next.k_blocks, next.planes, item % next.planes);
+    for (int k = 0; k < next.blocks; ++k) tensor_prefetch(next_map, (first + k) * kGemmBlockK, row);
   }
 }
 
@@ -226,7 +230,9 @@ __device__ void consume(const Work& work, const Ring& ring) {
 // kBlocks: m64 blocks of each of the two consumer warpgroups.
 template <int kTokens, int kBlocks, int kCluster>
 __global__ __launch_bounds__(kThreads, 1) void skinny_gemm(const __grid_constant__ CUtensorMap w_map,
-                                                           const __grid_constant__ CUtensorMap x_map, const Work work) {
+                                                           const __grid_constant__ CUtensorMap x_map,
+                                                           const __grid_constant__ CUtensorMap next_map, const Work work,
+                                                           const Next next) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere the body is empty and the launcher refuses
   extern __shared__ uint8_t shared[];
   Ring ring;
@@ -253,7 +259,7 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_gemm(const __grid_constant
     cluster_sync();
   }
   if (warp == kConsumerWarps) {
-    if (threadIdx.x % 32 == 0) produce<kTokens, kCluster>(work, ring, &w_map, &x_map);
+    if (threadIdx.x % 32 == 0) produce<kTokens, kCluster>(work, next, ring, &w_map, &x_map, &next_map);
     __syncwarp();
   } else {
     wait_for_dependencies();  // y may still be read by a kernel ahead
@@ -263,7 +269,7 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_gemm(const __grid_constant
 #endif
 }
 
-using Kernel = void (*)(const CUtensorMap, const CUtensorMap, const Work);
+using Kernel = void (*)(const CUtensorMap, const CUtensorMap, const CUtensorMap, const Work, const Next);
 
 // Null for what is not built: sharing x pays only where x is large, and four blocks' accumulators fit up to 128 tokens.
 template <int kTokens>
@@ -359,9 +365,24 @@ cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPl
   work.row_tiles = gemm_row_tiles(args.outputs, plan.tile_rows);
   work.tile_rows = plan.tile_rows;
   work.stages = plan.stages;
-  work.l2_blocks = plan.l2_blocks;
+  work.early = plan.early > 0 ? std::min(plan.early, plan.stages) : plan.stages;
   work.is_bfloat16 = args.output == GemmOutput::kBfloat16;
   const int groups = (work.row_tiles + plan.cluster - 1) / plan.cluster * plan.planes;
+  Next next;
+  CUtensorMap next_map = w_map;
+  if (args.next_w != nullptr && plan.next_blocks > 0) {
+    const SkinnyGemmPlan& then = args.next_plan != nullptr ? *args.next_plan : gemm_plan(args.tokens, args.next_outputs, args.next_inputs);
+    next.cluster = then.cluster;
+    next.planes = then.planes;
+    next.tile_rows = then.tile_rows;
+    next.k_blocks = args.next_inputs / kGemmBlockK;
+    next.blocks = std::min(plan.next_blocks, next.k_blocks / then.planes);
+    next.units = std::min((gemm_row_tiles(args.next_outputs, then.tile_rows) + then.cluster - 1) / then.cluster * then.planes,
+                          sm_count / then.cluster) * then.cluster;
+    if (!encode_map(encode, &next_map, args.next_w, args.next_outputs, args.next_inputs, args.next_inputs, then.tile_rows)) {
+      return cudaErrorInvalidValue;
+    }
+  }
   const int resident = sm_count * (2 * shared_bytes <= kGemmSharedBytes - 2048 ? 2 : 1) / plan.cluster;
 
   cudaLaunchAttribute attributes[2] = {};
@@ -377,7 +398,7 @@ cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPl
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, kernel, w_map, x_map, work);
+  return cudaLaunchKernelEx(&config, kernel, w_map, x_map, next_map, work, next);
 }
 
 }  // namespace openlora

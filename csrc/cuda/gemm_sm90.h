@@ -12,6 +12,8 @@
 
 namespace openlora {
 
+struct SkinnyGemmPlan;  // gemm_plan.h
+
 enum class GemmOutput : int {
   kFloatPlanes = 0,  // [S, T, N] float32; every element is written, nothing has to be cleared first
   kBfloat16 = 1,     // [T, N] bfloat16, only where S is 1
@@ -29,6 +31,12 @@ struct SkinnyGemmArgs {
   // Programmatic dependent launch: start while the kernels before it still run and read the first blocks of W meanwhile.
   // W must not be written by a kernel still in flight; x and y may.
   bool use_pdl;
+  // The weight [next_outputs, next_inputs] of the GEMM that follows with as many tokens, or null: its first blocks are asked
+  // into L2 by this kernel's last loads, so that memory does not rest between the two.
+  const void* next_w = nullptr;
+  int next_outputs = 0;
+  int next_inputs = 0;
+  const SkinnyGemmPlan* next_plan = nullptr;  // null: the one launch_skinny_gemm will choose
 };
 
 // Whether the kernel computes this shape: T 1 to 256, K a multiple of 64, N of 8. Host arithmetic only; the caller checks that
@@ -47,7 +55,6 @@ int skinny_gemm_planes(int64_t outputs, int64_t inputs);
 cudaError_t launch_skinny_gemm(const SkinnyGemmArgs& args, cudaStream_t stream);
 
 // The same cut as `plan` says: what measurements and tests call. `plan.planes` takes the place of skinny_gemm_planes.
-struct SkinnyGemmPlan;
 cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPlan& plan, cudaStream_t stream);
 
 }  // namespace openlora

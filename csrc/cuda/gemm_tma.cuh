@@ -26,11 +26,13 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives on the barrier at the same place in block `rank` of the cluster.
+// Arrives on the barrier at the same place in block `rank` of the cluster. No scope is named on purpose: `.release.cluster`
+// puts a fence of all memory before each arrival (MEMBAR.ALL.GPU, measured: half the bandwidth), and what it would order,
+// wgmma's reads, has ended by then.
 __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, int rank) {
   asm volatile(
       "{\n\t.reg .b32 remote;\n\tmapa.shared::cluster.u32 remote, %0, %1;\n\t"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n\t}" ::"r"(barrier),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n\t}" ::"r"(barrier),
       "r"(rank)
       : "memory");
 }
@@ -40,16 +42,6 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
   asm volatile(
       "{\n\t.reg .pred done;\n\tWAIT:\n\t"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t@done bra.uni DONE;\n\tbra.uni WAIT;\n\tDONE:\n\t}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-// The same, acquiring what other blocks of the cluster did before they arrived.
-__device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n\t.reg .pred done;\n\tWAIT:\n\t"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t@done bra.uni DONE;\n\tbra.uni WAIT;\n\tDONE:\n\t}" ::"r"(
-          barrier),
       "r"(parity)
       : "memory");
 }
@@ -90,10 +82,9 @@ __device__ __forceinline__ void tensor_load_multicast(uint32_t target, const CUt
       : "memory");
 }
 
-__device__ __forceinline__ void tensor_prefetch_l2(const CUtensorMap* map, int column, int row, uint64_t policy) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.L2::cache_hint [%0, {%1, %2}], %3;" ::"l"(map), "r"(column), "r"(row),
-               "l"(policy)
-               : "memory");
+// Asks the box into L2 only.
+__device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map, int column, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row) : "memory");
 }
 
 __device__ __forceinline__ int cluster_rank() {

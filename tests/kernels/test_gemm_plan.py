@@ -15,7 +15,7 @@ from node.kernels.build import compiler, source_dir
 SHARED_BYTES = 232_448  # what a Hopper block can have
 LAYER_SHAPES = {(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)}
 SMALL_SHAPES = {(960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576)}
-FIELDS = ("tile_rows", "row_blocks", "tile_tokens", "planes", "stages", "cluster", "l2_blocks", "shared_bytes", "stage_bytes")
+FIELDS = ("tile_rows", "row_blocks", "tile_tokens", "planes", "stages", "cluster", "shared_bytes", "stage_bytes")
 SOURCE = """
 #include "gemm_plan.h"
 using namespace openlora;
@@ -25,9 +25,9 @@ extern "C" int planes(long long n, long long k) { return gemm_planes(n, k); }
 extern "C" int plane_start(int blocks, int planes, int plane) { return gemm_plane_start(blocks, planes, plane); }
 extern "C" void plan(long long t, long long n, long long k, int* out) {
   const SkinnyGemmPlan p = gemm_plan(t, n, k);
-  const int values[] = {p.tile_rows, p.row_blocks, p.tile_tokens, p.planes, p.stages, p.cluster, p.l2_blocks,
+  const int values[] = {p.tile_rows, p.row_blocks, p.tile_tokens, p.planes, p.stages, p.cluster,
                         gemm_shared_bytes(p), gemm_stage_bytes(p)};
-  for (int i = 0; i < 9; ++i) out[i] = values[i];
+  for (int i = 0; i < 8; ++i) out[i] = values[i];
 }
 """
 
