@@ -15,6 +15,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cuda/attention_decode.h"
 #include "cuda/fused.h"
 #include "cuda/gemm_sm90.h"
 #include "cuda/lora_shrink.h"
@@ -340,6 +341,78 @@ void skinny_gemm(const Tensor& x, const Tensor& weight, bool use_pdl, Tensor y) 
   check_launch(openlora::launch_skinny_gemm(a, place.stream()), "skinny_gemm");
 }
 
+// The plan's tables lie in device memory and are not checked here; their one writer is node/kernels/attention/items.py.
+void attention_decode(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& tables, const Tensor& items,
+                      const Tensor& counts, const Tensor& firsts, Tensor partial, Tensor stats, Tensor done, double scale_log2,
+                      int64_t workers, int64_t variant, int64_t follow, Tensor out) {
+  const Place place(q);
+  place.require(keys, "keys");
+  place.require(values, "values");
+  STD_TORCH_CHECK(q.dim() == 3 && q.scalar_type() == ScalarType::BFloat16 && q.stride(2) == 1 && q.stride(1) == q.size(2),
+                  "openlora: q must be [Q, N, D] bfloat16, rows dense");
+  STD_TORCH_CHECK(keys.dim() == 4 && values.dim() == 4 && keys.scalar_type() == ScalarType::BFloat16 &&
+                      values.scalar_type() == ScalarType::BFloat16,
+                  "openlora: keys and values must be [blocks, B, G, D] bfloat16");
+  for (int64_t dim = 0; dim < 4; ++dim) {
+    STD_TORCH_CHECK(keys.size(dim) == values.size(dim) && keys.stride(dim) == values.stride(dim), "openlora: keys and values differ in shape");
+  }
+  const int64_t groups = keys.size(2), size = keys.size(3);
+  STD_TORCH_CHECK(keys.stride(3) == 1 && keys.stride(2) == size, "openlora: a token's keys must be dense");
+  STD_TORCH_CHECK(keys.stride(1) % 8 == 0 && keys.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(keys.data_ptr()) % 16 == 0 &&
+                      reinterpret_cast<uintptr_t>(values.data_ptr()) % 16 == 0,
+                  "openlora: keys and values are not 16-byte aligned");
+  STD_TORCH_CHECK(q.size(2) == size && groups > 0 && q.size(1) % groups == 0, "openlora: q does not fit the cache");
+  STD_TORCH_CHECK(openlora::can_attend_decode(size, q.size(1) / groups, keys.size(1)), "openlora: attention_decode has no head size ", size,
+                  " with ", q.size(1) / groups, " heads a group and blocks of ", keys.size(1));
+  place.require(out, "out");
+  STD_TORCH_CHECK(out.dim() == 3 && out.scalar_type() == ScalarType::BFloat16 && out.stride(2) == 1 && out.stride(1) == size &&
+                      out.size(0) == q.size(0) && out.size(1) == q.size(1) && out.size(2) == size,
+                  "openlora: out must have q's shape and type");
+  place.require(tables, "tables");
+  STD_TORCH_CHECK(tables.dim() == 2 && tables.scalar_type() == ScalarType::Int && tables.stride(1) == 1, "openlora: tables must be [Q, n] int32");
+  check_size(tables, "tables", 0, q.size(0));
+  check(place, items, "items", 2, ScalarType::Int);
+  check_size(items, "items", 1, 4);
+  check(place, counts, "counts", 1, ScalarType::Int);
+  check_size(counts, "counts", 0, q.size(0) + 1);
+  check(place, firsts, "firsts", 1, ScalarType::Int);
+  check_size(firsts, "firsts", 0, q.size(0));
+  check(place, partial, "partial", 3, ScalarType::Float);
+  check(place, stats, "stats", 3, ScalarType::Float);
+  check(place, done, "done", 2, ScalarType::Int);
+  STD_TORCH_CHECK(partial.size(0) >= items.size(0) && partial.size(1) == q.size(1) && partial.size(2) == size &&
+                      stats.size(0) >= items.size(0) && stats.size(1) == q.size(1) && stats.size(2) == 2 && done.size(0) >= q.size(0) &&
+                      done.size(1) == groups,
+                  "openlora: the memory for partial results is too small");
+  openlora::AttentionDecodeArgs a{};
+  a.q = q.data_ptr();
+  a.keys = keys.data_ptr();
+  a.values = values.data_ptr();
+  a.out = out.data_ptr();
+  a.tables = as<int32_t>(tables);
+  a.items = as<int32_t>(items);
+  a.counts = as<int32_t>(counts);
+  a.firsts = as<int32_t>(firsts);
+  a.partial = as<float>(partial);
+  a.stats = as<float>(stats);
+  a.done = as<int32_t>(done);
+  a.block_stride = keys.stride(0);
+  a.token_stride = keys.stride(1);
+  a.q_stride = as_int(q.stride(0), "q's stride");
+  a.out_stride = as_int(out.stride(0), "out's stride");
+  a.table_stride = as_int(tables.stride(0), "tables' stride");
+  a.sequences = as_int(q.size(0), "sequences");
+  a.groups = as_int(groups, "groups");
+  a.heads_per_group = as_int(q.size(1) / groups, "heads of a group");
+  a.head_dim = as_int(size, "the head size");
+  a.block_size = as_int(keys.size(1), "the block size");
+  STD_TORCH_CHECK(workers >= 1, "openlora: workers is ", workers);
+  a.workers = as_int(workers, "workers");
+  a.scale_log2 = static_cast<float>(scale_log2);
+  a.follow = follow_of(follow, 1);
+  check_launch(openlora::launch_attention_decode(a, as_int(variant, "variant"), place.stream()), "attention_decode");
+}
+
 }  // namespace
 
 #define OPENLORA_ADAPTERS "Tensor y, Tensor? bias, Tensor? pages, Tensor? tiles, Tensor? ranks, Tensor? v, int[] spans, int tile_rows, "
@@ -358,6 +431,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(openlora, m) {
   m.def("materialize(" OPENLORA_ADAPTERS "int follow, Tensor(a!) out) -> ()");
   m.def("rms_norm_into(Tensor x, Tensor weight, float eps, int follow, Tensor(a!) out) -> ()");
   m.def("embed_rms_norm(Tensor token_ids, Tensor embedding, Tensor weight, float eps, int follow, Tensor(a!) residual, Tensor(b!) out) -> ()");
+  m.def(
+      "attention_decode(Tensor q, Tensor keys, Tensor values, Tensor tables, Tensor items, Tensor counts, Tensor firsts, "
+      "Tensor(a!) partial, Tensor(b!) stats, Tensor(c!) done, float scale_log2, int workers, int variant, int follow, Tensor(d!) out) -> ()");
   m.def("skinny_gemm(Tensor x, Tensor weight, bool use_pdl, Tensor(a!) y) -> ()");
   m.def("skinny_gemm_planes(int outputs, int inputs, int tokens) -> int");
 }
@@ -372,5 +448,6 @@ STABLE_TORCH_LIBRARY_IMPL(openlora, CUDA, m) {
   m.impl("materialize", TORCH_BOX(&materialize));
   m.impl("rms_norm_into", TORCH_BOX(&rms_norm_into));
   m.impl("embed_rms_norm", TORCH_BOX(&embed_rms_norm));
+  m.impl("attention_decode", TORCH_BOX(&attention_decode));
   m.impl("skinny_gemm", TORCH_BOX(&skinny_gemm));
 }

@@ -92,7 +92,7 @@ class EngineSettings(_Section):
 
     threads: Annotated[int, Field(ge=0)] = 0  # 0: one for each core
     kernels: Literal["auto", "cpp", "reference"] = "auto"
-    attention: Literal["auto", "fa3", "fa2", "varlen", "triton"] = "auto"  # on a GPU
+    attention: Literal["auto", "native", "fa3", "fa2", "varlen", "triton"] = "auto"  # on a GPU
     deterministic: bool = False
     kv_cache_bytes: Bytes | None = None
     kv_block_size: Annotated[int, Field(ge=4, le=256)] | None = None

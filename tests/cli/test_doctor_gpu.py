@@ -8,7 +8,7 @@ from node.cli.doctor_gpu import GpuFacts, gpu_facts, gpu_findings
 from node.config import Settings
 from node.kernels.attention.registry import AttentionFacts
 
-ALL = AttentionFacts(capability=(9, 0), has_fa3=True, has_fa2=False, has_varlen=False, has_triton=True)
+ALL = AttentionFacts(capability=(9, 0), has_native=True, has_fa3=True, has_fa2=False, has_varlen=False, has_triton=True)
 H100 = GpuFacts(
     driver="580.1",
     torch_cuda="13.0",
@@ -37,14 +37,14 @@ def test_complete_gpu_is_ok_and_named():
     findings = found(H100)
     assert [finding.state for finding in findings.values()] == ["ok", "ok", "ok"]
     assert findings["gpu"].detail == "NVIDIA H100 80GB HBM3, 85 GiB, capability 9.0, driver 580.1, CUDA 13.0"
-    assert findings["attention"].detail.startswith("fa3")
+    assert findings["attention"].detail.startswith("native+fa3 (the fastest")
 
 
 def test_hopper_without_fa3_says_what_would_be_faster():
     attention = dataclasses.replace(ALL, has_fa3=False)
     finding = found(changed(attention=attention))["attention"]
     assert finding.state == "warn"
-    assert finding.detail.startswith("triton (fa3: flash-attn 3 is not installed")
+    assert finding.detail.startswith("native+triton (fa3: flash-attn 3 is not installed")
     assert "flash-attn 3" in finding.remedy
 
 

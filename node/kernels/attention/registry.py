@@ -11,14 +11,15 @@ import torch
 
 from node.errors import ConfigError
 from node.kernels.attention.paged import AttentionShape, PagedAttention
+from node.kernels.build_cuda import cuda_library_path
 
-BackendName = Literal["fa3", "fa2", "varlen", "triton"]
-Setting = Literal["auto", "fa3", "fa2", "varlen", "triton"]
+BackendName = Literal["native", "fa3", "fa2", "varlen", "triton"]
+Setting = Literal["auto", "native", "fa3", "fa2", "varlen", "triton"]
 
+DECODE_ORDER: tuple[BackendName, ...] = ("native", "fa3", "fa2", "varlen", "triton")
+PREFILL_ORDER = DECODE_ORDER[1:]  # native is decode only
 _NO_FA3 = "flash-attn 3 is not installed"
-_NO_FA3_HINT = "flash-attn 3 (module flash_attn_interface)"
-
-ORDER: tuple[BackendName, ...] = ("fa3", "fa2", "varlen", "triton")
+_NO_FA3_HINT = "flash-attn 3 (module flash_attn_interface), for prompts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +28,12 @@ class AttentionFacts:
 
     Attributes:
         capability: of the GPU, (9, 0) for an H100.
+        has_native: the CUDA library of these sources is built.
         has_fa3, has_fa2, has_triton: whether the module can be found. has_varlen: torch's varlen attention takes block tables.
     """
 
     capability: tuple[int, int]
+    has_native: bool
     has_fa3: bool
     has_fa2: bool
     has_varlen: bool
@@ -39,17 +42,23 @@ class AttentionFacts:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A backend, why it and not an earlier one of the order, and what would be faster (empty when nothing would)."""
+    """Backends of decode and of prefill, why they and not earlier ones of the order, and what would be faster (or nothing)."""
 
-    name: BackendName
+    decode: BackendName
+    prefill: BackendName
     reason: str
     faster: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.decode if self.decode == self.prefill else f"{self.decode}+{self.prefill}"
 
 
 def attention_facts(device: torch.device) -> AttentionFacts:
     """Look at this machine. Imports nothing heavy: modules are only looked for."""
     return AttentionFacts(
         capability=torch.cuda.get_device_capability(device),
+        has_native=cuda_library_path() is not None,
         has_fa3=find_spec("flash_attn_interface") is not None and find_spec("flash_attn_3") is not None,
         has_fa2=find_spec("flash_attn") is not None,
         has_varlen=_torch_version() >= (2, 12),
@@ -71,6 +80,20 @@ def refusal(name: BackendName, shape: AttentionShape, facts: AttentionFacts, *, 
     if shape.dtype == torch.float32:
         return "it has no float32"
     return _LIMITS[name](shape, facts)
+
+
+def _refuse_native(shape: AttentionShape, facts: AttentionFacts) -> str:
+    if not facts.has_native:
+        return "the CUDA kernels are not built"
+    if shape.dtype != torch.bfloat16:
+        return "it has bfloat16 only"
+    if shape.head_dim not in (64, 128):
+        return f"it has head sizes 64 and 128, not {shape.head_dim}"
+    if shape.heads_per_group > 16:
+        return f"it has up to 16 query heads a key/value head, not {shape.heads_per_group}"
+    if shape.block_size < 16 or shape.block_size & (shape.block_size - 1):
+        return f"its cache blocks are powers of two from 16 on, engine.kv_block_size is {shape.block_size}"
+    return ""
 
 
 def _refuse_fa3(shape: AttentionShape, facts: AttentionFacts) -> str:
@@ -100,6 +123,7 @@ def _refuse_varlen(shape: AttentionShape, facts: AttentionFacts) -> str:
 
 
 _LIMITS: dict[BackendName, Callable[[AttentionShape, AttentionFacts], str]] = {
+    "native": _refuse_native,
     "fa3": _refuse_fa3,
     "fa2": _refuse_fa2,
     "varlen": _refuse_varlen,
@@ -107,20 +131,27 @@ _LIMITS: dict[BackendName, Callable[[AttentionShape, AttentionFacts], str]] = {
 
 
 def choose(setting: Setting, shape: AttentionShape, facts: AttentionFacts, *, is_deterministic: bool = False) -> Choice:
-    """Take the first backend of `ORDER` that can run here, or the one that the setting names.
+    """Take the first backend of each order that can run here, or the one that the setting names.
 
     Raises:
         ConfigError: the setting names one that cannot, or none can.
     """
-    refusals = {name: refusal(name, shape, facts, is_deterministic=is_deterministic) for name in ORDER}
-    if setting != "auto":
-        if refusals[setting]:
-            raise ConfigError(f"engine.attention = {setting!r} cannot run: {refusals[setting]}. Use 'auto'.")
-        return Choice(setting, "engine.attention names it")
-    for index, name in enumerate(ORDER):
+    refusals = {name: refusal(name, shape, facts, is_deterministic=is_deterministic) for name in DECODE_ORDER}
+    if setting != "auto" and refusals[setting]:
+        raise ConfigError(f"engine.attention = {setting!r} cannot run: {refusals[setting]}. Use 'auto'.")
+    if setting != "auto" and setting != "native":
+        return Choice(setting, setting, "engine.attention names it")
+    decode = _first(DECODE_ORDER, refusals)
+    prefill = _first(PREFILL_ORDER, refusals)
+    passed = [name for name in DECODE_ORDER[: DECODE_ORDER.index(prefill)] if refusals[name]]
+    reason = "; ".join(f"{name}: {refusals[name]}" for name in passed) or "the fastest on this GPU"
+    return Choice(decode, prefill, reason, _NO_FA3_HINT if refusals["fa3"] == _NO_FA3 else "")
+
+
+def _first(order: tuple[BackendName, ...], refusals: dict[BackendName, str]) -> BackendName:
+    for name in order:
         if not refusals[name]:
-            passed = "; ".join(f"{earlier}: {refusals[earlier]}" for earlier in ORDER[:index])
-            return Choice(name, passed or "the fastest on this GPU", _NO_FA3_HINT if refusals["fa3"] == _NO_FA3 else "")
+            return name
     raise ConfigError("No attention backend can run on this GPU: " + "; ".join(f"{n}: {r}" for n, r in refusals.items()) + ".")
 
 
@@ -129,22 +160,23 @@ def open_attention(
 ) -> tuple[PagedAttention, Choice]:
     """Choose and make the backend of this process. See `choose`."""
     choice = choose(setting, shape, attention_facts(device), is_deterministic=is_deterministic)
-    return _make(choice.name)(shape, device, is_deterministic=is_deterministic), choice
+    prefill = _make(choice.prefill, shape, device, is_deterministic)
+    if choice.decode != "native":
+        return prefill, choice
+    from node.kernels.attention.native import NativeAttention
+
+    return NativeAttention(shape, device, prefill), choice
 
 
-def _make(name: BackendName) -> type[PagedAttention]:
+def _make(name: BackendName, shape: AttentionShape, device: torch.device, is_deterministic: bool) -> PagedAttention:
+    """Import a backend's module only where it runs: each needs a package of its own."""
+    kind: type[PagedAttention]
     if name == "fa3":
-        from node.kernels.attention.fa3 import Fa3Attention
-
-        return Fa3Attention
-    if name == "fa2":
-        from node.kernels.attention.fa2 import Fa2Attention
-
-        return Fa2Attention
-    if name == "varlen":
-        from node.kernels.attention.varlen import VarlenAttention
-
-        return VarlenAttention
-    from node.kernels.attention.triton_backend import TritonAttention
-
-    return TritonAttention
+        from node.kernels.attention.fa3 import Fa3Attention as kind  # noqa: N813
+    elif name == "fa2":
+        from node.kernels.attention.fa2 import Fa2Attention as kind  # noqa: N813
+    elif name == "varlen":
+        from node.kernels.attention.varlen import VarlenAttention as kind  # noqa: N813
+    else:
+        from node.kernels.attention.triton_backend import TritonAttention as kind  # noqa: N813
+    return kind(shape, device, is_deterministic=is_deterministic)

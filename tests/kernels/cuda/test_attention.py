@@ -78,7 +78,7 @@ LLAMA = (32, 8, 128)
 GEOMETRIES = [LLAMA, (9, 3, 64), (4, 4, 80), (6, 2, 96)]
 
 
-@pytest.fixture(params=["triton", "fa3", "fa2", "varlen"])
+@pytest.fixture(params=["native", "triton", "fa3", "fa2", "varlen"])
 def name(request):
     if request.param == "triton" and not attention_facts(torch.device("cuda")).has_triton:
         pytest.skip("triton is not installed")

@@ -1,0 +1,85 @@
+"""Cuts of the keys for the own decode kernels, made on the device once a step: see `triton_decode.plan_items_kernel`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from node.kernels.attention.paged import AttentionShape, DecodePlan
+from node.kernels.attention.triton_decode import TILE, plan_items_kernel
+
+_MOST_CHUNKS = 16  # of one sequence when the chunk is fixed; bounds the partial results
+_LEAST_CHUNK = 4  # tiles: 256 keys
+
+
+@dataclass(slots=True)
+class DecodeItems:
+    """The plan kernel's output for one window.
+
+    Attributes:
+        items: [most items, 4] int32: sequence, first key, key after the last, place among the sequence's items.
+        counts: [1 + Q] int32: items in all, then of each sequence. firsts: [Q] int32: the first item of each.
+    """
+
+    items: Tensor
+    counts: Tensor
+    firsts: Tensor
+
+
+@dataclass(slots=True)
+class ItemPlan(DecodePlan):
+    """A decode plan with the items of every window the model has."""
+
+    items: dict[int | None, DecodeItems]
+
+
+class DecodeWork:
+    """Plans items and owns the memory in which the programs of one sequence meet.
+
+    Args:
+        programs: Of one key/value head that run at once.
+        is_deterministic: Cuts at multiples of a fixed chunk, whatever else is in the batch.
+
+    Attributes:
+        partial: [most items, N, D] float32. stats: [most items, N, 2] float32. done: [max_batch, G] int32, 0 between launches.
+        chunk_keys: Keys of a fixed chunk; 0 where the device chooses.
+    """
+
+    def __init__(self, shape: AttentionShape, device: torch.device, programs: int, *, is_deterministic: bool = False) -> None:
+        self.shape = shape
+        self.programs = max(1, programs)
+        longest = -(-shape.max_context // TILE)
+        chunk = max(_LEAST_CHUNK, -(-longest // _MOST_CHUNKS)) if is_deterministic else 0
+        self.chunk_keys = chunk * TILE
+        most_of_one = -(-longest // chunk) if chunk else 1
+        self.most_items = max(shape.max_batch * most_of_one, shape.max_batch + 8 * self.programs)
+        self.partial = torch.empty((self.most_items, shape.heads, shape.head_dim), dtype=torch.float32, device=device)
+        self.stats = torch.empty((self.most_items, shape.heads, 2), dtype=torch.float32, device=device)
+        self.done = torch.zeros((shape.max_batch, shape.groups), dtype=torch.int32, device=device)
+
+    def plan(self, block_tables: Tensor, context_lens: Tensor, max_context: int) -> ItemPlan:
+        """Launch the plan kernel for every window."""
+        items = {window: self._items(context_lens, window) for window in self.shape.windows}
+        return ItemPlan(block_tables, context_lens, max_context, items)
+
+    def workers(self, batch: int) -> int:
+        """Programs to launch for each key/value head. Those without an item end at once."""
+        return min(self.most_items, max(batch, self.programs))
+
+    def _items(self, context_lens: Tensor, window: int | None) -> DecodeItems:
+        batch = context_lens.shape[0]
+        empty = context_lens.new_empty
+        found = DecodeItems(empty((self.most_items, 4)), empty(batch + 1), empty(batch))
+        plan_items_kernel[(1,)](
+            context_lens, found.items, found.counts, found.firsts, batch, self.programs, self.most_items,
+            self.chunk_keys // TILE, window or 0, TILE=TILE, BATCH=triton.next_power_of_2(batch), CHUNKS=64, num_warps=4,
+        )  # fmt: skip
+        return found
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU; interpreted kernels (tests) run one program at a time."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

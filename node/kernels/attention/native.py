@@ -1,0 +1,86 @@
+"""Own decode in CUDA (`csrc/cuda/attention_decode.cu`): bfloat16, head size 64 or 128. Prefill is another backend's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from node.errors import ConfigError
+from node.kernels.attention.items import DecodeWork, ItemPlan, processors
+from node.kernels.attention.paged import AttentionShape, DecodePlan, PagedAttention, PrefillPlan
+from node.kernels.build_cuda import cuda_library_path
+
+LOG2_E = 1.4426950408889634
+_PROGRAMS_PER_SM = (4, 2)  # of each variant: 48 and 96 KiB of shared memory a block
+
+
+class NativeAttention(PagedAttention):
+    """See `PagedAttention`. Not for `is_deterministic`: prefill would have other bits.
+
+    Args:
+        prefill: Attends with prompt chunks.
+        has_follow: Launch decode before the kernel before it has ended, so that it fetches older keys and values meanwhile.
+    """
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        device: torch.device,
+        prefill: PagedAttention,
+        *,
+        has_follow: bool = True,
+        variant: int = 0,
+    ) -> None:
+        super().__init__(shape, device)
+        path = cuda_library_path()
+        if path is None:
+            raise ConfigError("the CUDA kernels of these sources are not built; run `python -m node.kernels.build` where nvcc is")
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+        self._decode: Any = torch.ops.openlora.attention_decode.default
+        self._prefill = prefill
+        self._follow = int(has_follow and torch.cuda.get_device_capability(device)[0] >= 9)
+        self._variant = variant
+        self._work = DecodeWork(shape, device, processors(device) * _PROGRAMS_PER_SM[variant] // shape.groups)
+
+    @property
+    def name(self) -> str:
+        return f"native+{self._prefill.name}"
+
+    def plan_decode(self, block_tables: Tensor, context_lens: Tensor, max_context: int) -> ItemPlan:
+        return self._work.plan(block_tables, context_lens, max_context)
+
+    def decode(
+        self, q: Tensor, keys: Tensor, values: Tensor, plan: DecodePlan, out: Tensor, *, window: int | None = None
+    ) -> Tensor:
+        assert isinstance(plan, ItemPlan)  # noqa: S101 - a programmer's mistake
+        work, found = self._work, plan.items[window]
+        self._decode(
+            q,
+            keys,
+            values,
+            plan.block_tables,
+            found.items,
+            found.counts,
+            found.firsts,
+            work.partial,
+            work.stats,
+            work.done,
+            self.shape.scale * LOG2_E,
+            work.workers(q.shape[0]),
+            self._variant,
+            self._follow,
+            out,
+        )
+        return out
+
+    def plan_prefill(
+        self, block_tables: Tensor, query_start: Tensor, context_lens: Tensor, max_query: int, max_context: int
+    ) -> PrefillPlan:
+        return self._prefill.plan_prefill(block_tables, query_start, context_lens, max_query, max_context)
+
+    def prefill(
+        self, q: Tensor, keys: Tensor, values: Tensor, plan: PrefillPlan, out: Tensor, *, window: int | None = None
+    ) -> Tensor:
+        return self._prefill.prefill(q, keys, values, plan, out, window=window)
