@@ -60,13 +60,18 @@ def _layer(reader: _Reader, spec: ModelSpec, layer: int, next_norm: Tensor) -> D
     hidden, inter = spec.hidden_size, spec.intermediate_size
     qkv = [(attention + "q_proj", spec.q_size), (attention + "k_proj", spec.kv_size), (attention + "v_proj", spec.kv_size)]
     return DecoderLayer(
-        qkv=reader.fused(qkv, hidden, spec.has_qkv_bias),
+        qkv=reader.fused(qkv, hidden, spec.has_qkv_bias, attention + "qkv_proj" if spec.has_fused_weights else None),
         q_norm=reader.vector(attention + "q_norm.weight", spec.head_dim) if spec.has_qk_norm else None,
         k_norm=reader.vector(attention + "k_norm.weight", spec.head_dim) if spec.has_qk_norm else None,
         window=spec.windows[layer],
         o=reader.fused([(attention + "o_proj", hidden)], spec.q_size, spec.has_o_bias),
         post_attention_norm=reader.vector(f"model.layers.{layer}.post_attention_layernorm.weight"),
-        gate_up=reader.fused([(mlp + "gate_proj", inter), (mlp + "up_proj", inter)], hidden, spec.has_mlp_bias),
+        gate_up=reader.fused(
+            [(mlp + "gate_proj", inter), (mlp + "up_proj", inter)],
+            hidden,
+            spec.has_mlp_bias,
+            mlp + "gate_up_proj" if spec.has_fused_weights else None,
+        ),
         down=reader.fused([(mlp + "down_proj", hidden)], inter, spec.has_mlp_bias),
         next_norm=next_norm,
     )
@@ -102,10 +107,16 @@ class _Reader:
     def vector(self, name: str, size: int | None = None) -> Tensor:
         return self.matrix(name, (size or self._spec.hidden_size,))
 
-    def fused(self, modules: list[tuple[str, int]], in_features: int, has_bias: bool) -> FusedLinear:
-        """Join modules that read the same input: (name, out_features) pairs, in output order."""
-        bias = self._joined([(name + ".bias", (size,)) for name, size in modules]) if has_bias else None
-        weight = self._joined([(name + ".weight", (size, in_features)) for name, size in modules])
+    def fused(
+        self, modules: list[tuple[str, int]], in_features: int, has_bias: bool, stored_as: str | None = None
+    ) -> FusedLinear:
+        """Join modules that read the same input: (name, out_features) pairs, in output order.
+
+        `stored_as` names the one matrix that a checkpoint has of all of them.
+        """
+        stored = modules if stored_as is None else [(stored_as, sum(size for _, size in modules))]
+        bias = self._joined([(name + ".bias", (size,)) for name, size in stored]) if has_bias else None
+        weight = self._joined([(name + ".weight", (size, in_features)) for name, size in stored])
         columns = [sum(size for _, size in modules[:index]) for index in range(len(modules))]
         spans = lora_spans([(self._layout.spans[name], column) for (name, _), column in zip(modules, columns, strict=True)])
         return FusedLinear(self._kernels.pack_linear(weight), bias, spans)

@@ -1,7 +1,7 @@
 """What kind of decoder a model is: every size and switch that the loader and the decoder need, checked.
 
-Supported are the decoders of transformers' `llama`, `mistral`, `qwen2` and `qwen3` model types. They share one skeleton and
-differ in the switches of `ModelSpec`; everything else is refused here, by name, before any weight is read.
+Supported are the decoders of transformers' `llama`, `mistral`, `qwen2`, `qwen3` and `phi3` model types. They share one skeleton
+and differ in the switches of `ModelSpec`; everything else is refused here, by name, before any weight is read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from node.errors import ModelLoadError
 from node.models.rope_config import RopeConfig, rope_config
 from node.request import LinearShape
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 _LONGEST_DEFAULT_LEN = 8192  # tokens; a longer context is the operator's choice, it sizes tables and schedules
 _SIZE_LIMIT = 1 << 24  # of any size in config.json; larger is a damaged file, not a model
 
@@ -49,6 +49,11 @@ class ModelSpec:
     is_tied: bool
     eos_token_ids: tuple[int, ...]
     max_model_len: int
+
+    @property
+    def has_fused_weights(self) -> bool:
+        """The checkpoint stores q, k and v as one matrix, gate and up as another (Phi-3)."""
+        return self.architecture == "phi3"
 
     @property
     def q_size(self) -> int:
@@ -106,6 +111,10 @@ def model_spec(config: Mapping[str, Any], max_model_len: int | None, extra_eos_i
         raise ModelLoadError(f"num_attention_heads {head_count} is not a multiple of num_key_value_heads {kv_head_count}")
     layer_count = _size(config, "num_hidden_layers")
     rope = rope_config(config, head_dim, _size(config, "max_position_embeddings"))
+    if model_type == "phi3" and rope.rope_type != "default":
+        raise ModelLoadError(
+            f"rope_type is {rope.rope_type!r}, which Phi-3 calls its long rotation by; only its 4k models are supported"
+        )
     has_bias = model_type in ("llama", "qwen3") and bool(config.get("attention_bias", False))
     return ModelSpec(
         architecture=model_type,
@@ -156,7 +165,7 @@ def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> in
 
 
 def _epsilon(config: Mapping[str, Any]) -> float:
-    value = config.get("rms_norm_eps", 1e-6)
+    value = config.get("rms_norm_eps", 1e-5 if config["model_type"] == "phi3" else 1e-6)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
         raise ModelLoadError(f"rms_norm_eps of the model's configuration is {value!r}; a number between 0 and 1 is needed")
     return float(value)
@@ -166,6 +175,8 @@ def _windows(config: Mapping[str, Any], model_type: str, layer_count: int) -> tu
     """The sliding window of each layer, by transformers' rules: Mistral slides everywhere, Qwen from a layer on, Llama never."""
     if model_type == "llama":
         return (None,) * layer_count
+    if model_type == "phi3":
+        return (None if config.get("sliding_window") is None else _size(config, "sliding_window"),) * layer_count
     window = None if config.get("sliding_window", 4096) is None else _size(config, "sliding_window", 4096)
     if model_type == "mistral":
         return (window,) * layer_count
@@ -187,8 +198,8 @@ def _qwen_layer_types(config: Mapping[str, Any], layer_count: int) -> list[str]:
 
 
 def _token_ids(config: Mapping[str, Any]) -> list[int]:
-    """`eos_token_id` is one id, several or null; Llama's and Mistral's configurations leave the default 2 out."""
-    default = 2 if config["model_type"] in ("llama", "mistral") else None
+    """`eos_token_id` is one id, several or null; Llama's, Mistral's and Phi's configurations leave the default out."""
+    default = {"llama": 2, "mistral": 2, "phi3": 32000}.get(config["model_type"])
     value = config.get("eos_token_id", default)
     values = value if isinstance(value, list) else [value]
     return [int(item) for item in values if isinstance(item, int)]

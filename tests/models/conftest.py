@@ -47,6 +47,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen2-sliding": ("Qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
+    "phi3": ("Phi3", {"pad_token_id": 0}),
+    "phi3-sliding": ("Phi3", {"pad_token_id": 0, "sliding_window": 5, "tie_word_embeddings": True}),
     "qwen3-biased-sliding": (
         "Qwen3",
         {"head_dim": 16, "attention_bias": True, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},

@@ -17,6 +17,8 @@ FAMILIES = [
     "qwen2-sliding",
     "qwen3",
     "qwen3-biased-sliding",
+    "phi3",
+    "phi3-sliding",
 ]
 
 

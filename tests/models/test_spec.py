@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 from node.errors import ModelLoadError
 from node.kernels.layout import PageLayout
@@ -10,7 +10,9 @@ from node.models.spec import model_spec
 LLAMA = LlamaConfig(num_hidden_layers=2, num_key_value_heads=8, vocab_size=1000).to_dict()
 
 
-@pytest.mark.parametrize("config", [LlamaConfig(), MistralConfig(), Qwen2Config(), Qwen3Config()], ids=lambda c: c.model_type)
+@pytest.mark.parametrize(
+    "config", [LlamaConfig(), MistralConfig(), Qwen2Config(), Qwen3Config(), Phi3Config()], ids=lambda c: c.model_type
+)
 def test_model_spec_defaults_equal_transformers(config):
     """A config.json may leave out what equals the class's default; only `model_type` and the sizes are always there."""
     sizes = (
@@ -82,6 +84,16 @@ def test_model_spec_unsupported_is_refused_by_name(changes, named):
 
     assert named in caught.value.message
     assert caught.value.error_code == "model_unsupported"
+
+
+@pytest.mark.parametrize("kind", ["longrope", "su", "yarn"])
+def test_model_spec_phi_with_a_long_rotation_is_refused(kind):
+    """Early checkpoints call Phi's own rotation yarn, which it is not."""
+    scaling = {"type": kind, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    config = Phi3Config().to_dict() | {"rope_scaling": scaling, "rope_parameters": None, "original_max_position_embeddings": 2048}
+
+    with pytest.raises(ModelLoadError, match="rope_type"):
+        model_spec(config, None)
 
 
 def test_model_spec_longer_than_trained_is_refused():

@@ -30,6 +30,7 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
     "qwen2": ("Qwen2", {}),  # biases on q, k and v
+    "phi3": ("Phi3", {"pad_token_id": 0}),  # q, k and v are one matrix, gate and up another
 }
 
 
