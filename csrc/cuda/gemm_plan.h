@@ -18,6 +18,8 @@ constexpr int kGemmBlockK = 64;          // inputs of a pipeline stage: 128 byte
 constexpr int kGemmMaxTokens = 256;      // one wgmma n side
 constexpr int kGemmMaxPlanes = 8;
 constexpr int kGemmSharedBytes = 232448;  // what a Hopper block can have
+constexpr int kGemmUsedBytes = 212992;    // what it takes: 24 KB stay for a small kernel beside it, which runs early
+constexpr int kGemmProcessors = 132;       // of every H100 and H200 SXM; a number, not the device's, so that bits travel
 constexpr int kGemmBarrierBytes = 512;    // two mbarriers a stage
 
 struct SkinnyGemmPlan {
@@ -71,23 +73,31 @@ constexpr int gemm_stages_that_fit(SkinnyGemmPlan plan, int bytes) {
   return stages;
 }
 
-// S: enough ranges of k that half-height tiles make at least three items for four of the 132 SMs, each of 4 stages or more.
+// S: as many ranges of k as keep 128-row tiles on one SM each, none shorter than 4 stages. Llama-3.1-8B: 2, 4, 1, 4, 1 for
+// qkv, o, gate_up, down, head.
 constexpr int gemm_planes(int64_t outputs, int64_t inputs) {
-  const int tiles = gemm_row_tiles(outputs, 64);
-  const int wanted = (96 + tiles - 1) / tiles;
+  const int wanted = kGemmProcessors / gemm_row_tiles(outputs, 128);
   const int possible = static_cast<int>(inputs / kGemmBlockK / 4);
   const int planes = wanted < possible ? wanted : possible;
   return planes < 1 ? 1 : planes > kGemmMaxPlanes ? kGemmMaxPlanes : planes;
+}
+
+// Rows a block would have if all of W were dealt out at once; a multiple of 16, at least 32.
+constexpr int gemm_fair_rows(int64_t outputs, int planes) {
+  const int64_t rows = (outputs * planes + kGemmProcessors - 1) / kGemmProcessors;
+  return rows <= 32 ? 32 : rows > 256 ? 256 : static_cast<int>((rows + 15) / 16 * 16);
 }
 
 constexpr SkinnyGemmPlan gemm_plan(int64_t tokens, int64_t outputs, int64_t inputs) {
   SkinnyGemmPlan plan{};
   plan.planes = gemm_planes(outputs, inputs);
   plan.tile_tokens = gemm_tile_tokens(tokens);
-  plan.row_blocks = 2;
-  plan.tile_rows = gemm_row_tiles(outputs, 128) * plan.planes >= 96 ? 128 : 64;
+  const int fair = gemm_fair_rows(outputs, plan.planes);
+  const bool is_tall = tokens <= 32 && fair > 128 && fair < 256;  // one item a block, where the accumulators are small
+  plan.row_blocks = is_tall ? 4 : 2;
+  plan.tile_rows = is_tall ? fair : fair < 128 ? fair : 128;
   plan.cluster = 1;
-  plan.stages = gemm_stages_that_fit(plan, kGemmSharedBytes / 2 - 1024);
+  plan.stages = gemm_stages_that_fit(plan, kGemmUsedBytes);
   return plan;
 }
 
