@@ -15,6 +15,14 @@ _MOST_CHUNKS = 16  # of one sequence when the chunk is fixed; bounds the partial
 _LEAST_CHUNK = 4  # tiles: 256 keys
 
 
+@dataclass(frozen=True, slots=True)
+class ItemCost:
+    """What a program costs besides its tiles, in tiles: until its first key arrives, and to join a sequence that was cut."""
+
+    start_tiles: int = 2
+    join_tiles: int = 1
+
+
 @dataclass(slots=True)
 class DecodeItems:
     """The plan kernel's output for one window.
@@ -40,7 +48,7 @@ class DecodeWork:
     """Plans items and owns the memory in which the programs of one sequence meet.
 
     Args:
-        programs: Of one key/value head that run at once.
+        programs: Of one key/value head that run at once. cost: What the device weighs when it chooses the cuts.
         is_deterministic: Cuts at multiples of a fixed chunk, whatever else is in the batch.
 
     Attributes:
@@ -48,8 +56,17 @@ class DecodeWork:
         chunk_keys: Keys of a fixed chunk; 0 where the device chooses.
     """
 
-    def __init__(self, shape: AttentionShape, device: torch.device, programs: int, *, is_deterministic: bool = False) -> None:
+    def __init__(
+        self,
+        shape: AttentionShape,
+        device: torch.device,
+        programs: int,
+        *,
+        is_deterministic: bool = False,
+        cost: ItemCost | None = None,
+    ) -> None:
         self.shape = shape
+        self._cost = cost or ItemCost()
         self.programs = max(1, programs)
         longest = -(-shape.max_context // TILE)
         chunk = max(_LEAST_CHUNK, -(-longest // _MOST_CHUNKS)) if is_deterministic else 0
@@ -75,7 +92,8 @@ class DecodeWork:
         found = DecodeItems(empty((self.most_items, 4)), empty(batch + 1), empty(batch))
         plan_items_kernel[(1,)](
             context_lens, found.items, found.counts, found.firsts, batch, self.programs, self.most_items,
-            self.chunk_keys // TILE, window or 0, TILE=TILE, BATCH=triton.next_power_of_2(batch), CHUNKS=64, num_warps=4,
+            self.chunk_keys // TILE, window or 0, self._cost.start_tiles, self._cost.join_tiles,
+            TILE=TILE, BATCH=triton.next_power_of_2(batch), CHUNKS=64, num_warps=4,
         )  # fmt: skip
         return found
 

@@ -32,6 +32,8 @@ def plan_items_kernel(
     max_items,
     fixed_chunk,  # tiles; 0: choose
     window,  # 0: none
+    start_tiles,  # what a program costs before its first key arrives, in tiles
+    join_tiles,  # what it costs to join the items of a sequence that was cut
     TILE: tl.constexpr,
     BATCH: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -43,12 +45,13 @@ def plan_items_kernel(
     if fixed_chunk > 0:
         chunk = fixed_chunk
     else:
-        # Cost of a chunk size: rounds of programs x (tiles of a round + what a program costs before its first key arrives).
+        # Cost of a chunk size: rounds of programs x (tiles of a round + what a program costs besides).
         # Candidates grow by a fifth: 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, ..
         size = tl.ceil(tl.exp2(tl.arange(0, CHUNKS) * 0.25)).to(tl.int32)
         needed = tl.sum(tl.cdiv((end - begin)[None, :], size[:, None]), 1)
         longest = tl.minimum(size, tl.max(end - begin, 0))
-        cost = tl.cdiv(needed, slots) * (longest + 2) * 1024 + tl.minimum(needed, 1023)
+        besides = tl.where(size < tl.max(end - begin, 0), start_tiles + join_tiles, start_tiles)
+        cost = tl.cdiv(needed, slots) * (longest + besides) * 1024 + tl.minimum(needed, 1023)
         cost = tl.where(needed > max_items, 1 << 30, cost)
         chunk = tl.sum(tl.where(tl.arange(0, CHUNKS) == tl.argmin(cost, 0), size, 0), 0)
     # Cuts lie at multiples of the chunk from the sequence's start, not from the window's.
