@@ -102,32 +102,31 @@ __device__ void load_x(const Ring& ring, const CUtensorMap* map, int k, int stag
   }
 }
 
-// One thread: asks for the first round of W, waits for the kernels ahead, then keeps the ring full.
+// One thread: the first `early` stages of W, which no kernel in flight writes.
+template <int kCluster>
+__device__ void load_early(const Work& work, const Ring& ring, const CUtensorMap* w_map) {
+  int stage = 0;
+  for (Items<kCluster> items(work); !items.is_done(); items.next()) {
+    for (int k = items.first_k; k < items.end_k; ++k, ++stage) {
+      if (stage == work.early) return;
+      load_w(ring, w_map, items, k, stage, work.tile_rows, ring.stage_bytes, policy_evict_first());
+    }
+  }
+}
+
+// One thread: once the kernels ahead have ended, keeps the ring full.
 template <int kTokens, int kCluster>
 __device__ void produce(const Work& work, const Next& next, const Ring& ring, const CUtensorMap* w_map, const CUtensorMap* x_map,
                         const CUtensorMap* next_map) {
   const uint64_t once = policy_evict_first();
   const uint64_t keep = policy_evict_last();
-  const int bytes = ring.stage_bytes;
-  Items<kCluster> ahead(work);  // W of the first round
-  int ahead_k = ahead.first_k;
-  int early = 0;
-  const auto step = [&] {
-    if (++ahead_k == ahead.end_k) {
-      ahead.next();
-      ahead_k = ahead.first_k;
-    }
-  };
-  for (; early < work.early && !ahead.is_done(); ++early, step()) {
-    load_w(ring, w_map, ahead, ahead_k, early, work.tile_rows, bytes, once);
-  }
   wait_for_dependencies();
   launch_dependents();  // not before the wait: whoever starts now may read the same x (lora_work.h, Follow::kWaitLast)
   RingPosition at;
   for (Items<kCluster> items(work); !items.is_done(); items.next()) {
     for (int k = items.first_k; k < items.end_k; ++k, at.advance(work.stages)) {
       if (at.round > 0) barrier_wait(ring.empty(at.stage), (at.round - 1) & 1);
-      if (at.round > 0 || at.stage >= early) load_w(ring, w_map, items, k, at.stage, work.tile_rows, bytes, once);
+      if (at.round > 0 || at.stage >= work.early) load_w(ring, w_map, items, k, at.stage, work.tile_rows, ring.stage_bytes, once);
       load_x<kTokens, kCluster>(ring, x_map, k, at.stage, keep);
     }
   }
@@ -243,15 +242,16 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_gemm(const __grid_constant
   const int overrun = max(0, 128 * kBlocks - work.tile_rows - kTokens) * kRowBytes;
   ring.barriers = ring.buffers + work.stages * ring.stage_bytes + overrun;
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  if (threadIdx.x == kConsumerWarps * 32) {
-    tensor_map_prefetch(&w_map);
-    tensor_map_prefetch(&x_map);
-#pragma unroll 1
-    for (int stage = 0; stage < work.stages; ++stage) {
-      barrier_init(ring.full(stage), 1);
-      barrier_init(ring.empty(stage), kConsumerWarps * kCluster);
+  if (warp == kConsumerWarps) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    if (lane < work.stages) {
+      barrier_init(ring.full(lane), 1);
+      barrier_init(ring.empty(lane), kConsumerWarps * kCluster);
     }
     barrier_init_fence();
+    __syncwarp();
+    if (lane == 0) load_early<kCluster>(work, ring, &w_map);  // its own barriers: no need to wait for the block
+    __syncwarp();
   }
   if constexpr (kCluster == 1) {
     __syncthreads();

@@ -58,10 +58,6 @@ __device__ __forceinline__ uint64_t policy_evict_last() {
   return policy;
 }
 
-__device__ __forceinline__ void tensor_map_prefetch(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // Copies the map's box at (column, row) to shared memory; its bytes complete on `barrier`.
 __device__ __forceinline__ void tensor_load(uint32_t target, const CUtensorMap* map, int column, int row, uint32_t barrier,
                                             uint64_t policy) {
