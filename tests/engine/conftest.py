@@ -114,12 +114,13 @@ class Driver:
 def make_driver(world, tmp_path):
     engines = []
 
-    def make(dtype="float32", adapters=None, model=None, **settings) -> Driver:
+    def make(dtype="float32", adapters=None, model=None, device="cpu", watch=None, **settings) -> Driver:
         engine = open_engine(
-            ModelSettings(path=str(model or world.model_dir), dtype=dtype),
+            ModelSettings(path=str(model or world.model_dir), dtype=dtype, device=device),
             EngineSettings(**{"threads": 1, "kv_cache_bytes": 1 << 20, "kv_block_size": 4, **settings}),
             AdapterSettings(**{"memory_bytes": 4 << 20, **(adapters or {})}),
             tmp_path,
+            watch_logits=watch,
         )
         engines.append(engine)
         return Driver(engine, world)
