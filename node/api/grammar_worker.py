@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import threading
 from pathlib import Path
 from typing import IO
 
@@ -15,6 +16,8 @@ import msgspec
 
 from node.engine.grammar import Vocabulary
 from node.errors import GrammarError
+
+_STACK_BYTES = 2 << 20
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -51,7 +54,11 @@ def main(arguments: list[str]) -> int:
     vocabulary = Vocabulary(Path(path), int(vocab_size), [int(part) for part in end_ids.split(",") if part])
     sys.stdout.buffer.write(msgspec.json.encode(Verdict()) + b"\n")
     sys.stdout.buffer.flush()
-    serve(vocabulary, sys.stdin.buffer, sys.stdout.buffer)
+    # The compiler recurses. On a quarter of the stack that the engine's threads have, what passes here cannot overflow it there.
+    threading.stack_size(_STACK_BYTES)
+    worker = threading.Thread(target=serve, args=(vocabulary, sys.stdin.buffer, sys.stdout.buffer))
+    worker.start()
+    worker.join()
     return 0
 
 

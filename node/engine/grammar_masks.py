@@ -131,7 +131,12 @@ class GrammarMasks:
         """Whether a sequence with a grammar may draw a token: a hundredth of a mask's time, for rows that know what they want."""
         constraint = self._constraints[sequence_id]
         matcher = constraint.matcher
-        if constraint.failure is not None or matcher.validate_tokens([token_id]) == 1:
+        if constraint.failure is not None:
+            return True
+        forced = matcher.compute_ff_tokens()
+        if forced:  # text that must come is written in the tokens that the tokenizer would give it, as the mask has it
+            return bool(token_id == forced[0])
+        if matcher.validate_tokens([token_id]) == 1:
             return True
         if matcher.is_stopped() and not matcher.is_error():
             return token_id in self._vocabulary.result().end_ids

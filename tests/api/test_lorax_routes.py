@@ -146,7 +146,7 @@ VALIDATION = {
     "stop": (ask(stop=["x"] * 9), "supports up to 8 stop sequences"),
     "best_of": (ask(best_of=2), "`parameters.best_of` must be > 0 and <= 1. Given: 2"),
     "watermark": (ask(watermark=True), "`parameters.watermark`"),
-    "response_format": (ask(response_format={"type": "json_object", "schema": {}}), "`parameters.response_format`"),
+    "response_format": (ask(response_format={"type": "json_object", "schema": 7}), "`parameters.response_format.schema`"),
     "both adapters": (ask(adapter_id="alice", merged_adapters={"ids": ["alice"]}), "at most one of"),
     "merge empty": (ask(merged_adapters={"ids": []}), "`parameters.merged_adapters.ids`"),
     "merge lengths": (ask(merged_adapters={"ids": ["alice"], "weights": [1, 2]}), "must have as many values"),

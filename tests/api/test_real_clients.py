@@ -27,7 +27,7 @@ def test_openai_sdk_works_unmodified(bench, live_url):
     assert seen["errors"] == {
         "unknown model": [404, "model_not_found", "model"],
         "bad parameter": [400, "invalid_request", "temperature"],
-        "response format": [400, "param_not_supported", "response_format"],
+        "response format": [400, "invalid_request", "response_format.type"],
     }
     assert len(bench.books.opened) == len(bench.books.closed)
 

@@ -69,7 +69,7 @@ def errors(client: openai.OpenAI, model: str) -> dict[str, Any]:
     for name, kind, arguments in (
         ("unknown model", openai.NotFoundError, {"model": "no-such-model", "max_tokens": 4}),
         ("bad parameter", openai.BadRequestError, {"model": model, "max_tokens": 4, "temperature": 9}),
-        ("response format", openai.BadRequestError, {"model": model, "response_format": {"type": "json_object"}}),
+        ("response format", openai.BadRequestError, {"model": model, "response_format": {"type": "xml"}}),
     ):
         try:
             client.chat.completions.create(messages=[{"role": "user", "content": "x"}], **arguments)
