@@ -67,6 +67,7 @@ class DecodeWork:
     ) -> None:
         self.shape = shape
         self._cost = cost or ItemCost()
+        self._rows = triton.next_power_of_2(shape.max_batch)  # one compilation for every batch
         self.programs = max(1, programs)
         longest = -(-shape.max_context // TILE)
         chunk = max(_LEAST_CHUNK, -(-longest // _MOST_CHUNKS)) if is_deterministic else 0
@@ -93,7 +94,7 @@ class DecodeWork:
         plan_items_kernel[(1,)](
             context_lens, found.items, found.counts, found.firsts, batch, self.programs, self.most_items,
             self.chunk_keys // TILE, window or 0, self._cost.start_tiles, self._cost.join_tiles,
-            TILE=TILE, BATCH=triton.next_power_of_2(batch), CHUNKS=64, num_warps=4,
+            TILE=TILE, BATCH=self._rows, CHUNKS=64, num_warps=4,
         )  # fmt: skip
         return found
 

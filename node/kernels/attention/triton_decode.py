@@ -21,7 +21,7 @@ from node.kernels.attention.triton_math import attend_tile, finish, join_chunks
 TILE = 64  # keys of one tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "slots", "max_items", "fixed_chunk", "window", "start_tiles", "join_tiles"])
 def plan_items_kernel(
     lens_ptr,  # [Q] int32
     items_ptr,  # [max_items, 4] int32: sequence, first key, key after the last, place among the sequence's items
@@ -72,7 +72,7 @@ def plan_items_kernel(
         tl.store(target + 3, place, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def decode_kernel(
     q_ptr,
     k_ptr,

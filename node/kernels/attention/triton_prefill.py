@@ -13,7 +13,7 @@ import triton.language as tl
 from node.kernels.attention.triton_math import attend_tile, finish, join_chunks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window"])
 def prefill_kernel(
     q_ptr,
     k_ptr,
