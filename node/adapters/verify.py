@@ -18,32 +18,12 @@ from attribution.errors import IdentityError, ManifestError
 from attribution.manifest import MAX_BYTES as MAX_MANIFEST_BYTES
 from attribution.manifest import Manifest
 from node.adapters.binding import Binding, LinearTable, bind
-from node.adapters.formats.layout import (
-    CONFIG_FILE,
-    MANIFEST_FILE,
-    MAX_DIRECTORY_ENTRIES,
-    WEIGHTS_FILE,
-    locate,
-    refuse_code,
-    wanted_files,
-)
+from node.adapters.formats.layout import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, locate, refuse_code
 from node.adapters.formats.opening import TensorFile, open_adapter
 from node.adapters.linear_table import EMBEDDING
 from node.adapters.regular_file import read_whole
 from node.adapters.safetensors_file import TensorEntry
 from node.errors import AdapterInvalidError
-
-__all__ = [
-    "ADAPTER_FILES",
-    "MAX_DIRECTORY_ENTRIES",
-    "WEIGHTS_FILE",
-    "AdapterVerifier",
-    "Coverage",
-    "Fingerprint",
-    "VerifiedAdapter",
-    "fingerprint",
-    "refuse_names",
-]
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE)
 HASH_THREADS = 2  # verification shares the machine with the engine
@@ -181,15 +161,6 @@ def _file_fingerprint(path: Path) -> tuple[int, int, int, int] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def refuse_names(names: list[str]) -> None:
-    """Refuse an adapter by the names of its files, before any of them is opened or fetched.
-
-    Raises:
-        AdapterInvalidError: adapter_code_refused (Python files), adapter_format_unsupported (no weights in a format read here).
-    """
-    wanted_files(names)
 
 
 def _hashable(weights: TensorFile, entry: TensorEntry) -> identity.TensorEntry:

@@ -18,11 +18,11 @@ from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, 
 from obstore.store import AzureStore, GCSStore, S3Store
 
 from node.adapters.disk_cache import DiskCache
+from node.adapters.formats.layout import CONFIG_FILE, MANIFEST_FILE, MAX_DIRECTORY_ENTRIES, WEIGHTS_FILE, is_weights, wanted_files
 from node.adapters.locations import Location, parse_location
 from node.adapters.remote import RemoteFile, RemoteVersion
 from node.adapters.sources.web import Resolve, WebAnswer, WebDoor, resolve_host
 from node.adapters.staging import Staging, discard
-from node.adapters.verify import ADAPTER_FILES, MAX_DIRECTORY_ENTRIES, WEIGHTS_FILE, refuse_names
 from node.errors import (
     AdapterError,
     AdapterForbiddenError,
@@ -106,11 +106,12 @@ class StoreSource:
 
     def look_up(self, name: Location, token: str | None) -> RemoteVersion:
         """List the files at a location. The token is not used: a store has its operator's credentials."""
-        files = self._store(name).reader.files(name)
-        refuse_names([file.name for file in files])
+        listed = self._store(name).reader.files(name)
+        wanted = wanted_files([file.name for file in listed])
+        files = [file for file in listed if file.name in wanted]
         for file in files:
             limit = self._limit(file)
-            if file.name in ADAPTER_FILES and file.size_bytes is not None and file.size_bytes > limit:
+            if file.size_bytes is not None and file.size_bytes > limit:
                 raise AdapterInvalidError(
                     f"{file.name} has {file.size_bytes} bytes at its source; the limit is {limit}", code="adapter_too_large"
                 )
@@ -120,9 +121,8 @@ class StoreSource:
         """Download the adapter's files; a broken download goes on where it stopped."""
         reader = self._store(name).reader
         final = self._cache.place(name.source, _entry_name(name), found.revision)
-        wanted = [file for file in found.files if file.name in ADAPTER_FILES]
-        with self._staging.filling(final, str(name), wanted) as part:
-            for file in wanted if part is not None else ():
+        with self._staging.filling(final, str(name), found.files) as part:
+            for file in found.files if part is not None else ():
                 assert part is not None  # noqa: S101 - for the type checker: the loop is empty otherwise
                 try:
                     self._staging.receive(part, file, lambda f, offset: reader.read(name, f, offset), self._limit(file))
@@ -144,7 +144,7 @@ class StoreSource:
         )
 
     def _limit(self, file: RemoteFile) -> int:
-        return self._max_bytes if file.name == WEIGHTS_FILE else SMALL_FILE_BYTES
+        return self._max_bytes if is_weights(file.name) else SMALL_FILE_BYTES
 
 
 class _VersionMovedError(Exception):
@@ -227,7 +227,7 @@ class _WebReader:
 
     def files(self, location: Location) -> list[RemoteFile]:
         found: list[RemoteFile] = []
-        for name in ADAPTER_FILES:
+        for name in (CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE):
             with self._door.get(_below(location, name), {"Range": "bytes=0-0"}) as answer:
                 if answer.status in (404, 410):
                     continue
@@ -289,7 +289,7 @@ def _from_store(error: BaseError, location: Location) -> Exception:
 def _revision(files: Sequence[RemoteFile], location: Location) -> str:
     """A digest of the version marks of the adapter's files: 40 hex digits, as a commit has."""
     digest = hashlib.sha256()
-    for file in sorted((file for file in files if file.name in ADAPTER_FILES), key=lambda file: file.name):
+    for file in sorted(files, key=lambda file: file.name):
         if file.tag is None:
             raise AdapterUnavailableError(
                 f"the source gives {file.name} of {location} neither an ETag nor a time of change, so a new version could not be "

@@ -23,6 +23,8 @@ NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
 }
 HEADS = {"attn_q": 4, "attn_k": 2}
 TYPES = gguf.GGMLQuantizationType
@@ -99,6 +101,15 @@ def test_float32_has_the_identity_of_the_peft_adapter(base, tmp_path):
     directory = llama.adapter("gguf-identity", r=4, lora_alpha=8, target_modules=ALL_LINEAR)
 
     assert llama.verify(convert(directory, tmp_path / "g")).adapter_id == llama.verify(directory).adapter_id
+
+
+def test_phi_has_fused_matrices(base, same, tmp_path):
+    phi = base("phi3")
+    directory = phi.adapter("gguf", r=4, target_modules=["qkv_proj", "gate_up_proj", "o_proj"])
+    converted = convert(directory, tmp_path / "g", "phi3")
+
+    assert same(phi.ours(converted), phi.peft(directory)) < 1e-5
+    assert phi.verify(converted).adapter_id == phi.verify(directory).adapter_id
 
 
 def test_qwen_is_not_permuted(base, same, tmp_path):
