@@ -141,7 +141,7 @@ class CudaPages:
         with torch.cuda.stream(self._copies):
             self._fences.guard(self._copies, place.fence)
             for page, source in zip(place.pages, sources, strict=False):  # the place may have pages for its side tensors
-                self.tensors.pages[page].copy_(source, non_blocking=True)
+                self.tensors.pages[page, : file.extent].copy_(source[: file.extent], non_blocking=True)
             self._tables[:, :, place.slot].copy_(columns, non_blocking=True)
             if side is not None:
                 self.tensors.sides[place.slot] = self._move(side)

@@ -53,6 +53,7 @@ class FilePlan:
         binding: What each tensor is.
         is_plain: A safetensors file whose pages say everything; such files are read by their tables, below.
         rank: The largest rank of a linear module; it decides the number of pages.
+        extent: Elements of a page up to the end of the last module it touches; nothing behind is ever read.
         side_bytes: What it takes beside its pages, on the same device (see `side`); 0 when plain.
         tensors: [tensors] TENSOR_RECORD in file order: places in the file, and which placements are theirs.
         placements: [placements] PLACEMENT_RECORD. Where rows of a tensor go inside the pages.
@@ -64,6 +65,7 @@ class FilePlan:
     binding: Binding
     is_plain: bool
     rank: int
+    extent: int
     side_bytes: int
     tensors: npt.NDArray[Any]
     placements: npt.NDArray[Any]
@@ -152,6 +154,7 @@ class FilePlans:
             binding=binding,
             is_plain=not is_gguf and not needs_side,
             rank=binding.page_rank_needed,
+            extent=max((_end(self._layout, module.name) for module in modules), default=0),
             side_bytes=side_bytes(binding, SIDE_ITEM_BYTES),
             tensors=tensors,
             placements=placements,
@@ -161,6 +164,11 @@ class FilePlans:
             hash_parts=parts,
             hash_order=order,
         )
+
+
+def _end(layout: PageLayout, name: str) -> int:
+    span = layout.spans[name]
+    return span.b_offset + layout.page_rank * span.out_features
 
 
 def _records(

@@ -26,6 +26,7 @@ def file_plan(rank, side_bytes=0):
         binding=Binding(()),
         is_plain=True,
         rank=rank,
+        extent=LAYOUT.page_elements,
         side_bytes=side_bytes,
         tensors=np.zeros(0, TENSOR_RECORD),
         placements=np.zeros(0, PLACEMENT_RECORD),

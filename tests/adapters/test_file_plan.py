@@ -110,3 +110,12 @@ def test_placements_cover_each_matrix_once(plans, writer):
     expected = sorted(offset for span in plans.layout.spans.values() for offset in (span.a_offset, span.b_offset))
     assert offsets == expected
     assert identity.ADAPTER_SCHEMA.encode() in plan.hash_parts[0]
+
+
+def test_extent_ends_with_the_last_module_an_adapter_touches(plans, writer):
+    names = [name for name in writer.tensors() if "down_proj" not in name]
+    tensors = {name: tensor for name, tensor in writer.tensors().items() if name in names}
+    plan = plans.plans.read(writer.write("a", tensors, target_modules=["q_proj", "v_proj"]))
+    last = plans.layout.spans["model.layers.1.self_attn.v_proj"]
+    assert plan.extent == last.b_offset + 4 * last.out_features < plans.layout.page_elements
+    assert plans.plans.read(writer.write("b")).extent == plans.layout.page_elements

@@ -40,6 +40,7 @@ def file_plan(rank):
         binding=Binding(()),
         is_plain=True,
         rank=rank,
+        extent=LAYOUT.page_elements,
         side_bytes=0,
         tensors=np.zeros(0, TENSOR_RECORD),
         placements=np.zeros(0, PLACEMENT_RECORD),
