@@ -11,7 +11,8 @@ from typing import Any
 
 from attribution.errors import AttributionError
 from attribution.signing import checksum_address
-from node.adapters.catalog import AdapterCatalog, CatalogEntry
+from node.adapters.catalog import AdapterCatalog
+from node.adapters.entry import CatalogEntry
 from node.adapters.locations import is_location, parse_location
 from node.adapters.names import parse_name
 from node.errors import ChainError, RequestError

@@ -10,30 +10,27 @@ import asyncio
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
-from attribution.manifest import Manifest
-from node.adapters.binding import LinearTable
-from node.adapters.disk_cache import open_disk_cache
+from node.adapters.entry import CatalogEntry, NameFilter, sees_all
 from node.adapters.failures import Failures
 from node.adapters.flights import Flights
-from node.adapters.locations import SCHEMES, SOURCES, Location, is_location, parse_location
+from node.adapters.linear_table import LinearTable
+from node.adapters.locations import SCHEMES, SOURCES, is_location
 from node.adapters.names import AdapterName, parse_name
-from node.adapters.remote import NameT, RemoteSource
-from node.adapters.shelf import RemoteShelf
-from node.adapters.sources.hub import HubSource
+from node.adapters.registrations import Registration, Registrations
+from node.adapters.shelves import Shelves
 from node.adapters.sources.local import LocalSource
-from node.adapters.sources.pbase import PbaseSource
-from node.adapters.sources.stores import StoreSource
-from node.adapters.sources.web import Resolve, WebDoor, resolve_host
-from node.adapters.staging import Progress, Staging
-from node.adapters.verify import AdapterVerifier, Coverage, Fingerprint, VerifiedAdapter, fingerprint
-from node.config import AdapterSettings, Settings
+from node.adapters.sources.web import Resolve, resolve_host
+from node.adapters.staging import Progress
+from node.adapters.verify import AdapterVerifier, Fingerprint, fingerprint
+from node.config import Settings
 from node.errors import (
     AdapterChangedError,
     AdapterError,
     AdapterForbiddenError,
+    AdapterIdError,
     AdapterInvalidError,
     AdapterNotFoundError,
     ConfigError,
@@ -42,61 +39,8 @@ from node.request import LinearShape
 from node.resources import data_path
 
 STARTUP_CHECKS = 4  # at once; the engine loads its model meanwhile
-STORE_TIMEOUT_S = 10.0  # on connecting and on every single read
 DEMO_ADAPTERS = "config/demo/adapters"
 _CONTENT_ID = re.compile(r"[0-9a-f]{64}")
-
-NameFilter = Callable[[str], bool]
-
-
-def sees_all(name: str) -> bool:
-    """The operator's view: every name exists."""
-    return True
-
-
-@dataclass(frozen=True, slots=True)
-class CatalogEntry:
-    """An adapter under one of its names. `revision` is the source's, None for a local adapter."""
-
-    name: str
-    source: str  # one of SOURCES
-    revision: str | None
-    verified: VerifiedAdapter
-
-    @property
-    def adapter_id(self) -> str:
-        """Content hash, 64 hex digits."""
-        return self.verified.adapter_id
-
-    @property
-    def directory(self) -> Path:
-        """Where the verified files are."""
-        return self.verified.directory
-
-    @property
-    def rank(self) -> int:
-        """The largest rank of any module."""
-        return self.verified.rank
-
-    @property
-    def coverage(self) -> tuple[Coverage, ...]:
-        """How many layers of each kind of module it changes."""
-        return self.verified.coverage
-
-    @property
-    def size_bytes(self) -> int:
-        """Length of the weights file."""
-        return self.verified.size_bytes
-
-    @property
-    def manifest(self) -> Manifest | None:
-        """Who made it, where it says so."""
-        return self.verified.manifest
-
-    @property
-    def manifest_hash(self) -> str | None:
-        """Content hash of the manifest, 64 hex digits."""
-        return self.verified.manifest_hash
 
 
 class AdapterCatalog:
@@ -135,35 +79,20 @@ class AdapterCatalog:
         self._failures = Failures(chosen.negative_cache_s, clock)
         self._aliases: dict[str, Path] = {}
         self._entries: OrderedDict[str, tuple[Fingerprint, CatalogEntry]] = OrderedDict()
+        # By content hash, then name: a request by hash costs the same however many adapters there are.
+        self._named_by_content: dict[str, dict[str, CatalogEntry]] = {}
+        self._registrations: Registrations[CatalogEntry] = Registrations()
         self._problems: dict[str, AdapterError] = {}
-        self._cache = open_disk_cache(settings)
-        self._staging = Staging(self._cache)
         self._default_source = chosen.default_source
-        self._stores = StoreSource(
-            chosen.stores,
-            self._cache,
-            self._staging,
-            max_bytes=chosen.max_adapter_bytes,
-            timeout_s=STORE_TIMEOUT_S,
-            resolve=resolve_host,
+        self._shelves = Shelves(
+            settings,
+            self._verifier,
+            self._flights,
+            self._failures,
+            clock,
+            hub_endpoint=hub_endpoint,
+            resolve_host=resolve_host,
         )
-        self._by_location: RemoteShelf[Location] = self._shelf("store", self._stores, clock)
-        self._by_name: dict[str, RemoteShelf[AdapterName]] = {}
-        if chosen.allow_hub:
-            hub = HubSource(
-                self._cache,
-                self._staging,
-                max_bytes=chosen.max_adapter_bytes,
-                timeout_s=min(chosen.fetch_timeout_s, 10.0),
-                endpoint=hub_endpoint,
-            )
-            self._by_name["hub"] = self._shelf("hub", hub, clock)
-        pbase = _pbase(chosen, self._stores, resolve_host)
-        if pbase is not None:
-            self._by_name["pbase"] = self._shelf("pbase", pbase, clock)
-
-    def _shelf(self, kind: str, source: RemoteSource[NameT], clock: Callable[[], float]) -> RemoteShelf[NameT]:
-        return RemoteShelf(kind, source, self._cache, self._verifier, self._flights, self._failures, clock)
 
     @property
     def problems(self) -> Mapping[str, AdapterError]:
@@ -196,6 +125,61 @@ class AdapterCatalog:
         self._aliases[str(alias)] = directory
         return entry
 
+    async def register(
+        self,
+        name: str,
+        target: str,
+        source: str | None = None,
+        token: str | None = None,
+        *,
+        owner: str,
+        replaces: bool = False,
+        sees: NameFilter = sees_all,
+    ) -> tuple[CatalogEntry, CatalogEntry | None]:
+        """Serve what `target` stands for under `name` too, to its owner, from now until `unregister`.
+
+        Args:
+            name: The new name. target: a name or location, see `resolve`.
+            source, token: Of the target; the token asks for it from now on.
+            owner: Whose name it is.
+            replaces: The name may stand for something already; the target is looked up anew.
+            sees: Which of the operator's names exist for the owner.
+
+        Returns:
+            What the name stands for now, and what it stood for before.
+
+        Raises:
+            RequestError: adapter_exists. AdapterError: the target cannot be used; nothing changes.
+        """
+        alias = parse_name(name)
+        if alias.revision is not None:
+            raise AdapterIdError(f"adapter name {name}: a name that is given has no revision", param="lora_name")
+        known = self._registrations.get(owner, alias.path)
+        if known is None or not replaces:
+            self._registrations.require_free(owner, alias.path)
+        if replaces:
+            self._shelves.expire(target)
+        entry = replace(await self._find(target, source, token, sees), name=alias.path)
+        self._registrations.give(owner, alias.path, Registration(target, source, token, entry))
+        return entry, None if known is None else known.entry
+
+    async def unregister(self, name: str, *, owner: str, sees: NameFilter = sees_all) -> tuple[CatalogEntry, bool]:
+        """Stop serving `name` to its owner; requests that run go on.
+
+        Returns:
+            What it stood for, and whether it was the owner's own name (others may use what is not).
+
+        Raises:
+            AdapterNotFoundError: The name stands for nothing.
+        """
+        alias = str(parse_name(name))
+        known = self._registrations.get(owner, alias)
+        entry = known.entry if known else next((item for item in self.entries(sees, owner) if item.name == alias), None)
+        if entry is None:
+            raise AdapterNotFoundError(f"the adapter {name} is not loaded here", param="lora_name")
+        self._registrations.take_back(owner, alias)
+        return entry, known is not None
+
     async def resolve(
         self,
         name: str,
@@ -204,6 +188,7 @@ class AdapterCatalog:
         *,
         pin: str | None = None,
         sees: NameFilter = sees_all,
+        owner: str = "",
     ) -> CatalogEntry:
         """Find an adapter, fetching and verifying it where needed.
 
@@ -214,25 +199,32 @@ class AdapterCatalog:
             pin: The content hash the client insists on.
             sees: Which of the operator's names exist for the caller. One that does not is looked past, so that its answer, and
                 the work for it, are those of a name nobody registered.
+            owner: Whose registered names count.
 
         Raises:
             AdapterError: Every kind; the message names the adapter.
         """
-        entry = await self._find(name, source, token, sees)
+        given = self._registrations.get(owner, name) if source is None else None
+        if given is not None:
+            entry = replace(await self._find(given.target, given.source, given.token, sees), name=name)
+            self._registrations.refresh(owner, name, entry)
+        elif self._registrations.is_withdrawn(owner, name):
+            raise AdapterNotFoundError(f"the adapter {name} was unloaded; load it again first", param="model")
+        else:
+            entry = await self._find(name, source, token, sees)
         if pin is not None and entry.adapter_id != pin:
             raise AdapterChangedError(f"adapter {name} is now {entry.adapter_id}; the request is pinned to {pin}", param="model")
         return entry
 
-    def entries(self, sees: NameFilter = sees_all) -> tuple[CatalogEntry, ...]:
+    def entries(self, sees: NameFilter = sees_all, owner: str = "") -> tuple[CatalogEntry, ...]:
         """The adapters known now, by name, of those that exist for the caller. Ones that their source keeps private or gated are
-        not listed."""
+        listed only under the names their owner gave them."""
         known = {entry.name: entry for _, entry in self._entries.values()}
-        for source, shelf in self._by_name.items():
-            for revision, name, verified in shelf.public():
-                known.setdefault(name, CatalogEntry(name, source, revision, verified))
-        for revision, name, verified in self._by_location.public():
-            known.setdefault(name, CatalogEntry(name, parse_location(name).source, revision, verified))
-        return tuple(known[name] for name in sorted(known) if sees(name))
+        for entry in self._shelves.entries():
+            known.setdefault(entry.name, entry)
+        shown = {name: entry for name, entry in known.items() if sees(name) and not self._registrations.is_withdrawn(owner, name)}
+        shown.update({entry.name: entry for entry in self._registrations.entries(owner)})
+        return tuple(shown[name] for name in sorted(shown))
 
     async def close(self) -> None:
         """Stop fetching; adapters already verified stay valid for the requests that have them."""
@@ -240,36 +232,36 @@ class AdapterCatalog:
 
     def fetching(self) -> list[Progress]:
         """The downloads under way now."""
-        return self._staging.progress()
+        return self._shelves.fetching()
 
     async def _find(self, text: str, source: str | None, token: str | None, sees: NameFilter) -> CatalogEntry:
-        if source not in (None, *SOURCES):
+        if source is not None and source not in SOURCES:
             raise AdapterForbiddenError(
                 f"adapter source {source[:40]!r} is not offered; use one of {', '.join(SOURCES)}", param="adapter_source"
             )
         if is_location(text) or source in SCHEMES:
-            return await self._from_store(text, source, sees)
+            return await self._shelves.at_location(text, source, sees)
         name = parse_name(text)
         if source in (None, "local"):
             directory = self._find_directory(name)
             if directory is None:
-                self._entries.pop(str(name), None)
+                self._drop(str(name))
             elif sees(name.path):
                 return await self._from_directory(str(name), directory)
         if _CONTENT_ID.fullmatch(name.path):
             return await self._find_by_content(name, sees)
         chosen = source or self._default_source
         if chosen in SCHEMES:
-            return await self._from_store(text, chosen, sees)
+            return await self._shelves.at_location(text, chosen, sees)
         if chosen == "local" or not (name.is_hub_id or source is not None):
             raise AdapterNotFoundError(f"adapter {name}: this node has no adapter directory of that name", param="model")
-        return await self._from_named(chosen, name, token)
+        return await self._shelves.by_name(chosen, name, token)
 
     async def _find_by_content(self, name: AdapterName, sees: NameFilter) -> CatalogEntry:
         """An adapter by what it is, through a name that exists for the caller. The files are looked at again: a moved alias must
         not answer for its old hash."""
-        for entry in self.entries(sees):
-            if entry.adapter_id == name.path:
+        for entry in (*self._named_by_content.get(name.path, {}).values(), *self._shelves.of_content(name.path)):
+            if sees(entry.name):
                 return await self.resolve(entry.name, entry.source, pin=name.path, sees=sees)
         raise AdapterNotFoundError(f"no adapter with content hash {name.path} is known here; name it by its name", param="model")
 
@@ -293,43 +285,27 @@ class AdapterCatalog:
         try:
             verified = await self._flights.call(self._verifier.verify, directory)
         except AdapterInvalidError as error:
-            self._entries.pop(name, None)
+            self._drop(name)
             named = AdapterInvalidError(f"adapter {name}: {error.message}", code=error.error_code, param="model")
             self._failures.remember(key, named, state)
             raise named from error
         entry = CatalogEntry(name, "local", None, verified)
-        self._entries[name] = (state, entry)
+        self._keep(name, state, entry)
         self._problems.pop(name, None)
         return entry
 
-    async def _from_named(self, source: str, name: AdapterName, token: str | None) -> CatalogEntry:
-        shelf = self._by_name.get(source)
-        if shelf is None:
-            key = "adapters.allow_hub is false" if source == "hub" else "adapters.pbase_url is not set"
-            raise AdapterForbiddenError(f"adapter {name}: this node fetches nothing from {source} ({key})", param="model")
-        revision, verified = await shelf.resolve(name, token)
-        return CatalogEntry(str(name), source, revision, verified)
+    def _keep(self, name: str, state: Fingerprint, entry: CatalogEntry) -> None:
+        self._drop(name)
+        self._entries[name] = (state, entry)
+        self._named_by_content.setdefault(entry.adapter_id, {})[name] = entry
 
-    async def _from_store(self, text: str, source: str | None, sees: NameFilter) -> CatalogEntry:
-        """An adapter of one of the operator's stores. A location outside them is refused before anything is asked."""
-        location = parse_location(text, source if source in SCHEMES else None)
-        if source not in (None, location.source):
-            raise AdapterForbiddenError(f"adapter location {location} is not of source {source}", param="adapter_source")
-        self._stores.require_allowed(location)
-        if not sees(str(location)):
-            raise AdapterNotFoundError(f"there is no adapter at {location}", param="model")
-        revision, verified = await self._by_location.resolve(location, None)
-        return CatalogEntry(str(location), location.source, revision, verified)
-
-
-def _pbase(settings: AdapterSettings, stores: StoreSource, resolve: Resolve) -> PbaseSource | None:
-    if settings.pbase_url is None:
-        return None
-    if settings.pbase_store is None:
-        raise ConfigError("adapters.pbase_url needs adapters.pbase_store, the store that its adapter paths lie in")
-    # The endpoint is the operator's own choice, so it may be on a private network.
-    door = WebDoor(STORE_TIMEOUT_S, allows_private=True, resolve=resolve)
-    return PbaseSource(settings.pbase_url, settings.pbase_store, stores, door)
+    def _drop(self, name: str) -> None:
+        known = self._entries.pop(name, None)
+        if known is not None:
+            names = self._named_by_content[known[1].adapter_id]
+            del names[name]
+            if not names:
+                del self._named_by_content[known[1].adapter_id]
 
 
 def _roots(directory: Path | None, further: Sequence[Path]) -> tuple[Path, ...]:

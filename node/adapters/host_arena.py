@@ -98,6 +98,19 @@ class HostArena:
         """What `lend` gave is not read any more."""
         self._tier.unpin(adapter_id)
 
+    def __contains__(self, adapter_id: str) -> bool:
+        return adapter_id in self._tier
+
+    def is_idle(self, adapter_id: str) -> bool:
+        """Whether nobody writes or reads the adapter's pages; true for one that is not here."""
+        return adapter_id not in self._tier or not self._tier[adapter_id].pin_count
+
+    def forget(self, adapter_id: str) -> None:
+        """Give an idle adapter's pages back now. Unknown ones are ignored."""
+        if adapter_id in self._tier:
+            self._tier.drop(adapter_id)
+            self._staged.pop(adapter_id, None)
+
     def touch(self, adapter_id: str) -> None:
         """The adapter left the GPU; it may be wanted again soon. Unknown ones are ignored."""
         if adapter_id in self._tier:

@@ -29,6 +29,7 @@ from node.request import AdapterTerm
 
 REMEMBERED_PLANS = 4096  # small: what headers say is shared by all adapters of a shape (`file_plan`)
 REMEMBERED_FAILURES = 1024
+WISH_LIMIT = 1024
 FAILURE_S = 1.0  # long enough for every sequence that waits to hear of it, short enough to try again soon
 
 
@@ -71,6 +72,8 @@ class AdapterPool:
         self._plans: OrderedDict[str, AdapterPlan] = OrderedDict()
         self._failures: OrderedDict[str, tuple[AdapterError, float]] = OrderedDict()
         self._wanted: set[str] = set()
+        self._wished: OrderedDict[str, Path] = OrderedDict()  # to come, though no sequence asks for them
+        self._dismissed: set[str] = set()  # to go, once nobody runs with them
         self.loads_total = 0
         self.evictions_total = 0
         self.file_loads_total = 0
@@ -183,6 +186,53 @@ class AdapterPool:
             self._tier.unpin(term.adapter_id)
             self._marks[term.adapter_id] = self._store.mark()
 
+    # ---- wishes, as the operator has them
+
+    @property
+    def has_wishes(self) -> bool:
+        """Whether an adapter is to come that can still come, or to go that nobody holds."""
+        return bool(self._wished) or any(map(self._is_idle, self._dismissed))
+
+    def prefetch(self, term: AdapterTerm) -> None:
+        """Load an adapter ahead of its first request. Of too many wishes the oldest is forgotten."""
+        self._dismissed.discard(term.adapter_id)
+        self._wished[term.adapter_id] = Path(term.directory)
+        while len(self._wished) > WISH_LIMIT:
+            self._wished.popitem(last=False)
+
+    def dismiss(self, adapter_id: str) -> None:
+        """Let an adapter go from every tier once nobody runs with it, is loading it or wants it."""
+        self._wished.pop(adapter_id, None)
+        if self._is_known(adapter_id):
+            self._dismissed.add(adapter_id)
+
+    def grant_wishes(self) -> None:
+        """Do the next thing for each wish, after what this step wants is known: wishes never push that out."""
+        for adapter_id in [adapter_id for adapter_id in self._dismissed if self._is_idle(adapter_id)]:
+            self._dismissed.discard(adapter_id)
+            if adapter_id not in self._wanted:
+                self._forget(adapter_id)
+        for adapter_id, directory in list(self._wished.items()):
+            if adapter_id in self._resident or self._failure(adapter_id) is not None:
+                del self._wished[adapter_id]
+            elif self._loader.job_count < self._loader.job_limit:
+                self._start(adapter_id, directory)
+
+    def _is_known(self, adapter_id: str) -> bool:
+        return adapter_id in self._tier or (self._arena is not None and adapter_id in self._arena)
+
+    def _is_idle(self, adapter_id: str) -> bool:
+        """Whether nothing holds an adapter: no sequence, no loader, no copy."""
+        is_free = adapter_id not in self._tier or not self._tier[adapter_id].pin_count
+        return is_free and (self._arena is None or self._arena.is_idle(adapter_id))
+
+    def _forget(self, adapter_id: str) -> None:
+        if adapter_id in self._tier:
+            self._evict(adapter_id)
+        if self._arena is not None:
+            self._arena.forget(adapter_id)
+        self._plans.pop(adapter_id, None)
+
     def _can_run(self, adapter_id: str) -> bool:
         """A step that names an adapter on its way waits for it, everybody else in that step too: only while nobody runs."""
         return adapter_id in self._resident and (adapter_id not in self._arrivals or not self._running_count)
@@ -249,7 +299,7 @@ class AdapterPool:
         self._resident.add(adapter_id)
         self._files[adapter_id] = staged.file
         self.loads_total += 1
-        self.sent_bytes_total += len(sources) * self._page_bytes
+        self.sent_bytes_total += len(sources) * staged.file.extent * self._page_bytes // self._layout.page_elements
 
     def _settle(self) -> None:
         """Copies that are done keep nobody any more."""

@@ -7,6 +7,7 @@ repository that turns private and a branch that moves all take effect.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -81,6 +82,12 @@ class RemoteShelf(Generic[NameT]):
         self._failures.raise_known(key)
         shelved = await self._flights.join(key, lambda: self._refresh(key, name, token))
         return shelved.revision, shelved.verified
+
+    def expire(self, name: str) -> None:
+        """Ask the source again at the next use of a name, whoever asks."""
+        for key, item in self._shelved.items():
+            if key[1] == name:
+                self._shelved[key] = replace(item, checked_s=-math.inf)
 
     def public(self) -> list[tuple[str, str, VerifiedAdapter]]:
         """(revision, name, adapter) of everything that is neither private nor gated."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from aiohttp import web
 
+from node.api.adapter_routes import AdapterRoutes
 from node.api.answering import Answering
 from node.api.chat_template import ChatTemplate
 from node.api.doors import Services
@@ -50,7 +51,17 @@ def build_application(services: Services) -> web.Application:
     application.on_response_prepare.append(announce_limits(services.tenancy))
     answering = _answering(services, gate, application)
     openai, lorax = OpenAiRoutes(answering), LoraxRoutes(answering)
-    models = ModelRoutes(answering, services.catalog, services.ready, services.server, services.version, services.payment_terms)
+    models = ModelRoutes(
+        answering,
+        services.catalog,
+        services.ready,
+        services.server,
+        services.version,
+        services.payment_terms,
+        services.price,
+        lambda: services.engine.stats,
+    )
+    adapters = AdapterRoutes(answering, services.catalog, services.engine, services.ready.model_id)
     probe_id = services.ready.eos_token_ids[0] if services.ready.eos_token_ids else 0
     status = StatusRoutes(answering, Readiness(services.engine, services.books, gate, probe_id), services.books)
     documents = DocumentRoutes(build_document(answering.limits, services.version))
@@ -62,6 +73,10 @@ def build_application(services: Services) -> web.Application:
             web.get("/v1/models", models.models),
             web.get("/v1/models/{id:.+}", models.model),
             web.get("/v1/receipts/{id}", status.receipt),
+            web.post("/v1/load_lora_adapter", adapters.load),
+            web.post("/v1/unload_lora_adapter", adapters.unload),
+            web.post("/load_lora_adapter", adapters.load_sglang),
+            web.post("/unload_lora_adapter", adapters.unload_sglang),
             web.post("/", lorax.compatible),
             web.post("/invocations", lorax.compatible),
             web.post("/generate", lorax.generate),

@@ -12,10 +12,11 @@ from typing import Any, Protocol
 from structlog.typing import FilteringBoundLogger
 
 from attribution.record import Merge, RecipeTerm, recipe_hash
-from node.adapters.catalog import NameFilter
+from node.adapters.entry import NameFilter
 from node.adapters.merges.recipe import MergeRecipe
 from node.config import ServerSettings
 from node.engine.messages import Ready, SequenceEvent, Stats, Submit
+from node.request import AdapterTerm
 from node.settlement.admission import SignedVoucher
 from node.telemetry.metrics import NodeMetrics
 from node.tenancy.meter import TokenPrice
@@ -48,6 +49,12 @@ class Engine(Protocol):
     def cancel(self, sequence_id: str) -> None:
         """Stop a sequence within one step; never blocks, unknown ids are ignored."""
 
+    def prefetch(self, term: AdapterTerm) -> None:
+        """Bring an adapter into memory ahead of its first request; raises OverloadedError."""
+
+    def evict(self, adapter_id: str) -> None:
+        """Let an adapter's memory go once no sequence runs with it; raises OverloadedError."""
+
 
 class CatalogEntry(Protocol):
     """One adapter that can be served."""
@@ -69,11 +76,29 @@ class CatalogEntry(Protocol):
 class Catalog(Protocol):
     """Which adapters exist."""
 
-    async def resolve(self, name: str, source: str | None = None, token: str | None = None, *, sees: NameFilter) -> CatalogEntry:
+    async def resolve(
+        self, name: str, source: str | None = None, token: str | None = None, *, sees: NameFilter, owner: str
+    ) -> CatalogEntry:
         """Find, fetch and verify an adapter by name, of the names that exist for the caller; raises AdapterError."""
 
-    def entries(self, sees: NameFilter) -> Sequence[CatalogEntry]:
+    def entries(self, sees: NameFilter, owner: str) -> Sequence[CatalogEntry]:
         """The adapters that are known now and exist for the caller, in the order of their names."""
+
+    async def register(
+        self,
+        name: str,
+        target: str,
+        source: str | None = None,
+        token: str | None = None,
+        *,
+        owner: str,
+        replaces: bool,
+        sees: NameFilter,
+    ) -> tuple[CatalogEntry, CatalogEntry | None]:
+        """Give an adapter one more name; returns it and what the name stood for before; raises RequestError, AdapterError."""
+
+    async def unregister(self, name: str, *, owner: str, sees: NameFilter) -> tuple[CatalogEntry, bool]:
+        """Take a name back; returns what it stood for and whether it was the owner's own; raises AdapterNotFoundError."""
 
 
 class DerivedAdapter(Protocol):

@@ -21,7 +21,7 @@ def read_gauges(services: Services) -> EngineGauges:
     """The newest numbers. An adapter without a name any more shows its content hash; one that is private shows nothing: whoever
     reads metrics must not learn of it."""
     stats, is_public = services.engine.stats, services.tenancy.is_public
-    entries = services.catalog.entries(lambda _: True)
+    entries = services.catalog.entries(lambda _: True, "")
     names = {entry.adapter_id: entry.name for entry in entries if is_public(entry.name)}
     hidden = {entry.adapter_id for entry in entries} - set(names)
     return EngineGauges(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -12,8 +12,9 @@ from node.api.body import read_json
 from node.api.doors import Catalog, CatalogEntry
 from node.api.fields import Fields
 from node.config import ServerSettings
-from node.engine.messages import Ready
+from node.engine.messages import Ready, Stats
 from node.errors import ModelNotFoundError, RequestError
+from node.tenancy.meter import TokenPrice
 
 
 class ModelRoutes:
@@ -27,6 +28,8 @@ class ModelRoutes:
         server: ServerSettings,
         version: str,
         payment_terms: Mapping[str, Any] | None,
+        price: TokenPrice,
+        stats: Callable[[], Stats],
     ) -> None:
         self._answering = answering
         self._catalog = catalog
@@ -34,12 +37,15 @@ class ModelRoutes:
         self._server = server
         self._version = version
         self._payment_terms = payment_terms
+        self._price = {"input_token_wei": str(price.input_wei), "output_token_wei": str(price.output_wei)}
+        self._stats = stats
         self._created_s = int(answering.now().timestamp())
 
     async def models(self, request: web.Request) -> web.Response:
         """The base model, then the adapters by name."""
         entries = sorted(self._entries(request), key=lambda entry: entry.name)
-        data = [self._base(), *(self._adapter(entry) for entry in entries)]
+        state_of = adapter_states(self._stats())
+        data = [self._base(), *(self._adapter(entry, state_of(entry.adapter_id)) for entry in entries)]
         return self._answering.json({"object": "list", "data": data}, {})
 
     async def model(self, request: web.Request) -> web.Response:
@@ -49,14 +55,15 @@ class ModelRoutes:
             return self._answering.json(self._base(), {})
         for entry in self._entries(request):
             if name in (entry.name, entry.adapter_id):
-                return self._answering.json(self._adapter(entry), {})
+                return self._answering.json(self._adapter(entry, adapter_states(self._stats())(entry.adapter_id)), {})
         raise ModelNotFoundError(
             f"the model {name[:200]!r} does not exist; GET /v1/models lists what this node knows", param="model"
         )
 
     def _entries(self, request: web.Request) -> Sequence[CatalogEntry]:
         """The adapters that exist for the caller."""
-        return self._catalog.entries(self._answering.tenancy.sees(request[TENANT]))
+        tenancy, tenant = self._answering.tenancy, request[TENANT]
+        return self._catalog.entries(tenancy.sees(tenant), tenancy.owner(tenant))
 
     def _base(self) -> dict[str, Any]:
         ready = self._ready
@@ -65,10 +72,10 @@ class ModelRoutes:
             "root": ready.model_id,
             "parent": None,
             "max_model_len": ready.max_model_len,
-            "openlora": {"base_id": ready.base_id, "architecture": ready.architecture},
+            "openlora": {"base_id": ready.base_id, "architecture": ready.architecture, "price": self._price, "state": "resident"},
         }
 
-    def _adapter(self, entry: CatalogEntry) -> dict[str, Any]:
+    def _adapter(self, entry: CatalogEntry, state: str) -> dict[str, Any]:
         return {
             **self._card(entry.name),
             "root": entry.name,
@@ -79,6 +86,8 @@ class ModelRoutes:
                 "base_id": self._ready.base_id,
                 "rank": entry.rank,
                 "manifest_hash": entry.manifest_hash,
+                "price": self._price,
+                "state": state,
             },
         }
 
@@ -128,3 +137,12 @@ class ModelRoutes:
         spans = await self._answering.spans(inputs, adds_special)
         answer = [{"id": span.token_id, "text": span.text, "start": span.start, "stop": span.stop} for span in spans]
         return self._answering.json(answer, {})
+
+
+def adapter_states(stats: Stats) -> Callable[[str], str]:
+    """Where an adapter is now, by content hash: "resident" (a step may name it), "host" (in page-locked memory, one copy away
+    from the GPU), "waiting" (requests wait for it) or "disk"."""
+    states = dict.fromkeys(stats.waiting_adapters, "waiting")
+    states.update(dict.fromkeys(stats.host_adapters, "host"))
+    states.update(dict.fromkeys(stats.resident_adapters, "resident"))
+    return lambda adapter_id: states.get(adapter_id, "disk")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from attribution.record import Merge
-from node.adapters.catalog import NameFilter
+from node.adapters.entry import NameFilter
 from node.adapters.merges.recipe import MergeRecipe, MergeSource
 from node.api.doors import Catalog, CatalogEntry, Merger, RecipeEntry
 from node.api.generation import Generation
@@ -40,8 +40,9 @@ class Recipes:
         self._base_name = base_name
         self._merger = merger
 
-    async def resolve(self, generation: Generation, sees: NameFilter) -> ResolvedRecipe:
-        """The request's adapters, in order, by content. `sees` tells which names exist for the caller.
+    async def resolve(self, generation: Generation, sees: NameFilter, owner: str) -> ResolvedRecipe:
+        """The request's adapters, in order, by content. `sees` tells which names exist for the caller, `owner` whose
+        registered ones.
 
         Raises:
             ModelNotFoundError: `model` is neither the base model nor an adapter.
@@ -54,7 +55,7 @@ class Recipes:
             )
         if generation.model == self._base_name and not generation.lists_adapters:
             return ResolvedRecipe()
-        found = [await self._find(term.name, generation, sees) for term in generation.terms]
+        found = [await self._find(term.name, generation, sees, owner) for term in generation.terms]
         entries = tuple(RecipeEntry(entry, term.weight) for entry, term in zip(found, generation.terms, strict=True))
         if len({item.entry.adapter_id for item in entries}) != len(entries):
             raise RequestError("two of the named adapters are the same by content; name it once", param="merged_adapters.ids")
@@ -70,9 +71,9 @@ class Recipes:
         derived = await self._merger.derive(MergeRecipe(merge, sources))
         return AdapterTerm(derived.adapter_id, str(derived.directory), 1.0)
 
-    async def _find(self, name: str, generation: Generation, sees: NameFilter) -> CatalogEntry:
+    async def _find(self, name: str, generation: Generation, sees: NameFilter, owner: str) -> CatalogEntry:
         try:
-            return await self._catalog.resolve(name, generation.adapter_source, generation.adapter_token, sees=sees)
+            return await self._catalog.resolve(name, generation.adapter_source, generation.adapter_token, sees=sees, owner=owner)
         except AdapterNotFoundError as error:
             if generation.shape == "lorax":
                 raise

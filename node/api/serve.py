@@ -106,7 +106,9 @@ class RequestPath:
         constraint = generation.constraint
         if constraint is not None:
             await self._grammars.check(caller.tenant.name, constraint.grammar, constraint.param)
-        resolved = await self._recipes.resolve(generation, self._tenancy.sees(caller.tenant.name))
+        resolved = await self._recipes.resolve(
+            generation, self._tenancy.sees(caller.tenant.name), self._tenancy.owner(caller.tenant.name)
+        )
         prompts = await self._prompting.tokenize(generation)
         budget = self._prompting.budget(generation, prompts)
         opening = Opening(

@@ -22,11 +22,25 @@ from node import errors
 from node.config import Settings
 from node.engine.channel import command_address, event_address
 from node.engine.launch import STOP_TIMEOUT_S, EngineProcess
-from node.engine.messages import Cancel, Command, Event, Ready, SequenceEvent, Shutdown, StartFailed, Stats, Step, Submit
-from node.engine.sizing import MAX_SEQUENCES_GPU
+from node.engine.messages import (
+    Cancel,
+    Command,
+    Event,
+    Evict,
+    Prefetch,
+    Ready,
+    SequenceEvent,
+    Shutdown,
+    StartFailed,
+    Stats,
+    Step,
+    Submit,
+)
 from node.engine.places import Places
+from node.engine.sizing import MAX_SEQUENCES_GPU
 from node.engine.stream import SequenceStream
 from node.errors import EngineError, NodeError, OverloadedError
+from node.request import AdapterTerm
 
 RESTART_LIMIT = 5  # starts in a row that fail before the client gives up
 RESTART_DELAY_S = 0.5  # doubled after each
@@ -156,6 +170,24 @@ class EngineClient:
         if stream is not None and not stream.is_cancelled and self.is_alive:
             self._send(Cancel(sequence_id))
             stream.is_cancelled = True
+
+    def prefetch(self, term: AdapterTerm) -> None:
+        """Bring an adapter into the engine's memory ahead of its first request; nothing happens while no engine runs.
+
+        Raises:
+            OverloadedError: queue_full; nothing was queued.
+        """
+        if self.is_alive:
+            self._send(Prefetch(term))
+
+    def evict(self, adapter_id: str) -> None:
+        """Let an adapter's memory go once no sequence runs with it; nothing happens while no engine runs.
+
+        Raises:
+            OverloadedError: queue_full; nothing was queued.
+        """
+        if self.is_alive:
+            self._send(Evict(adapter_id))
 
     def _send(self, command: Command) -> None:
         if self._commands is None:

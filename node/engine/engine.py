@@ -23,6 +23,7 @@ from node.engine.scheduler import Scheduler, SchedulerLimits, StepPlan, Work, Wo
 from node.engine.sizing import memory_sizes, step_sizes
 from node.models.load import DTYPES, ModelSource, load_model, make_kv_cache, open_source
 from node.models.source import resolve
+from node.request import AdapterTerm
 
 # What torch, numpy and the kernels' own checks raise when the numbers of a step make no sense or do not fit into memory.
 STEP_ERRORS = (RuntimeError, LookupError, ValueError, ArithmeticError, MemoryError)
@@ -91,8 +92,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether any sequence waits or runs, or a step is still open."""
-        return self._scheduler.has_work or self._open is not None or self._grammars.waiting_count > 0
+        """Whether any sequence waits or runs, a step is still open, or an adapter is to come or go."""
+        return self._scheduler.has_work or self._open is not None or self._grammars.waiting_count > 0 or self._adapters.has_wishes
 
     def add(self, submit: Submit) -> list[SequenceEvent]:
         """Queue a sequence, once its grammar is compiled where it has one; the event, if any, says why not."""
@@ -117,6 +118,14 @@ class Engine:
         waiting = [event for sequence_id in self._grammars.waiting_ids() for event in self.cancel(sequence_id)]
         return [*waiting, *self._scheduler.cancel_all()]
 
+    def prefetch(self, term: AdapterTerm) -> None:
+        """Bring an adapter into memory ahead of its first request."""
+        self._adapters.prefetch(term)
+
+    def evict(self, adapter_id: str) -> None:
+        """Let an adapter's memory go once no sequence runs with it."""
+        self._adapters.dismiss(adapter_id)
+
     def step(self) -> tuple[list[SequenceEvent], bool]:
         """Start a step and finish one: the same on a CPU, the one before it where the runner works ahead.
 
@@ -128,6 +137,7 @@ class Engine:
         """
         compiled = self._take_compiled()
         plan = self._scheduler.plan()
+        self._adapters.grant_wishes()  # after the plan, so that nothing it wants leaves for them
         before, self._open = self._open, None
         current = self._launch(plan) if plan.work else None
         events = [*compiled, *plan.events, *self._land(before, current)]

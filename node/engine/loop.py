@@ -6,7 +6,19 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from node.engine.messages import Cancel, Command, Event, SequenceEvent, Shutdown, Stats, Step, Submit
+from node.engine.messages import (
+    Cancel,
+    Command,
+    Event,
+    Evict,
+    Prefetch,
+    SequenceEvent,
+    Shutdown,
+    Stats,
+    Step,
+    Submit,
+)
+from node.request import AdapterTerm
 
 STATS_INTERVAL_S = 0.5  # half of what is promised: a long step may come in between
 
@@ -33,6 +45,10 @@ class Steppable(Protocol):
     def cancel(self, sequence_id: str) -> list[SequenceEvent]: ...
 
     def cancel_all(self) -> list[SequenceEvent]: ...
+
+    def prefetch(self, term: AdapterTerm) -> None: ...
+
+    def evict(self, adapter_id: str) -> None: ...
 
     def step(self) -> tuple[list[SequenceEvent], bool]: ...
 
@@ -84,6 +100,11 @@ class EngineLoop:
                 self._send(self._engine.add(command))
             elif isinstance(command, Cancel):
                 self._send(self._engine.cancel(command.sequence_id))
+            elif isinstance(command, Prefetch):
+                self._is_idle = False
+                self._engine.prefetch(command.term)
+            elif isinstance(command, Evict):
+                self._engine.evict(command.adapter_id)
             elif isinstance(command, Shutdown):
                 self._is_stopping = True
 

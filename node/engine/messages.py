@@ -1,6 +1,6 @@
 """What the API process and the engine process say to each other (msgspec over two bounded ZeroMQ queues).
 
-Down: one `Submit` per sequence (a request with `n` choices is n sequences), `Cancel`, `Shutdown`.
+Down: one `Submit` per sequence (a request with `n` choices is n sequences), `Cancel`, `Prefetch`, `Evict`, `Shutdown`.
 Up: one `Ready` after start, then one `Step` per engine step that has anything to say, and `Stats` at least once a second.
 """
 
@@ -14,7 +14,9 @@ __all__ = [
     "Cancel",
     "Command",
     "Event",
+    "Evict",
     "LinearShape",
+    "Prefetch",
     "Ready",
     "SequenceEvent",
     "Shutdown",
@@ -53,7 +55,19 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Finish nothing more: answer every running sequence with "cancelled" and exit."""
 
 
-Command = Submit | Cancel | Shutdown
+class Prefetch(msgspec.Struct, frozen=True, tag="prefetch"):
+    """Bring an adapter into memory before anybody asks for it, where that pushes out nobody who is wanted now."""
+
+    term: AdapterTerm
+
+
+class Evict(msgspec.Struct, frozen=True, tag="evict"):
+    """Let an adapter's memory go as soon as no sequence runs with it. A sequence that names it later loads it again."""
+
+    adapter_id: str
+
+
+Command = Submit | Cancel | Prefetch | Evict | Shutdown
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from node.adapters.catalog import NameFilter
+from node.adapters.entry import NameFilter
 from node.config import TenantSettings
 from node.settlement.ledger import Ledger
 from node.tenancy.door import Door
 from node.tenancy.meter import Meter, Usage
 from node.tenancy.store import TenantStore
+from node.tenancy.tenant import ANONYMOUS
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,10 @@ class Tenancy:
             return private is None or private.admits(tenant)
 
         return is_visible
+
+    def owner(self, tenant: str) -> str:
+        """Whose registered adapter names a tenant uses; on a node without keys everybody shares the operator's."""
+        return "" if tenant == ANONYMOUS else tenant
 
     def is_public(self, name: str) -> bool:
         """Whether everybody may know of an adapter name."""

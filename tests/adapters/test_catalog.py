@@ -14,6 +14,7 @@ from node.errors import (
     AdapterNotFoundError,
     AdapterUnavailableError,
     ConfigError,
+    RequestError,
 )
 
 
@@ -194,3 +195,75 @@ async def test_resolve_other_source_is_forbidden(catalog, source):
 async def test_resolve_hub_name_where_the_hub_is_off_is_forbidden(catalog):
     with pytest.raises(AdapterForbiddenError, match="allow_hub"):
         await catalog.resolve("owner/name")
+
+
+# ---- names given and taken back
+
+
+async def test_register_gives_an_adapter_a_second_name_for_its_owner_only(catalog, writer):
+    writer.write("good")
+
+    entry, before = await catalog.register("alias", "good", owner="a")
+
+    assert (entry.name, before) == ("alias", None)
+    assert (await catalog.resolve("alias", owner="a")).adapter_id == entry.adapter_id
+    assert [item.name for item in catalog.entries(owner="a")] == ["alias", "good"]
+    assert [item.name for item in catalog.entries(owner="b")] == ["good"]
+    with pytest.raises(AdapterNotFoundError):
+        await catalog.resolve("alias", owner="b")
+
+
+async def test_register_a_name_twice_is_refused_unless_it_replaces(catalog, writer):
+    writer.write("good")
+    writer.write("other", writer.tensors(seed=1))
+    first, _ = await catalog.register("alias", "good", owner="a")
+
+    with pytest.raises(RequestError) as caught:
+        await catalog.register("alias", "other", owner="a")
+    second, before = await catalog.register("alias", "other", owner="a", replaces=True)
+
+    assert caught.value.error_code == "adapter_exists"
+    assert before.adapter_id == first.adapter_id != second.adapter_id
+    assert (await catalog.resolve("alias", owner="a")).adapter_id == second.adapter_id
+
+
+async def test_register_what_cannot_be_used_changes_nothing(catalog):
+    with pytest.raises(AdapterNotFoundError):
+        await catalog.register("alias", "absent", owner="a")
+
+    assert catalog.entries(owner="a") == ()
+
+
+async def test_unregister_takes_a_name_back_from_its_owner_until_it_is_given_again(catalog, writer):
+    writer.write("good")
+    await catalog.resolve("good")
+
+    entry, was_own = await catalog.unregister("good", owner="a")
+
+    assert (entry.name, was_own) == ("good", False)
+    assert catalog.entries(owner="a") == ()
+    with pytest.raises(AdapterNotFoundError, match="unloaded"):
+        await catalog.resolve("good", owner="a")
+    assert (await catalog.resolve("good", owner="b")).name == "good"
+    await catalog.register("good", "good", owner="a")
+    assert (await catalog.resolve("good", owner="a")).name == "good"
+
+
+async def test_unregister_a_name_of_somebody_else_finds_nothing(catalog, writer):
+    writer.write("good")
+    await catalog.register("alias", "good", owner="a")
+
+    with pytest.raises(AdapterNotFoundError):
+        await catalog.unregister("alias", owner="b")
+    assert (await catalog.unregister("alias", owner="a"))[1] is True
+
+
+async def test_resolve_by_content_hash_follows_the_files(catalog, writer):
+    writer.write("good")
+    before = await catalog.resolve("good")
+    writer.write("good", writer.tensors(seed=3))
+    after = await catalog.resolve("good")
+
+    with pytest.raises(AdapterNotFoundError):
+        await catalog.resolve(before.adapter_id)
+    assert (await catalog.resolve(after.adapter_id)).name == "good"

@@ -231,3 +231,57 @@ def test_failed_fill_gives_its_pages_back(make_room, terms):
 def test_memory_below_one_page_is_a_configuration_error(make_room):
     with pytest.raises(ConfigError, match="one page"):
         make_room(0)
+
+
+# ---- wishes
+
+
+def test_prefetched_adapter_is_resident_before_anybody_asks(make_room, terms):
+    room = make_room(8)
+    room.pool.prefetch(terms["small"])
+    while room.pool.has_wishes:
+        room.pool.begin_step()
+        room.pool.grant_wishes()
+        if room.pool.is_loading:
+            assert room.rung.acquire(timeout=30)
+
+    assert room.pool.resident_ids == (terms["small"].adapter_id,)
+
+
+def test_prefetch_never_pushes_out_what_the_step_wants(make_room, terms):
+    room = make_room(1)
+    assert room.load(terms["small"]) is READY
+    room.pool.prefetch(terms["other"])
+    for _ in range(4):
+        room.pool.begin_step()
+        assert room.pool.ensure((terms["small"],)) is READY
+        room.pool.grant_wishes()
+        if room.pool.is_loading:
+            assert room.rung.acquire(timeout=30)
+
+    assert room.pool.resident_ids == (terms["small"].adapter_id,)
+
+
+def test_dismissed_adapter_leaves_once_nobody_runs_with_it(make_room, terms):
+    room = make_room(8)
+    room.load(terms["small"])
+    room.pool.pin((terms["small"],))
+    room.pool.dismiss(terms["small"].adapter_id)
+    room.pool.grant_wishes()
+    held = room.pool.resident_ids
+
+    room.pool.unpin((terms["small"],))
+    assert room.pool.has_wishes
+    room.pool.begin_step()
+    room.pool.grant_wishes()
+
+    assert held == (terms["small"].adapter_id,)
+    assert room.pool.resident_ids == ()
+    assert not room.pool.has_wishes
+
+
+def test_dismiss_of_an_unknown_adapter_is_nothing_to_wait_for(make_room):
+    room = make_room(8)
+    room.pool.dismiss("f" * 64)
+
+    assert not room.pool.has_wishes

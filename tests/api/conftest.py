@@ -26,7 +26,7 @@ from node.api.listener import Listener
 from node.api.tokenizer import TextTokenizer
 from node.config import ServerSettings, TenantSettings
 from node.engine.messages import Ready, SequenceEvent, Stats, Submit
-from node.errors import AdapterIdError, AdapterNotFoundError, LedgerError, NodeError
+from node.errors import AdapterIdError, AdapterNotFoundError, LedgerError, NodeError, RequestError
 from node.request import DrawnToken, TokenLogprob
 from node.telemetry.logs import make_logger
 from node.telemetry.metrics import NodeMetrics
@@ -86,7 +86,7 @@ class FakeCatalog:
         self.asked: list[tuple[str, str | None, str | None]] = []
 
     async def resolve(
-        self, name: str, source: str | None = None, token: str | None = None, *, sees: Callable[[str], bool]
+        self, name: str, source: str | None = None, token: str | None = None, *, sees: Callable[[str], bool], owner: str
     ) -> FakeEntry:
         self.asked.append((name, source, token))
         if name in self.faults:
@@ -97,8 +97,23 @@ class FakeCatalog:
             raise AdapterNotFoundError(f"no source knows the adapter {name!r}")
         return self.known[name]
 
-    def entries(self, sees: Callable[[str], bool]) -> list[FakeEntry]:
+    def entries(self, sees: Callable[[str], bool], owner: str) -> list[FakeEntry]:
         return [entry for entry in self.known.values() if sees(entry.name)]
+
+    async def register(self, name, target, source=None, token=None, *, owner, replaces, sees):
+        self.asked.append((target, source, token))
+        before = self.known.get(name)
+        if before is not None and not replaces:
+            raise RequestError(f"{name} is loaded", code="adapter_exists")
+        if target not in self.known:
+            raise AdapterNotFoundError(f"no source knows the adapter {target!r}")
+        self.known[name] = FakeEntry(name, self.known[target].adapter_id)
+        return self.known[name], before
+
+    async def unregister(self, name, *, owner, sees):
+        if name not in self.known:
+            raise AdapterNotFoundError(f"the adapter {name} is not loaded here")
+        return self.known.pop(name), True
 
 
 @dataclass
@@ -119,6 +134,7 @@ class FakeEngine:
     stats: Stats = field(default_factory=lambda: Stats(running=1, kv_blocks_total=10, kv_blocks_used=5, adapter_slots=4))
     submits: list[Submit] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
+    wishes: list[tuple[str, str]] = field(default_factory=list)
     held: asyncio.Event = field(default_factory=asyncio.Event)
     _waits: dict[str, asyncio.Event] = field(default_factory=dict)
 
@@ -163,6 +179,12 @@ class FakeEngine:
             cached_prompt_tokens=1 if is_first else 0,
             finish_reason=finish,
         )
+
+    def prefetch(self, term) -> None:
+        self.wishes.append(("prefetch", term.adapter_id))
+
+    def evict(self, adapter_id: str) -> None:
+        self.wishes.append(("evict", adapter_id))
 
     def cancel(self, sequence_id: str) -> None:
         self.cancelled.append(sequence_id)

@@ -1,0 +1,119 @@
+"""Every source outside this machine: the hub, the operator's stores, pbase. One disk cache and one table of failures for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from node.adapters.disk_cache import open_disk_cache
+from node.adapters.entry import CatalogEntry, NameFilter
+from node.adapters.failures import Failures
+from node.adapters.flights import Flights
+from node.adapters.locations import SCHEMES, Location, parse_location
+from node.adapters.names import AdapterName
+from node.adapters.remote import NameT, RemoteSource
+from node.adapters.shelf import RemoteShelf
+from node.adapters.sources.hub import HubSource
+from node.adapters.sources.pbase import PbaseSource
+from node.adapters.sources.stores import StoreSource
+from node.adapters.sources.web import Resolve, WebDoor
+from node.adapters.staging import Progress, Staging
+from node.adapters.verify import AdapterVerifier
+from node.config import AdapterSettings, Settings
+from node.errors import AdapterForbiddenError, AdapterNotFoundError, ConfigError
+
+STORE_TIMEOUT_S = 10.0  # on connecting and on every single read
+HUB_TIMEOUT_S = 10.0  # on one answer about a repository
+
+
+class Shelves:
+    """Finds adapters at the sources of the settings. Belongs to the catalog's event loop.
+
+    Args:
+        hub_endpoint: The hub's address; None: HF_ENDPOINT, else the public hub.
+        resolve_host: Addresses of a web server's host.
+
+    Raises:
+        ConfigError: A store's settings make no sense.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        verifier: AdapterVerifier,
+        flights: Flights,
+        failures: Failures,
+        clock: Callable[[], float],
+        *,
+        hub_endpoint: str | None,
+        resolve_host: Resolve,
+    ) -> None:
+        chosen = settings.adapters
+        cache = open_disk_cache(settings)
+        self._staging = Staging(cache)
+
+        def shelf(kind: str, source: RemoteSource[NameT]) -> RemoteShelf[NameT]:
+            return RemoteShelf(kind, source, cache, verifier, flights, failures, clock)
+
+        limits = {"max_bytes": chosen.max_adapter_bytes}
+        self._stores = StoreSource(chosen.stores, cache, self._staging, **limits, timeout_s=STORE_TIMEOUT_S, resolve=resolve_host)
+        self._by_location: RemoteShelf[Location] = shelf("store", self._stores)
+        self._by_name: dict[str, RemoteShelf[AdapterName]] = {}
+        if chosen.allow_hub:
+            timeout_s = min(chosen.fetch_timeout_s, HUB_TIMEOUT_S)
+            hub = HubSource(cache, self._staging, **limits, timeout_s=timeout_s, endpoint=hub_endpoint)
+            self._by_name["hub"] = shelf("hub", hub)
+        pbase = _pbase(chosen, self._stores, resolve_host)
+        if pbase is not None:
+            self._by_name["pbase"] = shelf("pbase", pbase)
+
+    async def by_name(self, source: str, name: AdapterName, token: str | None) -> CatalogEntry:
+        """An adapter of the hub or of pbase."""
+        shelf = self._by_name.get(source)
+        if shelf is None:
+            key = "adapters.allow_hub is false" if source == "hub" else "adapters.pbase_url is not set"
+            raise AdapterForbiddenError(f"adapter {name}: this node fetches nothing from {source} ({key})", param="model")
+        revision, verified = await shelf.resolve(name, token)
+        return CatalogEntry(str(name), source, revision, verified)
+
+    async def at_location(self, text: str, source: str | None, sees: NameFilter) -> CatalogEntry:
+        """An adapter of one of the operator's stores. A location outside them is refused before anything is asked."""
+        location = parse_location(text, source if source in SCHEMES else None)
+        if source not in (None, location.source):
+            raise AdapterForbiddenError(f"adapter location {location} is not of source {source}", param="adapter_source")
+        self._stores.require_allowed(location)
+        if not sees(str(location)):
+            raise AdapterNotFoundError(f"there is no adapter at {location}", param="model")
+        revision, verified = await self._by_location.resolve(location, None)
+        return CatalogEntry(str(location), location.source, revision, verified)
+
+    def entries(self) -> Iterator[CatalogEntry]:
+        """Everything fetched that is neither private nor gated at its source."""
+        for source, shelf in self._by_name.items():
+            for revision, name, verified in shelf.public():
+                yield CatalogEntry(name, source, revision, verified)
+        for revision, name, verified in self._by_location.public():
+            yield CatalogEntry(name, parse_location(name).source, revision, verified)
+
+    def of_content(self, adapter_id: str) -> list[CatalogEntry]:
+        """Those of `entries` that are one adapter by content."""
+        return [entry for entry in self.entries() if entry.adapter_id == adapter_id]
+
+    def expire(self, name: str) -> None:
+        """Ask a name's source again at its next use, instead of after a while."""
+        for shelf in self._by_name.values():
+            shelf.expire(name)
+        self._by_location.expire(name)
+
+    def fetching(self) -> list[Progress]:
+        """The downloads under way now."""
+        return self._staging.progress()
+
+
+def _pbase(settings: AdapterSettings, stores: StoreSource, resolve: Resolve) -> PbaseSource | None:
+    if settings.pbase_url is None:
+        return None
+    if settings.pbase_store is None:
+        raise ConfigError("adapters.pbase_url needs adapters.pbase_store, the store that its adapter paths lie in")
+    # The endpoint is the operator's own choice, so it may be on a private network.
+    door = WebDoor(STORE_TIMEOUT_S, allows_private=True, resolve=resolve)
+    return PbaseSource(settings.pbase_url, settings.pbase_store, stores, door)
