@@ -118,6 +118,8 @@ def device_memory(device: torch.device, spec: ModelSpec, sizes: StepSizes, dtype
     widest = max(2 * spec.intermediate_size, spec.q_size + 2 * spec.kv_size)
     bucket = buckets_for(sizes.max_sequences)[-1]
     reserve = step_bytes(sizes.max_batch_tokens, widest, spec.hidden_size, bucket, spec.vocab_size, dtype.itemsize)
+    # Every recorded step keeps its logits, with and without adapters.
+    reserve += 2 * sum(buckets_for(sizes.max_sequences)) * spec.vocab_size * 4
     return free, reserve
 
 

@@ -22,7 +22,7 @@ from node.errors import ConfigError
 
 MAX_SEQUENCES_GPU = 256
 ADAPTER_SHARE = 4  # a quarter
-GRAPH_BYTES = 1 << 30  # CUDA graphs, their pool, and what the libraries keep for themselves
+GRAPH_BYTES = 1 << 30  # CUDA graphs, activations in their pool, and what the libraries keep for themselves
 _CPU_BYTES = 256 << 20
 
 DeviceKind = Literal["cpu", "cuda"]

@@ -1,0 +1,381 @@
+#!/usr/bin/env python3
+"""Measure a server through HTTP: closed loop for throughput, open loop for latency.
+
+    scripts/bench_serving.py --url http://127.0.0.1:8000 --models base --rows closed open --rates 4 8 16
+    scripts/bench_serving.py --own --shape llama-3.1-8b --adapters 64 --rows start closed open --in-process-tok-s 9800
+
+Any server of OpenAI's completions interface, or a node that this script starts on random weights of a known shape (--own).
+Prompts are random token ids, answers have a fixed length: end-of-sequence ids are banned by logit_bias.
+
+start    Seconds from starting the process to its first token, with the weights in the page cache (only --own).
+closed   --streams requests at once, each followed by the next: output tokens/s, and their share of --in-process-tok-s.
+open     Poisson arrivals at each of --rates requests/s for --seconds: time to first token, time between tokens, and goodput:
+         requests/s whose first token came within --slo-ttft-ms and whose tokens came every --slo-itl-ms on average.
+
+The client is --clients processes, so that it is not the limit itself; `client_cpu_share` says how busy they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+REQUEST_TIMEOUT_S = 600
+
+
+@dataclass
+class Answer:
+    """When a request was sent and when its chunks came, in seconds of one clock; `count` is the server's own token count."""
+
+    sent_s: float
+    chunk_s: list[float] = field(default_factory=list)
+    count: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one client process sends. `offsets_s`: when; `streams` > 0: so many at once instead, `requests` in all."""
+
+    url: str
+    models: tuple[str, ...]
+    prompt_tokens: int
+    new_tokens: int
+    vocab_size: int
+    banned: tuple[int, ...]
+    seed: int
+    streams: int = 0
+    requests: int = 0
+    offsets_s: tuple[float, ...] = ()
+    start_s: float = 0.0
+
+
+# ---- one client process
+
+
+def run_client(load: Load) -> tuple[list[Answer], float]:
+    """Send the load; returns the answers and the processor time it took."""
+    begun = time.process_time()
+    answers = asyncio.run(_send_all(load))
+    return answers, time.process_time() - begun
+
+
+async def _send_all(load: Load) -> list[Answer]:
+    import aiohttp
+
+    random = np.random.default_rng(load.seed)
+    headers = {"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"} if "OPENAI_API_KEY" in os.environ else {}
+    connector = aiohttp.TCPConnector(limit=0)
+    timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
+    count = len(load.offsets_s) or load.requests
+    bodies = [_body(load, random, index) for index in range(count)]
+    async with aiohttp.ClientSession(headers=headers, connector=connector, timeout=timeout) as session:
+        await asyncio.sleep(max(0.0, load.start_s - time.monotonic()))
+        if load.streams:
+            pending = iter(bodies)
+            found = await asyncio.gather(*(_stream(session, load, pending) for _ in range(load.streams)))
+            return [answer for part in found for answer in part]
+        return await asyncio.gather(
+            *(_at(session, load, body, load.start_s + offset) for body, offset in zip(bodies, load.offsets_s, strict=True))
+        )
+
+
+def _body(load: Load, random: np.random.Generator, index: int) -> bytes:
+    prompt = random.integers(10, load.vocab_size - 10, load.prompt_tokens).tolist()
+    body = {
+        "model": load.models[(load.seed + index) % len(load.models)],
+        "prompt": prompt,
+        "max_tokens": load.new_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "logit_bias": {str(token_id): -100 for token_id in load.banned},
+    }
+    return json.dumps(body).encode()
+
+
+async def _stream(session: Any, load: Load, pending: Iterator[bytes]) -> list[Answer]:
+    return [await _one(session, load, body) for body in pending]
+
+
+async def _at(session: Any, load: Load, body: bytes, moment_s: float) -> Answer:
+    await asyncio.sleep(max(0.0, moment_s - time.monotonic()))
+    return await _one(session, load, body)
+
+
+async def _one(session: Any, load: Load, body: bytes) -> Answer:
+    answer = Answer(time.monotonic())
+    headers = {"Content-Type": "application/json"}
+    try:
+        async with session.post(load.url.rstrip("/") + "/v1/completions", data=body, headers=headers) as response:
+            if response.status != 200:
+                answer.error = f"{response.status}: {(await response.text())[:300]}"
+                return answer
+            async for line in response.content:
+                if line.startswith(b'data: {"'):
+                    _note(answer, line)
+    except (TimeoutError, OSError, ValueError) as error:
+        answer.error = f"{type(error).__name__}: {error}"
+    return answer
+
+
+def _note(answer: Answer, line: bytes) -> None:
+    """Only the chunk with the usage is parsed: the others only have to be counted."""
+    if b'"choices":[]' in line or b'"choices": []' in line:
+        answer.count = int((json.loads(line[6:]).get("usage") or {}).get("completion_tokens", 0))
+    else:
+        answer.chunk_s.append(time.monotonic())
+
+
+# ---- all of them
+
+
+def send(loads: Sequence[Load]) -> tuple[list[Answer], float]:
+    """Run every load in a process of its own; returns all answers and the busiest client's share of a core."""
+    start_s = time.monotonic() + 1.0 + 0.05 * len(loads)
+    timed = [Load(**{**vars(load), "start_s": start_s}) for load in loads]
+    with multiprocessing.get_context("spawn").Pool(len(timed)) as pool:
+        found = pool.map(run_client, timed, chunksize=1)
+    answers = [answer for part, _ in found for answer in part]
+    bad = [answer.error for answer in answers if answer.error]
+    if bad:
+        raise SystemExit(f"{len(bad)} of {len(answers)} requests failed; the first: {bad[0]}")
+    wall_s = max(answer.chunk_s[-1] for answer in answers) - start_s
+    return answers, max(cpu_s for _, cpu_s in found) / wall_s
+
+
+def closed(args: argparse.Namespace, target: Target) -> dict[str, Any]:
+    """Every stream sends `--rounds` requests; the first round is a warm-up of its own."""
+    send(_closed_loads(args, target, rounds=1))
+    answers, share = send(_closed_loads(args, target, rounds=args.rounds))
+    total_s = max(answer.chunk_s[-1] for answer in answers) - min(answer.sent_s for answer in answers)
+    tokens = sum(answer.count for answer in answers)
+    row = {
+        "row": "closed",
+        "streams": args.streams,
+        "requests": len(answers),
+        "out_tok_s": tokens / total_s,
+        **latencies(answers),
+    }
+    if args.in_process_tok_s:
+        row["share_of_in_process"] = row["out_tok_s"] / args.in_process_tok_s
+    return {**row, "client_cpu_share": share}
+
+
+def _closed_loads(args: argparse.Namespace, target: Target, rounds: int) -> list[Load]:
+    per = [args.streams // args.clients + (index < args.streams % args.clients) for index in range(args.clients)]
+    return [target.load(args, seed, streams=count, requests=count * rounds) for seed, count in enumerate(per) if count]
+
+
+def open_loop(args: argparse.Namespace, target: Target, rate: float) -> dict[str, Any]:
+    random = np.random.default_rng(int(rate * 1000))
+    moments = np.cumsum(random.exponential(1 / rate, max(1, int(rate * args.seconds))))
+    loads = [
+        target.load(args, seed, offsets_s=tuple(moments[seed :: args.clients].tolist()))
+        for seed in range(min(args.clients, len(moments)))
+    ]
+    answers, share = send(loads)
+    good = [answer for answer in answers if _is_good(answer, args)]
+    span_s = max(answer.chunk_s[-1] for answer in answers) - min(answer.sent_s for answer in answers)
+    tokens = sum(answer.count for answer in answers)
+    return {
+        "row": "open",
+        "rate": rate,
+        "requests": len(answers),
+        **latencies(answers),
+        "out_tok_s": tokens / span_s,
+        "slo_ttft_ms": args.slo_ttft_ms,
+        "slo_itl_ms": args.slo_itl_ms,
+        "good_share": len(good) / len(answers),
+        "goodput": rate * len(good) / len(answers),
+        "client_cpu_share": share,
+    }
+
+
+def _is_good(answer: Answer, args: argparse.Namespace) -> bool:
+    first, last = answer.chunk_s[0], answer.chunk_s[-1]
+    per_token_ms = 1e3 * (last - first) / max(1, answer.count - 1)
+    return 1e3 * (first - answer.sent_s) <= args.slo_ttft_ms and per_token_ms <= args.slo_itl_ms
+
+
+def latencies(answers: Sequence[Answer]) -> dict[str, float]:
+    """Percentiles in milliseconds of the time to the first token and of the time between two chunks."""
+    first = [1e3 * (answer.chunk_s[0] - answer.sent_s) for answer in answers]
+    gaps = np.concatenate([1e3 * np.diff(answer.chunk_s) for answer in answers] or [[0.0]])
+    row = {f"ttft_p{p}_ms": float(np.percentile(first, p)) for p in (50, 90, 99)}
+    return row | {f"itl_p{p}_ms": float(np.percentile(gaps, p)) for p in (50, 90, 99)}
+
+
+# ---- what is measured
+
+
+class Target:
+    """A running server."""
+
+    def __init__(self, url: str, models: Sequence[str], vocab_size: int, banned: Sequence[int]) -> None:
+        self.url = url
+        self._models = tuple(models)
+        self._vocab_size = vocab_size
+        self._banned = tuple(banned)
+
+    def load(self, args: argparse.Namespace, seed: int, **more: Any) -> Load:
+        return Load(self.url, self._models, args.prompt_tokens, args.new_tokens, self._vocab_size, self._banned, seed, **more)
+
+    def close(self) -> None:
+        pass
+
+
+class OwnNode(Target):
+    """A node with random weights and random adapters, both in files."""
+
+    def __init__(self, args: argparse.Namespace, directory: Path) -> None:
+        from random_model import SHAPES
+
+        vocab = SHAPES[args.shape]["vocab_size"]
+        self._begun = time.monotonic()
+        self._log = (directory / "node.log").open("w")
+        command = [sys.executable, "-m", "node.cli.main", "start", "--config", str(write_config(args, directory))]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log, text=True)
+        url = self._read_url(directory)
+        self.ready_s = time.monotonic() - self._begun
+        models = [f"adapter-{index}" for index in range(args.adapters)] or [f"{args.shape}"]
+        super().__init__(url, models, vocab, (2,))
+
+    def _read_url(self, directory: Path) -> str:
+        for line in self._process.stdout or ():
+            if " serves at " in line:
+                return line.split(" serves at ")[1].split()[0]
+        raise SystemExit(f"the node did not start:\n{(directory / 'node.log').read_text()[-3000:]}")
+
+    def first_token_s(self, args: argparse.Namespace) -> float:
+        """From starting the process to the first token of its first answer."""
+        answers, _ = run_client(self.load(args, 0, streams=1, requests=1))
+        if answers[0].error:
+            raise SystemExit(answers[0].error)
+        return answers[0].chunk_s[0] - self._begun
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(60)
+
+
+def write_files(args: argparse.Namespace, directory: Path) -> None:
+    """The checkpoint and the adapters, written once into --files."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import torch
+    from bench_adapters import write_adapter
+    from random_model import shape_config, write_checkpoint
+
+    from node.models.spec import model_spec
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = directory / args.shape
+    model.mkdir()
+    write_checkpoint(args.shape, model, device, args.layers)
+    linears = [
+        kind for kind in model_spec(shape_config(args.shape, args.layers), None).linear_kinds if "lm_head" not in kind.name
+    ]
+    (directory / "adapters").mkdir()
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(
+            threads.map(
+                lambda i: write_adapter(directory / "adapters" / f"adapter-{i}", linears, args.rank, i), range(args.adapters)
+            )
+        )
+
+
+def write_config(args: argparse.Namespace, directory: Path) -> Path:
+    config = directory / "node.toml"
+    sizes = "".join(
+        f"{key} = {value}\n"
+        for key, value in (("memory_bytes", args.adapter_bytes), ("host_memory_bytes", args.host_bytes))
+        if value
+    )
+    config.write_text(
+        f'data_dir = "{directory}/data"\n[server]\nport = 0\nmax_concurrent_requests = {2 * args.streams}\n'
+        f'[model]\npath = "{directory}/{args.shape}"\nmax_model_len = 2048\n'
+        f'[adapters]\ndirectory = "{directory}/adapters"\n{sizes}'
+        f"[engine]\nprefix_cache = false\nmax_sequences = {args.streams}\n"
+        '[chain]\nprofile = "none"\n[telemetry]\nlog_level = "warning"\n'
+    )
+    return config
+
+
+def run(args: argparse.Namespace, target: Target) -> Iterator[dict[str, Any]]:
+    if isinstance(target, OwnNode):
+        first_s = target.first_token_s(args)
+        if "start" in args.rows:
+            yield {"row": "start", "ready_s": target.ready_s, "first_token_s": first_s, "shape": args.shape}
+    if "closed" in args.rows:
+        yield closed(args, target)
+    if "open" in args.rows:
+        for rate in args.rates:
+            yield open_loop(args, target, rate)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=("start", "closed", "open"), default=["start", "closed", "open"])
+    parser.add_argument("--url", help="a running server; default: a node of our own")
+    parser.add_argument("--models", nargs="+", default=["base"], help="names that the requests use in turn, with --url")
+    parser.add_argument("--vocab-size", type=int, default=32000, help="of the server's model, with --url")
+    parser.add_argument("--eos-ids", type=int, nargs="*", default=[2], help="banned by logit_bias, with --url")
+    parser.add_argument("--own", action="store_true", help="start a node")
+    parser.add_argument("--shape", default="llama-3.1-8b")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--adapters", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--adapter-bytes", type=int, default=0, help="0: the node's default")
+    parser.add_argument("--host-bytes", type=int, default=0, help="0: the node's default")
+    parser.add_argument("--files", help="where files go that are read through the page cache")
+    parser.add_argument("--streams", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--rates", type=float, nargs="+", default=[8.0, 16.0, 32.0])
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--slo-ttft-ms", type=float, default=500.0)
+    parser.add_argument("--slo-itl-ms", type=float, default=20.0)
+    parser.add_argument("--in-process-tok-s", type=float, default=0.0)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(argv)
+    if bool(args.url) == args.own:
+        parser.error("name a server with --url, or start a node with --own")
+    return args
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse(argv)
+    with tempfile.TemporaryDirectory(prefix="bench", dir=args.files) as directory:
+        if args.own:
+            write_files(args, Path(directory))
+        target = OwnNode(args, Path(directory)) if args.own else Target(args.url, args.models, args.vocab_size, args.eos_ids)
+        try:
+            for row in run(args, target):
+                line = json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
+                print(line, flush=True)
+                if args.out is not None:
+                    with args.out.open("a", encoding="utf-8") as file:
+                        file.write(line + "\n")
+        finally:
+            target.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
