@@ -16,12 +16,17 @@ zipf    Requests whose adapters are drawn by Zipf's law (s = 1) from 1,000, agai
 
 from __future__ import annotations
 
+import argparse
+import gc
 import itertools
 import json
 import math
 import os
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -32,11 +37,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from random_model import random_source
 
 from node.adapters.binding import LinearTable
 from node.adapters.file_plan import FilePlans
 from node.adapters.page_reader import PageReader
-from node.engine.engine import Engine
+from node.config import AdapterSettings, EngineSettings, ModelSettings
+from node.engine.engine import Engine, open_engine
 from node.engine.messages import Submit
 from node.kernels.build import library_path
 from node.kernels.layout import PageLayout
@@ -44,6 +51,7 @@ from node.request import AdapterTerm, LinearShape, Sampling
 
 MAX_BYTES = 1 << 30
 IDLE_S = 0.001
+PAGE_RANK = 16  # of a GPU
 
 
 # ---- files
@@ -317,9 +325,145 @@ def zipf(bench: Bench, terms: Sequence[AdapterTerm], request_count: int, seed: i
     }
 
 
-def machine() -> dict[str, Any]:
+# ---- the command
+
+
+def page_bytes(linears: Sequence[LinearShape], page_rank: int) -> int:
+    """Of one page, bfloat16."""
+    return 2 * page_rank * sum((shape.in_features + shape.out_features) * shape.layer_count for shape in linears)
+
+
+class Stage:
+    """One engine and the files its rows need.
+
+    Args:
+        slots: Adapters that fit on the GPU. staged: adapters that fit into host memory before it.
+    """
+
+    def __init__(self, args: argparse.Namespace, slots: int, staged: int) -> None:
+        self._bell = Bell()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        source = random_source(args.shape, device, args.max_model_len)
+        rank = PAGE_RANK if device.type == "cuda" else 8
+        page = page_bytes(source.spec.linear_kinds, rank) * -(-args.rank // rank)
+        self._state = tempfile.TemporaryDirectory(prefix="bench-adapters")
+        started = time.perf_counter()
+        self.engine = open_engine(
+            ModelSettings(path="random"),
+            EngineSettings(
+                prefix_cache=False,
+                max_sequences=args.max_sequences,
+                max_batch_tokens=args.max_batch_tokens,
+                kv_cache_bytes=args.kv_bytes,
+            ),
+            AdapterSettings(memory_bytes=slots * page, host_memory_bytes=staged * page),
+            Path(self._state.name),
+            wake=self._bell.ring,
+            source=source,
+        )
+        self.start_s = time.perf_counter() - started
+        self.bench = Bench(self.engine, self._bell)
+        self.layout = PageLayout(source.spec.linears, rank)
+        self.linears = [shape for shape in self.engine.ready.linears if shape.name != "lm_head"]
+        gc.collect()
+        gc.freeze()
+
+    def close(self) -> None:
+        self.engine.close()
+        self._state.cleanup()
+
+
+def rows(args: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
+    """The rows that were asked for, in the order of the page above."""
+    count = max(args.adapters + 40, args.large if "zipf" in args.rows else 0)
+    stage = Stage(args, args.slots, min(count, args.staged))
+    yield machine(stage, args)
+    files = AdapterFiles(root / "files", stage.linears, stage.layout, args.rank, count)
+    yield {"row": "files", "count": count, "seconds": files.seconds, "rank": args.rank}
+    spare, terms, bench = files.terms[args.adapters :], files.terms[: args.adapters], stage.bench
+    bench.run([Request((), 16, 8)])
+    if "cold" in args.rows:
+        yield {"row": "cold", **cold(bench, spare[:9], terms[: args.slots])}
+    if "churn" in args.rows:
+        yield {"row": "churn", "adapters": len(terms), "slots": args.slots, **churn(bench, terms)}
+    if "beside" in args.rows:
+        yield {"row": "beside", **beside(bench, terms[:8], spare, args.pairs, min(63, args.max_sequences - 1))}
+    stage.close()
+    del stage, bench
+    gc.collect()
+    if "zipf" in args.rows:
+        yield from zipf_rows(args, files.terms)
+
+
+def zipf_rows(args: argparse.Namespace, terms: Sequence[AdapterTerm]) -> Iterator[dict[str, Any]]:
+    """A pool of all adapters against one of 64, on one engine, in turns."""
+    stage = Stage(args, args.large_slots, args.large_staged)
+    found: dict[int, list[float]] = {}
+    for turn in range(3):
+        for count in (64, len(terms)):
+            row = zipf(stage.bench, terms[:count], args.requests, seed=turn)
+            found.setdefault(count, []).append(row["out_tok_s"])
+            yield {"row": "zipf", "turn": turn, "slots": stage.engine.stats().adapter_slots, **row}
+    small, large = (statistics.median(found[count]) for count in (64, len(terms)))
+    yield {"row": "zipf ratio", "adapters": len(terms), "of_64": large / small}
+    stage.close()
+
+
+def machine(stage: Stage, args: argparse.Namespace) -> dict[str, Any]:
     """What the figures were taken on."""
-    found: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version(), "cores": os.cpu_count()}
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+    from bench_workloads import gpu_facts
+
+    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    return {
+        "row": "machine",
+        "model": stage.engine.ready.model_id,
+        "kernels": stage.engine.ready.kernels,
+        "adapter_slots": stage.engine.stats().adapter_slots,
+        "engine_start_s": stage.start_s,
+        "max_sequences": args.max_sequences,
+        "max_batch_tokens": args.max_batch_tokens,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "commit": os.environ.get("COMMIT") or commit.stdout.strip(),
+        **gpu_facts(),
+    }
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=("cold", "churn", "beside", "zipf"), default=["cold", "churn", "beside"])
+    parser.add_argument("--shape", default="llama-3.1-8b")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--adapters", type=int, default=256, help="of the row churn")
+    parser.add_argument("--slots", type=int, default=32, help="adapters on the GPU")
+    parser.add_argument("--staged", type=int, default=300, help="adapters in host memory at most")
+    parser.add_argument("--pairs", type=int, default=7, help="of the row beside")
+    parser.add_argument("--large", type=int, default=1000, help="adapters of the row zipf")
+    parser.add_argument("--large-slots", type=int, default=400)
+    parser.add_argument("--large-staged", type=int, default=200)
+    parser.add_argument("--requests", type=int, default=512, help="of one turn of the row zipf")
+    parser.add_argument("--max-sequences", type=int, default=64)
+    parser.add_argument("--max-batch-tokens", type=int, default=8192)
+    parser.add_argument("--max-model-len", type=int, default=1024)
+    parser.add_argument("--kv-bytes", type=int, default=4 << 30)
+    parser.add_argument("--files", type=Path, default=Path("/dev/shm"), help="where adapter files go")  # noqa: S108
+    parser.add_argument("--out", type=Path, help="append the rows as JSON lines")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse(argv)
+    with tempfile.TemporaryDirectory(prefix="bench-adapters", dir=args.files) as root:
+        for row in rows(args, Path(root)):
+            line = json.dumps(row)
+            print(line, flush=True)
+            if args.out is not None:
+                with args.out.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
