@@ -1,0 +1,155 @@
+"""The Triton kernels on the CPU, in Triton's interpreter, against float64 and the CPU's sampler.
+
+`TRITON_INTERPRET=1 pytest tests/kernels/test_triton_interpreted.py` where triton and numpy < 2.4 are (its interpreter turns
+one-element arrays into integers, which numpy 2.4 refuses). Compiled on a GPU they are tested in `tests/kernels/cuda`.
+"""
+
+import os
+from array import array
+
+import numpy as np
+import pytest
+import torch
+
+from node.engine.noise import uniform
+from node.engine.sampler import DrawRow, draw
+from node.kernels import reference
+from node.kernels.attention.paged import AttentionShape
+from node.request import Sampling
+
+pytest.importorskip("triton", reason="triton comes with the CUDA builds of torch")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("set TRITON_INTERPRET=1 before Python starts", allow_module_level=True)
+if tuple(int(part) for part in np.__version__.split(".")[:2]) >= (2, 4):
+    pytest.skip("Triton's interpreter needs numpy < 2.4", allow_module_level=True)
+
+from node.kernels.attention.triton_backend import TritonAttention
+from node.kernels.triton_sampling import draw_kernel, greedy_kernel
+
+CPU = torch.device("cpu")
+
+
+class Batch:
+    """Sequences of (context, rows) over a cache whose unwritten places are NaN; float32."""
+
+    def __init__(self, shapes, heads, groups, size, block, window=None):
+        needed = [-(-context // block) for context, _ in shapes]
+        order = torch.randperm(sum(needed) + 1).tolist()
+        self.keys = torch.full((sum(needed) + 1, block, groups, size), float("nan"))
+        self.values = self.keys.clone()
+        self.tables = torch.zeros(len(shapes), max(needed) + 1, dtype=torch.int32)
+        for s, (context, _) in enumerate(shapes):
+            for index in range(needed[s]):
+                self.tables[s, index] = place = order.pop()
+                count = min(block, context - index * block)
+                self.keys[place, :count], self.values[place, :count] = torch.randn(2, count, groups, size)
+        self.lens = torch.tensor([context for context, _ in shapes], dtype=torch.int32)
+        self.starts = torch.tensor([0, *(rows for _, rows in shapes)]).cumsum(0).to(torch.int32)
+        self.q = torch.randn(int(self.starts[-1]), heads, size)
+        self.longest = (max(rows for _, rows in shapes), max(context for context, _ in shapes))
+        self.window = window
+        self.shape = AttentionShape(
+            heads, groups, size, block, torch.float32, size**-0.5, len(shapes), self.longest[1], (window,)
+        )
+
+    def expected(self):
+        wide = (self.q.double().flatten(1), self.keys.double().transpose(1, 2), self.values.double().transpose(1, 2))
+        found = reference.paged_attention(*wide, self.tables, self.starts, self.lens, self.shape.scale, self.window)
+        return found.view(self.q.shape)
+
+    def decode(self, attention):
+        plan = attention.plan_decode(self.tables, self.lens, self.longest[1])
+        out = torch.full_like(self.q, float("nan"))
+        return attention.decode(self.q, self.keys, self.values, plan, out, window=self.window)
+
+    def prefill(self, attention):
+        plan = attention.plan_prefill(self.tables, self.starts, self.lens, *self.longest)
+        out = torch.full_like(self.q, float("nan"))
+        return attention.prefill(self.q, self.keys, self.values, plan, out, window=self.window)
+
+
+@pytest.mark.parametrize("is_deterministic", [False, True])
+@pytest.mark.parametrize(("geometry", "window"), [((8, 2, 64, 16), None), ((6, 2, 80, 32), 100), ((4, 4, 96, 128), None)])
+def test_decode_matches_float64_and_leaves_its_counters_at_zero(geometry, window, is_deterministic):
+    batch = Batch([(1, 1), (70, 1), (600, 1), (64, 1), (65, 1)], *geometry, window)
+    attention = TritonAttention(batch.shape, CPU, is_deterministic=is_deterministic)
+    torch.testing.assert_close(batch.decode(attention).double(), batch.expected(), atol=5e-6, rtol=0)
+    assert not attention.work.done.any()
+
+
+def test_decode_padding_rows_are_zero():
+    batch = Batch([(70, 1), (300, 1), (64, 1)], 4, 2, 16, 16)
+    attention = TritonAttention(batch.shape, CPU)
+    expected = batch.expected()
+    batch.lens[1] = 0
+    actual = batch.decode(attention)
+    assert (actual[1] == 0).all()
+    torch.testing.assert_close(actual[::2].double(), expected[::2], atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("window", [None, 33])
+def test_prefill_of_mixed_chunks_matches_float64(window):
+    batch = Batch([(129, 129), (70, 1), (200, 37)], 9, 3, 16, 16, window)
+    torch.testing.assert_close(batch.prefill(TritonAttention(batch.shape, CPU)).double(), batch.expected(), atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_deterministic_rows_have_the_same_bits_alone_in_a_batch_and_in_prefill(window):
+    batch = Batch([(1, 1), (900, 1), (65, 1), (300, 1)], 4, 2, 16, 16, window)
+    attention = TritonAttention(batch.shape, CPU, is_deterministic=True)
+    together = batch.decode(attention)
+    for s in range(4):
+        plan = attention.plan_decode(batch.tables[s : s + 1], batch.lens[s : s + 1], 900)
+        out = torch.empty_like(batch.q[:1])
+        alone = attention.decode(batch.q[s : s + 1], batch.keys, batch.values, plan, out, window=window)
+        assert torch.equal(alone[0], together[s])
+    assert torch.equal(batch.prefill(attention), together)
+
+
+def launch_greedy(logits, parts=4):
+    rows, vocab = logits.shape
+    tokens, is_sound = torch.full((rows,), -7), torch.full((rows,), 9, dtype=torch.int8)
+    arrived = torch.zeros(rows, dtype=torch.int32)
+    memory = torch.empty(rows, parts), torch.empty(rows, parts, dtype=torch.int32)
+    greedy_kernel[(rows, parts)](
+        logits, tokens, is_sound, *memory, arrived, vocab, vocab, PARTS=parts, BLOCK=256, USE_PDL=False
+    )  # fmt: skip
+    assert not arrived.any()
+    return tokens.tolist(), is_sound.tolist()
+
+
+def test_greedy_takes_the_lowest_of_the_largest_and_marks_rows_that_are_not_finite():
+    logits = torch.randn(6, 3000)
+    logits[1, [100, 2000]] = 50.0
+    logits[2, 17], logits[3, 2999], logits[4] = float("nan"), float("inf"), float("-inf")
+    tokens, is_sound = launch_greedy(logits)
+    assert is_sound == [1, 1, 0, 0, 0, 1]
+    assert tokens == [int(logits[0].argmax()), 100, 0, 0, 0, int(logits[5].argmax())]
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 5},
+        {"temperature": 1.5, "top_p": 0.8},
+        {"temperature": 1.0, "typical_p": 0.5},
+        {"temperature": 2.0, "min_p": 0.05},
+        {"temperature": 1.5, "top_k": 50, "typical_p": 0.9, "top_p": 0.85, "min_p": 0.02},
+        {"temperature": 1.0, "top_p": 5e-324},
+        {"temperature": 1.0, "typical_p": 5e-324},
+        {"temperature": 1e-30},
+    ],
+    ids=str,
+)
+def test_draw_gives_the_tokens_of_the_cpu(parameters):
+    logits = torch.randn(3, 2000) * 2
+    rows = [DrawRow(Sampling(max_new_tokens=9, seed=seed, **parameters), 0, array("q", [1, 2]), 1) for seed in range(3)]
+    s = rows[0].sampling
+    asked = [[s.temperature, s.top_k, s.typical_p, s.top_p, s.min_p, uniform(seed, 0, 2)] for seed in range(3)]
+    tokens = torch.zeros(3, dtype=torch.int64)
+    draw_kernel[(3,)](
+        logits, torch.tensor(asked, dtype=torch.float64), torch.arange(3), tokens, 2000, 2000,
+        ANY_KEY=0x7FFFFFFF, TINY=torch.finfo(torch.float32).tiny, BLOCK=512,
+    )  # fmt: skip
+    assert tokens.tolist() == [token.token_id for token in draw(logits, rows)]
