@@ -4,6 +4,7 @@
     .venv/bin/python scripts/bench_engine.py --pairs 15 --out figures.jsonl
     .venv/bin/python scripts/bench_engine.py --rows http books      (starts the nodes it needs)
     .venv/bin/python scripts/bench_engine.py --rows peer --peer-url http://127.0.0.1:9000 --url-models model
+    .venv/bin/python scripts/bench_engine.py --workload W1 --out figures.jsonl      (on a GPU; W2, W3: see bench_adapters.py)
 
 Work: 64 random prompt tokens (other ones for every request), 64 new tokens, greedy, end-of-sequence off, no prefix cache,
 8 distinct adapters of rank 8 on all linear modules of the layers; request i uses adapter i mod 8.
@@ -595,6 +596,8 @@ def main(argv: list[str]) -> int:
     if argv[:1] == [SERVE_WITHOUT_BOOKS]:
         serve_without_books(argv[1])
         return 0
+    if "--workload" in argv:
+        return run_workload(argv)
     args = parse(argv)
     with tempfile.TemporaryDirectory(prefix="bench") as directory:
         bench = Bench(args, Path(directory))
@@ -610,6 +613,21 @@ def main(argv: list[str]) -> int:
         print("the torch reference ran: build the C++ kernels, or ask for it with --kernels reference", file=sys.stderr)
         return 2
     return 0
+
+
+def run_workload(argv: list[str]) -> int:
+    """The workloads of a GPU are scripts of their own, which share this door: W1 decode, W2 churn, W3 cold adapters."""
+    import bench_adapters
+    import bench_workloads
+
+    at = argv.index("--workload")
+    name = argv[at + 1 : at + 2]
+    rest = argv[:at] + argv[at + 2 :]
+    if name == ["W1"]:
+        return bench_workloads.main(rest)
+    if name in (["W2"], ["W3"]):
+        return bench_adapters.main(["--rows", "churn" if name == ["W2"] else "cold", *rest])
+    raise SystemExit("--workload takes W1, W2 or W3")
 
 
 def report(args: argparse.Namespace, row: dict[str, Any]) -> None:
