@@ -1,0 +1,37 @@
+"""Names given and taken back on a running node, and where the memory of an adapter is meanwhile."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+PROMPT = "Fellow citizens, the state of our Union is"
+
+
+def complete(node, model):
+    return node.post("/v1/completions", {"model": model, "prompt": PROMPT, "max_tokens": 8, "temperature": 0})
+
+
+def state_of(node, name):
+    return node.get(f"/v1/models/{name}").body["openlora"]["state"]
+
+
+def test_loaded_name_serves_the_adapter_until_it_is_unloaded(node, kit):
+    node.post("/v1/load_lora_adapter", {"lora_name": "poet", "lora_path": "lincoln"})
+    kit.wait_for(lambda: state_of(node, "poet") == "resident", "the loaded adapter", 30)
+
+    assert complete(node, "poet").body["choices"] == complete(node, "lincoln").body["choices"]
+
+    node.post("/v1/unload_lora_adapter", {"lora_name": "poet"})
+    kit.wait_for(lambda: state_of(node, "lincoln") == "disk", "the freed memory", 30)
+    refused = complete(node, "poet")
+    assert (refused.status, refused.body["error"]["code"]) == (404, "model_not_found")
+    assert complete(node, "lincoln").status == 200
+
+
+def test_name_of_the_directory_comes_back_after_it_was_unloaded(node):
+    assert node.post("/unload_lora_adapter", {"lora_name": "reagan"}).body["success"]
+    assert complete(node, "reagan").status == 404
+    assert node.post("/load_lora_adapter", {"lora_name": "reagan", "lora_path": "reagan"}).body["success"]
+    assert complete(node, "reagan").status == 200
