@@ -89,6 +89,9 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 
 __device__ __forceinline__ float rounded_bf16(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
 
+// The warp's number in its block, in a form that shows the compiler that it is the same for all lanes.
+__device__ __forceinline__ int warp_index() { return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarp, 0); }
+
 // One element of the model's type.
 template <class T>
 __device__ __forceinline__ float to_float(T x) {
@@ -113,7 +116,7 @@ struct TileTable {
   const int4* tiles;
   const int* rows;
   const int4* entries;
-  const int2* items;
+  const int4* items;
   int tile_count;
   int item_count;
   int largest;
@@ -123,8 +126,17 @@ __device__ __forceinline__ TileTable read_tile_table(const int32_t* block) {
   const int4 counts = __ldg(reinterpret_cast<const int4*>(block));
   const int4 offsets = __ldg(reinterpret_cast<const int4*>(block) + 1);
   return {reinterpret_cast<const int4*>(block + offsets.x), block + offsets.y, reinterpret_cast<const int4*>(block + offsets.z),
-          reinterpret_cast<const int2*>(block + offsets.w), counts.x, counts.y, __ldg(block + 8)};
+          reinterpret_cast<const int4*>(block + offsets.w), counts.x, counts.y, __ldg(block + 8)};
 }
+
+struct Entry {
+  int page;
+  int slot;
+  int ordinal;
+  float weight;
+};
+
+__device__ __forceinline__ Entry as_entry(int4 raw) { return {raw.x, raw.y, raw.z, __int_as_float(raw.w)}; }
 
 struct Tile {
   int place;  // first index into TileTable::rows
@@ -132,21 +144,17 @@ struct Tile {
   int entries;
   int first_entry;
   int first_pair;
+  Entry entry;  // the first one
 };
 
 __device__ __forceinline__ Tile read_tile(const TileTable& table, int index) {
-  const int4 raw = __ldg(table.tiles + index);
-  return {raw.x, raw.y & 0xffff, raw.y >> 16, raw.z, raw.w};
+  const int4 raw = __ldg(table.tiles + 2 * index), entry = __ldg(table.tiles + 2 * index + 1);
+  return {raw.x, raw.y & 0xffff, raw.y >> 16, raw.z, raw.w, as_entry(entry)};
 }
 
-// spans[m] without indexing a kernel parameter by a run-time value, which would put it into local memory.
-__device__ __forceinline__ LoraSpan span_at(const LoraWork& work, int m) {
-  return m == 0 ? work.spans[0] : (m == 1 ? work.spans[1] : work.spans[2]);
-}
-
-// Ranks of module `module` that page `ordinal` of slot `slot` holds: 0 to 16.
-__device__ __forceinline__ int ranks_in_page(const LoraWork& work, int module, int slot, int ordinal) {
-  const int left = __ldg(work.ranks + static_cast<int64_t>(module) * work.slots + slot) - ordinal * kPageRank;
+// Ranks of module `module` that an entry's page holds: 0 to 16.
+__device__ __forceinline__ int ranks_in_page(const LoraWork& work, int module, const Entry& entry) {
+  const int left = __ldg(work.ranks + static_cast<int64_t>(module) * work.slots + entry.slot) - entry.ordinal * kPageRank;
   return left < 0 ? 0 : (left > kPageRank ? kPageRank : left);
 }
 

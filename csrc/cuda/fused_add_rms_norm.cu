@@ -1,18 +1,22 @@
 // residual += product, then the next norm. See fused.h, product.cuh.
 //
-// A cluster of CL blocks takes 8 rows of one tile and all columns at a time; a warp holds U blocks of 32 columns of them in
-// registers. The sum of squares runs lane, row of lanes, warp, block, each in order and cut by H alone, through distributed shared
-// memory; so nothing is read twice and the norm's bits do not depend on the batch. 8 * 8 + 2 * CL * 8 floats of shared memory.
-// Bytes: S * T * H * 4 of planes, T * H * 2 of residual read and written, T * H * 2 out, B of every tile once (H = 4096, D = 64,
-// r = 16: 8.4 MB, 2.7 us at 3.1 TB/s).
+// A block takes up to R rows of one tile and all columns at a time, a thread 8 C neighbouring columns of them: up to 512 threads at
+// H = 4096. With adapters its warps first make the expand of the rows on tensor cores, in shared memory: 8 blocks of 32 columns a
+// warp, whose B (8 KB a warp, 128 KB a block) is on its way before the previous kernel has ended. The sum of squares runs thread,
+// lanes, warps, in an order cut by H alone; nothing is read twice. R is 1 where there are fewer rows than processors: then every
+// row has a processor's bandwidth to itself. A cluster that shared a row lost: its barriers cost more than the row (2 us).
+//
+// Shared memory: R * H * 4 bytes with adapters, 16 KB at R = 1. Bytes: S * T * H * 4 of planes, T * H * 2 of residual read and
+// written, T * H * 2 out, B of every tile once (H = 4096, D = 64, r = 16: 8.4 MB, 2.7 us at 3.1 TB/s).
 #include "launch.cuh"
 #include "product.cuh"
 
 namespace openlora {
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kRows = 8;
+constexpr int kMaxThreads = 512;
+constexpr int kMaxWarps = kMaxThreads / kWarp;
+constexpr int kWarpBlocks = 8;  // blocks of 32 columns whose B a warp holds in registers
 
 struct Params {
   ProductView p;
@@ -22,109 +26,163 @@ struct Params {
   void* out;
 };
 
-template <bool kLora, bool kFloatPlanes, int CL, int U>
-__global__ void __launch_bounds__(kWarps* kWarp, U > 2 ? 2 : 3) add_rms_norm_kernel(const Params a) {
-  __shared__ float warp_squares[kWarps][kRows];
-  __shared__ float block_squares[2][CL][kRows];
-  start_dependents();
-  if constexpr (CL > 1) cluster_arrive();  // waited for before the first store into another block, which must have started
+// The expand of a part's rows into `delta` [R][columns]. `pages`: B of the warp's first blocks and the tile's first entry.
+template <int C>
+__device__ __forceinline__ void expand_rows(const Params& a, const RowParts<true>& parts, const RowSpan& span, PageBlock (&pages)[kWarpBlocks],
+                                            float* delta) {
   const ProductView& p = a.p;
-  const int rank = CL > 1 ? static_cast<int>(cluster_rank()) : 0;
-  const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
-  const int first_block = (rank * kWarps + warp) * U, blocks = min(U, p.columns / kBlock - first_block);  // may be <= 0
+  const Tile& tile = span.tile;
+  const int warp = warp_index(), warps = blockDim.x / kWarp, g = threadIdx.x % kWarp / 4, blocks = p.columns / kBlock;
+  const int64_t stride = static_cast<int64_t>(tile.entries) * kPageRank;  // one module, checked by the launcher
+  const float* v = p.work.v + static_cast<int64_t>(tile.first_pair) * kPageRank + span.first * stride;
+#pragma unroll 1
+  for (int batch = 0; batch < C; ++batch)
+#pragma unroll 1
+    for (int entry = 0; entry < tile.entries; ++entry) {
+      if (batch > 0 || entry > 0) {
+        const PageCursor cursor(p, 0, read_entry(parts.table, tile, entry));
+#pragma unroll
+        for (int j = 0; j < kWarpBlocks; ++j) {
+          const int block = warp + (batch * kWarpBlocks + j) * warps;
+          pages[j] = block < blocks ? cursor.load(block * kBlock) : PageBlock{};
+        }
+      }
+      const RowRanks<1> ranks = load_row_ranks<1>(v + entry * kPageRank, stride, span.last - span.first);
+#pragma unroll
+      for (int j = 0; j < kWarpBlocks; ++j) {
+        const int block = warp + (batch * kWarpBlocks + j) * warps;
+        if (block >= blocks) break;
+        float* to = delta + g * p.columns + block * kBlock;
+        const bool is_mine = span.first + g < span.last;
+        float sum[1][kLaneColumns] = {};
+        if (entry > 0 && is_mine) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float4 before = *reinterpret_cast<const float4*>(to + lane_column(half));
+            sum[0][4 * half] = before.x, sum[0][4 * half + 1] = before.y, sum[0][4 * half + 2] = before.z, sum[0][4 * half + 3] = before.w;
+          }
+        }
+        expand<1>(sum, ranks, pages[j]);
+        if (is_mine) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float* x = sum[0] + 4 * half;
+            *reinterpret_cast<float4*>(to + lane_column(half)) = make_float4(x[0], x[1], x[2], x[3]);
+          }
+        }
+      }
+    }
+}
+
+template <bool kLora, bool kFloatPlanes, int R, int C>
+__global__ void __launch_bounds__(kMaxThreads, kLora ? 1 : 2) add_rms_norm_kernel(const __grid_constant__ Params a) {
+  extern __shared__ float delta[];  // [R][columns], with adapters
+  __shared__ float warp_squares[2][R][kMaxWarps];
+  start_dependents();
+  const ProductView& p = a.p;
+  const int warp = warp_index(), warps = blockDim.x / kWarp, blocks = p.columns / kBlock, chunks = p.columns / 8;
   auto* residual = static_cast<__nv_bfloat16*>(a.residual);
   auto* out = static_cast<__nv_bfloat16*>(a.out);
   const RowParts<kLora> parts(p);
-  const int count = parts.count(), stride = gridDim.x / CL;
-  int part = blockIdx.x / CL;
+  const int count = parts.count();
+  int part = blockIdx.x;
   RowSpan span{};
-  PageBlock pages[U];
+  PageBlock pages[kLora ? kWarpBlocks : 1];
   auto fetch = [&](int i) {
     span = parts[i];
     if constexpr (kLora) {
+      if (span.first >= span.last || span.tile.entries == 0) return;
+      const PageCursor cursor(p, 0, span.tile.entry);
 #pragma unroll
-      for (int u = 0; u < U; ++u)
-        pages[u] = u < blocks && span.first < span.last ? fetch_block(p, parts.table, span.tile, 0, (first_block + u) * kBlock) : PageBlock{};
+      for (int j = 0; j < kWarpBlocks; ++j)
+        pages[j] = warp + j * warps < blocks ? cursor.load((warp + j * warps) * kBlock) : PageBlock{};
     }
   };
   if (part < count) fetch(part);
+  uint4 weight[C];
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    const int chunk = threadIdx.x + c * blockDim.x;
+    if (chunk < chunks) weight[c] = __ldg(static_cast<const uint4*>(a.weight) + chunk);
+  }
   wait_for_previous();
-  if constexpr (CL > 1) cluster_wait();
-  for (int parity = 0; part < count; part += stride, parity ^= 1) {
+  for (int parity = 0; part < count; part += gridDim.x, parity ^= 1) {
     const RowSpan now = span;
-    float x[U][1][kLaneColumns];
-    int row[1] = {-1};
-    float squares = 0.f;
+    float x[R][C][8];
+    uint4 old[R][C];
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
-      if (u >= blocks) break;
-      const int column[1] = {(first_block + u) * kBlock};
-      const PageBlock page[1] = {pages[u]};
-      float sum[1][1][kLaneColumns];
-      finish<kLora, kFloatPlanes, 1, 1>(sum, row, p, parts, now, now.first, column, page);
+    for (int r = 0; r < R; ++r) {
+      if (now.first + r >= now.last) break;
+      const int64_t row = parts.row(now, now.first + r);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (row[0] < 0) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) x[u][0][4 * half + j] = 0.f;
-          continue;
-        }
-        auto* at = reinterpret_cast<uint2*>(residual + static_cast<int64_t>(row[0]) * p.columns + column[0] + lane_column(half));
-        uint2 old = __ldcg(at);
-        old.x = pack_bf16(low_half(old.x) + sum[0][0][4 * half], high_half(old.x) + sum[0][0][4 * half + 1]);
-        old.y = pack_bf16(low_half(old.y) + sum[0][0][4 * half + 2], high_half(old.y) + sum[0][0][4 * half + 3]);
-        *at = old;
-        x[u][0][4 * half] = low_half(old.x);
-        x[u][0][4 * half + 1] = high_half(old.x);
-        x[u][0][4 * half + 2] = low_half(old.y);
-        x[u][0][4 * half + 3] = high_half(old.y);
+      for (int c = 0; c < C; ++c) {
+        const int chunk = threadIdx.x + c * blockDim.x;
+        if (chunk >= chunks) continue;
+        old[r][c] = __ldcg(reinterpret_cast<const uint4*>(residual + row * p.columns) + chunk);
+        load_eight<kFloatPlanes>(x[r][c], p, row, chunk * 8);
       }
-#pragma unroll
-      for (int c = 0; c < kLaneColumns; ++c) squares += x[u][0][c] * x[u][0][c];
     }
-    if (part + stride < count) fetch(part + stride);
-    squares += __shfl_xor_sync(kAllLanes, squares, 1);
-    squares += __shfl_xor_sync(kAllLanes, squares, 2);
-    if (t == 0) warp_squares[warp][g] = squares;
-    __syncthreads();
-    if (threadIdx.x < CL * kRows) {
-      const int r = threadIdx.x % kRows;
-      float sum = warp_squares[0][r];
-#pragma unroll
-      for (int w = 1; w < kWarps; ++w) sum += warp_squares[w][r];
-      if constexpr (CL > 1) store_remote(remote_address(&block_squares[parity][rank][r], threadIdx.x / kRows), sum);
-      else block_squares[parity][0][r] = sum;
-    }
-    if constexpr (CL > 1) {
-      cluster_arrive();
-      cluster_wait();
-    } else {
+    if constexpr (kLora) {
+      if (now.tile.entries > 0 && now.first < now.last) expand_rows<C>(a, parts, now, pages, delta);
       __syncthreads();
     }
-    float total = 0.f;
 #pragma unroll
-    for (int c = 0; c < CL; ++c) total += block_squares[parity][c][g];
-    const float scale = rsqrtf(total / p.columns + a.eps);
+    for (int r = 0; r < R; ++r) {
+      if (now.first + r >= now.last) break;
+      const int64_t row = parts.row(now, now.first + r);
+      float squares = 0.f;
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
-      if (u >= blocks || row[0] < 0) break;
+      for (int c = 0; c < C; ++c) {
+        const int chunk = threadIdx.x + c * blockDim.x;
+        if (chunk >= chunks) continue;
+        if constexpr (kLora) {
+          if (now.tile.entries > 0) {
+            const float4* from = reinterpret_cast<const float4*>(delta + r * p.columns) + 2 * chunk;
+            const float4 low = from[0], high = from[1];
+            x[r][c][0] += low.x, x[r][c][1] += low.y, x[r][c][2] += low.z, x[r][c][3] += low.w;
+            x[r][c][4] += high.x, x[r][c][5] += high.y, x[r][c][6] += high.z, x[r][c][7] += high.w;
+          }
+        }
+        float before[8];
+        unpack_bf16x8(before, old[r][c]);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int column = (first_block + u) * kBlock + lane_column(half);
-        const uint2 w = __ldg(reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(a.weight) + column));
-        const float* from = x[u][0] + 4 * half;
-        const float y[4] = {from[0] * scale * low_half(w.x), from[1] * scale * high_half(w.x), from[2] * scale * low_half(w.y),
-                            from[3] * scale * high_half(w.y)};
-        store_bf16x4(out + static_cast<int64_t>(row[0]) * p.columns + column, y);
+        for (int i = 0; i < 8; ++i) x[r][c][i] += before[i];
+        const uint4 rounded = pack_bf16x8(x[r][c]);
+        reinterpret_cast<uint4*>(residual + row * p.columns)[chunk] = rounded;
+        unpack_bf16x8(x[r][c], rounded);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) squares += x[r][c][i] * x[r][c][i];
+      }
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(kAllLanes, squares, offset);
+      if (threadIdx.x % kWarp == 0) warp_squares[parity][r][warp] = squares;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      if (now.first + r >= now.last) break;
+      const int64_t row = parts.row(now, now.first + r);
+      float total = 0.f;
+      for (int w = 0; w < warps; ++w) total += warp_squares[parity][r][w];
+      const float scale = rsqrtf(total / p.columns + a.eps);
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        const int chunk = threadIdx.x + c * blockDim.x;
+        if (chunk >= chunks) continue;
+        float by[8];
+        unpack_bf16x8(by, weight[c]);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[r][c][i] *= scale * by[i];
+        store_bf16x8(out + row * p.columns + chunk * 8, x[r][c]);
       }
     }
-    __syncwarp();  // the cluster's barriers want whole warps
+    if (part + gridDim.x < count) fetch(part + gridDim.x);
   }
 }
 
 // A block takes a row at a time and reads its own residual back for the second pass.
 template <class T, bool kLora>
-__global__ void __launch_bounds__(256) add_rms_norm_any_kernel(const Params a, bool has_float_planes) {
+__global__ void __launch_bounds__(256) add_rms_norm_any_kernel(const __grid_constant__ Params a, bool has_float_planes) {
   __shared__ float warp_squares[8];
   start_dependents();
   wait_for_previous();
@@ -155,14 +213,24 @@ __global__ void __launch_bounds__(256) add_rms_norm_any_kernel(const Params a, b
   }
 }
 
-template <int CL, int U>
-cudaError_t launch_cluster(const Product& product, const Params& params, cudaStream_t stream) {
-  const int parts = product.lora != nullptr ? product.rows : (product.rows + kRows - 1) / kRows;
-  const int processors = processor_count();
-  const int most = CL > 1 ? processors / 16 * (16 * (U > 2 ? 2 : 3) / CL) : processors * 3;
-  const Shape shape{std::min(parts, std::max(most, 1)) * CL, kWarps * kWarp, 0, CL};
+template <int C>
+cudaError_t launch_blocks(const Product& product, Params params, cudaStream_t stream) {
+  const int processors = processor_count(), chunks = product.columns / 8;
+  const int threads = std::min(kMaxThreads, (chunks + kWarp - 1) / kWarp * kWarp);
   return with_product_types(product, [&](auto lora, auto planes) {
-    return launch(add_rms_norm_kernel<decltype(lora)::value, decltype(planes)::value, CL, U>, shape, product.follow, stream, params);
+    constexpr bool L = decltype(lora)::value, P = decltype(planes)::value;
+    auto go = [&](auto kernel, int rows, int blocks) {
+      params.p.unit_rows = rows;
+      return launch(kernel, {std::min(product.rows, blocks), threads, L ? rows * product.columns * 4 : 0}, product.follow, stream, params);
+    };
+    if constexpr (!L) {
+      return go(add_rms_norm_kernel<L, P, 1, C>, 1, processors * 3);
+    } else {
+      const int fits = C == 1 ? product.rows / processors : 0;  // more rows a block need more registers and shared memory
+      if (fits < 1) return go(add_rms_norm_kernel<L, P, 1, C>, 1, processors);
+      if (fits < 2) return go(add_rms_norm_kernel<L, P, 2, 1>, 2, processors);
+      return go(add_rms_norm_kernel<L, P, 4, 1>, 4, processors);
+    }
   });
 }
 
@@ -172,21 +240,15 @@ cudaError_t launch_fused_add_rms_norm(const AddRmsNormArgs& args, cudaStream_t s
   const Product& product = args.product;
   if (!is_valid(product)) return cudaErrorInvalidValue;
   if (product.rows == 0) return cudaSuccess;
-  Params params{view_of(product, kRows), args.residual, args.weight, args.eps, args.out};
+  Params params{view_of(product, 1), args.residual, args.weight, args.eps, args.out};
   bool fits = fits_blocks(product);
-  for (const void* pointer : {static_cast<const void*>(args.residual), args.weight, static_cast<const void*>(args.out)})
-    fits = fits && reinterpret_cast<uintptr_t>(pointer) % 8 == 0;
-  const int blocks = product.columns / kBlock;  // the choice depends on H alone: it decides the order of the sum
-  if (fits && is_hopper()) {
-    if (blocks <= kWarps) return launch_cluster<1, 1>(product, params, stream);
-    if (blocks <= 4 * kWarps) return launch_cluster<4, 1>(product, params, stream);
-    if (blocks <= 8 * kWarps) return launch_cluster<8, 1>(product, params, stream);
-    if (blocks <= 16 * kWarps) return launch_cluster<8, 2>(product, params, stream);
-    if (blocks <= 32 * kWarps) return launch_cluster<8, 4>(product, params, stream);
-  } else if (fits && blocks <= 4 * kWarps) {
-    return launch_cluster<1, 4>(product, params, stream);
-  }
-  params.p.unit_rows = 1;
+  for (const void* pointer : {static_cast<const void*>(args.residual), args.weight, static_cast<const void*>(args.out), product.bias})
+    fits = fits && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+  if (product.lora != nullptr)  // one module over all columns
+    fits = fits && product.lora->span_count == 1 && product.lora->spans[0].column == 0 && product.lora->spans[0].outputs == product.columns;
+  const int chunks = product.columns / 8;
+  if (fits && chunks <= kMaxThreads) return launch_blocks<1>(product, params, stream);
+  if (fits && chunks <= 2 * kMaxThreads) return launch_blocks<2>(product, params, stream);
   const Shape shape{std::min(product.rows, processor_count() * 8), 256};
   return with_product_types(product, [&](auto lora, auto) {
     constexpr bool L = decltype(lora)::value;

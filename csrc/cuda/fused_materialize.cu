@@ -12,13 +12,13 @@ constexpr int kWarps = 4;
 constexpr int kBlocksPerProcessor = 6;
 
 template <bool kLora, bool kFloatPlanes, int H>
-__global__ void __launch_bounds__(kWarps* kWarp, kBlocksPerProcessor) materialize_kernel(const ProductView p, void* out, bool out_is_float) {
+__global__ void __launch_bounds__(kWarps* kWarp, kBlocksPerProcessor) materialize_kernel(const __grid_constant__ ProductView p, void* out, bool out_is_float) {
   start_dependents();
   const int blocks = p.columns / kBlock;
   const RowParts<kLora> parts(p);
   const int units = parts.count() * blocks;
   wait_for_previous();
-  for (int unit = blockIdx.x * kWarps + threadIdx.x / kWarp; unit < units; unit += gridDim.x * kWarps) {
+  for (int unit = blockIdx.x * kWarps + warp_index(); unit < units; unit += gridDim.x * kWarps) {
     const RowSpan span = parts[unit / blocks];
     if (span.first >= span.last) continue;
     const int columns[1] = {unit % blocks * kBlock};
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocksPerProcessor) materializ
 }
 
 template <class T, class Out, bool kLora>
-__global__ void __launch_bounds__(256) materialize_any_kernel(const ProductView p, Out* out, bool has_float_planes) {
+__global__ void __launch_bounds__(256) materialize_any_kernel(const __grid_constant__ ProductView p, Out* out, bool has_float_planes) {
   start_dependents();
   wait_for_previous();
   const RowParts<kLora> parts(p);

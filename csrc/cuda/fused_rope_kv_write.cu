@@ -1,11 +1,11 @@
 // Rotary embedding and the write into the paged cache, of a finished qkv product. See fused.h, product.cuh.
 //
-// A warp takes a part of one tile (8, 16 or 64 rows) and one head's slice at a time: 32 columns of the head's first half and the
-// 32 of its second half that rotate with them (the whole head where q or k is normed). A value head is written as it is. No
-// shared memory, no barrier. Bytes: S * T * N * 4 of planes, B of every tile once (qkv at D = 64, r = 16: 12.6 MB, 4.1 us at
-// 3.1 TB/s), T * N * 2 out.
+// With adapters: a stream (stream.cuh) of pairs of 32 columns of a head's first half and the 32 of its second half that rotate
+// with them. Without, and where q or k is normed: a warp takes 8 or 16 rows and one such pair, or the whole head, at a time. A
+// value head is written as it is. No shared memory, no barrier. Bytes: S * T * N * 4 of planes, B of every tile once (qkv at
+// D = 64, r = 16: 12.6 MB, 4.1 us at 3.1 TB/s), T * N * 2 out.
 #include "launch.cuh"
-#include "product.cuh"
+#include "stream.cuh"
 
 namespace openlora {
 namespace {
@@ -63,9 +63,54 @@ __device__ __forceinline__ void norm_head(float (&x)[2 * NB][H][kLaneColumns], c
   }
 }
 
+// Rotates this lane's 8 columns of a head's first half, from `offset` on, with those of its second half, and writes both.
+__device__ __forceinline__ void write_pair(const Params& a, __nv_bfloat16* target, bool rotates, int64_t angle, int offset,
+                                           float (&first)[kLaneColumns], float (&second)[kLaneColumns]) {
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+    const int column = offset + lane_column(part);
+    if (rotates) {
+      const float4 c = __ldg(reinterpret_cast<const float4*>(a.cos + angle + column)), s = __ldg(reinterpret_cast<const float4*>(a.sin + angle + column));
+      const float cosine[4] = {c.x, c.y, c.z, c.w}, sine[4] = {s.x, s.y, s.z, s.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float &x = first[4 * part + j], &y = second[4 * part + j];
+        const float rotated = x * cosine[j] - y * sine[j];
+        y = y * cosine[j] + x * sine[j];
+        x = rotated;
+      }
+    }
+    store_bf16x4(target + column, first + 4 * part);
+    store_bf16x4(target + a.head_size / 2 + column, second + 4 * part);
+  }
+}
+
+template <bool kFloatPlanes, int H>
+__global__ void __launch_bounds__(kStreamWarps* kWarp, kStreamBlocks) rope_kv_lora_kernel(const __grid_constant__ Params a) {
+  start_dependents();
+  const int half = a.head_size / 2, slices = half / kBlock;
+  stream_pairs<kFloatPlanes, H>(
+      a.p, (a.heads + 2 * a.groups) * slices,
+      [&](int i) {
+        const int column = i / slices * a.head_size + i % slices * kBlock;
+        return make_int2(column, column + half);
+      },
+      [&](int i, float (&y)[2][H][kLaneColumns], const int (&row)[H]) {
+        const int head = i / slices;
+#pragma unroll
+        for (int h = 0; h < H; ++h) {
+          if (row[h] < 0) continue;
+          auto* target = head_target<__nv_bfloat16>(a, row[h], head);
+          if (target == nullptr) continue;
+          const int64_t angle = static_cast<int64_t>(__ldcg(a.positions + row[h])) * half;
+          write_pair(a, target, head < a.heads + a.groups, angle, i % slices * kBlock, y[0][h], y[1][h]);
+        }
+      });
+}
+
 // NB: pairs of blocks a warp holds; kNorm: they are the whole head and q or k is normed.
 template <bool kLora, bool kFloatPlanes, int H, int NB, bool kNorm>
-__global__ void __launch_bounds__(kWarps* kWarp, kNorm ? 2 : (kLora ? 4 : kBlocksPerProcessor)) rope_kv_kernel(const Params a) {
+__global__ void __launch_bounds__(kWarps* kWarp, kNorm ? 2 : kBlocksPerProcessor) rope_kv_kernel(const __grid_constant__ Params a) {
   start_dependents();
   const ProductView& p = a.p;
   const int half = a.head_size / 2, slices = half / (NB * kBlock), per_row = (a.heads + 2 * a.groups) * slices;
@@ -102,29 +147,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, kNorm ? 2 : (kLora ? 4 : kBlock
         if (row[h] < 0) continue;
         auto* target = head_target<__nv_bfloat16>(a, row[h], head);
         if (target == nullptr) continue;
-        if (head < a.heads + a.groups) {
-          const int64_t angle = static_cast<int64_t>(__ldcg(a.positions + row[h])) * half + offset;
+        const int64_t angle = static_cast<int64_t>(__ldcg(a.positions + row[h])) * half;
 #pragma unroll
-          for (int i = 0; i < NB; ++i)
-#pragma unroll
-            for (int part = 0; part < 2; ++part) {
-              const int64_t at = angle + i * kBlock + lane_column(part);
-              const float4 c = __ldg(reinterpret_cast<const float4*>(a.cos + at)), s = __ldg(reinterpret_cast<const float4*>(a.sin + at));
-              const float cosine[4] = {c.x, c.y, c.z, c.w}, sine[4] = {s.x, s.y, s.z, s.w};
-#pragma unroll
-              for (int j = 0; j < 4; ++j) {
-                float &first = x[i][h][4 * part + j], &second = x[NB + i][h][4 * part + j];
-                const float rotated = first * cosine[j] - second * sine[j];
-                second = second * cosine[j] + first * sine[j];
-                first = rotated;
-              }
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < 2 * NB; ++i)
-#pragma unroll
-          for (int part = 0; part < 2; ++part)
-            store_bf16x4(target + offset + (i < NB ? i * kBlock : half + (i - NB) * kBlock) + lane_column(part), x[i][h] + 4 * part);
+        for (int i = 0; i < NB; ++i) write_pair(a, target, head < a.heads + a.groups, angle, offset + i * kBlock, x[i][h], x[NB + i][h]);
       }
     }
     if (unit + stride < units) fetch(unit + stride);
@@ -133,7 +158,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kNorm ? 2 : (kLora ? 4 : kBlock
 
 // A warp takes a row's head at a time, a lane a pair of columns at a time; the norm's sum is a pass of its own.
 template <class T, bool kLora>
-__global__ void __launch_bounds__(256) rope_kv_any_kernel(const Params a) {
+__global__ void __launch_bounds__(256) rope_kv_any_kernel(const __grid_constant__ Params a) {
   start_dependents();
   wait_for_previous();
   const ProductView& p = a.p;
@@ -182,15 +207,21 @@ __global__ void __launch_bounds__(256) rope_kv_any_kernel(const Params a) {
 template <int NB, bool kNorm>
 cudaError_t launch_blocks(const RopeKvArgs& args, Params& params, cudaStream_t stream) {
   const Product& product = args.product;
-  params.p = view_of(product, unit_rows_for(product.rows));
+  params.p = view_of(product, stream_rows(product.rows));
   const int64_t parts = product.lora != nullptr ? product.rows : (product.rows + params.p.unit_rows - 1) / params.p.unit_rows;
   const int64_t units = parts * (product.columns / (2 * NB * kBlock));
-  const int most = processor_count() * (kNorm ? 2 : (product.lora != nullptr ? 4 : kBlocksPerProcessor));
+  const int most = processor_count() * (kNorm ? 2 : kBlocksPerProcessor);
   const Shape shape{static_cast<int>(std::min<int64_t>((units + kWarps - 1) / kWarps, most)), kWarps * kWarp};
   return with_product_types(product, [&](auto lora, auto planes) {
     constexpr bool L = decltype(lora)::value, P = decltype(planes)::value;
-    return params.p.unit_rows > 8 ? launch(rope_kv_kernel<L, P, 2, NB, kNorm>, shape, product.follow, stream, params)
-                                  : launch(rope_kv_kernel<L, P, 1, NB, kNorm>, shape, product.follow, stream, params);
+    if constexpr (L && !kNorm) {
+      const Shape all{processor_count() * kStreamBlocks, kStreamWarps * kWarp};
+      return params.p.unit_rows > 8 ? launch(rope_kv_lora_kernel<P, 2>, all, product.follow, stream, params)
+                                    : launch(rope_kv_lora_kernel<P, 1>, all, product.follow, stream, params);
+    } else {
+      return params.p.unit_rows > 8 ? launch(rope_kv_kernel<L, P, 2, NB, kNorm>, shape, product.follow, stream, params)
+                                    : launch(rope_kv_kernel<L, P, 1, NB, kNorm>, shape, product.follow, stream, params);
+    }
   });
 }
 

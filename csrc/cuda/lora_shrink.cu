@@ -1,16 +1,19 @@
 // LoRA shrink. See lora_shrink.h.
 //
-// bfloat16: a cluster of CL blocks takes one item (tile, page) at a time, all G modules of the group. The 16 ranks of a page are
-// the M side of mma.m16n8k16, the rows of the tile the n side, so one row wastes 7/8 of an instruction and not 15/16. k is cut
-// into CL * 8 slices, one a warp; the cut depends on K alone. A goes from memory straight into registers in fragment order: lane
-// (g, t) takes 8 neighbouring k of ranks g and g + 8, and x is taken with the same permutation of k, which a dot product does
-// not notice. No shared memory is needed for A, so up to U * G * 1 KB a warp are in flight.
+// Decode: a cluster of 4 blocks takes one item (tile of up to 16 rows, page) at a time, all G modules of the group. The 16 ranks
+// of a page are the M side of mma.m16n8k16, the rows of the tile the n side, so one row wastes 7/8 of an instruction and not
+// 15/16. k is cut into 32 slices, one a warp; the cut depends on K alone. A goes from memory straight into registers in fragment
+// order: lane (g, t) takes 8 neighbouring k of ranks g and g + 8, and x is taken with the same permutation of k, which a dot
+// product does not notice. No shared memory is needed for A; U * G * 1 KB a warp are in flight, 96 KB a processor at G = 3.
 //
-// Sums: the warp's slice, then warp w + warp w + 4, then warps 0 to 3 in order, then blocks 0 to CL - 1 in order through
-// distributed shared memory. No atomics, nothing to clear, and a row's bits do not depend on its tile.
+// Sums: the warp's slice, then warp w + warp w + 4, then warps 0 to 3 in order, then the blocks in order through distributed
+// shared memory. No atomics, nothing to clear, and a row's bits do not depend on its tile.
 //
-// Shared memory: G * rows * 20 * 4 * 4 bytes for the warps, G * rows * 16 * 4 * 2 for the cluster: 21.5 KB at G = 3, 16 rows.
-// Bytes: items * G * 16 * K * 2 of A from memory, x from L2. Bound by memory: qkv at D = 64, K = 4096: 25 MB, 8.1 us at 3.1 TB/s.
+// Shared memory: G * 16 * (20 * 4 + 16 * 2) * 4 bytes: 21.5 KB at G = 3. Bytes: items * G * 16 * K * 2 of A from memory, x from
+// the cache. Bound by memory: qkv at D = 64, K = 4096: 25 MB, 8.1 us at 3.1 TB/s.
+//
+// Prefill (tiles of up to 64 rows, thousands of rows): a block takes an item, a warp 16 of its rows and all of k in order; the
+// four warps read the same A at about the same time, from the first cache. Bound by x: qkv at 16,384 rows: 134 MB, 43 us.
 #include "device.cuh"
 #include "launch.cuh"
 #include "lora_shrink.h"
@@ -18,9 +21,11 @@
 namespace openlora {
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kStep = 32;      // k of one lane load: 4 lanes of 8
-constexpr int kRowFloats = 20;  // 16 ranks and a pad: the fragment's stores meet no bank twice
+constexpr int kWarps = 8;         // of a block in decode
+constexpr int kPrefillWarps = 4;  // 16 rows each
+constexpr int kStep = 32;         // k of one lane load: 4 lanes of 8
+constexpr int kTiles = 2;         // n tiles of 8 rows a warp multiplies at a time
+constexpr int kRowFloats = 20;    // 16 ranks and a pad: the fragment's stores meet no bank twice
 
 struct Params {
   const void* x;
@@ -31,78 +36,137 @@ struct Params {
 };
 
 struct Item {
-  Tile tile;
-  int entry;  // of the tile
-  int page;
-  int slot;
-  int ordinal;
-  float weight;
+  int place;
+  int rows;
+  int entries;
+  int first_pair;
+  int index;  // of the entry in its tile
+  Entry entry;
+
+  // Pair of the tile's row `r`.
+  __device__ __forceinline__ int64_t pair(int r) const { return first_pair + static_cast<int64_t>(r) * entries + index; }
 };
 
 __device__ __forceinline__ Item read_item(const TileTable& table, int index) {
-  const int2 item = __ldg(table.items + index);
-  const Tile tile = read_tile(table, item.x);
-  const int4 entry = __ldg(table.entries + tile.first_entry + item.y);
-  return {tile, item.y, entry.x, entry.y, entry.z, __int_as_float(entry.w)};
+  const int4 raw = __ldg(table.items + 2 * index), entry = __ldg(table.items + 2 * index + 1);
+  return {raw.x, raw.y & 0xffff, raw.y >> 16, raw.z, raw.w, as_entry(entry)};
 }
 
-template <int G, int U>
-struct Pages {
-  uint4 a[U][G][2];  // ranks g and g + 8
+// A of one step of 32 k: ranks g and g + 8 of every module.
+template <int G>
+struct PageStep {
+  uint4 rank[G][2];
 };
 
-template <int G, int U>
-__device__ __forceinline__ void load_pages(Pages<G, U>& out, const Params& p, const Item& item, const int (&count)[G], int step, int last) {
-  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  const auto* page = static_cast<const __nv_bfloat16*>(p.work.pages) + item.page * p.work.page_elements;
+// Where a lane finds A of an item: the page, and how many ranks of each module it holds.
+template <int G>
+struct PageView {
+  const __nv_bfloat16* a[G];  // of rank g, this lane's k
+  int count[G];
+
+  __device__ __forceinline__ PageView(const Params& p, const Entry& entry) {
+    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+    const auto* page = static_cast<const __nv_bfloat16*>(p.work.pages) + entry.page * p.work.page_elements;
 #pragma unroll
-  for (int m = 0; m < G; ++m) {
-    const __nv_bfloat16* a = page + p.work.spans[m].a_offset + static_cast<int64_t>(g) * p.inputs + t * 8;
+    for (int m = 0; m < G; ++m) {
+      a[m] = page + p.work.spans[m].a_offset + static_cast<int64_t>(g) * p.inputs + t * 8;
+      count[m] = ranks_in_page(p.work, p.work.spans[m].module, entry) - g;  // what is left from rank g on
+    }
+  }
+  // kOnce: no other warp of the block reads it.
+  template <bool kOnce>
+  __device__ __forceinline__ void load(PageStep<G>& out, int inputs, int step) const {
 #pragma unroll
-    for (int u = 0; u < U; ++u)
+    for (int m = 0; m < G; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const bool wanted = step + u < last && g + 8 * half < count[m];
-        out.a[u][m][half] = wanted ? load_stream(reinterpret_cast<const uint4*>(a + static_cast<int64_t>(8 * half) * p.inputs + (step + u) * kStep))
-                                   : make_uint4(0, 0, 0, 0);
+        const auto* from = reinterpret_cast<const uint4*>(a[m] + static_cast<int64_t>(8 * half) * inputs + step * kStep);
+        out.rank[m][half] = 8 * half < count[m] ? (kOnce ? load_stream(from) : __ldg(from)) : make_uint4(0, 0, 0, 0);
       }
   }
-}
+};
 
-template <int G, int NT, int U>
-__device__ __forceinline__ void multiply(float (&acc)[G][NT][4], const Pages<G, U>& pages, const __nv_bfloat16* const (&x)[NT], int rows, int step, int last) {
+// x of one step, for the rows g and g + 8 of a group of 16.
+struct RowStep {
+  uint4 row[kTiles];
+};
+
+struct RowView {
+  const __nv_bfloat16* x[kTiles];  // this lane's k; null where there is no row
+
+  __device__ __forceinline__ RowView(const Params& p, const TileTable& table, const Item& item, int first) {
+    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
 #pragma unroll
-  for (int u = 0; u < U; ++u) {
-    if (step + u >= last) break;
+    for (int n = 0; n < kTiles; ++n) {
+      const int r = first + n * 8 + g;
+      x[n] = r < item.rows ? static_cast<const __nv_bfloat16*>(p.x) + __ldg(table.rows + item.place + r) * p.x_stride + t * 8 : nullptr;
+    }
+  }
+  __device__ __forceinline__ void load(RowStep& out, int step) const {
 #pragma unroll
-    for (int n = 0; n < NT; ++n) {
-      if (n * 8 >= rows) break;
-      const uint4 b = x[n] == nullptr ? make_uint4(0, 0, 0, 0) : __ldcg(reinterpret_cast<const uint4*>(x[n] + (step + u) * kStep));
+    for (int n = 0; n < kTiles; ++n)
+      out.row[n] = x[n] == nullptr ? make_uint4(0, 0, 0, 0) : __ldcg(reinterpret_cast<const uint4*>(x[n] + step * kStep));
+  }
+};
+
+template <int G>
+__device__ __forceinline__ void multiply(float (&acc)[G][kTiles][4], const PageStep<G>& page, const RowStep& rows, int count) {
 #pragma unroll
-      for (int m = 0; m < G; ++m) {
-        const uint4 &lo = pages.a[u][m][0], &hi = pages.a[u][m][1];
-        mma_bf16(acc[m][n], lo.x, hi.x, lo.y, hi.y, b.x, b.y);
-        mma_bf16(acc[m][n], lo.z, hi.z, lo.w, hi.w, b.z, b.w);
-      }
+  for (int n = 0; n < kTiles; ++n) {
+    if (n * 8 >= count) break;
+    const uint4& b = rows.row[n];
+#pragma unroll
+    for (int m = 0; m < G; ++m) {
+      const uint4 &low = page.rank[m][0], &high = page.rank[m][1];
+      mma_bf16(acc[m][n], low.x, high.x, low.y, high.y, b.x, b.y);
+      mma_bf16(acc[m][n], low.z, high.z, low.w, high.w, b.z, b.w);
     }
   }
 }
 
+// acc += A x^T over the steps [first, last), U of them in flight. `pages` holds the first U already.
+template <int G, int U, bool kOnce>
+__device__ __forceinline__ void multiply_slice(float (&acc)[G][kTiles][4], PageStep<G> (&pages)[U], const PageView<G>& view, const RowView& rows,
+                                               int row_count, int inputs, int first, int last) {
+  RowStep x[U];
+#pragma unroll
+  for (int u = 0; u < U; ++u)
+    if (first + u < last) rows.load(x[u], first + u);
+#pragma unroll 1
+  for (int step = first; step < last; step += U)
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (step + u >= last) break;
+      multiply<G>(acc, pages[u], x[u], row_count);
+      if (step + u + U < last) {
+        view.template load<kOnce>(pages[u], inputs, step + u + U);
+        rows.load(x[u], step + u + U);
+      }
+    }
+}
+
+__device__ __forceinline__ void store_value(const Params& p, const Item& item, int modules, int m, int r, int rank, float sum) {
+  const LoraSpan& span = p.work.spans[m];
+  const float scale = __ldg(p.work.scales + static_cast<int64_t>(span.module) * p.work.slots + item.entry.slot);
+  const bool wanted = rank < ranks_in_page(p.work, span.module, item.entry);
+  p.work.v[(item.pair(r) * modules + m) * kPageRank + rank] = wanted ? sum * (scale * item.entry.weight) : 0.f;
+}
+
 // Adds the fragments of this warp to `slots[warp % 4]`: first warps 4 to 7 store, then 0 to 3 add their own.
-template <int G, int NT>
-__device__ __forceinline__ void gather_warps(const float (&acc)[G][NT][4], float* slots, int rows) {
+template <int G>
+__device__ __forceinline__ void gather_warps(const float (&acc)[G][kTiles][4], float* slots, int rows) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  float* slot = slots + (warp % 4) * G * NT * 8 * kRowFloats;
+  float* slot = slots + (warp % 4) * G * kTiles * 8 * kRowFloats;
   for (int phase = 0; phase < 2; ++phase) {
     if ((warp >= 4) == (phase == 0)) {
 #pragma unroll
       for (int m = 0; m < G; ++m)
 #pragma unroll
-        for (int n = 0; n < NT; ++n) {
+        for (int n = 0; n < kTiles; ++n) {
           if (n * 8 >= rows) break;
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            float* place = slot + (m * NT * 8 + n * 8 + 2 * t + i % 2) * kRowFloats + g + 8 * (i / 2);
+            float* place = slot + (m * kTiles * 8 + n * 8 + 2 * t + i % 2) * kRowFloats + g + 8 * (i / 2);
             *place = phase == 0 ? acc[m][n][i] : acc[m][n][i] + *place;
           }
         }
@@ -111,54 +175,42 @@ __device__ __forceinline__ void gather_warps(const float (&acc)[G][NT][4], float
   }
 }
 
-template <int G, int NT, int CL, int U>
-__global__ void __launch_bounds__(kWarps* kWarp, NT > 2 ? 1 : 2) shrink_kernel(const Params p) {
-  extern __shared__ float shared[];
-  float* slots = shared;                                  // [4][G][NT * 8][20]
-  float* sums = shared + 4 * G * NT * 8 * kRowFloats;     // [2][G][NT * 8][16]
+template <int G, int CL, int U>
+__global__ void __launch_bounds__(kWarps* kWarp, 2) shrink_kernel(const __grid_constant__ Params p) {
+  __shared__ float slots[4 * G * kTiles * 8 * kRowFloats];
+  __shared__ float sums[2][G * kTiles * 8 * kPageRank];
   start_dependents();
   const int rank = CL > 1 ? static_cast<int>(cluster_rank()) : 0;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   const int steps = p.inputs / kStep, slice = (steps + CL * kWarps - 1) / (CL * kWarps);
-  const int first = (rank * kWarps + warp) * slice, last = min(first + slice, steps);
+  const int first = (rank * kWarps + warp_index()) * slice, last = min(first + slice, steps);
   const TileTable table = read_tile_table(p.work.tiles);
   const int stride = gridDim.x / CL;
   int index = blockIdx.x / CL;
-  Item item;
-  int count[G];
-  Pages<G, U> pages;
+  Item item{};
+  PageStep<G> pages[U];
   auto fetch = [&](int i) {
     item = read_item(table, i);
+    const PageView<G> view(p, item.entry);
 #pragma unroll
-    for (int m = 0; m < G; ++m) count[m] = ranks_in_page(p.work, p.work.spans[m].module, item.slot, item.ordinal);
-    load_pages<G, U>(pages, p, item, count, first, last);
+    for (int u = 0; u < U; ++u)
+      if (first + u < last) view.template load<true>(pages[u], p.inputs, first + u);
   };
   if (index < table.item_count) fetch(index);
   if (!p.waits_last) wait_for_previous();
   for (int parity = 0; index < table.item_count; index += stride, parity ^= 1) {
     const Item now = item;
-    const __nv_bfloat16* x[NT];
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-      const int r = n * 8 + g;
-      x[n] = r < now.tile.rows ? static_cast<const __nv_bfloat16*>(p.x) + __ldg(table.rows + now.tile.place + r) * p.x_stride + t * 8 : nullptr;
-    }
-    float acc[G][NT][4] = {};
-    multiply<G, NT, U>(acc, pages, x, now.tile.rows, first, last);
-    for (int step = first + U; step < last; step += U) {
-      load_pages<G, U>(pages, p, now, count, step, last);
-      multiply<G, NT, U>(acc, pages, x, now.tile.rows, step, last);
-    }
+    float acc[G][kTiles][4] = {};
+    multiply_slice<G, U, true>(acc, pages, PageView<G>(p, now.entry), RowView(p, table, now, 0), now.rows, p.inputs, first, last);
     if (index + stride < table.item_count) fetch(index + stride);  // its pages arrive while this item is summed
-    gather_warps<G, NT>(acc, slots, now.tile.rows);
-    float* mine = sums + parity * G * NT * 8 * kPageRank;
-    const int values = now.tile.rows * kPageRank;  // of one module
+    gather_warps<G>(acc, slots, now.rows);
+    float* mine = sums[parity];
+    const int values = now.rows * kPageRank;  // of one module
     for (int i = threadIdx.x; i < G * values; i += blockDim.x) {
       const int m = i / values, r = i % values / kPageRank;
-      const float* place = slots + (m * NT * 8 + r) * kRowFloats + i % kPageRank;
+      const float* place = slots + (m * kTiles * 8 + r) * kRowFloats + i % kPageRank;
       float sum = place[0];
 #pragma unroll
-      for (int w = 1; w < 4; ++w) sum += place[w * G * NT * 8 * kRowFloats];
+      for (int w = 1; w < 4; ++w) sum += place[w * G * kTiles * 8 * kRowFloats];
       mine[i] = sum;
     }
     if constexpr (CL > 1) {
@@ -176,13 +228,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, NT > 2 ? 1 : 2) shrink_kernel(c
       } else {
         sum = mine[i];
       }
-      const int m = i / values, r = i % values / kPageRank;
-      const LoraSpan span = span_at(p.work, m);
-      const float scale = __ldg(p.work.scales + static_cast<int64_t>(span.module) * p.work.slots + now.slot);
-      const int64_t pair = now.tile.first_pair + static_cast<int64_t>(r) * now.tile.entries + now.entry;
-      const int ranks = ranks_in_page(p.work, span.module, now.slot, now.ordinal);
-      p.work.v[(pair * G + m) * kPageRank + i % kPageRank] = i % kPageRank < ranks ? sum * (scale * now.weight) : 0.f;
+      store_value(p, now, G, i / values, i % values / kPageRank, i % kPageRank, sum);
     }
+    __syncwarp();
   }
   if constexpr (CL > 1) {  // nobody leaves while another reads its sums
     cluster_arrive();
@@ -191,51 +239,72 @@ __global__ void __launch_bounds__(kWarps* kWarp, NT > 2 ? 1 : 2) shrink_kernel(c
   if (p.waits_last) wait_for_previous();
 }
 
+template <int G, int U>
+__global__ void __launch_bounds__(kPrefillWarps* kWarp, 4) shrink_prefill_kernel(const __grid_constant__ Params p) {
+  start_dependents();
+  const TileTable table = read_tile_table(p.work.tiles);
+  const int warp = warp_index(), lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4, steps = p.inputs / kStep;
+  if (!p.waits_last) wait_for_previous();
+  for (int index = blockIdx.x; index < table.item_count; index += gridDim.x) {
+    const Item item = read_item(table, index);
+    if (warp * 16 >= item.rows) continue;
+    const PageView<G> view(p, item.entry);
+    PageStep<G> pages[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+      if (u < steps) view.template load<false>(pages[u], p.inputs, u);
+    float acc[G][kTiles][4] = {};
+    const RowView rows(p, table, item, warp * 16);
+    multiply_slice<G, U, false>(acc, pages, view, rows, item.rows - warp * 16, p.inputs, 0, steps);
+#pragma unroll
+    for (int m = 0; m < G; ++m)
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int r = warp * 16 + n * 8 + 2 * t + i % 2;
+          if (r < item.rows) store_value(p, item, G, m, r, g + 8 * (i / 2), acc[m][n][i]);
+        }
+  }
+  if (p.waits_last) wait_for_previous();
+}
+
 // Any K, float32 or bfloat16: a block takes an item, a warp one (row, module, rank) at a time. For the correctness runs.
 template <class T>
-__global__ void __launch_bounds__(256) shrink_any_kernel(const Params p) {
+__global__ void __launch_bounds__(256) shrink_any_kernel(const __grid_constant__ Params p) {
   start_dependents();
   wait_for_previous();
   const TileTable table = read_tile_table(p.work.tiles);
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, modules = p.work.span_count;
+  const int warp = warp_index(), lane = threadIdx.x % kWarp, modules = p.work.span_count;
   for (int index = blockIdx.x; index < table.item_count; index += gridDim.x) {
     const Item item = read_item(table, index);
-    const T* page = static_cast<const T*>(p.work.pages) + item.page * p.work.page_elements;
-    for (int i = warp; i < item.tile.rows * modules * kPageRank; i += kWarps) {
+    const T* page = static_cast<const T*>(p.work.pages) + item.entry.page * p.work.page_elements;
+    for (int i = warp; i < item.rows * modules * kPageRank; i += kWarps) {
       const int r = i / (modules * kPageRank), m = i / kPageRank % modules, rank = i % kPageRank;
-      const LoraSpan span = span_at(p.work, m);
+      const LoraSpan& span = p.work.spans[m];
       float sum = 0.f;
-      if (rank < ranks_in_page(p.work, span.module, item.slot, item.ordinal)) {
-        const T* x = static_cast<const T*>(p.x) + __ldg(table.rows + item.tile.place + r) * p.x_stride;
+      if (rank < ranks_in_page(p.work, span.module, item.entry)) {
+        const T* x = static_cast<const T*>(p.x) + __ldg(table.rows + item.place + r) * p.x_stride;
         const T* a = page + span.a_offset + static_cast<int64_t>(rank) * p.inputs;
         for (int k = lane; k < p.inputs; k += kWarp) sum += to_float(x[k]) * to_float(a[k]);
       }
 #pragma unroll
       for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
-      if (lane == 0) {
-        const float scale = __ldg(p.work.scales + static_cast<int64_t>(span.module) * p.work.slots + item.slot);
-        const int64_t pair = item.tile.first_pair + static_cast<int64_t>(r) * item.tile.entries + item.entry;
-        const bool wanted = rank < ranks_in_page(p.work, span.module, item.slot, item.ordinal);
-        p.work.v[(pair * modules + m) * kPageRank + rank] = wanted ? sum * (scale * item.weight) : 0.f;
-      }
+      if (lane == 0) store_value(p, item, modules, m, r, rank, sum);
     }
   }
 }
 
-template <int G, int NT, int CL, int U>
-cudaError_t launch_shape(const LoraShrinkArgs& args, const Params& p, cudaStream_t stream) {
-  constexpr int kFloats = 4 * G * NT * 8 * kRowFloats + 2 * G * NT * 8 * kPageRank;
-  constexpr int kPerProcessor = NT > 2 ? 1 : 2;
-  // A GPC of an H100 has 16 or 18 processors and a cluster stays in one: what would start late would finish late.
-  const int clusters = CL > 1 ? max(1, processor_count() / 16 * (16 * kPerProcessor / CL)) : processor_count() * kPerProcessor;
-  return launch(shrink_kernel<G, NT, CL, U>, {clusters * CL, kWarps * kWarp, kFloats * 4, CL}, args.follow, stream, p);
-}
-
-template <int G, int U>
+template <int G, int UDecode, int UPrefill>
 cudaError_t launch_modules(const LoraShrinkArgs& args, const Params& p, cudaStream_t stream) {
-  const bool is_wide = args.work.tile_rows > 16;
-  if (!is_hopper()) return is_wide ? launch_shape<G, 8, 1, U>(args, p, stream) : launch_shape<G, 2, 1, U>(args, p, stream);
-  return is_wide ? launch_shape<G, 8, 8, U>(args, p, stream) : launch_shape<G, 2, 8, U>(args, p, stream);
+  const int processors = processor_count();
+  if (args.work.tile_rows > 16) {
+    return launch(shrink_prefill_kernel<G, UPrefill>, {processors * 4, kPrefillWarps * kWarp}, args.follow, stream, p);
+  }
+  if (!is_hopper()) return launch(shrink_kernel<G, 1, UDecode>, {processors * 2, kWarps * kWarp}, args.follow, stream, p);
+  // A GPC of an H100 has 16 or 18 processors and a cluster stays in one: what would start late would finish late.
+  const int clusters = std::max(1, processors / 16 * (16 * 2 / 4));
+  return launch(shrink_kernel<G, 4, UDecode>, {clusters * 4, kWarps * kWarp, 0, 4}, args.follow, stream, p);
 }
 
 bool fits_tensor_cores(const LoraShrinkArgs& args) {
@@ -257,9 +326,9 @@ cudaError_t launch_lora_shrink(const LoraShrinkArgs& args, cudaStream_t stream) 
     return launch(shrink_any_kernel<__nv_bfloat16>, shape, follow, stream, p);
   }
   switch (args.work.span_count) {
-    case 1: return launch_modules<1, 4>(args, p, stream);
-    case 2: return launch_modules<2, 2>(args, p, stream);
-    default: return launch_modules<3, 2>(args, p, stream);
+    case 1: return launch_modules<1, 4, 4>(args, p, stream);
+    case 2: return launch_modules<2, 3, 2>(args, p, stream);
+    default: return launch_modules<3, 2, 2>(args, p, stream);
   }
 }
 

@@ -5,10 +5,12 @@
 //
 // The block of tiles is one run of int32, offsets in int32 from its start, every section 16-byte aligned:
 //   header  [16]: tile count, item count, row count, V, offset of tiles, of rows, of entries, of items, rows of the largest tile
-//   tiles   [tile count][4]: first place in `rows`, row count | entry count << 16, first entry, first pair
+//   tiles   [tile count][8]: first place in `rows`, row count | entry count << 16, first entry, first pair, and that first entry
 //   rows    [row count]: row of x and y at each place; every row of the step stands in exactly one tile
 //   entries [...][4]: page, slot, ordinal of the page in its slot, weight (float bits); shared by all tiles of one recipe
-//   items   [item count][2]: tile, entry counted from the tile's first: the pairs a shrink computes
+//   items   [item count][8]: first place, row count | entry count << 16, first pair, entry counted from the tile's first, and that
+//           entry: what a shrink computes. What a kernel needs first stands together: each load that waits for another costs it
+//           a third of a microsecond.
 // The pair of place i of a tile and its entry e is first pair + i * entry count + e. A tile without adapters has no entries.
 #pragma once
 
@@ -42,7 +44,9 @@ struct LoraWork {
   float* v;              // [V, G, 16]: scale * weight * x A^T; zero beyond a module's rank
   int span_count;        // G
   LoraSpan spans[kMaxLoraSpans];
-  int tile_rows;  // no tile has more rows: 16, 32 or 64. Fixed per graph.
+  // No tile has more rows: 16, 32 or 64. Fixed per graph. Up to 16 the shrink cuts k among many blocks, which suits up to some
+  // thousands of rows; beyond 16 it does not, which suits more, and its bits are another sum's.
+  int tile_rows;
 };
 
 // How a kernel follows the one before it in its stream.

@@ -60,7 +60,8 @@ struct RowSpan {
   int last;
 };
 
-// Parts come first part of every tile, second part of every tile, ...: tiles shorter than a part then leave no warp idle for long.
+// The parts of every tile. Part `i` is part i / tile count of tile i % tile count: tiles shorter than a part then leave no warp
+// idle for long.
 template <bool kLora>
 struct RowParts {
   TileTable table;
@@ -70,18 +71,27 @@ struct RowParts {
   __device__ __forceinline__ explicit RowParts(const ProductView& p) : table{}, rows(p.rows), unit_rows(p.unit_rows) {
     if constexpr (kLora) table = read_tile_table(p.work.tiles);
   }
-  __device__ __forceinline__ int count() const {
-    if constexpr (kLora) return table.tile_count * ((table.largest + unit_rows - 1) / unit_rows);
+  __device__ __forceinline__ int tile_parts() const {  // of the largest tile
+    if constexpr (kLora) return (table.largest + unit_rows - 1) / unit_rows;
     else return (rows + unit_rows - 1) / unit_rows;
   }
-  __device__ __forceinline__ RowSpan operator[](int part) const {
+  __device__ __forceinline__ int tile_count() const {
+    if constexpr (kLora) return table.tile_count;
+    else return 1;
+  }
+  __device__ __forceinline__ int count() const { return tile_count() * tile_parts(); }
+  __device__ __forceinline__ RowSpan at(int tile_index, int part) const {
+    const int first = part * unit_rows;
     if constexpr (kLora) {
-      const Tile tile = read_tile(table, part % table.tile_count);
-      const int first = part / table.tile_count * unit_rows;
+      const Tile tile = read_tile(table, tile_index);
       return {tile, first, min(first + unit_rows, tile.rows)};
     } else {
-      return {{}, part * unit_rows, min((part + 1) * unit_rows, rows)};
+      return {{}, first, min(first + unit_rows, rows)};
     }
+  }
+  __device__ __forceinline__ RowSpan operator[](int i) const {
+    if constexpr (kLora) return at(i % table.tile_count, i / table.tile_count);
+    else return at(0, i);
   }
   // Row of y at place `place` of the span's tile.
   __device__ __forceinline__ int row(const RowSpan& span, int place) const {
@@ -166,14 +176,32 @@ __device__ __forceinline__ ModuleBlock module_of(const LoraWork& work, int colum
   return found;
 }
 
+__device__ __forceinline__ Entry read_entry(const TileTable& table, const Tile& tile, int entry) {
+  return entry == 0 ? tile.entry : as_entry(__ldg(table.entries + tile.first_entry + entry));
+}
+
+// A module's B in an entry's page.
+struct PageCursor {
+  const __nv_bfloat16* b;
+  int outputs;
+  int count;  // ranks the page holds; 0: the module is not touched, or there is none
+
+  __device__ __forceinline__ PageCursor() : b(nullptr), outputs(0), count(0) {}
+  __device__ __forceinline__ PageCursor(const ProductView& p, int module, const Entry& entry) : PageCursor() {
+    if (module < 0) return;
+    const LoraSpan& span = p.work.spans[module];
+    b = static_cast<const __nv_bfloat16*>(p.work.pages) + entry.page * p.work.page_elements + span.b_offset;
+    outputs = span.outputs;
+    count = ranks_in_page(p.work, span.module, entry);
+  }
+  __device__ __forceinline__ PageBlock load(int column) const { return load_page_block(b, outputs, column, count); }
+};
+
 // B of entry `entry` of a tile for the block that begins at `column` of the product.
 __device__ __forceinline__ PageBlock fetch_block(const ProductView& p, const TileTable& table, const Tile& tile, int entry, int column) {
   const ModuleBlock module = module_of(p.work, column);
   if (module.index < 0 || entry >= tile.entries) return {};
-  const int4 raw = __ldg(table.entries + tile.first_entry + entry);
-  const LoraSpan span = span_at(p.work, module.index);
-  const auto* page = static_cast<const __nv_bfloat16*>(p.work.pages) + raw.x * p.work.page_elements;
-  return load_page_block(page + span.b_offset, span.outputs, module.column, ranks_in_page(p.work, span.module, raw.y, raw.z));
+  return PageCursor(p, module.index, read_entry(table, tile, entry)).load(module.column);
 }
 
 // The product's planes, in order, then bias. Rows whose `row` is negative give zeros and are not read.
@@ -224,11 +252,11 @@ __device__ __forceinline__ void add_bias(float (&sum)[H][kLaneColumns], const Pr
 
 // Finishes NB blocks of one module, 8 H rows of a tile from place `place` on: planes + bias + expand, in float32.
 //
-// `columns` are the blocks' first columns, `first_page` the tile's first entry for them (fetched before the wait). `row` is set
-// to the rows, -1 where the span has none.
+// `columns` are the blocks' first columns, `pages` the tile's first entry for them (fetched before the wait) and again afterwards.
+// `row` is set to the rows, -1 where the span has none.
 template <bool kLora, bool kFloatPlanes, int H, int NB>
 __device__ __forceinline__ void finish(float (&sum)[NB][H][kLaneColumns], int (&row)[H], const ProductView& p, const RowParts<kLora>& parts,
-                                       const RowSpan& span, int place, const int (&columns)[NB], const PageBlock (&first_page)[NB]) {
+                                       const RowSpan& span, int place, const int (&columns)[NB], PageBlock (&pages)[NB]) {
   const int g = threadIdx.x % kWarp / 4;
 #pragma unroll
   for (int h = 0; h < H; ++h) row[h] = place + g + 8 * h < span.last ? parts.row(span, place + g + 8 * h) : -1;
@@ -239,11 +267,15 @@ __device__ __forceinline__ void finish(float (&sum)[NB][H][kLaneColumns], int (&
     const int modules = p.work.span_count, module = module_of(p.work, columns[0]).index;
     const int64_t stride = static_cast<int64_t>(span.tile.entries) * modules * kPageRank;
     const float* v = p.work.v + (static_cast<int64_t>(span.tile.first_pair) * modules + module) * kPageRank + place * stride;
-    for (int entry = 0; entry < (module < 0 ? 0 : span.tile.entries); ++entry) {
+    const int entries = module < 0 ? 0 : span.tile.entries;
+#pragma unroll 1
+    for (int entry = 0; entry < entries; ++entry) {
       const RowRanks<H> ranks = load_row_ranks<H>(v + entry * modules * kPageRank, stride, span.last - place);
 #pragma unroll
-      for (int i = 0; i < NB; ++i)
-        expand<H>(delta[i], ranks, entry == 0 ? first_page[i] : fetch_block(p, parts.table, span.tile, entry, columns[i]));
+      for (int i = 0; i < NB; ++i) {
+        expand<H>(delta[i], ranks, pages[i]);
+        if (entries > 1) pages[i] = fetch_block(p, parts.table, span.tile, entry + 1 < entries ? entry + 1 : 0, columns[i]);
+      }
     }
 #pragma unroll
     for (int i = 0; i < NB; ++i) add_bias<H>(sum[i], p, columns[i]);
@@ -261,6 +293,45 @@ __device__ __forceinline__ void finish(float (&sum)[NB][H][kLaneColumns], int (&
 
 __device__ __forceinline__ void store_bf16x4(__nv_bfloat16* out, const float* x) {
   *reinterpret_cast<uint2*>(out) = make_uint2(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]));
+}
+
+// ---- Eight neighbouring columns of one row a thread: where no tensor core is needed, or after it.
+
+__device__ __forceinline__ void unpack_bf16x8(float (&x)[8], const uint4& raw) {
+  const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[2 * i] = low_half(pairs[i]), x[2 * i + 1] = high_half(pairs[i]);
+}
+
+__device__ __forceinline__ uint4 pack_bf16x8(const float (&x)[8]) {
+  return make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
+}
+
+__device__ __forceinline__ void store_bf16x8(__nv_bfloat16* out, const float (&x)[8]) { *reinterpret_cast<uint4*>(out) = pack_bf16x8(x); }
+
+// Planes in order, then bias.
+template <bool kFloatPlanes>
+__device__ __forceinline__ void load_eight(float (&y)[8], const ProductView& p, int64_t row, int column) {
+  const int64_t at = row * p.columns + column;
+  if constexpr (kFloatPlanes) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float* from = static_cast<const float*>(p.y) + at + 4 * half;
+      float4 sum = __ldcg(reinterpret_cast<const float4*>(from));
+      for (int s = 1; s < p.planes; ++s) {
+        const float4 more = __ldcg(reinterpret_cast<const float4*>(from + s * p.plane_stride));
+        sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+      }
+      y[4 * half] = sum.x, y[4 * half + 1] = sum.y, y[4 * half + 2] = sum.z, y[4 * half + 3] = sum.w;
+    }
+  } else {
+    unpack_bf16x8(y, __ldcg(reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(p.y) + at)));
+  }
+  if (p.bias == nullptr) return;
+  float bias[8];
+  unpack_bf16x8(bias, __ldg(reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(p.bias) + column)));
+#pragma unroll
+  for (int i = 0; i < 8; ++i) y[i] += bias[i];
 }
 
 // ---- Any shape and float32: one element at a time. For the correctness runs; nothing here is fast.
@@ -281,14 +352,14 @@ __device__ __forceinline__ float product_at(const ProductView& p, const RowParts
   if constexpr (kLora) {
     const ModuleBlock module = module_of(p.work, column);
     if (module.index < 0) return sum;
-    const LoraSpan lora = span_at(p.work, module.index);
+    const LoraSpan& lora = p.work.spans[module.index];
     float delta = 0.f;
     for (int entry = 0; entry < span.tile.entries; ++entry) {
-      const int4 raw = __ldg(parts.table.entries + span.tile.first_entry + entry);
-      const int ranks = ranks_in_page(p.work, lora.module, raw.y, raw.z);
+      const Entry found = read_entry(parts.table, span.tile, entry);
+      const int ranks = ranks_in_page(p.work, lora.module, found);
       const int64_t pair = span.tile.first_pair + static_cast<int64_t>(place) * span.tile.entries + entry;
       const float* v = p.work.v + (pair * p.work.span_count + module.index) * kPageRank;
-      const T* b = static_cast<const T*>(p.work.pages) + raw.x * p.work.page_elements + lora.b_offset + module.column;
+      const T* b = static_cast<const T*>(p.work.pages) + found.page * p.work.page_elements + lora.b_offset + module.column;
       for (int rank = 0; rank < ranks; ++rank) delta += __ldcg(v + rank) * to_float(b[static_cast<int64_t>(rank) * lora.outputs]);
     }
     sum += delta;

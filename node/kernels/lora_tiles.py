@@ -16,7 +16,7 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int32]
 Recipe = Sequence[tuple[int, float]]  # (slot, weight) in the order in which they are summed
 
-HEADER_INTS, TILE_INTS, ENTRY_INTS, ITEM_INTS = 16, 4, 4, 2
+HEADER_INTS, TILE_INTS, ENTRY_INTS, ITEM_INTS = 16, 8, 4, 8
 MAX_ENTRIES = (1 << 15) - 1  # of one recipe: a tile keeps its count in 16 bits, signed where numpy packs it
 
 
@@ -55,17 +55,17 @@ def build_tiles(recipes: Sequence[Recipe], counts: Sequence[int], slot_pages: In
     groups = _rows_by_recipe(recipes, counts)
     rows = np.concatenate([np.zeros(0, np.int32), *groups.values()]).astype(np.int32)
     entries = [_entries(recipe, slot_pages) for recipe in groups]
-    tiles = _tiles([len(places) for places in groups.values()], [len(found) for found in entries], tile_rows)
-    per_tile = tiles[:, 1] >> 16
-    pairs = per_tile * (tiles[:, 1] & 0xFFFF)
-    tiles[:, 3] = np.cumsum(pairs) - pairs
-    items = np.empty((int(per_tile.sum()), ITEM_INTS), np.int32)
-    items[:, 0] = np.repeat(np.arange(len(tiles), dtype=np.int32), per_tile)
-    items[:, 1] = np.arange(len(items)) - np.repeat(np.cumsum(per_tile) - per_tile, per_tile)
     table = np.concatenate([np.zeros((0, ENTRY_INTS), np.int32), *entries])
-    largest = int((tiles[:, 1] & 0xFFFF).max(initial=0))
-    data = _join([tiles, rows, table, items], [len(tiles), len(items), len(rows), int(pairs.sum())], largest)
-    return TileBlock(data, len(tiles), len(items), int(pairs.sum()))
+    tiles = _tiles([len(places) for places in groups.values()], [len(found) for found in entries], tile_rows)
+    row_counts, per_tile = tiles[:, 1] & 0xFFFF, tiles[:, 1] >> 16
+    pairs = per_tile * row_counts
+    tiles[:, 3] = np.cumsum(pairs) - pairs
+    has_entries = per_tile > 0
+    tiles[has_entries, 4:] = table[tiles[has_entries, 2]]
+    items = _items(tiles, per_tile, table)
+    pair_count = int(pairs.sum())
+    data = _join([tiles, rows, table, items], [len(tiles), len(items), len(rows), pair_count], int(row_counts.max(initial=0)))
+    return TileBlock(data, len(tiles), len(items), pair_count)
 
 
 def block_ints(rows: int, sequences: int, entries: int, tile_rows: int) -> int:
@@ -110,15 +110,26 @@ def _entries(recipe: Recipe, slot_pages: Ints) -> Ints:
 
 
 def _tiles(row_counts: Sequence[int], entry_counts: Sequence[int], tile_rows: int) -> Ints:
-    """[tiles, 4] int32 without the pairs: first place, rows | entries << 16, first entry."""
-    tiles: list[tuple[int, int, int, int]] = []
+    """[tiles, 8] int32: first place, rows | entries << 16, first entry; the rest is for the caller to fill in."""
+    tiles: list[tuple[int, int, int]] = []
     place = entry = 0
     for row_count, entry_count in zip(row_counts, entry_counts, strict=True):
         for first in range(0, row_count, tile_rows):
-            tiles.append((place + first, min(tile_rows, row_count - first) | entry_count << 16, entry, 0))
+            tiles.append((place + first, min(tile_rows, row_count - first) | entry_count << 16, entry))
         place += row_count
         entry += entry_count
-    return np.array(tiles, dtype=np.int32).reshape(len(tiles), TILE_INTS)
+    found = np.zeros((len(tiles), TILE_INTS), np.int32)
+    found[:, :3] = np.array(tiles, dtype=np.int32).reshape(len(tiles), 3)
+    return found
+
+
+def _items(tiles: Ints, per_tile: Ints, table: Ints) -> Ints:
+    """[items, 8] int32: first place, rows | entries << 16, first pair, entry of the tile; then the entry itself."""
+    items = np.empty((int(per_tile.sum()), ITEM_INTS), np.int32)
+    items[:, :3] = np.repeat(tiles[:, [0, 1, 3]], per_tile, axis=0)
+    items[:, 3] = np.arange(len(items)) - np.repeat(np.cumsum(per_tile) - per_tile, per_tile)
+    items[:, 4:] = table[np.repeat(tiles[:, 2], per_tile) + items[:, 3]]
+    return items
 
 
 def _join(sections: Sequence[Ints], counts: Sequence[int], largest: int) -> Ints:

@@ -30,7 +30,7 @@ def read_tiles(block: Ints) -> list[ReadTile]:
     tile_count, _, _, _, tiles, rows, entries, _, _ = (int(value) for value in block[:9])
     found = []
     for index in range(tile_count):
-        place, packed, first_entry, first_pair = (int(value) for value in block[tiles + TILE_INTS * index :][:TILE_INTS])
+        place, packed, first_entry, first_pair = (int(value) for value in block[tiles + TILE_INTS * index :][:4])
         table = block[entries + ENTRY_INTS * first_entry :][: ENTRY_INTS * (packed >> 16)].reshape(-1, ENTRY_INTS)
         weights = table[:, 3].copy().view(np.float32)
         found.append(
@@ -43,10 +43,12 @@ def read_tiles(block: Ints) -> list[ReadTile]:
     return found
 
 
-def read_items(block: Ints) -> list[tuple[int, int]]:
-    """(tile, entry of the tile) of every item."""
+def read_items(block: Ints) -> list[tuple[int, int, tuple[int, int, int, float]]]:
+    """(first place, entry of the tile, the entry) of every item."""
     count, items = int(block[1]), int(block[7])
-    return [(int(tile), int(entry)) for tile, entry in block[items:][: ITEM_INTS * count].reshape(-1, ITEM_INTS)]
+    found = block[items:][: ITEM_INTS * count].reshape(-1, ITEM_INTS)
+    weights = found[:, 7].copy().view(np.float32)
+    return [(int(i[0]), int(i[3]), (int(i[4]), int(i[5]), int(i[6]), float(w))) for i, w in zip(found, weights, strict=True)]
 
 
 def reference_shrink(x: Tensor, block: Ints, pool: LoraPool, spans: Sequence[Sequence[int]]) -> Tensor:

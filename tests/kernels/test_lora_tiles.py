@@ -62,7 +62,9 @@ def test_build_tiles_keeps_the_order_of_rows_and_fills_tiles(batch, table, tile_
 def test_build_tiles_counts_items_and_pairs(batch, table, tile_rows):
     block = build_tiles([recipe for recipe, _ in batch], [count for _, count in batch], table, tile_rows)
     tiles = read_tiles(block.data)
-    assert read_items(block.data) == [(i, entry) for i, tile in enumerate(tiles) for entry in range(len(tile.entries))]
+    places = np.cumsum([0, *(len(tile.rows) for tile in tiles)])
+    items = [(int(places[i]), e, entry) for i, tile in enumerate(tiles) for e, entry in enumerate(tile.entries)]
+    assert read_items(block.data) == items
     pairs = [tile.first_pair + i for tile in tiles for i in range(len(tile.rows) * len(tile.entries))]
     assert pairs == list(range(block.pair_count))
     assert block.tile_count == len(tiles)
