@@ -8,6 +8,7 @@ Any server of OpenAI's completions interface, or a node that this script starts 
 Prompts are random token ids, answers have a fixed length: end-of-sequence ids are banned by logit_bias.
 
 start    Seconds from starting the process to its first token, with the weights in the page cache (only --own).
+books    The closed loop with and without records and receipts, on two nodes in turns (only --own).
 closed   --streams requests at once, each followed by the next: output tokens/s, and their share of --in-process-tok-s.
 open     Poisson arrivals at each of --rates requests/s for --seconds: time to first token, time between tokens, and goodput:
          requests/s whose first token came within --slo-ttft-ms and whose tokens came every --slo-itl-ms on average.
@@ -241,15 +242,20 @@ class Target:
 class OwnNode(Target):
     """A node with random weights and random adapters, both in files."""
 
-    def __init__(self, args: argparse.Namespace, directory: Path) -> None:
+    def __init__(self, args: argparse.Namespace, directory: Path, has_books: bool = True) -> None:
         from random_model import SHAPES
 
         vocab = SHAPES[args.shape]["vocab_size"]
         self._begun = time.monotonic()
-        self._log = (directory / "node.log").open("w")
-        command = [sys.executable, "-m", "node.cli.main", "start", "--config", str(write_config(args, directory))]
+        place = directory / ("node" if has_books else "node-without-books")
+        place.mkdir()
+        self._log = (place / "node.log").open("w")
+        config = str(write_config(args, directory, place))
+        command = [sys.executable, "-m", "node.cli.main", "start", "--config", config]
+        if not has_books:
+            command = [sys.executable, str(Path(__file__).with_name("bench_engine.py")), "--serve-without-books", config]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log, text=True)
-        url = self._read_url(directory)
+        url = self._read_url(place)
         self.ready_s = time.monotonic() - self._begun
         models = [f"adapter-{index}" for index in range(args.adapters)] or [f"{args.shape}"]
         super().__init__(url, models, vocab, (2,))
@@ -298,30 +304,57 @@ def write_files(args: argparse.Namespace, directory: Path) -> None:
         )
 
 
-def write_config(args: argparse.Namespace, directory: Path) -> Path:
-    config = directory / "node.toml"
+def write_config(args: argparse.Namespace, directory: Path, place: Path) -> Path:
+    config = place / "node.toml"
     sizes = "".join(
         f"{key} = {value}\n"
         for key, value in (("memory_bytes", args.adapter_bytes), ("host_memory_bytes", args.host_bytes))
         if value
     )
+    kv = f"kv_cache_bytes = {args.kv_bytes}\n" if args.kv_bytes else ""
     config.write_text(
-        f'data_dir = "{directory}/data"\n[server]\nport = 0\nmax_concurrent_requests = {2 * args.streams}\n'
+        f'data_dir = "{place}/data"\n[server]\nport = 0\nmax_concurrent_requests = {2 * args.streams}\n'
         f'[model]\npath = "{directory}/{args.shape}"\nmax_model_len = 2048\n'
         f'[adapters]\ndirectory = "{directory}/adapters"\n{sizes}'
-        f"[engine]\nprefix_cache = false\nmax_sequences = {args.streams}\n"
+        f"[engine]\nprefix_cache = false\nmax_sequences = {args.streams}\n{kv}"
         '[chain]\nprofile = "none"\n[telemetry]\nlog_level = "warning"\n'
     )
     return config
 
 
-def run(args: argparse.Namespace, target: Target) -> Iterator[dict[str, Any]]:
+def books(args: argparse.Namespace, target: Target, directory: Path) -> dict[str, Any]:
+    """Pairs of closed loops."""
+    from bench_engine import median_interval
+
+    bare = OwnNode(args, directory, has_books=False)
+    try:
+        sides: list[list[float]] = [[], []]
+        for index in range(args.pairs):
+            for side in (0, 1) if index % 2 else (1, 0):
+                sides[side].append(closed(args, (target, bare)[side])["out_tok_s"])
+    finally:
+        bare.close()
+    median, low, high = median_interval([with_books / without for with_books, without in zip(*sides, strict=True)])
+    return {
+        "row": "books on / off",
+        "pairs": args.pairs,
+        "on_tok_s": max(sides[0]),
+        "off_tok_s": max(sides[1]),
+        "ratio": median,
+        "low": low,
+        "high": high,
+    }
+
+
+def run(args: argparse.Namespace, target: Target, directory: Path) -> Iterator[dict[str, Any]]:
     if isinstance(target, OwnNode):
         first_s = target.first_token_s(args)
         if "start" in args.rows:
             yield {"row": "start", "ready_s": target.ready_s, "first_token_s": first_s, "shape": args.shape}
     if "closed" in args.rows:
         yield closed(args, target)
+    if "books" in args.rows:
+        yield books(args, target, directory)
     if "open" in args.rows:
         for rate in args.rates:
             yield open_loop(args, target, rate)
@@ -329,7 +362,7 @@ def run(args: argparse.Namespace, target: Target) -> Iterator[dict[str, Any]]:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=("start", "closed", "open"), default=["start", "closed", "open"])
+    parser.add_argument("--rows", nargs="+", choices=("start", "closed", "books", "open"), default=["start", "closed", "open"])
     parser.add_argument("--url", help="a running server; default: a node of our own")
     parser.add_argument("--models", nargs="+", default=["base"], help="names that the requests use in turn, with --url")
     parser.add_argument("--vocab-size", type=int, default=32000, help="of the server's model, with --url")
@@ -343,6 +376,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--host-bytes", type=int, default=0, help="0: the node's default")
     parser.add_argument("--files", help="where files go that are read through the page cache")
     parser.add_argument("--streams", type=int, default=256)
+    parser.add_argument("--kv-bytes", type=int, default=0, help="0: the node's default")
+    parser.add_argument("--pairs", type=int, default=5, help="of the row books")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=256)
@@ -366,7 +401,7 @@ def main(argv: Sequence[str]) -> int:
             write_files(args, Path(directory))
         target = OwnNode(args, Path(directory)) if args.own else Target(args.url, args.models, args.vocab_size, args.eos_ids)
         try:
-            for row in run(args, target):
+            for row in run(args, target, Path(directory)):
                 line = json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
                 print(line, flush=True)
                 if args.out is not None:

@@ -5,6 +5,9 @@ off, no prefix cache; D adapters with distinct bytes, all resident. `prefill_s`:
 step_ms = (total - prefill) / 127, the best of --repeat runs after a warm-up. floor_ms: the fewest bytes a step must read
 (weights but the embedding, B x 320 tokens of keys and values, every adapter that the batch names) over the GPU's read bandwidth.
 graph_ms: the last decode step's graph alone, replayed without a host in between.
+
+The table lora-engine compares, in turns, an engine that holds 64 adapters with one that has room for a single page, on requests
+that name no adapter: what it costs to be able to serve adapters.
 """
 
 from __future__ import annotations
@@ -183,32 +186,74 @@ def facts(engine: Engine, args: argparse.Namespace, start_s: float) -> dict[str,
     }
 
 
-def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Open an engine and measure the rows until --budget-s is spent."""
-    started = time.perf_counter()
-    bell = Bell()
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    source = random_source(args.shape, device, args.max_model_len, args.layers)
-    # The pool decides what fits: every adapter of the largest row must be resident while it runs.
-    with tempfile.TemporaryDirectory(prefix="bench", dir=args.files) as directory:
-        engine = open_engine(
+class OpenedEngine:
+    """An engine on random weights, and the bench that drives it."""
+
+    def __init__(self, args: argparse.Namespace, directory: Path, adapter_bytes: int) -> None:
+        started = time.perf_counter()
+        bell = Bell()
+        device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        self.source = random_source(args.shape, device, args.max_model_len, args.layers)
+        self.page_rank = 16 if device.type == "cuda" else 8
+        self.engine = open_engine(
             ModelSettings(path="random", device=args.device, dtype=args.dtype),
             EngineSettings(
                 prefix_cache=False,
                 max_sequences=args.max_sequences,
                 max_batch_tokens=args.max_batch_tokens,
+                kv_cache_bytes=args.kv_bytes or None,
                 kernels=args.kernels,
                 deterministic=args.deterministic,
             ),
-            AdapterSettings(memory_bytes=args.adapter_bytes, host_memory_bytes=args.host_bytes),
-            Path(directory),
+            AdapterSettings(memory_bytes=adapter_bytes, host_memory_bytes=args.host_bytes),
+            directory,
             wake=bell.ring,
-            source=source,
+            source=self.source,
         )
-        start_s = time.perf_counter() - started
-        yield facts(engine, args, start_s)
-        pools = Pools(Path(directory), engine, source.spec, 16 if device.type == "cuda" else 8)
-        bench = Bench(engine, bell)
+        self.bench = Bench(self.engine, bell)
+        self.start_s = time.perf_counter() - started
+
+
+def lora_engine_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Pairs of runs of the same work on the two engines."""
+    from bench_engine import median_interval
+
+    with tempfile.TemporaryDirectory(prefix="bench", dir=args.files) as directory:
+        able = OpenedEngine(args, Path(directory) / "able", args.adapter_bytes)
+        page_bytes = 2 * PageLayout(able.source.spec.linears, able.page_rank).page_elements
+        bare = OpenedEngine(args, Path(directory) / "bare", page_bytes)
+        yield facts(able.engine, args, able.start_s)
+        pools = Pools(Path(directory), able.engine, able.source.spec, able.page_rank)
+        able.bench.run([Request((term,), 16, 2) for term, _ in pools.terms("16", 64)])
+        gc.freeze()
+        for batch in (1, 64, 256):
+            sides = [[], []]
+            for index in range(args.pairs + 1):
+                for side in (0, 1) if index % 2 else (1, 0):
+                    row = measure((able, bare)[side].bench, Row(batch, 0), [None] * batch, args)
+                    sides[side].append(row["step_ms"])
+            ratios = [a / b for a, b in zip(sides[0][1:], sides[1][1:], strict=True)]
+            median, low, high = median_interval(ratios)
+            values = {"able_step_ms": min(sides[0]), "bare_step_ms": min(sides[1]), "ratio": median, "low": low, "high": high}
+            yield {
+                "row": "lora engine on / off",
+                "batch": batch,
+                "pairs": args.pairs,
+                **{k: round(v, 5) for k, v in values.items()},
+            }
+        able.engine.close()
+        bare.engine.close()
+
+
+def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Open an engine and measure the rows until --budget-s is spent."""
+    started = time.perf_counter()
+    # The pool decides what fits: every adapter of the largest row must be resident while it runs.
+    with tempfile.TemporaryDirectory(prefix="bench", dir=args.files) as directory:
+        opened = OpenedEngine(args, Path(directory), args.adapter_bytes)
+        engine, bench, source = opened.engine, opened.bench, opened.source
+        yield facts(engine, args, opened.start_s)
+        pools = Pools(Path(directory), engine, source.spec, opened.page_rank)
         gc.collect()
         gc.freeze()
         try:
@@ -235,7 +280,7 @@ def _guarded(bench: Bench, row: Row, pools: Pools, spec: ModelSpec, args: argpar
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", choices=("anchors", "musts", "draws", "ranks"), default="anchors")
+    parser.add_argument("--table", choices=("anchors", "musts", "draws", "ranks", "lora-engine"), default="anchors")
     parser.add_argument("--shape", default="llama-3.1-8b")
     parser.add_argument("--layers", type=int, help="another number of layers")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -247,6 +292,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--adapter-bytes", type=int, default=8 << 30)
     parser.add_argument("--host-bytes", type=int, default=2 << 30)
+    parser.add_argument("--kv-bytes", type=int, default=0, help="0: what is left")
+    parser.add_argument("--pairs", type=int, default=6, help="of the table lora-engine")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeat", type=int, default=2)
@@ -258,7 +305,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> int:
     args = parse(argv)
-    for row in rows(args):
+    for row in lora_engine_rows(args) if args.table == "lora-engine" else rows(args):
         line = json.dumps(row)
         print(line, flush=True)
         if args.out is not None:
