@@ -99,10 +99,10 @@ class TritonAttention(PagedAttention):
         return Tuning(warps=4, stages=2) if self.shape.dtype == torch.float32 else self._tuning
 
     def _prefill_tuning(self) -> Tuning:
-        """Small tiles for the fixed order (decode's instruction has 16 rows a warp) and for float32 (shared memory)."""
-        tuning = self._tuning
+        """With a fixed order, the very tile of decode: a row's sum runs through threads and warps, so their layout is its order."""
         if self.is_deterministic:
-            return Tuning(prefill_m=32, prefill_tile=TILE, prefill_warps=2, prefill_stages=2)
+            decode = self._decode_tuning()
+            return Tuning(prefill_m=16, prefill_tile=TILE, prefill_warps=decode.warps, prefill_stages=decode.stages)
         if self.shape.dtype == torch.float32:
             return Tuning(prefill_m=32, prefill_tile=32, prefill_warps=4, prefill_stages=1)
-        return tuning
+        return self._tuning

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from node.kernels.attention.triton_math import attend_tile, finish, join_chunks
+from node.kernels.attention.triton_math import attend_tile, finish, join_chunks, place_tile
 
 TILE = 64  # keys of one tile
 
@@ -134,10 +134,10 @@ def decode_kernel(
         for start in tl.range((begin // TILE) * TILE, end, TILE, num_stages=STAGES):
             key = start + tl.arange(0, TILE)
             is_seen = (key >= begin) & (key < end)
-            block = tl.load(tables_ptr + row * table_stride + key // BLOCK, mask=is_seen, other=0).to(tl.int64)
-            place = block * block_stride + (key % BLOCK) * token_stride + group * HEAD
-            k = tl.load(k_ptr + place[None, :] + dim[:, None], mask=is_seen[None, :] & is_dim[:, None], other=0.0)
-            v = tl.load(v_ptr + place[:, None] + dim[None, :], mask=is_seen[:, None] & is_dim[None, :], other=0.0)
+            base, offset = place_tile(tables_ptr + row * table_stride, start, end, block_stride, token_stride, BLOCK, TILE)
+            k_here, v_here = k_ptr + base + group * HEAD, v_ptr + base + group * HEAD
+            k = tl.load(k_here + offset[None, :] + dim[:, None], mask=is_seen[None, :] & is_dim[:, None], other=0.0)
+            v = tl.load(v_here + offset[:, None] + dim[None, :], mask=is_seen[:, None] & is_dim[None, :], other=0.0)
             acc, top, total = attend_tile(q, k, v, is_seen[None, :], acc, top, total, scale_log2)
         shares = tl.load(counts_ptr + 1 + row)
         out_where = row * out_stride + head[:, None] * HEAD + dim[None, :]

@@ -43,3 +43,19 @@ def join_chunks(acc, top, total, more_acc, more_top, more_total):
 def finish(acc, total):
     """Weighted mean [M, D]; 0 for a row that saw no key."""
     return acc / tl.where(total == 0.0, 1.0, total)[:, None]
+
+
+@triton.jit
+def place_tile(table_ptr, start, end, block_stride, token_stride, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Where a tile's keys lie in the cache: a base and an offset for each of them; keys at or after `end` stay in block 0.
+
+    A tile inside one block has one base and offsets that never change, so that the addresses cost one addition a load.
+    """
+    lane = tl.arange(0, TILE)
+    if BLOCK % TILE == 0:
+        block = tl.load(table_ptr + start // BLOCK).to(tl.int64)
+        return block * block_stride + (start % BLOCK) * token_stride, lane * token_stride
+    else:  # noqa: RET505 - a branch of the compiler
+        key = start + lane
+        blocks = tl.load(table_ptr + key // BLOCK, mask=key < end, other=0).to(tl.int64)
+        return tl.zeros([], tl.int64), blocks * block_stride + (key % BLOCK) * token_stride
