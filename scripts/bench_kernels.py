@@ -1,6 +1,7 @@
 """Time every kernel on SmolLM2-135M shapes and add them up to one decode step.
 
     python scripts/bench_kernels.py [--threads 2] [--dtype bfloat16] [--isa avx512] [--rows 1 8 16] [--seconds 0.3]
+    python scripts/bench_kernels.py --device cuda [--out FILE] [--short]    # LoRA and fused operations of a Llama-3.1-8B layer
 
 Prints one JSON line per measurement. Each layer's call is timed on its own, the least of many rounds is kept and the layers are
 summed: the machine's other work only ever adds. All 30 layers have weights of their own and take turns, so that they come from
@@ -220,7 +221,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--seconds", type=float, default=0.3, help="time per measurement")
     parser.add_argument("--skip-prefill", action="store_true")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, help="append the GPU's JSON lines to this file as well")
+    parser.add_argument("--short", action="store_true", help="GPU: rank 16, dealt in turn, only")
     options = parser.parse_args()
+    if options.device == "cuda":
+        import bench_kernels_cuda  # beside this file; needs a GPU
+
+        with torch.inference_mode():
+            bench_kernels_cuda.bench(options.out, is_short=options.short)
+        return
     kernels, dtype = Kernels.load("cpp", threads=options.threads, isa=options.isa), getattr(torch, options.dtype)
     label = {
         "kernels": kernels.name,
