@@ -99,7 +99,7 @@ class TritonAttention(PagedAttention):
         return Tuning(warps=4, stages=2) if self.shape.dtype == torch.float32 else self._tuning
 
     def _prefill_tuning(self) -> Tuning:
-        """With a fixed order, the very tile of decode: a row's sum runs through threads and warps, so their layout is its order."""
+        """With a fixed order, the very tile of decode: the layout of a tile over threads is the order of a row's sums."""
         if self.is_deterministic:
             decode = self._decode_tuning()
             return Tuning(prefill_m=16, prefill_tile=TILE, prefill_warps=decode.warps, prefill_stages=decode.stages)
