@@ -156,3 +156,34 @@ def test_wrong_arguments_say_what_is_wrong(make_work):
         work.ops.lora_shrink(x[:, :512], work.tiles, work.span_tuple, work.poisoned_v())
     with pytest.raises(RuntimeError, match="wrong element type"):
         work.ops.lora_shrink(x.float(), work.tiles, work.span_tuple, work.poisoned_v())
+
+
+def test_shrink_beside_a_gemm_reads_what_the_gemm_reads(make_work):
+    """x is made anew before each product; a shrink that started too early would read the one before."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs the GEMM of compute capability 9.0")
+    work, rows, count = make_work(mixed_terms(64), RANKS, 4096, (1024,)), 64, 6
+    raw, weight = torch.randn(count, rows, 4096, device="cuda").to(BF16), torch.randn(1024, 4096, device="cuda").to(BF16)
+    norm, x = torch.ones(4096, device="cuda").to(BF16), torch.empty(rows, 4096, device="cuda").to(BF16)
+    planes = work.ops.skinny_gemm_planes(1024, 4096, rows)
+    y, v = torch.empty(planes, rows, 1024, device="cuda"), work.poisoned_v()
+    outs = torch.empty(count, rows, 1024, device="cuda")
+
+    def run(follow, beside):
+        for i in range(count):
+            work.ops.rms_norm(raw[i], norm, 1e-5, x, follow)
+            work.ops.skinny_gemm(x, weight, y, follow)
+            work.ops.lora_shrink(x, work.tiles, work.span_tuple, v, beside)
+            work.ops.materialize(work.product(y, v), outs[i], follow)
+
+    run(Follow.PLAIN, Follow.PLAIN)
+    wanted = outs.clone()
+    assert bool(wanted.isfinite().all())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(Follow.WAIT_FIRST, Follow.WAIT_LAST)
+    for _ in range(30):
+        outs.fill_(float("nan"))
+        v.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(outs, wanted)
