@@ -33,15 +33,22 @@ class PackedLinear:
     in_features: int
     is_panelled: bool
 
-    def unpacked(self) -> Tensor:
-        """The weight as it was given to `pack_linear`, [O, H], in its dtype: for work at load time, never in a step."""
+    def unpacked(self, first: int = 0, count: int | None = None) -> Tensor:
+        """Rows [first, first + count) of the weight as it was given to `pack_linear`, [count, H], in its dtype.
+
+        For work at load time, never in a step. `count` None is all that follow.
+        """
+        last = self.out_features if count is None else first + count
         if not self.is_panelled:
-            return self.data
-        if self.data.dim() == 3:
-            rows = self.data.permute(0, 2, 1).reshape(-1, self.data.shape[1])
+            return self.data[first:last]
+        panel = self.data.shape[2]
+        start = first // panel
+        panels = self.data[start : -(-last // panel)]
+        if panels.dim() == 3:
+            rows = panels.permute(0, 2, 1).reshape(-1, panels.shape[1])
         else:
-            rows = self.data.permute(0, 2, 1, 3).reshape(self.data.shape[0] * self.data.shape[2], -1)
-        return rows[: self.out_features, : self.in_features]
+            rows = panels.permute(0, 2, 1, 3).reshape(panels.shape[0] * panel, -1)
+        return rows[first - start * panel : last - start * panel, : self.in_features]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """What some adapters change that rank pages cannot hold: DoRA's gains, biases of lora_B, and the embedding.
 
 A step pays for this only when one of its rows uses such an adapter: `side_rows` is None otherwise. The rows that do are computed
-apart from the others and written over what the plain path left, so that no row's bits depend on its neighbours.
+apart from the others, so that no row's bits depend on its neighbours.
 
 Semantics of one linear module, over the terms (weight w, gain g, bias c, factors A and B, scale s) of a row:
     y = W x + b + sum of w * ((g - 1) * (W x) + g * s * (B (A x) + c))
@@ -92,40 +92,71 @@ def _by_row(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([torch.mv(b, row) for row in a])
 
 
-def overwrite_rows(
+def side_linear(
     kernels: Kernels[Any, Any],
-    y: Tensor,
     x: Tensor,
     packed: PackedLinear,
     bias: Tensor | None,
     *,
     pool: LoraPool,
+    rows: Any,
     groups: Sequence[SideGroup],
     spans: LoraSpans,
-) -> None:
-    """Compute the rows of `groups` by the semantics above and write them into y [T, O]. x: [T, H]; bias: [O] or None."""
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`Kernels.linear`, finished, of a step in which some rows follow the semantics above. Those are computed by themselves.
+
+    Args:
+        x: [T, H]. bias: [O] or None. rows: the adapters of all rows, as for `Kernels.linear`.
+        groups: Of `side_rows`. out_dtype: Defaults to x's.
+
+    Returns:
+        [T, O].
+    """
     modules = spans.table.tolist()
-    for group in groups:
-        gain = _sum(group.terms, pool, modules, y, "gains")
-        offset = _sum(group.terms, pool, modules, y, "biases")
-        if gain is None and offset is None:
-            continue
-        rows = x[group.rows]
-        base = kernels.finish(kernels.linear(rows, packed, out_dtype=torch.float32), torch.float32)
-        if gain is not None:
-            base *= 1 + gain
-        if bias is not None:
-            base += bias
-        if offset is not None:
-            base += offset
-        kernels.sgmv(base, rows, pool, group.lora, spans)
-        y[group.rows] = base.to(y.dtype)
+    sums = [
+        (group, _sum(group, pool, modules, packed, "gains"), _sum(group, pool, modules, packed, "biases")) for group in groups
+    ]
+    touched = [item for item in sums if item[1] is not None or item[2] is not None]
+    count, dtype = x.shape[0], out_dtype or x.dtype
+    if len(touched) == 1 and touched[0][0].rows.numel() == count:  # all rows, in order
+        return _group_linear(kernels, x, packed, bias, pool, spans, *touched[0]).to(dtype)
+    if sum(group.rows.numel() for group, _, _ in touched) < count:
+        y = kernels.finish(kernels.linear(x, packed, bias, pool=pool, rows=rows, spans=spans, out_dtype=out_dtype), dtype)
+    else:
+        y = x.new_empty((count, packed.out_features), dtype=dtype)
+    for group, gain, offset in touched:
+        y[group.rows] = _group_linear(kernels, x[group.rows], packed, bias, pool, spans, group, gain, offset).to(dtype)
+    return y
 
 
-def _sum(terms: Terms, pool: LoraPool, modules: list[list[int]], y: Tensor, kind: str) -> Tensor | None:
+def _group_linear(
+    kernels: Kernels[Any, Any],
+    x: Tensor,
+    packed: PackedLinear,
+    bias: Tensor | None,
+    pool: LoraPool,
+    spans: LoraSpans,
+    group: SideGroup,
+    gain: Tensor | None,
+    offset: Tensor | None,
+) -> Tensor:
+    """The rows of one group, [R, O] float32. x: [R, H]."""
+    y = kernels.finish(kernels.linear(x, packed, out_dtype=torch.float32), torch.float32)
+    if gain is not None:
+        y *= 1 + gain
+    if bias is not None:
+        y += bias
+    if offset is not None:
+        y += offset
+    kernels.sgmv(y, x, pool, group.lora, spans)
+    return y
+
+
+def _sum(group: SideGroup, pool: LoraPool, modules: list[list[int]], packed: PackedLinear, kind: str) -> Tensor | None:
     """The weighted sum of the terms' gains or biases over the columns of a fused linear, [O]; None when all are absent."""
     total: Tensor | None = None
-    for slot, weight in terms:
+    for slot, weight in group.terms:
         side = pool.sides.get(slot)
         if side is None:
             continue
@@ -135,6 +166,6 @@ def _sum(terms: Terms, pool: LoraPool, modules: list[list[int]], y: Tensor, kind
             if vector is None:
                 continue
             if total is None:
-                total = torch.zeros(y.shape[1], dtype=torch.float32, device=y.device)
-            total[column : column + outputs] += weight * vector
+                total = torch.zeros(packed.out_features, dtype=torch.float32, device=vector.device)
+            total[column : column + outputs].add_(vector, alpha=weight)
     return total

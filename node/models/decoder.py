@@ -20,7 +20,7 @@ from torch import Tensor
 
 from node.kernels.lora import LoraPool
 from node.kernels.ops import Kernels, LoraSpans, PackedLinear
-from node.kernels.side import SideGroup, add_to_embedding, overwrite_rows, select_groups
+from node.kernels.side import SideGroup, add_to_embedding, select_groups, side_linear
 from node.models.inputs import KVCache, StepInputs
 
 
@@ -94,12 +94,9 @@ class Decoder:
         linear, add_rms_norm = kernels.linear, kernels.add_rms_norm
 
         def project(rows: Tensor, module: FusedLinear) -> Any:
-            product = linear(rows, module.packed, module.bias, pool=pool, rows=lora, spans=module.spans)
             if inputs.side is not None and pool is not None:
-                y = kernels.finish(product, rows.dtype)
-                self._overwrite(y, rows, module, pool, inputs.side)
-                product = kernels.unfinish(y)
-            return product
+                return kernels.unfinish(self._side_linear(rows, module, pool, lora, inputs.side))
+            return linear(rows, module.packed, module.bias, pool=pool, rows=lora, spans=module.spans)
 
         plan = kernels.plan_attention(
             inputs.block_tables, inputs.query_start, inputs.context_lens, inputs.max_query, inputs.max_context
@@ -136,16 +133,33 @@ class Decoder:
             return torch.empty((0, head.packed.out_features), dtype=torch.float32, device=h.device)
         rows = kernels.head_rows(inputs.lora, pool, wanted, self._head_module)
         x = h if wanted is None else h[wanted]
-        product = kernels.linear(x, head.packed, head.bias, pool=pool, rows=rows, spans=head.spans, out_dtype=torch.float32)
-        y = kernels.finish(product, torch.float32)
         if inputs.side is not None and pool is not None:
             groups = inputs.side if wanted is None else select_groups(inputs.side, wanted)
-            self._overwrite(y, x, head, pool, groups or ())
-        return y
+            return self._side_linear(x, head, pool, rows, groups or (), torch.float32)
+        product = kernels.linear(x, head.packed, head.bias, pool=pool, rows=rows, spans=head.spans, out_dtype=torch.float32)
+        return kernels.finish(product, torch.float32)
 
-    def _overwrite(self, y: Tensor, x: Tensor, module: FusedLinear, pool: LoraPool, groups: Sequence[SideGroup]) -> None:
-        """Rows whose adapters have more than pages hold."""
-        overwrite_rows(self._kernels, y, x, module.packed, module.bias, pool=pool, groups=groups, spans=module.spans)
+    def _side_linear(
+        self,
+        x: Tensor,
+        module: FusedLinear,
+        pool: LoraPool,
+        rows: Any,
+        groups: Sequence[SideGroup],
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """A product in a step with rows whose adapters have more than pages hold."""
+        return side_linear(
+            self._kernels,
+            x,
+            module.packed,
+            module.bias,
+            pool=pool,
+            rows=rows,
+            groups=groups,
+            spans=module.spans,
+            out_dtype=out_dtype,
+        )
 
     # ---- BaseWeights, for what is computed once when an adapter is loaded
 
@@ -154,7 +168,7 @@ class Decoder:
         for module in (self._weights.head, *(m for layer in self._weights.layers for m in layer.linears)):
             for found, _, _, _, outputs, column in module.spans.table.tolist():
                 if found == index:
-                    return module.packed.unpacked()[column : column + outputs]
+                    return module.packed.unpacked(column, outputs)
         raise ValueError(f"the model has no linear module of index {index}")
 
     def embedding_weight(self) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from node.kernels.layout import PageLayout
 from node.kernels.lora import EmbeddingDelta, LoraPool, SideTensors, lora_rows
 from node.kernels.ops import Kernels, lora_spans
-from node.kernels.side import add_to_embedding, overwrite_rows, select_groups, side_rows
+from node.kernels.side import add_to_embedding, select_groups, side_linear, side_rows
 
 HIDDEN, OUTPUTS, RANK = 40, 24, 3
 PLAIN, DORA, BIASED = 0, 1, 2
@@ -52,12 +52,13 @@ class World:
         x = self.x if x is None else x
         counts = [1] * x.shape[0]
         rows = lora_rows(terms, counts)
-        product = self.kernels.linear(x, self.packed, self.bias, pool=self.pool, rows=rows, spans=self.spans)
-        y = self.kernels.finish(product, self.dtype)
         groups = side_rows(self.pool, [tuple(item) for item in terms], counts)
         if groups is not None:
-            overwrite_rows(self.kernels, y, x, self.packed, self.bias, pool=self.pool, groups=groups, spans=self.spans)
-        return y
+            return side_linear(
+                self.kernels, x, self.packed, self.bias, pool=self.pool, rows=rows, groups=groups, spans=self.spans
+            )
+        product = self.kernels.linear(x, self.packed, self.bias, pool=self.pool, rows=rows, spans=self.spans)
+        return self.kernels.finish(product, self.dtype)
 
     def expected(self, row, terms):
         """The formula in float64, one row, one module after the other."""
@@ -159,4 +160,8 @@ def test_embedding_rows_equal_the_formula(kernels):
 def test_unpacked_is_the_weight_that_was_packed(kernels, dtype):
     weight = torch.randn(45, 33, generator=torch.Generator().manual_seed(1)).to(dtype)
 
-    assert torch.equal(kernels.pack_linear(weight).unpacked(), weight)
+    packed = kernels.pack_linear(weight)
+
+    assert torch.equal(packed.unpacked(), weight)
+    for first, count in ((0, 45), (3, 40), (32, 13), (31, 2), (40, 5)):
+        assert torch.equal(packed.unpacked(first, count), weight[first : first + count])
