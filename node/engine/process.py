@@ -6,6 +6,7 @@ is written but logs on standard error and the sockets in the runtime directory.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -55,8 +56,11 @@ def _serve(config: LaunchConfig, channel: EngineChannel) -> int:
     ready = engine.ready
     logger = logging.getLogger(__name__)
     logger.info("serving %s (%s) with %s kernels", ready.model_id, ready.dtype, ready.kernels)
-    if ready.kernels == "reference" and config.engine["kernels"] == "auto":
+    if ready.device == "cpu" and ready.kernels == "reference" and config.engine["kernels"] == "auto":
         logger.warning("the C++ kernels are not built: the torch reference runs, several times slower; see openlora-node doctor")
+    # What was imported and loaded stays: the collector need not walk it again in the middle of a step.
+    gc.collect()
+    gc.freeze()
     channel.send(ready)
     try:
         EngineLoop(engine, channel).run()
