@@ -4,10 +4,11 @@ import json
 import math
 
 import pytest
-from peft import LoraConfig
+from peft import LoraConfig, PeftType
 from peft.utils.other import get_pattern_key
 
 from node.adapters.lora_config import ScaleTable, parse_lora_config
+from node.errors import AdapterInvalidError
 
 MODULES = [f"model.layers.{layer}.{kind}" for layer in (0, 1, 11) for kind in ("self_attn.q_proj", "mlp.down_proj")]
 
@@ -62,3 +63,42 @@ def test_parse_missing_rank_and_alpha_takes_pefts_defaults():
 @pytest.mark.parametrize("value", [None, False, {}, [], ""])
 def test_parse_unknown_field_that_is_off_is_accepted(value):
     assert _parse(invented_later=value).rank == 8
+
+
+@pytest.mark.parametrize("kind", sorted({kind.value for kind in PeftType} - {"LORA"}))
+def test_parse_every_other_kind_of_peft_is_refused_by_name(kind):
+    with pytest.raises(AdapterInvalidError, match=kind) as caught:
+        _parse(peft_type=kind)
+
+    assert caught.value.error_code == "adapter_feature_unsupported"
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"bias": "all"},
+        {"trainable_token_indices": {"embed_tokens": [1]}},
+        {"alora_invocation_tokens": [5]},
+        {"layer_replication": [[0, 2]]},
+        {"target_parameters": ["mlp.experts"]},
+        {"ensure_weight_tying": True},
+        {"use_qalora": True},
+        {"use_bdlora": {"nblocks": 2}},
+        {"arrow_config": {"top_k": 2}},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"init_lora_weights": "lora_ga"},
+    ],
+    ids=lambda field: next(iter(field)),
+)
+def test_parse_features_that_are_not_served_are_refused_by_name(field):
+    with pytest.raises(AdapterInvalidError, match=next(iter(field))) as caught:
+        _parse(**field)
+
+    assert caught.value.error_code == "adapter_feature_unsupported"
+
+
+def test_parse_what_peft_writes_for_a_plain_adapter_is_accepted():
+    config = _parse(**{key: value for key, value in LoraConfig(r=8).to_dict().items() if key != "peft_type"})
+
+    assert (config.rank, config.use_dora, config.has_lora_bias) == (8, False, False)
