@@ -217,7 +217,7 @@ def test_any_order_of_ends_gives_the_same_tokens_and_leaks_nothing(asks, block_c
         assert found == (whole[: len(found)] if bench.ends[f"s{index}"] == "cancelled" else whole)
     assert bench.blocks.used_count == 0
     assert not any(bench.adapters.pins.values())
-    assert bench.scheduler._queue._present == {}
+    assert not bench.scheduler.has_work
 
 
 @pytest.mark.parametrize("lag", [0, 1])
