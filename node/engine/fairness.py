@@ -163,6 +163,11 @@ class FairQueue:
         """Tenants present, with what they weigh."""
         return {name: tenant.weight for name, tenant in self._tenants.items()}
 
+    @property
+    def open_tenants(self) -> set[str]:
+        """Tenants with a sequence that waits and is not parked."""
+        return {tenant.name for tenant in self._open}
+
     # ---- order
 
     def first(self) -> Sequence | None:

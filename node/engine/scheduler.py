@@ -34,6 +34,8 @@ from node.engine.shares import Shares
 from node.request import DrawnToken
 
 PROMPT_LOGPROB_ROWS = 64  # a row's logits take vocabulary x 4 bytes, so a chunk that wants all of them is kept small
+ABSENT = ""  # stands for tenants that are expected back; no tenant has this name
+CLAIM_STEPS = 32  # for so long a tenant that had prompts to compute is expected back
 PREFETCH_LIMIT = 16  # waiting recipes whose adapters are fetched ahead in one step
 
 
@@ -87,6 +89,7 @@ class StepPlan:
     work: list[Work] = field(default_factory=list)
     events: list[SequenceEvent] = field(default_factory=list)
     row_count: int = 0
+    row_limits: dict[str, int] = field(default_factory=dict)  # what tenants above their share may still take for prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,8 @@ class Scheduler:
         self._running: list[Sequence] = []  # in order of arrival
         self._by_id: dict[str, Sequence] = {}
         self._arrivals = 0
+        self._claims: dict[str, int] = {}  # tenants that had prompts to compute, and in which step last
+        self._has_held_back = False
         self._open_count = 0  # plans with work that `complete` has not answered: 0 or 1 when `plan` is called
 
     @property
@@ -220,10 +225,15 @@ class Scheduler:
         plan = StepPlan()
         self._adapters.begin_step()
         self._recall(plan)
+        plan.row_limits = self._row_limits()
         self._plan_decodes(plan)
         self._plan_first_prefill(plan)
         self._admit(plan)
         self._plan_prefills(plan)
+        if not plan.work and plan.row_limits:
+            plan.row_limits = {}  # nobody could use what the others left
+            self._admit(plan)
+            self._plan_prefills(plan)
         while not plan.work and self._running and not self._open_count:
             # Only prefills run and none can grow: let the last one go, so that the first one can.
             self._preempt(self._running[-1])
@@ -238,8 +248,31 @@ class Scheduler:
             work.sequence.pending_count += work.draws_token
         self._open_count += bool(plan.work)
 
-    def _budget(self, plan: StepPlan) -> int:
-        return self._limits.max_batch_tokens - plan.row_count
+    def _budget(self, plan: StepPlan, tenant: str = "") -> int:
+        """Rows that are left, of the tenant's part where it has one."""
+        left = self._limits.max_batch_tokens - plan.row_count
+        return min(left, plan.row_limits.get(tenant, left))
+
+    def _row_limits(self) -> dict[str, int]:
+        """What tenants above their share of places may take of the rows for prompts while others want them, now or a moment ago.
+
+        At most their part, and in every other step nothing, so that the first rows of somebody else do not share a step with
+        their long prompts. What they leave is left: a step that somebody waits for is better short than full.
+        """
+        weights = self._queue.weights()
+        claims = {sequence.tenant for sequence in self._running if sequence.remaining_count > 1} | self._queue.open_tenants
+        self._claims.update(dict.fromkeys(claims, self.counters.steps))
+        self._claims = {name: step for name, step in self._claims.items() if self.counters.steps - step < CLAIM_STEPS}
+        if not claims or len(self._claims) < 2:
+            return {}
+        # Whoever comes back first needs rows, so one part is kept for them, however many were here.
+        expected = {ABSENT: 1} if len(self._claims) > len(claims) else {}
+        shares = Shares(self._running, {**weights, **expected}, self._max_running, self._blocks.block_count)
+        above = {name for name in claims if shares.is_above(name)}
+        total = sum(weights[name] for name in claims) + len(expected)
+        self._has_held_back = not self._has_held_back and 0 < len(above) < len(claims)
+        rows = 0 if self._has_held_back else self._limits.max_batch_tokens
+        return {name: rows * weights[name] // total for name in above}
 
     def _plan_decodes(self, plan: StepPlan) -> None:
         """Oldest first, so that a victim (latest arrived) never has work in this plan already."""
@@ -274,7 +307,7 @@ class Scheduler:
 
     def _give_chunk(self, plan: StepPlan, sequence: Sequence, limit: int) -> None:
         """Plan as many prefill rows as the limit, the sequence and the free blocks allow; none is a possible answer."""
-        count = min(limit, self._budget(plan), self._chunk_limit(sequence))
+        count = min(limit, self._budget(plan, sequence.tenant), self._chunk_limit(sequence))
         count = min(count, self._room(sequence))
         if count > 0 and self._grow(sequence, count):
             sequence.chunk_count += 1
@@ -283,7 +316,8 @@ class Scheduler:
     def _extend_chunk(self, plan: StepPlan, index: int) -> None:
         """Give what is left of the step to a sequence that has a share of it."""
         work = plan.work[index]
-        total = min(work.count + self._budget(plan), self._chunk_limit(work.sequence), self._room(work.sequence))
+        left = self._budget(plan, work.sequence.tenant)
+        total = min(work.count + left, self._chunk_limit(work.sequence), self._room(work.sequence))
         if total > work.count and self._grow(work.sequence, total):
             plan.work[index] = Work.of(work.sequence, work.start, total)
             self._account(plan, work.sequence, total - work.count, PROMPT_TOKEN_COST)
@@ -304,6 +338,8 @@ class Scheduler:
 
     def _account(self, plan: StepPlan, sequence: Sequence, count: int, cost: int) -> None:
         plan.row_count += count
+        if sequence.tenant in plan.row_limits:
+            plan.row_limits[sequence.tenant] = max(0, plan.row_limits[sequence.tenant] - count)
         self._queue.charge(sequence.fair_key, count * cost)
 
     def _grow(self, sequence: Sequence, count: int) -> bool:
@@ -329,6 +365,9 @@ class Scheduler:
                     continue
                 # Once one is refused for want of rows or blocks nobody may overtake it; the rest of the walk only prefetches.
                 # A preempted one waits for the token that an open plan draws for it.
+                # One whose tenant has had its part of the rows stands back for others.
+                if self._budget(plan) and not self._budget(plan, sequence.tenant):
+                    continue
                 is_open = is_open and self._has_place(plan) and not sequence.pending_count and self._start(plan, sequence)
                 looks += not is_open
                 if looks >= PREFETCH_LIMIT:

@@ -62,6 +62,10 @@ class Shares:
             return None
         return next(sequence for sequence in reversed(among) if sequence.tenant == furthest)
 
+    def is_above(self, tenant: str) -> bool:
+        """Whether the tenant holds more than its part."""
+        return self._excess(tenant) > 1
+
     def _excess(self, tenant: str) -> float:
         """Above 1 while the tenant would keep its part if it gave one place back."""
         holding = self._holdings[tenant]
