@@ -6,6 +6,7 @@ import torch
 from node.engine.device_runner import DeviceRunner, DeviceSizes
 from node.engine.engine import FAILED_STEPS_LIMIT
 from node.kernels.lora import LoraRows
+from node.kernels.reference_tiles import read_tiles
 from node.kernels.torch_kernels import TorchKernels
 
 PROMPTS = {f"s{i}": [1, *(((7 * i + 3 * k) % 90) + 5 for k in range(5 + 4 * i))] for i in range(6)}
@@ -48,20 +49,17 @@ class TileKernels(TorchKernels):
 
 def rows_of_tiles(tiles, pool, row_count):
     """The terms of every row, read back from the block that csrc/cuda/lora_work.h describes."""
-    block = tiles.block.numpy()
-    tile_count, at, rows_at, entries_at = block[0], block[4], block[5], block[6]
     terms = [[] for _ in range(row_count)]
-    for first, counts, entry, _ in block[at : at + 4 * tile_count].reshape(-1, 4):
-        entries = block[entries_at + 4 * entry : entries_at + 4 * (entry + (counts >> 16))].reshape(-1, 4)
-        for page, slot, ordinal, weight in entries:
+    for tile in read_tiles(tiles.block.numpy()):
+        for page, slot, ordinal, weight in tile.entries:
             assert page == pool.slot_pages[slot, ordinal]
-            for row in block[rows_at + first : rows_at + first + (counts & 0xFFFF)]:
+            for row in tile.rows:
                 if ordinal == 0:
                     terms[row].append((slot, weight))
     starts = torch.tensor([0, *map(len, terms)], dtype=torch.int32).cumsum(0).int()
     flat = [pair for row in terms for pair in row]
     slots = torch.tensor([slot for slot, _ in flat], dtype=torch.int32)
-    return LoraRows(starts, slots, torch.tensor([weight for _, weight in flat], dtype=torch.int32).view(torch.float32))
+    return LoraRows(starts, slots, torch.tensor([weight for _, weight in flat], dtype=torch.float32))
 
 
 @pytest.fixture(params=["static", "eager"])
