@@ -473,3 +473,19 @@ def test_ready_adapter_is_not_held_up_by_many_cold_ones_of_any_tenant():
     del bench.adapters.state["cold0"]
     bench.step()
     assert bench.finish_reason("other") == "length"
+
+
+def test_busy_tenants_prompts_leave_rows_to_somebody_below_its_share():
+    bench = Bench(max_sequences=8, block_count=200)
+    for index in range(40):
+        bench.add(f"busy{index}", [index] * 30, tenant="busy", max_new_tokens=3)
+    for _ in range(20):
+        bench.step()
+    bench.add("quiet", range(24), tenant="quiet", max_new_tokens=1)
+    steps = 0
+    while "quiet" not in bench.events:
+        bench.step()
+        steps += 1
+    assert steps <= 3  # of 16 rows each; alone on half the engine it takes as many
+    bench.run()
+    assert all(bench.finish_reason(f"busy{index}") == "length" for index in range(40))
