@@ -125,7 +125,7 @@ def open_disk_cache(settings: Settings) -> DiskCache:
 
 
 def _measured(directory: Path) -> CachedAdapter:
-    sizes = [path.stat().st_size for path in directory.iterdir()]
+    sizes = [path.stat().st_size for path in directory.rglob("*")]  # Ludwig's output has directories inside
     marker = directory / USED_FILE
     used_s = marker.stat().st_mtime if marker.exists() else directory.stat().st_mtime
     return CachedAdapter(directory, sum(sizes), used_s)

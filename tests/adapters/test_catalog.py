@@ -267,3 +267,24 @@ async def test_resolve_by_content_hash_follows_the_files(catalog, writer):
     with pytest.raises(AdapterNotFoundError):
         await catalog.resolve(before.adapter_id)
     assert (await catalog.resolve(after.adapter_id)).name == "good"
+
+
+async def test_start_lists_ludwigs_output_beside_plain_adapters(catalog, writer):
+    plain = writer.write("plain")
+    (writer.root / "ludwig").mkdir()
+    shutil.copytree(plain, writer.root / "ludwig" / "model_weights")
+
+    await catalog.start()
+
+    assert [entry.name for entry in catalog.entries()] == ["ludwig", "plain"]
+    assert (await catalog.resolve("ludwig")).adapter_id == (await catalog.resolve("plain")).adapter_id
+
+
+async def test_resolve_ludwig_directory_changed_inside_is_verified_again(catalog, writer):
+    (writer.root / "ludwig").mkdir()
+    for seed in (1, 2):
+        made = writer.write("made", writer.tensors(seed=seed))
+        shutil.copytree(made, writer.root / "ludwig" / "model_weights", dirs_exist_ok=True)
+        found = await catalog.resolve("ludwig")
+
+        assert found.adapter_id == (await catalog.resolve("made")).adapter_id

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import gguf
 import huggingface_hub.constants
+import numpy as np
 import pytest
 
 from node.errors import (
@@ -47,7 +50,8 @@ class Hub:
         self.thread.start()
 
     def publish(self, name, directory, *, commit=COMMIT, token=None, extra=()):
-        files = {path.name: path.read_bytes() for path in directory.iterdir()} | dict.fromkeys(extra, b"")
+        files = {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+        files |= dict.fromkeys(extra, b"")
         self.repositories[name] = (commit, token, files)
 
     def answer(self, handler):
@@ -66,7 +70,7 @@ class Hub:
             siblings = [{"rfilename": file, "size": len(content)} for file, content in files.items()]
             info = {"id": name, "sha": commit, "private": needed is not None, "gated": False, "siblings": siblings}
             return send(handler, 200, json.dumps(info).encode(), {})
-        content = files[parts[-1]]
+        content = files["/".join(parts[4:])]
         return send(handler, 200, content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit})
 
 
@@ -259,3 +263,48 @@ async def test_resolve_staged_files_changed_under_their_commit_is_a_digest_misma
         await hub_catalog.resolve("owner/name")
 
     assert caught.value.error_code == "adapter_digest_mismatch"
+
+
+async def test_resolve_hub_repository_with_ludwigs_output_is_the_adapter_inside(hub, hub_catalog, published, tmp_path):
+    outer = tmp_path / "ludwig"
+    (outer / "model").mkdir(parents=True)
+    shutil.copytree(published, outer / "model" / "model_weights")
+    (outer / "model" / "model_hyperparameters.json").write_text("{}")
+    hub.publish("owner/ludwig", outer, extra=["training_statistics.json"])
+
+    found = await hub_catalog.resolve("owner/ludwig")
+
+    assert found.adapter_id == (await hub_catalog.resolve("owner/name")).adapter_id
+
+
+async def test_resolve_hub_repository_with_a_gguf_adapter(hub, hub_catalog, writer, tmp_path):
+    far = type(writer)(tmp_path / "far")
+    peft = far.write("peft", target_modules=["v_proj"], tensors=_only_v(far.tensors()))
+    hub.publish("owner/peft", peft)
+    gguf_directory = tmp_path / "gguf"
+    gguf_directory.mkdir()
+    _write_gguf(gguf_directory / "adapter.gguf", _only_v(far.tensors()))
+    hub.publish("owner/gguf", gguf_directory, extra=["README.md"])
+
+    found = await hub_catalog.resolve("owner/gguf")
+
+    assert found.adapter_id == (await hub_catalog.resolve("owner/peft")).adapter_id
+    assert [path.name for path in found.directory.iterdir() if not path.name.startswith(".")] == ["adapter.gguf"]
+
+
+def _only_v(tensors):
+    return {name: tensor for name, tensor in tensors.items() if "v_proj" in name}
+
+
+def _write_gguf(path, tensors):
+    out = gguf.GGUFWriter(path, "llama")
+    out.add_type(gguf.GGUFType.ADAPTER)
+    out.add_string("adapter.type", "lora")
+    out.add_float32("adapter.lora.alpha", 4.0)
+    for name, (_, shape, raw) in tensors.items():
+        layer, side = name.split(".layers.")[1].split(".")[0], "a" if ".lora_A." in name else "b"
+        out.add_tensor(f"blk.{layer}.attn_v.weight.lora_{side}", np.frombuffer(raw, np.float32).reshape(shape))
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
