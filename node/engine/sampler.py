@@ -78,16 +78,24 @@ def draw(logits: Tensor, rows: Sequence[DrawRow], mask: TokenMask | None = None)
     # max propagates NaN, so a row is sound exactly when its largest logit is finite.
     is_sound = best.isfinite().tolist()
     chosen = token_ids.tolist()
-    # The best token of all is often allowed, and then it is the best of those allowed.
-    rivals = [] if mask is None else [index for index in mask.rows if is_plain(rows[index].sampling)]
-    stopped = {index for index in rivals if mask is not None and mask.forbids(index, chosen[index])}
-    special = [index for index, row in enumerate(rows) if (index in stopped or not is_plain(row.sampling)) and is_sound[index]]
+    if mask is not None:
+        plain = [index for index in mask.rows if is_sound[index] and is_plain(rows[index].sampling)]
+        _replace_forbidden(chosen, logits, mask, plain)
+    special = [index for index, row in enumerate(rows) if not is_plain(row.sampling) and is_sound[index]]
     if special:
         drawn = _draw_special(logits, [rows[i] for i in special], special, mask)
         for index, token_id in zip(special, drawn, strict=True):
             chosen[index] = token_id
     logprobs = _logprobs(logits, rows, chosen, is_sound)
     return [(logprobs.get(index) or DrawnToken(token_id)) if is_sound[index] else None for index, token_id in enumerate(chosen)]
+
+
+def _replace_forbidden(chosen: list[int], logits: Tensor, mask: TokenMask, indexes: list[int]) -> None:
+    """The best token of all is often allowed, and then it is the best of those allowed; where it is not, find that one."""
+    stopped = [index for index in indexes if mask.forbids(index, chosen[index])]
+    if stopped:
+        for index, words in zip(stopped, mask.words_of(stopped), strict=True):
+            chosen[index] = filters.best_allowed(logits[index], words)
 
 
 def next_token_logprobs(logits: Tensor, token_ids: Tensor) -> list[float]:

@@ -2,6 +2,7 @@
 
 from array import array
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -14,8 +15,8 @@ from transformers import (
 
 from node.engine import filters
 from node.engine.noise import uniform
-from node.engine.sampler import DrawRow, draw, next_token_logprobs
-from node.request import Sampling
+from node.engine.sampler import DrawRow, RowMask, draw, next_token_logprobs
+from node.request import DrawnToken, Sampling
 
 VOCAB = 3000
 
@@ -287,3 +288,45 @@ def test_next_token_logprobs_pick_the_following_token():
     x = random_logits(2)
     expected = x.log_softmax(-1)
     assert next_token_logprobs(x, torch.tensor([4, 9])) == [expected[0, 4].item(), expected[1, 9].item()]
+
+
+def random_mask(generator, row_count, vocab_size, allowed_count):
+    allowed = torch.zeros(row_count, -(-vocab_size // 32) * 32, dtype=torch.bool)
+    for row in range(row_count):
+        allowed[row, torch.randperm(vocab_size, generator=generator)[:allowed_count]] = True
+    words = np.packbits(allowed.numpy(), axis=1, bitorder="little").view(np.int32)
+    return RowMask(list(range(row_count)), torch.from_numpy(words)), allowed[:, :vocab_size]
+
+
+@pytest.mark.parametrize("vocab_size", [50, 4096, 5000])
+@pytest.mark.parametrize("allowed_count", [1, 7, 50])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "typical_p": 0.9}])
+def test_masked_rows_draw_what_the_allowed_tokens_alone_would(vocab_size, allowed_count, sampling):
+    generator = torch.Generator().manual_seed(vocab_size + allowed_count)
+    logits = torch.randn(6, vocab_size, generator=generator) * 3
+    mask, allowed = random_mask(generator, 6, vocab_size, allowed_count)
+    rows = [DrawRow(Sampling(max_new_tokens=1, seed=seed, **sampling), 0, array("q", [1]), 1) for seed in range(6)]
+    before = logits.clone()
+    drawn = [token.token_id for token in draw(logits, rows, mask)]
+    expected = [token.token_id for token in draw(logits.masked_fill(~allowed, float("-inf")), rows)]
+    assert drawn == expected
+    assert torch.equal(logits, before)
+
+
+def test_penalties_and_bias_cannot_lift_a_forbidden_token():
+    logits = torch.zeros(1, 64)
+    words = torch.zeros(1, 2, dtype=torch.int32)
+    words[0, 1] = 1 << 3  # token 35
+    row = DrawRow(Sampling(max_new_tokens=1, logit_bias=((5, 100.0),), repetition_penalty=2.0), 0, array("q", [5, 35]), 1)
+    assert draw(logits, [row], RowMask([0], words)) == [DrawnToken(35)]
+
+
+def test_masked_rows_leave_the_others_and_log_probabilities_alone():
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, 64, generator=generator)
+    mask, _ = random_mask(generator, 2, 64, 3)
+    rows = [DrawRow(Sampling(max_new_tokens=1, logprobs=2), 0, array("q", [1]), 1)] * 2
+    free, held = draw(logits, rows), draw(logits, rows, RowMask([1], mask.words))
+    assert held[0] == free[0]
+    assert held[1].top == free[1].top
+    assert held[1].logprob == pytest.approx(float(logits[1].log_softmax(0)[held[1].token_id]))
