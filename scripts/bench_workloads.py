@@ -4,7 +4,8 @@ Every row: B requests submitted together, each a random prompt of 256 tokens and
 off, no prefix cache; D adapters with distinct bytes, all resident. `prefill_s`: the same requests with one new token each.
 step_ms = (total - prefill) / 127, the best of --repeat runs after a warm-up. floor_ms: the fewest bytes a step must read
 (weights but the embedding, B x 320 tokens of keys and values, every adapter that the batch names) over the GPU's read bandwidth.
-graph_ms: the last decode step's graph alone, replayed without a host in between.
+turn_ms: the median time between the tokens of two steps, once all requests decode. graph_ms: such a step's graph alone, replayed
+without a host in between.
 
 The table lora-engine compares, in turns, an engine that holds 64 adapters with one that has room for a single page, on requests
 that name no adapter: what it costs to be able to serve adapters.
@@ -28,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_adapters import AdapterFiles, Bell, Bench, Request
+from bench_adapters import AdapterFiles, Bell, Bench, Request, Trace
 from random_model import random_source
 
 from node.config import AdapterSettings, EngineSettings, ModelSettings
@@ -126,33 +127,46 @@ def measure(bench: Bench, row: Row, chosen: Sequence[tuple[AdapterTerm, int] | N
     bench.run([Request(item, args.prompt_tokens, min(8, args.new_tokens)) for item in terms])
     prefill_s = min(bench.run(short).total_s for _ in range(args.repeat))
     before = bench.engine.stats()
-    total_s = min(bench.run(whole).total_s for _ in range(args.repeat))
+    traces = [bench.run(whole) for _ in range(args.repeat)]
+    total_s = min(trace.total_s for trace in traces)
     after = bench.engine.stats()
     return {
         "step_ms": 1e3 * (total_s - prefill_s) / (args.new_tokens - 1),
         "prefill_s": prefill_s,
         "total_s": total_s,
+        "turn_ms": min(turn_ms(trace) for trace in traces),
         "out_tok_s": row.batch * args.new_tokens / total_s,
         "steps": (after.steps_total - before.steps_total) // args.repeat,
         "adapter_loads": after.adapter_loads_total - before.adapter_loads_total,
     }
 
 
-def graph_ms(engine: Engine, row: Row, replays: int = 30) -> float | None:
-    """Time of the row's decode graph with what its last step left in its static memory; None where none was recorded."""
-    graphs = getattr(engine._runner, "_graphs", None)
-    if graphs is None:
+def turn_ms(trace: Trace) -> float:
+    """Median time between two tokens of the request that came last, when nobody is being prefilled any more."""
+    latest = max(trace.token_s.values(), key=lambda moments: moments[0])
+    return 1e3 * float(np.median(np.diff(latest)))
+
+
+def graph_ms(bench: Bench, row: Row, requests: Sequence[Request], replays: int = 30) -> float | None:
+    """Time of the row's decode graph alone, in the middle of a run, when its static memory holds one of the run's steps."""
+    graphs = getattr(bench.engine._runner, "_graphs", None)
+    key = None if graphs is None else (graphs.bucket(row.batch), Adapted.LAYERS if row.adapters else Adapted.NOTHING)
+    if key not in getattr(graphs, "_graphs", {}):
         return None
-    key = (graphs.bucket(row.batch), Adapted.LAYERS if row.adapters else Adapted.NOTHING)
-    if key not in graphs._graphs:
-        return None
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(replays):
-        graphs.step(key)
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / replays
+    trace, found = Trace({}), None
+    for request in requests:
+        bench.submit(request)
+    while bench.engine.has_work:
+        bench.step(trace, time.perf_counter())
+        if found is None and len(trace.token_s) == row.batch and min(map(len, trace.token_s.values())) >= 3:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(replays):
+                graphs.step(key)
+            end.record()
+            end.synchronize()
+            found = begin.elapsed_time(end) / replays
+    return found
 
 
 def gpu_facts() -> dict[str, Any]:
@@ -273,7 +287,10 @@ def _guarded(bench: Bench, row: Row, pools: Pools, spec: ModelSpec, args: argpar
     found = measure(bench, row, chosen, args)
     floor = floor_ms(spec, row, chosen, args.prompt_tokens + args.new_tokens // 2)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    values = {**asdict(row), "distinct_adapters": distinct, **found, "floor_ms": floor, "graph_ms": graph_ms(bench.engine, row)}
+    values = {**asdict(row), "distinct_adapters": distinct, **found, "floor_ms": floor}
+    values["graph_ms"] = graph_ms(
+        bench, row, [Request(() if item is None else (item[0],), args.prompt_tokens, 12) for item in chosen]
+    )
     values["step_over_floor"] = found["step_ms"] / floor
     return {"row": "W1", **{k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}, "peak_bytes": peak}
 
@@ -288,7 +305,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--kernels", choices=("auto", "cpp", "reference"), default="auto")
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--max-sequences", type=int, default=256)
-    parser.add_argument("--max-batch-tokens", type=int, default=8192)
+    parser.add_argument("--max-batch-tokens", type=int, help="default: the engine's")
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--adapter-bytes", type=int, default=8 << 30)
     parser.add_argument("--host-bytes", type=int, default=2 << 30)

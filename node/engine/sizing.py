@@ -4,7 +4,7 @@
 |---|---|---|---|
 | engine.kv_block_size | 16 | 64 | small blocks share short prefixes; a GPU's attention reads blocks of 64 whole |
 | engine.max_sequences | 64 | 256 | the largest batch whose step is bound by memory |
-| engine.max_batch_tokens | 512 | 8192 | the rows that keep the tensor cores busy without holding up decoding for half a second |
+| engine.max_batch_tokens | 512 | 8192 + max_sequences | prompts that keep the tensor cores busy for 0.2 s (8B), beside a row for everybody else |
 | adapters.page_rank | 8 | 16 | 8 wastes least; 16 is the height of a tensor core's tile |
 | adapters.memory_bytes | 256 MiB | a quarter of what base and reserve leave | 8B, 80 GB: about 180 adapters of rank 16 |
 | engine.kv_cache_bytes | 256 MiB | the rest | |
@@ -21,6 +21,7 @@ from node.config import AdapterSettings, EngineSettings
 from node.errors import ConfigError
 
 MAX_SEQUENCES_GPU = 256
+PROMPT_ROWS_GPU = 8192
 ADAPTER_SHARE = 4  # a quarter
 GRAPH_BYTES = 1 << 30  # CUDA graphs, activations in their pool, and what the libraries keep for themselves
 _CPU_BYTES = 256 << 20
@@ -49,10 +50,11 @@ class MemorySizes:
 def step_sizes(settings: EngineSettings, adapters: AdapterSettings, device: DeviceKind) -> StepSizes:
     """What the settings say, else the table's value for this device."""
     is_gpu = device == "cuda"
+    max_sequences = settings.max_sequences or (MAX_SEQUENCES_GPU if is_gpu else 64)
     return StepSizes(
         kv_block_size=settings.kv_block_size or (64 if is_gpu else 16),
-        max_sequences=settings.max_sequences or (MAX_SEQUENCES_GPU if is_gpu else 64),
-        max_batch_tokens=settings.max_batch_tokens or (8192 if is_gpu else 512),
+        max_sequences=max_sequences,
+        max_batch_tokens=settings.max_batch_tokens or (PROMPT_ROWS_GPU + max_sequences if is_gpu else 512),
         page_rank=adapters.page_rank or (16 if is_gpu else 8),
     )
 

@@ -13,7 +13,7 @@ def test_open_sizes_follow_the_device():
     cpu = step_sizes(EngineSettings(), AdapterSettings(), "cpu")
     gpu = step_sizes(EngineSettings(), AdapterSettings(), "cuda")
     assert (cpu.kv_block_size, cpu.max_sequences, cpu.max_batch_tokens, cpu.page_rank) == (16, 64, 512, 8)
-    assert (gpu.kv_block_size, gpu.max_sequences, gpu.max_batch_tokens, gpu.page_rank) == (64, 256, 8192, 16)
+    assert (gpu.kv_block_size, gpu.max_sequences, gpu.max_batch_tokens, gpu.page_rank) == (64, 256, 8192 + 256, 16)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
