@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from node.kernels.lora import LoraRows
 from node.kernels.head_rows import select_rows
+from node.kernels.lora import LoraRows
 
 FAMILIES = [
     "llama",

@@ -26,6 +26,7 @@ from node.request import LinearShape
 
 MAX_WAITING = 16  # recipes under way; one more is refused
 MAX_OUTPUT_BYTES = 1 << 16
+VERIFY_S = 10.0
 SOURCE = "merged"  # the derived adapters' directory inside the adapter cache
 
 
@@ -59,7 +60,8 @@ class Deriver:
         self._max_bytes = max_bytes
         self._memory_bytes = memory_bytes
         self._timeout_s = timeout_s
-        self._flights = Flights(worker_count=1, limit=MAX_WAITING, timeout_s=timeout_s * 2)
+        # A caller also waits for the merge before its own, and for the hashing of what was made.
+        self._flights = Flights(worker_count=1, limit=MAX_WAITING, timeout_s=2 * timeout_s + VERIFY_S)
         self._turn = asyncio.Lock()  # one merge at a time: it takes a core from whoever serves
 
     async def derive(self, recipe: MergeRecipe) -> VerifiedAdapter:
