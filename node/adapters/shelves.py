@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from node.adapters.disk_cache import open_disk_cache
 from node.adapters.entry import CatalogEntry, NameFilter
@@ -19,7 +21,7 @@ from node.adapters.sources.web import Resolve, WebDoor
 from node.adapters.staging import Progress, Staging
 from node.adapters.verify import AdapterVerifier
 from node.config import AdapterSettings, Settings
-from node.errors import AdapterForbiddenError, AdapterNotFoundError, ConfigError
+from node.errors import AdapterError, AdapterForbiddenError, AdapterNotFoundError, ConfigError
 
 STORE_TIMEOUT_S = 10.0  # on connecting and on every single read
 HUB_TIMEOUT_S = 10.0  # on one answer about a repository
@@ -82,9 +84,19 @@ class Shelves:
             raise AdapterForbiddenError(f"adapter location {location} is not of source {source}", param="adapter_source")
         self._stores.require_allowed(location)
         if not sees(str(location)):
-            raise AdapterNotFoundError(f"there is no adapter at {location}", param="model")
+            raise await self._missing(location)
         revision, verified = await self._by_location.resolve(location, None)
         return CatalogEntry(str(location), location.source, revision, verified)
+
+    async def _missing(self, location: Location) -> AdapterError:
+        """The answer for a location that does not exist for the caller, after the work for one that nobody has anything at."""
+        absent = _absent_sibling(location)
+        try:
+            await self._by_location.resolve(absent, None)
+        except AdapterError as error:
+            message = error.message.replace(str(absent), str(location))
+            return type(error)(message, code=error.error_code, param=error.param, retry_after_s=error.retry_after_s)
+        return AdapterNotFoundError(f"there is no adapter at {location}", param="model")
 
     def entries(self) -> Iterator[CatalogEntry]:
         """Everything fetched that is neither private nor gated at its source."""
@@ -107,6 +119,12 @@ class Shelves:
     def fetching(self) -> list[Progress]:
         """The downloads under way now."""
         return self._staging.progress()
+
+
+def _absent_sibling(location: Location) -> Location:
+    """A location beside this one that nothing is at."""
+    digest = hashlib.sha256(str(location).encode()).hexdigest()[:32]
+    return replace(location, parts=(*location.parts[:-1], f"{location.parts[-1][:80]}.{digest}"))
 
 
 def _pbase(settings: AdapterSettings, stores: StoreSource, resolve: Resolve) -> PbaseSource | None:

@@ -369,3 +369,21 @@ async def test_resolve_source_the_node_does_not_have_names_the_setting(make_cata
     with pytest.raises(AdapterForbiddenError, match=r"adapters\.stores"):
         await catalog.resolve("bucket/a", "gcs")
     await catalog.close()
+
+
+async def test_location_that_does_not_exist_for_the_caller_is_looked_for_like_one_that_does_not_exist(
+    web, web_catalog, far, location
+):
+    web.publish("team/adapter", far)
+    await web_catalog.resolve(location)
+    found = []
+    for asked in (location, f"http://{web.host}/team/nothing"):
+        web.requests.clear()
+        for _ in range(2):
+            with pytest.raises(AdapterNotFoundError) as caught:
+                await web_catalog.resolve(asked, sees=lambda name: name != location)
+        kinds = [path.rpartition("/")[2] for path, _ in web.requests]
+        found.append((caught.value.message.replace(asked, "NAME"), caught.value.error_code, kinds))
+    assert found[0] == found[1]
+    assert found[0][2] != []
+    assert (await web_catalog.resolve(location)).name == location

@@ -1,0 +1,86 @@
+"""Names that do not exist for the caller: same answer and same work as a name nobody registered."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from node.adapters.sources.local import LocalSource
+from node.adapters.verify import AdapterVerifier
+from node.errors import AdapterNotFoundError
+
+
+def hides(*names):
+    return lambda name: name not in names
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """What was done: directories looked for, adapters verified."""
+    done = []
+    for kind, name in ((LocalSource, "find"), (AdapterVerifier, "verify")):
+        real = getattr(kind, name)
+
+        def spy(self, argument, real=real, name=name):
+            done.append(name)
+            return real(self, argument)
+
+        monkeypatch.setattr(kind, name, spy)
+    return done
+
+
+@pytest.mark.parametrize("is_alias", [False, True])
+@pytest.mark.parametrize("source", [None, "local"])
+async def test_hidden_name_is_answered_and_worked_for_like_an_unknown_one(catalog, writer, work, tmp_path, is_alias, source):
+    writer.write("secret")
+    if is_alias:
+        await catalog.add(writer.root / "secret", "other")
+    name = "other" if is_alias else "secret"
+    await catalog.resolve(name)
+    answers = []
+    for asked in (name, "nobody"):
+        work.clear()
+        with pytest.raises(AdapterNotFoundError) as caught:
+            await catalog.resolve(asked, source, sees=hides(name))
+        answers.append((caught.value.message.replace(asked, "NAME"), caught.value.error_code, list(work)))
+    assert answers[0] == answers[1]
+
+
+async def test_hidden_content_is_not_found_and_the_owner_still_has_it(catalog, writer):
+    writer.write("secret")
+    entry = await catalog.resolve("secret")
+    with pytest.raises(AdapterNotFoundError):
+        await catalog.resolve(entry.adapter_id, sees=hides("secret"))
+    with pytest.raises(AdapterNotFoundError):
+        await catalog.resolve("secret", sees=hides("secret"))
+    assert (await catalog.resolve(entry.adapter_id)).adapter_id == entry.adapter_id
+    assert [item.name for item in catalog.entries()] == ["secret"]
+    assert catalog.entries(hides("secret")) == ()
+
+
+async def test_content_that_is_public_under_another_name_is_found_through_that_name(catalog, writer):
+    writer.write("a-secret")
+    writer.write("public")
+    entry = await catalog.resolve("a-secret")
+    await catalog.resolve("public")
+    assert (await catalog.resolve(entry.adapter_id, sees=hides("a-secret"))).name == "public"
+
+
+async def test_broken_private_adapter_tells_its_trouble_to_its_owner_alone(catalog, writer):
+    writer.write("secret", r=0)
+    with pytest.raises(Exception, match="rank"):
+        await catalog.resolve("secret")
+    with pytest.raises(AdapterNotFoundError) as caught:
+        await catalog.resolve("secret", sees=hides("secret"))
+    assert "rank" not in caught.value.message
+
+
+async def test_verification_under_way_is_not_joined_by_a_stranger(catalog, writer, work):
+    writer.write("secret")
+    owner = asyncio.create_task(catalog.resolve("secret"))
+    await asyncio.sleep(0)
+    with pytest.raises(AdapterNotFoundError):
+        await catalog.resolve("secret", sees=hides("secret"))
+    assert not owner.done()
+    assert (await owner).name == "secret"
