@@ -103,7 +103,7 @@ def _open_cuda(
         max_batch=buckets_for(sizes.max_sequences)[-1],
         max_context=spec.max_model_len,
     )
-    attention, choice = open_attention("auto", shape, device, is_deterministic=settings.deterministic)
+    attention, choice = open_attention(settings.attention, shape, device, is_deterministic=settings.deterministic)
     logger.info("attention by %s: %s", choice.name, choice.reason)
     return CudaKernels(device, attention, is_deterministic=settings.deterministic)
 

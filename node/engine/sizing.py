@@ -4,7 +4,7 @@
 |---|---|---|---|
 | engine.kv_block_size | 16 | 64 | small blocks share short prefixes; a GPU's attention reads blocks of 64 whole |
 | engine.max_sequences | 64 | 256 | the largest batch whose step is bound by memory |
-| engine.max_batch_tokens | 512 | 8192 + max_sequences | prompts that keep the tensor cores busy for 0.2 s (8B), beside a row for everybody else |
+| engine.max_batch_tokens | 512 | 8192 + max_sequences | prompts for 0.2 s (8B), beside everybody's row |
 | adapters.page_rank | 8 | 16 | 8 wastes least; 16 is the height of a tensor core's tile |
 | adapters.memory_bytes | 256 MiB | a quarter of what base and reserve leave | 8B, 80 GB: about 180 adapters of rank 16 |
 | engine.kv_cache_bytes | 256 MiB | the rest | |
