@@ -374,37 +374,43 @@ class Stage:
 
 
 def rows(args: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
-    """The rows that were asked for, in the order of the page above."""
-    count = max(args.adapters + 40, args.large if "zipf" in args.rows else 0)
+    """The rows that were asked for: those of a few slots on one engine, the large pool on another."""
+    if set(args.rows) - {"zipf"}:
+        yield from few_slots(args, root / "few")
+    if "zipf" in args.rows:
+        gc.collect()
+        yield from large_pool(args, root / "large")
+
+
+def few_slots(args: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
+    count = args.adapters + 40
     stage = Stage(args, args.slots, min(count, args.staged))
     yield machine(stage, args)
-    files = AdapterFiles(root / "files", stage.linears, stage.layout, args.rank, count)
+    files = AdapterFiles(root, stage.linears, stage.layout, args.rank, count)
     yield {"row": "files", "count": count, "seconds": files.seconds, "rank": args.rank}
-    spare, terms, bench = files.terms[args.adapters :], files.terms[: args.adapters], stage.bench
-    bench.run([Request((), 16, 8)])
+    spare, terms = files.terms[args.adapters :], files.terms[: args.adapters]
+    stage.bench.run([Request((), 16, 8)])
     if "cold" in args.rows:
-        yield {"row": "cold", **cold(bench, spare[:9], terms[: args.slots])}
+        yield {"row": "cold", **cold(stage.bench, spare[:9], terms[: args.slots])}
     if "churn" in args.rows:
-        yield {"row": "churn", "adapters": len(terms), "slots": args.slots, **churn(bench, terms)}
+        yield {"row": "churn", "adapters": len(terms), "slots": args.slots, **churn(stage.bench, terms)}
     if "beside" in args.rows:
-        yield {"row": "beside", **beside(bench, terms[:8], spare, args.pairs, min(63, args.max_sequences - 1))}
+        yield {"row": "beside", **beside(stage.bench, terms[:8], spare, args.pairs, min(63, args.max_sequences - 1))}
     stage.close()
-    del stage, bench
-    gc.collect()
-    if "zipf" in args.rows:
-        yield from zipf_rows(args, files.terms)
 
 
-def zipf_rows(args: argparse.Namespace, terms: Sequence[AdapterTerm]) -> Iterator[dict[str, Any]]:
-    """A pool of all adapters against one of 64, on one engine, in turns."""
+def large_pool(args: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
+    """A pool of all adapters against one of 64, on one engine, in turns; the first turn fills the tiers and does not count."""
     stage = Stage(args, args.large_slots, args.large_staged)
-    found: dict[int, list[float]] = {}
-    for turn in range(3):
-        for count in (64, len(terms)):
+    yield machine(stage, args)
+    terms = AdapterFiles(root, stage.linears, stage.layout, args.rank, args.large).terms
+    found: dict[int, list[float]] = {64: [], len(terms): []}
+    for turn in range(args.turns):
+        for count in found:
             row = zipf(stage.bench, terms[:count], args.requests, seed=turn)
-            found.setdefault(count, []).append(row["out_tok_s"])
+            found[count] += [row["out_tok_s"]] if turn else []
             yield {"row": "zipf", "turn": turn, "slots": stage.engine.stats().adapter_slots, **row}
-    small, large = (statistics.median(found[count]) for count in (64, len(terms)))
+    small, large = (statistics.median(figures) for figures in found.values())
     yield {"row": "zipf ratio", "adapters": len(terms), "of_64": large / small}
     stage.close()
 
@@ -441,9 +447,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--staged", type=int, default=300, help="adapters in host memory at most")
     parser.add_argument("--pairs", type=int, default=7, help="of the row beside")
     parser.add_argument("--large", type=int, default=1000, help="adapters of the row zipf")
-    parser.add_argument("--large-slots", type=int, default=400)
-    parser.add_argument("--large-staged", type=int, default=200)
-    parser.add_argument("--requests", type=int, default=512, help="of one turn of the row zipf")
+    parser.add_argument("--large-slots", type=int, default=500)
+    parser.add_argument("--large-staged", type=int, default=100)
+    parser.add_argument("--turns", type=int, default=4, help="of the row zipf")
+    parser.add_argument("--requests", type=int, default=384, help="of one turn of the row zipf")
     parser.add_argument("--max-sequences", type=int, default=64)
     parser.add_argument("--max-batch-tokens", type=int, default=8192)
     parser.add_argument("--max-model-len", type=int, default=1024)
