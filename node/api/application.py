@@ -11,6 +11,7 @@ from node.api.adapter_routes import AdapterRoutes
 from node.api.answering import Answering
 from node.api.chat_template import ChatTemplate
 from node.api.doors import Services
+from node.api.embedding_routes import EmbeddingRoutes
 from node.api.engine_gauges import read_gauges
 from node.api.gate import Gate
 from node.api.generation import Limits
@@ -50,6 +51,7 @@ def build_application(services: Services) -> web.Application:
     application[GATE] = gate
     application.on_response_prepare.append(announce_limits(services.tenancy))
     answering = _answering(services, gate, application)
+    embeddings = EmbeddingRoutes(answering)
     openai, lorax = OpenAiRoutes(answering), LoraxRoutes(answering)
     models = ModelRoutes(
         answering,
@@ -82,7 +84,9 @@ def build_application(services: Services) -> web.Application:
             web.post("/generate", lorax.generate),
             web.post("/generate_stream", lorax.generate_stream),
             web.post("/tokenize", models.tokenize),
-            *(web.post(path, lorax.unsupported) for path in (*LORAX_UNSUPPORTED, "/v1/embeddings")),
+            web.post("/v1/embeddings", embeddings.embeddings),
+            web.post("/embed", embeddings.embed),
+            *(web.post(path, lorax.unsupported) for path in LORAX_UNSUPPORTED),
             web.get("/", status.health),
             web.get("/health", status.health),
             web.get("/ping", status.health),

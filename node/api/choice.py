@@ -49,6 +49,7 @@ class Choice:
         self.finish_reason: str | None = None
         self.prompt_logprobs: tuple[float | None, ...] | None = None
         self.cached_prompt_tokens = 0
+        self.embedding: bytes | None = None
         self._tokenizer = tokenizer
         self._end_ids = end_ids
         self._detokenizer = IncrementalDetokenizer(tokenizer.decode)
@@ -60,6 +61,8 @@ class Choice:
         """Add one event of the engine; return what became certain. A matched stop string finishes the choice."""
         if event.prompt_logprobs is not None:
             self.prompt_logprobs = event.prompt_logprobs
+        if event.embedding is not None:
+            self.embedding = event.embedding
         self.cached_prompt_tokens = max(self.cached_prompt_tokens, event.cached_prompt_tokens)
         text = ""
         for drawn in event.tokens:

@@ -30,7 +30,7 @@ def read_completion(body: dict[str, Any], limits: Limits, random_source: random.
     """
     fields = Fields(body)
     model = read_model(fields)
-    prompts = _read_prompts(fields, limits)
+    prompts = read_prompts(fields, limits)
     fields.refuse("suffix", "", remedy="put the whole context into `prompt`")
     fields.refuse("echo", False, remedy="prepend the prompt yourself")
     refuse_templates(fields)
@@ -69,22 +69,22 @@ def read_completion(body: dict[str, Any], limits: Limits, random_source: random.
     )
 
 
-def _read_prompts(fields: Fields, limits: Limits) -> tuple[Prompt, ...]:
+def read_prompts(fields: Fields, limits: Limits, key: str = "prompt") -> tuple[Prompt, ...]:
     """A string, a list of strings, a list of token ids, or a list of such lists; never a mixture."""
-    value = fields.raw("prompt")
+    value = fields.raw(key)
     if isinstance(value, str):
-        return (_text_prompt(value, "prompt"),)
+        return (_text_prompt(value, key),)
     if not isinstance(value, list) or not value:
-        raise fields.error("prompt", "must be a non-empty string, list of strings, list of token ids or list of such lists")
+        raise fields.error(key, "must be a non-empty string, list of strings, list of token ids or list of such lists")
     if all(_is_id(item) for item in value):
-        return (_ids_prompt(value, "prompt", limits),)
+        return (_ids_prompt(value, key, limits),)
     if len(value) > limits.max_prompts:
-        raise fields.error("prompt", f"must have at most {limits.max_prompts} prompts")
+        raise fields.error(key, f"must have at most {limits.max_prompts} prompts")
     if all(isinstance(item, str) for item in value):
-        return tuple(_text_prompt(item, f"prompt[{index}]") for index, item in enumerate(value))
+        return tuple(_text_prompt(item, f"{key}[{index}]") for index, item in enumerate(value))
     if all(isinstance(item, list) for item in value):
-        return tuple(_ids_prompt(item, f"prompt[{index}]", limits) for index, item in enumerate(value))
-    raise fields.error("prompt", "must not mix strings, token ids and lists")
+        return tuple(_ids_prompt(item, f"{key}[{index}]", limits) for index, item in enumerate(value))
+    raise fields.error(key, "must not mix strings, token ids and lists")
 
 
 def _is_id(value: Any) -> bool:

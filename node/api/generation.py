@@ -11,7 +11,7 @@ from node.api.tool_dialect import ToolDialect
 from node.config import ServerSettings
 from node.request import Sampling
 
-Shape = Literal["chat", "completion", "lorax"]
+Shape = Literal["chat", "completion", "lorax", "embedding"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,7 @@ class Generation:
         top_logprobs: Alternatives reported for each token; -1 reports no log-probabilities.
         constraint: What form the answer must have, None for any.
         calls: How tool calls are written in the answer, None when it is to be taken as it is.
+        embeds: The answer is each prompt's hidden state and no token.
         warnings: Names of fields that were ignored.
     """
 
@@ -116,4 +117,5 @@ class Generation:
     calls: ToolDialect | None = None
     merge: Merge | None = None
     lists_adapters: bool = False
+    embeds: bool = False
     warnings: tuple[str, ...] = ()

@@ -44,7 +44,7 @@ class LoraxRoutes:
     async def unsupported(self, request: web.Request) -> web.StreamResponse:
         """LoRAX's routes for models of another kind."""
         raise UnsupportedError(
-            f"{request.path} needs an embedding or classification model; this node generates text: use /generate",
+            f"{request.path} needs a model with a classification head; this node serves decoders: use /generate or /embed",
             code="not_implemented",
         )
 

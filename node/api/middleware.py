@@ -19,9 +19,9 @@ from node.tenancy.door import Principal, check_scope
 from node.tenancy.tenancy import Tenancy
 from node.tenancy.tenant import ANONYMOUS, Tenant
 
-LORAX_UNSUPPORTED = ("/embed", "/classify", "/classify_batch")
+LORAX_UNSUPPORTED = ("/classify", "/classify_batch")
 _LORAX_PATHS = frozenset(
-    {"/", "/invocations", "/generate", "/generate_stream", "/health", "/ping", "/info", "/tokenize", *LORAX_UNSUPPORTED}
+    {"/", "/invocations", "/generate", "/generate_stream", "/health", "/ping", "/info", "/tokenize", "/embed", *LORAX_UNSUPPORTED}
 )
 _NOBODY = Principal(Tenant(ANONYMOUS), frozenset())
 

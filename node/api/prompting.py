@@ -70,7 +70,7 @@ class Prompting:
                 param=_prompt_param(generation),
             )
         wanted, limit = generation.max_new_tokens, self._limits.max_model_len
-        if len(ids) + (wanted or 1) > limit:
+        if len(ids) + (1 if wanted is None else wanted) > limit:
             raise _too_long(generation, len(ids), wanted, limit)
 
 
@@ -90,4 +90,4 @@ def _too_long(generation: Generation, prompt_count: int, wanted: int | None, lim
 
 
 def _prompt_param(generation: Generation) -> str:
-    return {"chat": "messages", "completion": "prompt", "lorax": "inputs"}[generation.shape]
+    return {"chat": "messages", "completion": "prompt", "lorax": "inputs", "embedding": "input"}[generation.shape]

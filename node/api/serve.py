@@ -152,6 +152,7 @@ class RequestPath:
                         choice_index=choice_index,
                         weight=weight,
                         grammar=None if generation.constraint is None else generation.constraint.grammar,
+                        embeds=generation.embeds,
                     )
                 )
                 choices.append(Choice(index, prompt_index, self._tokenizer, generation.stop, end_ids))

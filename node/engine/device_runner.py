@@ -17,7 +17,15 @@ from node.engine.batch import side_groups
 from node.engine.device_batch import StepShape, pending_places, recipes_of, step_shape, write_decode, write_rows
 from node.engine.device_sampler import DeviceDraw, DeviceSampler
 from node.engine.graphs import Adapted, DecodeGraphs, GraphKey, buckets_for
-from node.engine.runner import LogitsWatcher, MaskSource, SlotTable, draw_row, row_mask
+from node.engine.runner import (
+    LogitsWatcher,
+    MaskSource,
+    SlotTable,
+    add_embeddings,
+    draw_row,
+    embedding_rows,
+    row_mask,
+)
 from node.engine.scheduler import Work, WorkResult
 from node.engine.step_block import BlockLayout, StepBlock
 from node.kernels.cuda_ops import DeviceTiles
@@ -60,6 +68,7 @@ class DeviceFlight:
     rows: list[int] | None
     prompt_logprobs: dict[int, Tensor] = field(default_factory=dict)
     draw: DeviceDraw | None = None
+    hidden: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +148,7 @@ class DeviceRunner:
         """Start the forward pass. See `StepRunner`."""
         shape = step_shape(work)
         side = side_groups(work, self._adapters.slot_of, self._adapters.tensors)
-        is_static = shape.is_decode and side is None and self._kernels.takes_tiles
+        is_static = shape.is_decode and side is None and self._kernels.takes_tiles and not any(item.embeds for item in work)
         flight = self._decode(work) if is_static else None
         if flight is None:
             flight = self._launch_rows(work, shape, side)
@@ -222,9 +231,13 @@ class DeviceRunner:
         self._members = None  # the device's tiles are these now
         self._block.send(end)
         lora = self._device_rows(layout, shape, blocks) if self._kernels.takes_tiles else self._plain_rows(work)
-        logits = self._model.forward(self._inputs(layout, shape, lora, side), self._kv, self._adapters.tensors)
+        inputs = self._inputs(layout, shape, lora, side)
+        hidden_rows = embedding_rows(work)
+        if hidden_rows:
+            inputs.hidden_rows = torch.tensor(hidden_rows, dtype=torch.int64, device=self._kernels.device)
+        logits = self._model.forward(inputs, self._kv, self._adapters.tensors)
         rows, drawing = _drawing_rows(work)
-        flight = DeviceFlight(work, logits, drawing, rows)
+        flight = DeviceFlight(work, logits, drawing, rows, hidden=inputs.hidden)
         if rows:
             self._sampler.greedy(_selected(logits, rows), self._choice)
         return flight
@@ -312,6 +325,8 @@ class DeviceRunner:
             results[index] = WorkResult(token)
         for index, found in flight.prompt_logprobs.items():
             results[index] = WorkResult(results[index].drawn, tuple(found.tolist()))
+        if flight.hidden is not None:
+            add_embeddings(flight.work, results, flight.hidden.cpu())
         return results
 
 

@@ -43,6 +43,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
     choice_index: int = 0
     weight: int = 1
     grammar: str | None = None
+    embeds: bool = False  # wants the last token's hidden state and no tokens (`max_new_tokens` is 0)
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -108,6 +109,7 @@ class SequenceEvent(msgspec.Struct, frozen=True, kw_only=True):
     tokens: tuple[DrawnToken, ...] = ()
     prompt_logprobs: tuple[float | None, ...] | None = None  # once, with the first tokens
     cached_prompt_tokens: int = 0  # prefix-cache hit, once, with the first tokens
+    embedding: bytes | None = None  # float32, little-endian: the hidden state after the final norm, of a sequence that `embeds`
     finish_reason: str | None = None
     error_code: str | None = None
     error_message: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -43,10 +43,12 @@ class MaskSource(Protocol):
 
 @dataclass(slots=True)
 class Flight:
-    """A step whose logits [W, V] float32 are there. `results` follow when its tokens are drawn."""
+    """A step whose logits [W, V] float32 are there, and the hidden states [E, H] float32 of works that embed. `results` follow
+    when its tokens are drawn."""
 
     work: list[Work]
     logits: Tensor
+    hidden: Tensor | None = None
     results: list[WorkResult] = field(default_factory=list)
 
 
@@ -77,19 +79,41 @@ class Runner:
         """Run the model over every row of a plan's work."""
         inputs = build_inputs(work, self._kv.block_size, self._adapters.slot_of)
         inputs.side = side_groups(work, self._adapters.slot_of, self._adapters.tensors)
+        rows = embedding_rows(work)
+        inputs.hidden_rows = torch.tensor(rows, dtype=torch.int64) if rows else None
         logits = self._model.forward(inputs, self._kv, self._adapters.tensors)
         if self._watch_logits is not None:
             self._watch_logits(work, logits)
-        return Flight(work, logits)
+        return Flight(work, logits, inputs.hidden)
 
     @torch.inference_mode()
     def draw(self, flight: Flight) -> None:
         """Draw the tokens."""
         flight.results = sample(flight.work, flight.logits, self._masks)
+        if flight.hidden is not None:
+            add_embeddings(flight.work, flight.results, flight.hidden)
 
     def collect(self, flight: Flight) -> list[WorkResult]:
         """Return one result per work, in order."""
         return flight.results
+
+
+def embedding_rows(work: Sequence[Work]) -> list[int]:
+    """The last row of every work that ends a sequence which embeds."""
+    rows, end = [], 0
+    for item in work:
+        end += item.count
+        if item.embeds:
+            rows.append(end - 1)
+    return rows
+
+
+def add_embeddings(work: Sequence[Work], results: list[WorkResult], hidden: Tensor) -> None:
+    """Put hidden states [E, H] float32, on the host, into the results of the works they belong to, in place."""
+    states = iter(hidden.numpy())
+    for index, item in enumerate(work):
+        if item.embeds:
+            results[index] = replace(results[index], embedding=next(states).tobytes())
 
 
 def sample(work: list[Work], logits: Tensor, masks: MaskSource | None = None) -> list[WorkResult]:

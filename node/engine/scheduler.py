@@ -67,6 +67,11 @@ class Work:
     wants_prompt_logprobs: bool
     epoch: int
 
+    @property
+    def embeds(self) -> bool:
+        """Whether the last row's hidden state is wanted."""
+        return self.draws_token and self.sequence.submit.embeds
+
     @classmethod
     def of(cls, sequence: Sequence, start: int, count: int) -> Work:
         """The work of these rows, as things stand."""
@@ -100,11 +105,13 @@ class WorkResult:
         drawn: The next token when the work draws one; None when it does not, or when the logits were not finite.
         prompt_logprobs: Log-probability of the token after each row, for works that want them.
         has_failed: Nothing could be computed for this work.
+        embedding: Hidden state of the last row, float32 bytes, for works that embed.
     """
 
     drawn: DrawnToken | None = None
     prompt_logprobs: tuple[float, ...] = ()
     has_failed: bool = False
+    embedding: bytes | None = None
 
 
 @dataclass(slots=True)
@@ -516,7 +523,7 @@ class Scheduler:
             )
         if sequence.sampling.max_new_tokens == 0:
             self._retire(sequence)
-            return sequence.event(finish_reason="length")
+            return sequence.event(finish_reason="length", embedding=result.embedding)
         return self._append(sequence, result.drawn)
 
     def _append(self, sequence: Sequence, drawn: DrawnToken) -> SequenceEvent:

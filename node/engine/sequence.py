@@ -117,7 +117,9 @@ class Sequence:
         """Whether prompt rows still need logits: asked for, and not all collected yet."""
         return self.sampling.prompt_logprobs and len(self.prompt_logprobs) < self.prompt_count
 
-    def event(self, tokens: tuple[DrawnToken, ...] = (), finish_reason: str | None = None) -> SequenceEvent:
+    def event(
+        self, tokens: tuple[DrawnToken, ...] = (), finish_reason: str | None = None, embedding: bytes | None = None
+    ) -> SequenceEvent:
         """Build the next event; the first one also carries the prefix hit and the prompt's log-probabilities."""
         is_first = not self.has_spoken
         self.has_spoken = True
@@ -128,6 +130,7 @@ class Sequence:
             finish_reason=finish_reason,
             prompt_logprobs=tuple(self.prompt_logprobs) if has_prompt_logprobs else None,
             cached_prompt_tokens=self.cached_count if is_first else 0,
+            embedding=embedding,
         )
 
     def error(self, code: str, message: str) -> SequenceEvent:

@@ -124,6 +124,8 @@ class Decoder:
             h = add_rms_norm(project(h, layer.o), x, layer.post_attention_norm, eps)  # x += W_o attention
             h = kernels.silu_mul(project(h, layer.gate_up))
             h = add_rms_norm(project(h, layer.down), x, layer.next_norm, eps)  # x += W_down (...)
+        if inputs.hidden_rows is not None:
+            inputs.hidden = h[inputs.hidden_rows].float()
         return self._logits(h, inputs, pool)
 
     def _logits(self, h: Tensor, inputs: StepInputs, pool: LoraPool | None) -> Tensor:

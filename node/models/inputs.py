@@ -31,6 +31,8 @@ class StepInputs:
         lora: The rows' adapters as the kernels take them; None when no row uses one.
         side: Rows whose adapters have more than pages hold (DoRA, biases, the embedding); None when there are none.
         max_query, max_context: The most rows and tokens of one sequence; a GPU's attention wants to know.
+        hidden_rows: [E] int64. Rows whose hidden state is wanted; None for none.
+        hidden: [E, H] float32, written by the model: hidden states after the final norm, of `hidden_rows`.
     """
 
     token_ids: Tensor
@@ -44,6 +46,8 @@ class StepInputs:
     side: tuple[SideGroup, ...] | None = None
     max_query: int = 0
     max_context: int = 0
+    hidden_rows: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 @dataclass(slots=True)

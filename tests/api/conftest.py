@@ -127,6 +127,7 @@ class FakeEngine:
     eos_id: int
     answer: str = "hello world"
     answer_ids: list[int] | None = None
+    embedding: bytes | None = None
     hold_after: int | None = None
     fail_after: int | None = None
     die_after: int | None = None
@@ -141,6 +142,9 @@ class FakeEngine:
     async def submit(self, submit: Submit) -> AsyncIterator[SequenceEvent]:
         self.submits.append(submit)
         self._waits[submit.sequence_id] = asyncio.Event()
+        if submit.embeds:
+            yield SequenceEvent(sequence_id=submit.sequence_id, finish_reason="length", embedding=self.embedding)
+            return
         ids = list(self.answer_ids if self.answer_ids is not None else self.tokenizer.encode(self.answer))
         ids.append(self.eos_id)
         for index, token_id in enumerate(ids):

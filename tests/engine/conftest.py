@@ -76,7 +76,7 @@ class Driver:
     def term(self, name: str, weight: float = 1.0) -> AdapterTerm:
         return AdapterTerm(self.ids[name], str(self.world.adapters[name]), weight)
 
-    def add(self, sequence_id, prompt, adapters=(), tenant="t", choice_index=0, **sampling) -> None:
+    def add(self, sequence_id, prompt, adapters=(), tenant="t", choice_index=0, embeds=False, **sampling) -> None:
         terms = tuple(self.term(item) if isinstance(item, str) else item for item in adapters)
         sampling = Sampling(**{"max_new_tokens": 8, **sampling})
         self.record(
@@ -88,6 +88,7 @@ class Driver:
                     terms=terms,
                     sampling=sampling,
                     choice_index=choice_index,
+                    embeds=embeds,
                 )
             )
         )
