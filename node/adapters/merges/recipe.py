@@ -7,8 +7,9 @@ Strategies, in the words of PEFT's `add_weighted_adapter` (LoRAX offers the same
 - "linear_factors": PEFT's "linear": A is the sum of sqrt(weight * scale) * A, B likewise; a negative weight turns A around.
 - "ties" (2306.01708), "dare_linear", "dare_ties" (2311.03099): PEFT's, on A and B apart, with the same roots.
 
-Adapters of different ranks are padded with zeros to the largest, after pruning (PEFT and LoRAX refuse them). DARE's masks come
-from `masks`, never from a random source, so a recipe has one result everywhere.
+The result has scale 1. PEFT keeps the rsLoRA flag of the first adapter on it, which multiplies the merge by sqrt(rank) once more;
+that is not repeated here. Adapters of different ranks are padded with zeros to the largest, after pruning (PEFT and LoRAX refuse
+them). DARE's masks come from `masks`, never from a random source, so a recipe has one result everywhere.
 """
 
 from __future__ import annotations

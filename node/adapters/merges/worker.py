@@ -7,6 +7,7 @@ can be ended when it takes too long. It imports no torch.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from node.adapters.merges.recipe import MergeRecipe
 from node.errors import AdapterInvalidError, AdapterUnavailableError, NodeError
 from node.request import LinearShape
 
+NICENESS = 10  # whoever decodes now comes first
+
 
 def run(job: dict[str, Any]) -> None:
     """Do one job; see `derived.Deriver`.
@@ -25,6 +28,7 @@ def run(job: dict[str, Any]) -> None:
     Raises:
         AdapterError: Why there is no derived adapter.
     """
+    os.nice(NICENESS)
     resource.setrlimit(resource.RLIMIT_AS, (job["memory_bytes"], job["memory_bytes"]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     table = LinearTable([LinearShape(**values) for values in job["linears"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,24 @@ def test_every_strategy_has_pefts_factors_and_answers(base, same, tmp_path, monk
     with torch.no_grad():
         reference = model(torch.tensor([[3, 17, 5, 44, 9]])).logits[0]
     assert same(llama.ours(derived, ids=[3, 17, 5, 44, 9]), reference) < 1e-5
+
+
+def test_rslora_sources_have_pefts_factors_and_scale_one(base, tmp_path, monkeypatch):
+    """PEFT leaves use_rslora on the result, whose scale is then sqrt(rank) instead of 1."""
+    llama = base()
+    directories = [
+        llama.adapter(f"rslora{seed}", seed=seed, r=9, lora_alpha=6, target_modules=["q_proj"], use_rslora=True)
+        for seed in (1, 2)
+    ]
+    recipe = recipe_of(llama, Merge("ties", "0.5", "total"), directories, ("0.5", "0.5"))
+
+    derived = derive(llama, recipe, tmp_path / "derived")
+
+    expected = factors(with_peft(llama, recipe, monkeypatch))
+    for name, tensor in load_file(derived / "adapter_model.safetensors").items():
+        assert torch.allclose(tensor, expected[name], rtol=1e-5, atol=1e-7), name
+    config = json.loads((derived / "adapter_config.json").read_text())
+    assert (config["lora_alpha"] / config["r"], config.get("use_rslora")) == (1, None)
 
 
 def test_linear_is_what_peft_calls_cat(base, same):
