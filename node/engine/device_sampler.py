@@ -25,6 +25,7 @@ from node.request import DrawnToken, TokenLogprob
 _PARTS = 8  # programs that share a row of the greedy kernel: 64 rows then fill the GPU four times over
 _GREEDY_BLOCK = 2048
 _DRAW_BLOCK = 4096
+_DRAW_WARPS = 32
 _LARGEST = torch.finfo(torch.float32).max
 _BITS = 32
 
@@ -106,7 +107,7 @@ class DeviceSampler:
     def __init__(self, vocab_size: int, max_rows: int, device: torch.device) -> None:
         self._vocab = vocab_size
         self._device = device
-        self._max_rows = max_rows
+        self._spans = 1 << (-(-vocab_size // _DRAW_BLOCK) - 1).bit_length()
         if device.type == "cuda":
             self._part_values = torch.empty((max_rows, _PARTS), dtype=torch.float32, device=device)
             self._part_tokens = torch.empty((max_rows, _PARTS), dtype=torch.int32, device=device)
@@ -201,7 +202,7 @@ class DeviceSampler:
         asked = _to_device(np.array([_asked(row, ahead) for row in rows], dtype=np.float64), self._device)
         draw_kernel[(len(rows),)](
             x, asked, where, choice.next_tokens, self._vocab, x.stride(0),
-            ANY_KEY=0x7FFFFFFF, TINY=torch.finfo(torch.float32).tiny, BLOCK=_DRAW_BLOCK, num_warps=32,
+            ANY_KEY=0x7FFFFFFF, TINY=torch.finfo(torch.float32).tiny, SPANS=self._spans, BLOCK=_DRAW_BLOCK, num_warps=_DRAW_WARPS,
         )  # fmt: skip
 
 
@@ -235,12 +236,12 @@ def _penalise_repetition(x: Tensor, rows: Sequence[DrawRow], unseen: Tensor | No
     asking = [place for place, row in enumerate(rows) if row.sampling.repetition_penalty != 1]
     if not asking:
         return
-    places, ids, owners = _history(x, asking, [np.frombuffer(rows[place].tokens, dtype=np.int64) for place in asking], unseen)
-    penalties = _to_device(np.array([rows[place].sampling.repetition_penalty for place in asking], dtype=np.float64), x.device)
-    penalty = penalties[owners].to(x.dtype)
-    values = x[places, ids]
-    # A token that occurs twice is written twice, with the same value: read before any was written.
-    x[places, ids] = torch.where(values > 0, values / penalty, values * penalty).clamp(max=_LARGEST)
+    flat, owners = _history(x, asking, [np.frombuffer(rows[place].tokens, dtype=np.int64) for place in asking], unseen)
+    penalties = np.array([rows[place].sampling.repetition_penalty for place in asking], dtype=np.float64)
+    penalty = _to_device(penalties.astype(np.float32), x.device)[owners]
+    values = x.view(-1)[flat]
+    # A token that occurs twice is written twice, with the same value: all were read before any was written.
+    x.view(-1)[flat] = torch.where(values > 0, values / penalty, values * penalty).clamp(max=_LARGEST)
 
 
 def _penalise_output(x: Tensor, rows: Sequence[DrawRow], unseen: Tensor | None) -> None:
@@ -248,29 +249,27 @@ def _penalise_output(x: Tensor, rows: Sequence[DrawRow], unseen: Tensor | None) 
     if not asking:
         return
     outputs = [np.frombuffer(rows[place].tokens, dtype=np.int64)[rows[place].prompt_count :] for place in asking]
-    _, ids, owners = _history(x, asking, outputs, unseen)
-    counts = torch.zeros((len(asking), x.shape[1]), dtype=x.dtype, device=x.device)
-    counts.view(-1).index_add_(0, owners * x.shape[1] + ids, torch.ones(ids.shape[0], dtype=x.dtype, device=x.device))
+    flat, owners = _history(x, asking, outputs, unseen)
+    counts = torch.zeros_like(x).view(-1)
+    counts.index_add_(0, flat, torch.ones_like(flat, dtype=x.dtype))
     sampling = [rows[place].sampling for place in asking]
-    frequency = _to_device(np.array([[s.frequency_penalty] for s in sampling], dtype=np.float32), x.device)
-    presence = _to_device(np.array([[s.presence_penalty] for s in sampling], dtype=np.float32), x.device)
-    where = _to_device(np.array(asking, dtype=np.int64), x.device)
-    x[where] -= counts * frequency + (counts > 0) * presence
+    both = _to_device(np.array([(s.frequency_penalty, s.presence_penalty) for s in sampling], dtype=np.float32), x.device)
+    frequency, presence = both[owners].unbind(1)
+    x.view(-1)[flat] = x.view(-1)[flat] - (counts[flat] * frequency + presence)
 
 
-def _history(
-    x: Tensor, asking: list[int], tokens: list[npt.NDArray[Any]], unseen: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Every token of the asking rows as (row of x, token id, place in `asking`), the unseen ones last."""
+def _history(x: Tensor, asking: list[int], tokens: list[npt.NDArray[Any]], unseen: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Every token of the asking rows as (place in the flattened x, index into `asking`), the unseen ones last."""
     lengths = [len(row) for row in tokens]
-    places = _to_device(np.repeat(np.array(asking, dtype=np.int64), lengths), x.device)
-    owners = _to_device(np.repeat(np.arange(len(asking), dtype=np.int64), lengths), x.device)
-    ids = _to_device(np.concatenate(tokens), x.device)
+    starts = np.array(asking, dtype=np.int64) * x.shape[1]
+    flat = np.concatenate(tokens) + np.repeat(starts, lengths)
+    both = _to_device(np.stack((flat, np.repeat(np.arange(len(asking), dtype=np.int64), lengths))), x.device)
+    places, owners = both.unbind(0)
     if unseen is not None:
-        where = _to_device(np.array(asking, dtype=np.int64), x.device)
-        places, ids = torch.cat((places, where)), torch.cat((ids, unseen[where]))
+        more = _to_device(np.stack((np.array(asking, dtype=np.int64), starts)), x.device)
+        places = torch.cat((places, unseen[more[0]] + more[1]))
         owners = torch.cat((owners, torch.arange(len(asking), device=x.device)))
-    return places, ids, owners
+    return places, owners
 
 
 def forbid_rows(x: Tensor, mask: RowMask, indexes: Sequence[int]) -> None:

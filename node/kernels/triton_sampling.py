@@ -96,7 +96,7 @@ def _border(
         a5 = tl.zeros([BLOCK], tl.float32)
         a6 = tl.zeros([BLOCK], tl.float32)
         a7 = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, vocab, BLOCK):
+        for start in tl.range(0, vocab, BLOCK, num_stages=4):
             far = _distances(x_ptr, start, vocab, best, temperature, BLOCK)
             key = _keys(far, kind, log_total, entropy)
             is_kept = (far.to(tl.int32, bitcast=True) <= top_key) & (start + tl.arange(0, BLOCK) < vocab)
@@ -138,6 +138,7 @@ def draw_kernel(
     row_stride,
     ANY_KEY: tl.constexpr,
     TINY: tl.constexpr,  # the smallest normal float32
+    SPANS: tl.constexpr,  # a power of two; SPANS x BLOCK is at least V
     BLOCK: tl.constexpr,
 ):
     """A program owns a row. Temperature 0 is the limit of small ones; with noise 0 the lowest index wins among equals."""
@@ -153,7 +154,7 @@ def draw_kernel(
     lane = tl.arange(0, BLOCK)
 
     best_each = tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in range(0, vocab, BLOCK):
+    for start in tl.range(0, vocab, BLOCK, num_stages=4):
         column = start + lane
         best_each = tl.maximum(best_each, tl.load(x_ptr + column, mask=column < vocab, other=float("-inf")))
     best = tl.max(best_each, 0)
@@ -177,10 +178,7 @@ def draw_kernel(
     if min_p > 0:
         top_key = tl.minimum(top_key, (-tl.log(min_p)).to(tl.int32, bitcast=True))
 
-    total = _running(x_ptr, vocab, best, temperature, top_key, typical_key, log_total, entropy, -1.0, -1.0, BLOCK)[0]
-    target = noise * total
-    _, index, last = _running(x_ptr, vocab, best, temperature, top_key, typical_key, log_total, entropy, target, total, BLOCK)
-    chosen = tl.minimum(tl.minimum(index, last), vocab - 1)
+    chosen = _invert(x_ptr, vocab, best, temperature, top_key, typical_key, log_total, entropy, noise, SPANS, BLOCK)
     tl.store(token_ptr + tl.load(row_ptr + place), chosen.to(tl.int64))
 
 
@@ -189,7 +187,7 @@ def _mass(x_ptr, vocab, best, temperature, top_key, typical_key, log_total, entr
     """Logarithm of the kept weight exp(-distance), and the entropy of its distribution."""
     total = tl.zeros([BLOCK], tl.float32)
     surprise = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, vocab, BLOCK):
+    for start in tl.range(0, vocab, BLOCK, num_stages=4):
         far = _distances(x_ptr, start, vocab, best, temperature, BLOCK)
         is_kept = (far.to(tl.int32, bitcast=True) <= top_key) & (_keys(far, 2, log_total, entropy) <= typical_key)
         weight = tl.where(is_kept, tl.exp(-far), 0.0)
@@ -200,18 +198,32 @@ def _mass(x_ptr, vocab, best, temperature, top_key, typical_key, log_total, entr
 
 
 @triton.jit
-def _running(x_ptr, vocab, best, temperature, top_key, typical_key, log_total, entropy, target, total, BLOCK: tl.constexpr):
-    """Running sum of the kept weights in float64: the total, how many places are at most `target`, how many below `total`."""
-    run = tl.zeros([], tl.float64)
-    index = tl.zeros([BLOCK], tl.int32)
-    last = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, vocab, BLOCK):
-        far = _distances(x_ptr, start, vocab, best, temperature, BLOCK)
-        is_kept = (far.to(tl.int32, bitcast=True) <= top_key) & (_keys(far, 2, log_total, entropy) <= typical_key)
-        weight = tl.where(is_kept, tl.exp(-far), 0.0).to(tl.float64)
-        sums = run + tl.cumsum(weight, 0)
-        exists = start + tl.arange(0, BLOCK) < vocab
-        index += (exists & (sums <= target)).to(tl.int32)
-        last += (exists & (sums < total)).to(tl.int32)
-        run = tl.max(sums, 0)
-    return run, tl.sum(index, 0), tl.sum(last, 0)
+def _weights(x_ptr, start, vocab, best, temperature, top_key, typical_key, log_total, entropy, BLOCK: tl.constexpr):
+    """exp(-distance) of the kept tokens of a block, 0 of the others: [BLOCK] float64."""
+    far = _distances(x_ptr, start, vocab, best, temperature, BLOCK)
+    is_kept = (far.to(tl.int32, bitcast=True) <= top_key) & (_keys(far, 2, log_total, entropy) <= typical_key)
+    return tl.where(is_kept, tl.exp(-far), 0.0).to(tl.float64)
+
+
+@triton.jit
+def _invert(
+    x_ptr, vocab, best, temperature, top_key, typical_key, log_total, entropy, noise, SPANS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The first token at which the running sum of the kept weights exceeds noise x total; the last kept one where none does.
+
+    Sums of blocks first, then one block token by token, all in float64.
+    """
+    span = tl.arange(0, SPANS)
+    sums = tl.zeros([SPANS], tl.float64)
+    for start in tl.range(0, vocab, BLOCK, num_stages=4):
+        weight = _weights(x_ptr, start, vocab, best, temperature, top_key, typical_key, log_total, entropy, BLOCK)
+        sums = tl.where(span == start // BLOCK, tl.sum(weight, 0), sums)
+    ends = tl.cumsum(sums, 0)
+    target = noise * tl.max(ends, 0)
+    last_kept = tl.max(tl.where(sums > 0, span, 0), 0)
+    here = tl.minimum(tl.sum((ends <= target).to(tl.int32), 0), last_kept)
+    before = tl.sum(tl.where(span < here, sums, 0.0), 0)
+    weight = _weights(x_ptr, here * BLOCK, vocab, best, temperature, top_key, typical_key, log_total, entropy, BLOCK)
+    index = tl.sum((before + tl.cumsum(weight, 0) <= target).to(tl.int32), 0)
+    last = tl.max(tl.where(weight > 0, tl.arange(0, BLOCK), 0), 0)
+    return here * BLOCK + tl.minimum(index, last)

@@ -33,6 +33,7 @@ def facts(**values):
         (shape(head_dim=80), EVERYTHING, "fa3"),
         (shape(heads=32, groups=1), EVERYTHING, "fa3"),
         (shape(block_size=48), EVERYTHING, "fa3"),
+        (shape(block_size=128), EVERYTHING, "native+triton"),
         (shape(dtype=torch.float32), EVERYTHING, "triton"),
         (shape(head_dim=512), EVERYTHING, "triton"),
     ],

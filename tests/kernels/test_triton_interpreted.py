@@ -150,6 +150,6 @@ def test_draw_gives_the_tokens_of_the_cpu(parameters):
     tokens = torch.zeros(3, dtype=torch.int64)
     draw_kernel[(3,)](
         logits, torch.tensor(asked, dtype=torch.float64), torch.arange(3), tokens, 2000, 2000,
-        ANY_KEY=0x7FFFFFFF, TINY=torch.finfo(torch.float32).tiny, BLOCK=512,
+        ANY_KEY=0x7FFFFFFF, TINY=torch.finfo(torch.float32).tiny, SPANS=4, BLOCK=512,
     )  # fmt: skip
     assert tokens.tolist() == [token.token_id for token in draw(logits, rows)]

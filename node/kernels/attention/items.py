@@ -15,12 +15,22 @@ _MOST_CHUNKS = 16  # of one sequence when the chunk is fixed; bounds the partial
 _LEAST_CHUNK = 4  # tiles: 256 keys
 
 
+_BYTES_A_US = 3.1e6  # of an H100's memory; another GPU's ratio of latency to bandwidth is not far from its
+
+
 @dataclass(frozen=True, slots=True)
 class ItemCost:
-    """What a program costs besides its tiles, in tiles: until its first key arrives, and to join a sequence that was cut."""
+    """What cutting a context costs a program, in microseconds; read off an H100 (`csrc/README.md`).
 
-    start_tiles: int = 2
-    join_tiles: int = 1
+    Attributes:
+        tile_us: a tile of 64 keys when nothing else holds the program up: what the longest item adds at the end.
+        item_us: until an item's first key arrives. join_us, share_us: to join a sequence, and for each of its items.
+    """
+
+    tile_us: float = 0.4
+    item_us: float = 1.0
+    join_us: float = 1.4
+    share_us: float = 0.08
 
 
 @dataclass(slots=True)
@@ -39,16 +49,17 @@ class DecodeItems:
 
 @dataclass(slots=True)
 class ItemPlan(DecodePlan):
-    """A decode plan with the items of every window the model has."""
+    """A decode plan with the items of every window the model has, and the programs to launch for each key/value head."""
 
     items: dict[int | None, DecodeItems]
+    workers: int
 
 
 class DecodeWork:
     """Plans items and owns the memory in which the programs of one sequence meet.
 
     Args:
-        programs: Of one key/value head that run at once. cost: What the device weighs when it chooses the cuts.
+        programs: Of one key/value head that run at once, at most. cost: What the device weighs when it chooses the cuts.
         is_deterministic: Cuts at multiples of a fixed chunk, whatever else is in the batch.
 
     Attributes:
@@ -78,23 +89,23 @@ class DecodeWork:
         self.stats = torch.empty((self.most_items, shape.heads, 2), dtype=torch.float32, device=device)
         self.done = torch.zeros((shape.max_batch, shape.groups), dtype=torch.int32, device=device)
 
-    def plan(self, block_tables: Tensor, context_lens: Tensor, max_context: int) -> ItemPlan:
-        """Launch the plan kernel for every window."""
-        items = {window: self._items(context_lens, window) for window in self.shape.windows}
-        return ItemPlan(block_tables, context_lens, max_context, items)
+    def plan(self, block_tables: Tensor, context_lens: Tensor, max_context: int, programs: int | None = None) -> ItemPlan:
+        """Launch the plan kernel for every window. programs: Of one key/value head that run at once in this step; None: all."""
+        programs = min(programs or self.programs, self.programs)
+        items = {window: self._items(context_lens, window, programs) for window in self.shape.windows}
+        # Programs without an item end at once; those with several take one after the other.
+        return ItemPlan(block_tables, context_lens, max_context, items, max(context_lens.shape[0], programs))
 
-    def workers(self, batch: int) -> int:
-        """Programs to launch for each key/value head. Those without an item end at once."""
-        return min(self.most_items, max(batch, self.programs))
-
-    def _items(self, context_lens: Tensor, window: int | None) -> DecodeItems:
+    def _items(self, context_lens: Tensor, window: int | None, programs: int) -> DecodeItems:
         batch = context_lens.shape[0]
         empty = context_lens.new_empty
         found = DecodeItems(empty((self.most_items, 4)), empty(batch + 1), empty(batch))
+        shape, cost = self.shape, self._cost
+        unit_us = TILE * 4 * shape.head_dim * programs * shape.groups / _BYTES_A_US
         plan_items_kernel[(1,)](
-            context_lens, found.items, found.counts, found.firsts, batch, self.programs, self.most_items,
-            self.chunk_keys // TILE, window or 0, self._cost.start_tiles, self._cost.join_tiles,
-            TILE=TILE, BATCH=self._rows, CHUNKS=64, num_warps=4,
+            context_lens, found.items, found.counts, found.firsts, batch, programs, self.most_items,
+            self.chunk_keys // TILE, window or 0, cost.tile_us / unit_us, cost.item_us / unit_us, cost.join_us / unit_us,
+            cost.share_us / unit_us, TILE=TILE, BATCH=self._rows, CHUNKS=64, num_warps=4,
         )  # fmt: skip
         return found
 

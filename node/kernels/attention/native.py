@@ -31,7 +31,6 @@ class NativeAttention(PagedAttention):
         prefill: PagedAttention,
         *,
         has_follow: bool = True,
-        variant: int = 0,
     ) -> None:
         super().__init__(shape, device)
         path = cuda_library_path()
@@ -41,15 +40,22 @@ class NativeAttention(PagedAttention):
         self._decode: Any = torch.ops.openlora.attention_decode.default
         self._prefill = prefill
         self._follow = int(has_follow and torch.cuda.get_device_capability(device)[0] >= 9)
-        self._variant = variant
-        self._work = DecodeWork(shape, device, processors(device) * _PROGRAMS_PER_SM[variant] // shape.groups)
+        self._processors = processors(device)
+        self._work = DecodeWork(shape, device, self._programs(0))
 
     @property
     def name(self) -> str:
         return f"native+{self._prefill.name}"
 
     def plan_decode(self, block_tables: Tensor, context_lens: Tensor, max_context: int) -> ItemPlan:
-        return self._work.plan(block_tables, context_lens, max_context)
+        return self._work.plan(block_tables, context_lens, max_context, self._programs(self._variant(context_lens.shape[0])))
+
+    def _variant(self, batch: int) -> int:
+        """Small blocks where there is one for every place on the GPU, larger ones (with more in flight) where there is not."""
+        return 0 if batch * self.shape.groups > 2 * self._processors else 1
+
+    def _programs(self, variant: int) -> int:
+        return max(1, self._processors * _PROGRAMS_PER_SM[variant] // self.shape.groups)
 
     def decode(
         self, q: Tensor, keys: Tensor, values: Tensor, plan: DecodePlan, out: Tensor, *, window: int | None = None
@@ -68,8 +74,8 @@ class NativeAttention(PagedAttention):
             work.stats,
             work.done,
             self.shape.scale * LOG2_E,
-            work.workers(q.shape[0]),
-            self._variant,
+            plan.workers,
+            self._variant(q.shape[0]),
             self._follow,
             out,
         )

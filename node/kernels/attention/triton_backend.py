@@ -34,7 +34,7 @@ class Tuning:
     use_pdl: bool = False
     prefill_m: int = 128
     prefill_tile: int = 64
-    prefill_warps: int = 8
+    prefill_warps: int = 4
     prefill_stages: int = 3
 
 
@@ -63,7 +63,7 @@ class TritonAttention(PagedAttention):
         shape, tuning, work, found = self.shape, self._decode_tuning(), self.work, plan.items[window]
         batch = q.shape[0]
         pdl = {"launch_pdl": True} if tuning.use_pdl else {}
-        decode_kernel[(shape.groups, work.workers(batch))](
+        decode_kernel[(shape.groups, plan.workers)](
             q, keys, values, out, plan.block_tables, found.items, found.counts, found.firsts,
             work.partial, work.stats, work.done, batch, shape.scale * LOG2_E,
             q.stride(0), out.stride(0), plan.block_tables.stride(0), keys.stride(0), keys.stride(1),

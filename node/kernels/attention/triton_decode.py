@@ -21,7 +21,19 @@ from node.kernels.attention.triton_math import attend_tile, finish, join_chunks,
 TILE = 64  # keys of one tile
 
 
-@triton.jit(do_not_specialize=["batch", "slots", "max_items", "fixed_chunk", "window", "start_tiles", "join_tiles"])
+@triton.jit(
+    do_not_specialize=[
+        "batch",
+        "slots",
+        "max_items",
+        "fixed_chunk",
+        "window",
+        "tile_cost",
+        "item_cost",
+        "join_cost",
+        "share_cost",
+    ]
+)
 def plan_items_kernel(
     lens_ptr,  # [Q] int32
     items_ptr,  # [max_items, 4] int32: sequence, first key, key after the last, place among the sequence's items
@@ -32,8 +44,10 @@ def plan_items_kernel(
     max_items,
     fixed_chunk,  # tiles; 0: choose
     window,  # 0: none
-    start_tiles,  # what a program costs before its first key arrives, in tiles
-    join_tiles,  # what it costs to join the items of a sequence that was cut
+    tile_cost,  # of `ItemCost`, in units of a tile's time when all programs share the memory's bandwidth
+    item_cost,
+    join_cost,
+    share_cost,
     TILE: tl.constexpr,
     BATCH: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -45,14 +59,14 @@ def plan_items_kernel(
     if fixed_chunk > 0:
         chunk = fixed_chunk
     else:
-        # Cost of a chunk size: rounds of programs x (tiles of a round + what a program costs besides).
+        # What a chunk size costs besides the bytes: the last program's own pace, the programs' starts, and joining what was cut.
         # Candidates grow by a fifth: 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, ..
         size = tl.ceil(tl.exp2(tl.arange(0, CHUNKS) * 0.25)).to(tl.int32)
         needed = tl.sum(tl.cdiv((end - begin)[None, :], size[:, None]), 1)
-        longest = tl.minimum(size, tl.max(end - begin, 0))
-        besides = tl.where(size < tl.max(end - begin, 0), start_tiles + join_tiles, start_tiles)
-        cost = tl.cdiv(needed, slots) * (longest + besides) * 1024 + tl.minimum(needed, 1023)
-        cost = tl.where(needed > max_items, 1 << 30, cost)
+        most = tl.max(end - begin, 0)
+        cost = tl.minimum(size, most) * tile_cost + needed * item_cost / slots
+        cost += tl.where(size < most, join_cost + tl.cdiv(most, size) * share_cost, 0.0)
+        cost = tl.where(needed > max_items, 1e30, cost)
         chunk = tl.sum(tl.where(tl.arange(0, CHUNKS) == tl.argmin(cost, 0), size, 0), 0)
     # Cuts lie at multiples of the chunk from the sequence's start, not from the window's.
     first_cut = begin // chunk
