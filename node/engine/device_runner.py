@@ -27,7 +27,7 @@ from node.engine.runner import (
     row_mask,
 )
 from node.engine.scheduler import Work, WorkResult
-from node.engine.step_block import BlockLayout, StepBlock
+from node.engine.step_block import BlockLayout, StepBlock, upload
 from node.kernels.cuda_ops import DeviceTiles
 from node.kernels.device_rows import DeviceRows
 from node.kernels.lora import LoraRows, lora_rows
@@ -344,7 +344,7 @@ def _drawing_rows(work: Sequence[Work]) -> tuple[list[int], list[int]]:
 
 
 def _selected(logits: Tensor, rows: list[int]) -> Tensor:
-    return logits if len(rows) == logits.shape[0] else logits[rows]
+    return logits if len(rows) == logits.shape[0] else logits[upload(rows, logits.device)]
 
 
 def _prompt_logprobs(flight: DeviceFlight) -> dict[int, Tensor]:
@@ -355,7 +355,7 @@ def _prompt_logprobs(flight: DeviceFlight) -> dict[int, Tensor]:
         if item.wants_prompt_logprobs:
             following = item.sequence.tokens[item.start + 1 : min(item.start + item.count + 1, item.sequence.prompt_count)]
             logits = flight.logits[first : first + len(following)]
-            ids = torch.tensor(list(following), dtype=torch.int64, device=logits.device)
+            ids = upload(following, logits.device)
             found[index] = logits.log_softmax(dim=1).gather(1, ids[:, None])[:, 0]
         if flight.rows is not None:
             first += item.count if item.wants_prompt_logprobs else int(item.draws_token)

@@ -8,6 +8,7 @@ Shape letters: T rows (tokens), Q sequences, W rows that want logits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,6 +102,12 @@ class StepBlock:
     def gather(self, sources: Tensor) -> Tensor:
         """Token ids [T] int32 of `sources` [T]."""
         return torch.index_select(self._memory, 0, sources)
+
+
+def upload(values: Sequence[int], device: torch.device) -> Tensor:
+    """[n] int64 on the device, without waiting for it: from pinned memory, which torch keeps until it is read."""
+    host = torch.tensor(list(values), dtype=torch.int64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
 
 
 def _aligned(count: int) -> int:
