@@ -173,7 +173,7 @@ async def test_no_key_is_in_the_log(world):
     await client.post("/v1/chat/completions", json=CHAT, headers={"Authorization": f"Bearer {secret}x"})
     await client.get("/metrics", headers=headers)
     assert secret not in bench.log.getvalue()
-    assert secret.split("_")[2] not in bench.log.getvalue()
+    assert secret.split("_", 2)[2] not in bench.log.getvalue()
 
 
 async def test_flood_of_one_tenant_leaves_room_at_the_gate(make_bench, make_client):
