@@ -316,6 +316,8 @@ int64_t skinny_gemm_planes(int64_t outputs, int64_t inputs, int64_t tokens) {
   return openlora::can_run_skinny_gemm(tokens, outputs, inputs) ? openlora::skinny_gemm_planes(outputs, inputs) : 0;
 }
 
+bool is_skinny_gemm_faster(int64_t outputs, int64_t inputs, int64_t tokens) { return openlora::is_skinny_gemm_faster(tokens, outputs, inputs); }
+
 void skinny_gemm(const Tensor& x, const Tensor& weight, bool use_pdl, Tensor y) {
   const Place place(x);
   STD_TORCH_CHECK(x.dim() == 2 && x.scalar_type() == ScalarType::BFloat16 && x.stride(1) == 1, "openlora: x must be [T, K] bfloat16, K dense");
@@ -436,9 +438,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(openlora, m) {
       "Tensor(a!) partial, Tensor(b!) stats, Tensor(c!) done, float scale_log2, int workers, int variant, int follow, Tensor(d!) out) -> ()");
   m.def("skinny_gemm(Tensor x, Tensor weight, bool use_pdl, Tensor(a!) y) -> ()");
   m.def("skinny_gemm_planes(int outputs, int inputs, int tokens) -> int");
+  m.def("is_skinny_gemm_faster(int outputs, int inputs, int tokens) -> bool");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(openlora, CompositeExplicitAutograd, m) { m.impl("skinny_gemm_planes", TORCH_BOX(&skinny_gemm_planes)); }
+STABLE_TORCH_LIBRARY_IMPL(openlora, CompositeExplicitAutograd, m) {
+  m.impl("skinny_gemm_planes", TORCH_BOX(&skinny_gemm_planes));
+  m.impl("is_skinny_gemm_faster", TORCH_BOX(&is_skinny_gemm_faster));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(openlora, CUDA, m) {
   m.impl("lora_shrink", TORCH_BOX(&lora_shrink));

@@ -13,6 +13,9 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Lets the next kernel of the stream start as soon as every block of this one has come here (Hopper; nothing before it).
+//
+// Every kernel here calls it after its own wait (the shrink beside a GEMM, which waits last, is the exception, and that GEMM calls
+// it after its wait). So whatever was written before the kernel before this one began may be read before the wait.
 __device__ __forceinline__ void start_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

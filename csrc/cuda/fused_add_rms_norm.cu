@@ -1,13 +1,13 @@
 // residual += product, then the next norm. See fused.h, product.cuh.
 //
-// A block takes up to R rows of one tile and all columns at a time, a thread 8 C neighbouring columns of them: up to 512 threads at
-// H = 4096. With adapters its warps first make the expand of the rows on tensor cores, in shared memory: 8 blocks of 32 columns a
-// warp, whose B (8 KB a warp, 128 KB a block) is on its way before the previous kernel has ended. The sum of squares runs thread,
-// lanes, warps, in an order cut by H alone; nothing is read twice. R is 1 where there are fewer rows than processors: then every
-// row has a processor's bandwidth to itself. A cluster that shared a row lost: its barriers cost more than the row (2 us).
+// A block takes up to R rows of one tile and all columns at a time, a thread two quads a pass, C passes: 512 threads and one pass
+// at H = 4096, whose B (256 bytes a thread, 128 KB a block), residual and weights are on their way before the previous kernel has
+// ended. The sum of squares runs thread, lanes, warps, in an order cut by H alone; nothing is read twice. R is 1 where there are
+// fewer rows than processors: then every row has a processor's bandwidth to itself. A cluster that shared a row lost: its
+// barriers cost more than the row (2 us).
 //
-// Shared memory: R * H * 4 bytes with adapters, 16 KB at R = 1. Bytes: S * T * H * 4 of planes, T * H * 2 of residual read and
-// written, T * H * 2 out, B of every tile once (H = 4096, D = 64, r = 16: 8.4 MB, 2.7 us at 3.1 TB/s).
+// Shared memory: 64 R bytes a warp for v. Bytes: S * T * H * 4 of planes, T * H * 2 of residual read and written, T * H * 2 out,
+// B of every tile once (H = 4096, D = 64, r = 16: 8.4 MB, 2.7 us at 3.1 TB/s).
 #include "launch.cuh"
 #include "product.cuh"
 
@@ -16,7 +16,6 @@ namespace {
 
 constexpr int kMaxThreads = 512;
 constexpr int kMaxWarps = kMaxThreads / kWarp;
-constexpr int kWarpBlocks = 8;  // blocks of 32 columns whose B a warp holds in registers
 
 struct Params {
   ProductView p;
@@ -26,157 +25,107 @@ struct Params {
   void* out;
 };
 
-// The expand of a part's rows into `delta` [R][columns]. `pages`: B of the warp's first blocks and the tile's first entry.
-template <int C>
-__device__ __forceinline__ void expand_rows(const Params& a, const RowParts<true>& parts, const RowSpan& span, PageBlock (&pages)[kWarpBlocks],
-                                            float* delta) {
-  const ProductView& p = a.p;
-  const Tile& tile = span.tile;
-  const int warp = warp_index(), warps = blockDim.x / kWarp, g = threadIdx.x % kWarp / 4, blocks = p.columns / kBlock;
-  const int64_t stride = static_cast<int64_t>(tile.entries) * kPageRank;  // one module, checked by the launcher
-  const float* v = p.work.v + static_cast<int64_t>(tile.first_pair) * kPageRank + span.first * stride;
-#pragma unroll 1
-  for (int batch = 0; batch < C; ++batch)
-#pragma unroll 1
-    for (int entry = 0; entry < tile.entries; ++entry) {
-      if (batch > 0 || entry > 0) {
-        const PageCursor cursor(p, 0, read_entry(parts.table, tile, entry));
-#pragma unroll
-        for (int j = 0; j < kWarpBlocks; ++j) {
-          const int block = warp + (batch * kWarpBlocks + j) * warps;
-          pages[j] = block < blocks ? cursor.load(block * kBlock) : PageBlock{};
-        }
-      }
-      const RowRanks<1> ranks = load_row_ranks<1>(v + entry * kPageRank, stride, span.last - span.first);
-#pragma unroll
-      for (int j = 0; j < kWarpBlocks; ++j) {
-        const int block = warp + (batch * kWarpBlocks + j) * warps;
-        if (block >= blocks) break;
-        float* to = delta + g * p.columns + block * kBlock;
-        const bool is_mine = span.first + g < span.last;
-        float sum[1][kLaneColumns] = {};
-        if (entry > 0 && is_mine) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const float4 before = *reinterpret_cast<const float4*>(to + lane_column(half));
-            sum[0][4 * half] = before.x, sum[0][4 * half + 1] = before.y, sum[0][4 * half + 2] = before.z, sum[0][4 * half + 3] = before.w;
-          }
-        }
-        expand<1>(sum, ranks, pages[j]);
-        if (is_mine) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const float* x = sum[0] + 4 * half;
-            *reinterpret_cast<float4*>(to + lane_column(half)) = make_float4(x[0], x[1], x[2], x[3]);
-          }
-        }
-      }
-    }
+__device__ __forceinline__ void unpack(float (&x)[kQuad], uint2 raw) {
+  x[0] = low_half(raw.x), x[1] = high_half(raw.x), x[2] = low_half(raw.y), x[3] = high_half(raw.y);
 }
 
 template <bool kLora, bool kFloatPlanes, int R, int C>
 __global__ void __launch_bounds__(kMaxThreads, kLora ? 1 : 2) add_rms_norm_kernel(const __grid_constant__ Params a) {
-  extern __shared__ float delta[];  // [R][columns], with adapters
+  __shared__ WarpRanks<1, R> shared_ranks[kLora ? kMaxWarps : 1];
   __shared__ float warp_squares[2][R][kMaxWarps];
-  start_dependents();
   const ProductView& p = a.p;
-  const int warp = warp_index(), warps = blockDim.x / kWarp, blocks = p.columns / kBlock, chunks = p.columns / 8;
+  const int warp = warp_index(), warps = blockDim.x / kWarp, quads = p.columns / kQuad;
   auto* residual = static_cast<__nv_bfloat16*>(a.residual);
   auto* out = static_cast<__nv_bfloat16*>(a.out);
   const RowParts<kLora> parts(p);
   const int count = parts.count();
+  LaneColumns lane[C];
+  uint2 weight[C][kQuads];
+#pragma unroll
+  for (int c = 0; c < C; ++c)
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      const int quad = threadIdx.x + (c * kQuads + q) * blockDim.x;
+      lane[c].column[q] = quad < quads ? quad * kQuad : -1;
+      if (quad < quads) weight[c][q] = __ldg(static_cast<const uint2*>(a.weight) + quad);
+    }
   int part = blockIdx.x;
   RowSpan span{};
-  PageBlock pages[kLora ? kWarpBlocks : 1];
-  auto fetch = [&](int i) {
+  QuadPages<1> pages;
+  int row[R];
+  uint2 old[R][C][kQuads];
+  auto start = [&](int i) {
     span = parts[i];
-    if constexpr (kLora) {
-      if (span.first >= span.last || span.tile.entries == 0) return;
-      const PageCursor cursor(p, 0, span.tile.entry);
+    if constexpr (kLora)
+      if (span.first < span.last && span.tile.entries > 0) pages.fetch(p, span.tile.entry, lane[0]);
 #pragma unroll
-      for (int j = 0; j < kWarpBlocks; ++j)
-        pages[j] = warp + j * warps < blocks ? cursor.load((warp + j * warps) * kBlock) : PageBlock{};
+    for (int r = 0; r < R; ++r) {
+      row[r] = span.first + r < span.last ? parts.row(span, span.first + r) : -1;
+      if (row[r] < 0) continue;
+#pragma unroll
+      for (int c = 0; c < C; ++c)
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q)
+          if (lane[c].column[q] >= 0)
+            old[r][c][q] = __ldcg(reinterpret_cast<const uint2*>(residual + static_cast<int64_t>(row[r]) * p.columns + lane[c].column[q]));
     }
   };
-  if (part < count) fetch(part);
-  uint4 weight[C];
-#pragma unroll
-  for (int c = 0; c < C; ++c) {
-    const int chunk = threadIdx.x + c * blockDim.x;
-    if (chunk < chunks) weight[c] = __ldg(static_cast<const uint4*>(a.weight) + chunk);
-  }
+  if (part < count) start(part);
   wait_for_previous();
-  for (int parity = 0; part < count; part += gridDim.x, parity ^= 1) {
-    const RowSpan now = span;
-    float x[R][C][8];
-    uint4 old[R][C];
+  start_dependents();
+  for (int parity = 0; part < count; parity ^= 1) {
+    float y[C][kQuads][R][kQuad] = {};
+    float squares[R] = {};
 #pragma unroll
-    for (int r = 0; r < R; ++r) {
-      if (now.first + r >= now.last) break;
-      const int64_t row = parts.row(now, now.first + r);
+    for (int c = 0; c < C; ++c) load_rows<kFloatPlanes, R>(y[c], p, row, lane[c]);
 #pragma unroll
-      for (int c = 0; c < C; ++c) {
-        const int chunk = threadIdx.x + c * blockDim.x;
-        if (chunk >= chunks) continue;
-        old[r][c] = __ldcg(reinterpret_cast<const uint4*>(residual + row * p.columns) + chunk);
-        load_eight<kFloatPlanes>(x[r][c], p, row, chunk * 8);
+    for (int c = 0; c < C; ++c) {
+      if constexpr (kLora) {
+        if (c > 0 && span.tile.entries > 0 && span.first < span.last) pages.fetch(p, span.tile.entry, lane[c]);
+        if (span.first < span.last) expand_rows<1, R>(y[c], p, parts.table, span.tile, pages, shared_ranks[warp], lane[c], span.first, span.last - span.first);
       }
-    }
-    if constexpr (kLora) {
-      if (now.tile.entries > 0 && now.first < now.last) expand_rows<C>(a, parts, now, pages, delta);
-      __syncthreads();
-    }
 #pragma unroll
-    for (int r = 0; r < R; ++r) {
-      if (now.first + r >= now.last) break;
-      const int64_t row = parts.row(now, now.first + r);
-      float squares = 0.f;
+      for (int r = 0; r < R; ++r)
 #pragma unroll
-      for (int c = 0; c < C; ++c) {
-        const int chunk = threadIdx.x + c * blockDim.x;
-        if (chunk >= chunks) continue;
-        if constexpr (kLora) {
-          if (now.tile.entries > 0) {
-            const float4* from = reinterpret_cast<const float4*>(delta + r * p.columns) + 2 * chunk;
-            const float4 low = from[0], high = from[1];
-            x[r][c][0] += low.x, x[r][c][1] += low.y, x[r][c][2] += low.z, x[r][c][3] += low.w;
-            x[r][c][4] += high.x, x[r][c][5] += high.y, x[r][c][6] += high.z, x[r][c][7] += high.w;
-          }
+        for (int q = 0; q < kQuads; ++q) {
+          if (row[r] < 0 || lane[c].column[q] < 0) continue;
+          float(&x)[kQuad] = y[c][q][r];
+          float before[kQuad];
+          unpack(before, old[r][c][q]);
+#pragma unroll
+          for (int i = 0; i < kQuad; ++i) x[i] = rounded_bf16(x[i] + before[i]);
+          store_quad(residual + static_cast<int64_t>(row[r]) * p.columns + lane[c].column[q], x);
+#pragma unroll
+          for (int i = 0; i < kQuad; ++i) squares[r] += x[i] * x[i];
         }
-        float before[8];
-        unpack_bf16x8(before, old[r][c]);
+    }
 #pragma unroll
-        for (int i = 0; i < 8; ++i) x[r][c][i] += before[i];
-        const uint4 rounded = pack_bf16x8(x[r][c]);
-        reinterpret_cast<uint4*>(residual + row * p.columns)[chunk] = rounded;
-        unpack_bf16x8(x[r][c], rounded);
+    for (int r = 0; r < R; ++r) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) squares += x[r][c][i] * x[r][c][i];
-      }
-#pragma unroll
-      for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(kAllLanes, squares, offset);
-      if (threadIdx.x % kWarp == 0) warp_squares[parity][r][warp] = squares;
+      for (int offset = 16; offset > 0; offset /= 2) squares[r] += __shfl_xor_sync(kAllLanes, squares[r], offset);
+      if (threadIdx.x % kWarp == 0) warp_squares[parity][r][warp] = squares[r];
     }
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      if (now.first + r >= now.last) break;
-      const int64_t row = parts.row(now, now.first + r);
+      if (row[r] < 0) continue;
       float total = 0.f;
       for (int w = 0; w < warps; ++w) total += warp_squares[parity][r][w];
       const float scale = rsqrtf(total / p.columns + a.eps);
 #pragma unroll
-      for (int c = 0; c < C; ++c) {
-        const int chunk = threadIdx.x + c * blockDim.x;
-        if (chunk >= chunks) continue;
-        float by[8];
-        unpack_bf16x8(by, weight[c]);
+      for (int c = 0; c < C; ++c)
 #pragma unroll
-        for (int i = 0; i < 8; ++i) x[r][c][i] *= scale * by[i];
-        store_bf16x8(out + row * p.columns + chunk * 8, x[r][c]);
-      }
+        for (int q = 0; q < kQuads; ++q) {
+          if (lane[c].column[q] < 0) continue;
+          float by[kQuad];
+          unpack(by, weight[c][q]);
+#pragma unroll
+          for (int i = 0; i < kQuad; ++i) y[c][q][r][i] *= scale * by[i];
+          store_quad(out + static_cast<int64_t>(row[r]) * p.columns + lane[c].column[q], y[c][q][r]);
+        }
     }
-    if (part + gridDim.x < count) fetch(part + gridDim.x);
+    part += gridDim.x;
+    if (part < count) start(part);
   }
 }
 
@@ -184,8 +133,8 @@ __global__ void __launch_bounds__(kMaxThreads, kLora ? 1 : 2) add_rms_norm_kerne
 template <class T, bool kLora>
 __global__ void __launch_bounds__(256) add_rms_norm_any_kernel(const __grid_constant__ Params a, bool has_float_planes) {
   __shared__ float warp_squares[8];
-  start_dependents();
   wait_for_previous();
+  start_dependents();
   const ProductView& p = a.p;
   const RowParts<kLora> parts(p);
   for (int part = blockIdx.x; part < parts.count(); part += gridDim.x) {
@@ -215,20 +164,20 @@ __global__ void __launch_bounds__(256) add_rms_norm_any_kernel(const __grid_cons
 
 template <int C>
 cudaError_t launch_blocks(const Product& product, Params params, cudaStream_t stream) {
-  const int processors = processor_count(), chunks = product.columns / 8;
-  const int threads = std::min(kMaxThreads, (chunks + kWarp - 1) / kWarp * kWarp);
-  return with_product_types(product, [&](auto lora, auto planes) {
+  const int processors = processor_count(), pairs = (product.columns / kQuad + kQuads - 1) / kQuads;
+  const int threads = std::min(kMaxThreads, (pairs + kWarp - 1) / kWarp * kWarp);
+  return with_product_types(product, [&](auto lora, auto planes, auto) {
     constexpr bool L = decltype(lora)::value, P = decltype(planes)::value;
     auto go = [&](auto kernel, int rows, int blocks) {
       params.p.unit_rows = rows;
-      return launch(kernel, {std::min(product.rows, blocks), threads, L ? rows * product.columns * 4 : 0}, product.follow, stream, params);
+      return launch(kernel, {std::min(product.rows, blocks), threads}, product.follow, stream, params);
     };
     if constexpr (!L) {
-      return go(add_rms_norm_kernel<L, P, 1, C>, 1, processors * 3);
+      return go(add_rms_norm_kernel<L, P, 1, C>, 1, processors * 2);
     } else {
-      const int fits = C == 1 ? product.rows / processors : 0;  // more rows a block need more registers and shared memory
-      if (fits < 1) return go(add_rms_norm_kernel<L, P, 1, C>, 1, processors);
-      if (fits < 2) return go(add_rms_norm_kernel<L, P, 2, 1>, 2, processors);
+      const int share = C == 1 ? product.rows / processors : 0;  // more rows a block need more registers
+      if (share < 1) return go(add_rms_norm_kernel<L, P, 1, C>, 1, processors);
+      if (share < 2) return go(add_rms_norm_kernel<L, P, 2, 1>, 2, processors);
       return go(add_rms_norm_kernel<L, P, 4, 1>, 4, processors);
     }
   });
@@ -241,16 +190,14 @@ cudaError_t launch_fused_add_rms_norm(const AddRmsNormArgs& args, cudaStream_t s
   if (!is_valid(product)) return cudaErrorInvalidValue;
   if (product.rows == 0) return cudaSuccess;
   Params params{view_of(product, 1), args.residual, args.weight, args.eps, args.out};
-  bool fits = fits_blocks(product);
-  for (const void* pointer : {static_cast<const void*>(args.residual), args.weight, static_cast<const void*>(args.out), product.bias})
-    fits = fits && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-  if (product.lora != nullptr)  // one module over all columns
-    fits = fits && product.lora->span_count == 1 && product.lora->spans[0].column == 0 && product.lora->spans[0].outputs == product.columns;
-  const int chunks = product.columns / 8;
-  if (fits && chunks <= kMaxThreads) return launch_blocks<1>(product, params, stream);
-  if (fits && chunks <= 2 * kMaxThreads) return launch_blocks<2>(product, params, stream);
+  bool fits = fits_quads(product) && (product.lora == nullptr || product.lora->span_count == 1);
+  for (const void* pointer : {static_cast<const void*>(args.residual), args.weight, static_cast<const void*>(args.out)})
+    fits = fits && reinterpret_cast<uintptr_t>(pointer) % 8 == 0;
+  const int pass = kMaxThreads * kQuads * kQuad;  // the choice depends on H alone: it decides the order of the sum
+  if (fits && product.columns <= pass) return launch_blocks<1>(product, params, stream);
+  if (fits && product.columns <= 2 * pass) return launch_blocks<2>(product, params, stream);
   const Shape shape{std::min(product.rows, processor_count() * 8), 256};
-  return with_product_types(product, [&](auto lora, auto) {
+  return with_product_types(product, [&](auto lora, auto, auto) {
     constexpr bool L = decltype(lora)::value;
     return product.is_float ? launch(add_rms_norm_any_kernel<float, L>, shape, product.follow, stream, params, product.y_is_float)
                             : launch(add_rms_norm_any_kernel<__nv_bfloat16, L>, shape, product.follow, stream, params, product.y_is_float);

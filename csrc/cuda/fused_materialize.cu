@@ -1,52 +1,41 @@
 // A finished product as a tensor: logits in float32, or the model's type. See fused.h, product.cuh.
 //
-// A warp takes a part of one tile (8, 16 or 64 rows) and 32 columns at a time. Bytes: S * T * N * 4 of planes, B of every tile
-// once, T * N * 2 or 4 out.
+// A lane's quads are 4 columns of the product's first half and the same 4 of its second. Bytes: S * T * N * 4 of planes, B of
+// every tile once, T * N * 2 or 4 out.
 #include "launch.cuh"
 #include "product.cuh"
 
 namespace openlora {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kBlocksPerProcessor = 6;
+constexpr int kLoraBlocks = 4;  // a processor
+constexpr int kBaseBlocks = 8;
 
-template <bool kLora, bool kFloatPlanes, int H>
-__global__ void __launch_bounds__(kWarps* kWarp, kBlocksPerProcessor) materialize_kernel(const __grid_constant__ ProductView p, void* out, bool out_is_float) {
-  start_dependents();
-  const int blocks = p.columns / kBlock;
-  const RowParts<kLora> parts(p);
-  const int units = parts.count() * blocks;
-  wait_for_previous();
-  for (int unit = blockIdx.x * kWarps + warp_index(); unit < units; unit += gridDim.x * kWarps) {
-    const RowSpan span = parts[unit / blocks];
-    if (span.first >= span.last) continue;
-    const int columns[1] = {unit % blocks * kBlock};
-    PageBlock page[1];
-    if constexpr (kLora) page[0] = fetch_block(p, parts.table, span.tile, 0, columns[0]);
-    for (int place = span.first; place < span.last; place += 8 * H) {
-      float sum[1][H][kLaneColumns];
-      int row[H];
-      finish<kLora, kFloatPlanes, H, 1>(sum, row, p, parts, span, place, columns, page);
+template <bool kLora, bool kFloatPlanes, int G, int R>
+__global__ void __launch_bounds__(kUnitWarps* kWarp, kLora ? kLoraBlocks : kBaseBlocks)
+    materialize_kernel(const __grid_constant__ ProductView p, void* out, bool out_is_float) {
+  const int half = p.columns / 2;
+  finish_units<kLora, kFloatPlanes, G, R>(
+      p, half / kQuad, [&](int i) { return LaneColumns{{i * kQuad, half + i * kQuad}}; }, [](int) { return NoFacts{}; },
+      [&](int, const LaneColumns& lane, const int (&row)[R], const NoFacts (&)[R], float (&y)[kQuads][R][kQuad]) {
 #pragma unroll
-      for (int h = 0; h < H; ++h) {
-        if (row[h] < 0) continue;
+        for (int r = 0; r < R; ++r) {
+          if (row[r] < 0 || lane.column[0] < 0) continue;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int64_t at = static_cast<int64_t>(row[h]) * p.columns + columns[0] + lane_column(i);
-          const float* x = sum[0][h] + 4 * i;
-          if (out_is_float) *reinterpret_cast<float4*>(static_cast<float*>(out) + at) = make_float4(x[0], x[1], x[2], x[3]);
-          else store_bf16x4(static_cast<__nv_bfloat16*>(out) + at, x);
+          for (int q = 0; q < kQuads; ++q) {
+            const int64_t at = static_cast<int64_t>(row[r]) * p.columns + lane.column[q];
+            const float* x = y[q][r];
+            if (out_is_float) *reinterpret_cast<float4*>(static_cast<float*>(out) + at) = make_float4(x[0], x[1], x[2], x[3]);
+            else store_quad(static_cast<__nv_bfloat16*>(out) + at, y[q][r]);
+          }
         }
-      }
-    }
-  }
+      });
 }
 
 template <class T, class Out, bool kLora>
 __global__ void __launch_bounds__(256) materialize_any_kernel(const __grid_constant__ ProductView p, Out* out, bool has_float_planes) {
-  start_dependents();
   wait_for_previous();
+  start_dependents();
   const RowParts<kLora> parts(p);
   for (int part = blockIdx.x; part < parts.count(); part += gridDim.x) {
     const RowSpan span = parts[part];
@@ -64,21 +53,18 @@ cudaError_t launch_materialize(const MaterializeArgs& args, cudaStream_t stream)
   if (!is_valid(product) || (product.is_float && !args.out_is_float)) return cudaErrorInvalidValue;
   if (product.rows == 0) return cudaSuccess;
   const int processors = processor_count();
-  if (fits_blocks(product) && reinterpret_cast<uintptr_t>(args.out) % 16 == 0) {
-    const ProductView view = view_of(product, unit_rows_for(product.rows));
-    const int64_t units = static_cast<int64_t>(product.lora != nullptr ? product.rows : (product.rows + view.unit_rows - 1) / view.unit_rows) *
-                          (product.columns / kBlock);
-    const int blocks = static_cast<int>(std::min<int64_t>((units + kWarps - 1) / kWarps, processors * kBlocksPerProcessor));
-    return with_product_types(product, [&](auto lora, auto planes) {
+  if (fits_quads(product) && product.columns % (2 * kQuad) == 0 && reinterpret_cast<uintptr_t>(args.out) % 16 == 0) {
+    return with_product_types(product, [&](auto lora, auto planes, auto modules) {
       constexpr bool L = decltype(lora)::value, P = decltype(planes)::value;
-      const Shape shape{blocks, kWarps * kWarp};
-      return view.unit_rows > 8 ? launch(materialize_kernel<L, P, 2>, shape, product.follow, stream, view, args.out, args.out_is_float)
-                                : launch(materialize_kernel<L, P, 1>, shape, product.follow, stream, view, args.out, args.out_is_float);
+      constexpr int G = decltype(modules)::value, R = 2;
+      const ProductView view = view_of(product, L ? unit_rows_for(product.rows) : R);
+      const int blocks = unit_blocks(product, view.unit_rows, product.columns / 2 / kQuad, processors * (L ? kLoraBlocks : kBaseBlocks));
+      return launch(materialize_kernel<L, P, G, R>, {blocks, kUnitWarps * kWarp}, product.follow, stream, view, args.out, args.out_is_float);
     });
   }
   const ProductView view = view_of(product, 1);
   const Shape shape{std::min(product.rows, processors * 8), 256};
-  return with_product_types(product, [&](auto lora, auto) {
+  return with_product_types(product, [&](auto lora, auto, auto) {
     constexpr bool L = decltype(lora)::value;
     auto* wide = static_cast<float*>(args.out);
     auto* narrow = static_cast<__nv_bfloat16*>(args.out);

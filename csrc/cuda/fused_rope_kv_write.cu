@@ -1,17 +1,16 @@
 // Rotary embedding and the write into the paged cache, of a finished qkv product. See fused.h, product.cuh.
 //
-// With adapters: a stream (stream.cuh) of pairs of 32 columns of a head's first half and the 32 of its second half that rotate
-// with them. Without, and where q or k is normed: a warp takes 8 or 16 rows and one such pair, or the whole head, at a time. A
-// value head is written as it is. No shared memory, no barrier. Bytes: S * T * N * 4 of planes, B of every tile once (qkv at
-// D = 64, r = 16: 12.6 MB, 4.1 us at 3.1 TB/s), T * N * 2 out.
+// A lane's quads are 4 columns of a head's first half and the 4 of its second half that rotate with them; D / 8 neighbouring lanes
+// hold a head, and the sum of q's and k's norm runs among them. A value head is written as it is. Bytes: S * T * N * 4 of planes,
+// B of every tile once (qkv at D = 64, r = 16: 12.6 MB, 4.1 us at 3.1 TB/s), T * N * 2 out.
 #include "launch.cuh"
-#include "stream.cuh"
+#include "product.cuh"
 
 namespace openlora {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kBlocksPerProcessor = 5;
+constexpr int kLoraBlocks = 4;  // a processor
+constexpr int kBaseBlocks = 6;
 
 struct Params {
   ProductView p;
@@ -30,11 +29,16 @@ struct Params {
   bool has_float_planes;
 };
 
+// What a row needs beside its product; written before the step began.
+struct RowPlace {
+  int position;
+  int slot;
+};
+
 // Where the head of a row goes; null: nowhere (padding).
 template <class T>
-__device__ __forceinline__ T* head_target(const Params& a, int row, int head) {
+__device__ __forceinline__ T* head_target(const Params& a, int row, int slot, int head) {
   if (head < a.heads) return static_cast<T*>(a.q) + (static_cast<int64_t>(row) * a.heads + head) * a.head_size;
-  const int slot = __ldcg(a.kv_slots + row);
   if (slot < 0) return nullptr;
   const bool is_key = head < a.heads + a.groups;
   const int group = head - a.heads - (is_key ? 0 : a.groups);
@@ -42,125 +46,67 @@ __device__ __forceinline__ T* head_target(const Params& a, int row, int head) {
          slot % a.block_size * a.token_stride;
 }
 
-// Scales a row's whole head to unit mean square and multiplies the norm's weights. NB pairs of blocks: the head is 2 NB * 32 wide.
-template <int NB, int H>
-__device__ __forceinline__ void norm_head(float (&x)[2 * NB][H][kLaneColumns], const __nv_bfloat16* weight, float eps) {
+// Scales a head, held by `lanes` neighbouring lanes, to unit mean square and multiplies the norm's weights (null: neither).
+__device__ __forceinline__ void norm_head(float (&first)[kQuad], float (&second)[kQuad], const __nv_bfloat16* weight, int column, int lanes, float eps) {
+  float squares = 0.f;
 #pragma unroll
-  for (int h = 0; h < H; ++h) {
-    float squares = 0.f;
+  for (int c = 0; c < kQuad; ++c) squares += first[c] * first[c] + second[c] * second[c];
+  for (int offset = lanes / 2; offset > 0; offset /= 2) squares += __shfl_xor_sync(kAllLanes, squares, offset);
+  if (weight == nullptr) return;
+  const float scale = rsqrtf(squares / (2 * kQuad * lanes) + eps);
 #pragma unroll
-    for (int i = 0; i < 2 * NB; ++i)
-#pragma unroll
-      for (int c = 0; c < kLaneColumns; ++c) squares += x[i][h][c] * x[i][h][c];
-    squares += __shfl_xor_sync(kAllLanes, squares, 1);
-    squares += __shfl_xor_sync(kAllLanes, squares, 2);
-    const float scale = rsqrtf(squares / (2 * NB * kBlock) + eps);
-#pragma unroll
-    for (int i = 0; i < 2 * NB; ++i)
-#pragma unroll
-      for (int c = 0; c < kLaneColumns; ++c)
-        x[i][h][c] *= scale * __bfloat162float(weight[i * kBlock + lane_column(c / 4) + c % 4]);
+  for (int c = 0; c < kQuad; ++c) {
+    first[c] *= scale * __bfloat162float(weight[column + c]);
+    second[c] *= scale * __bfloat162float(weight[lanes * kQuad + column + c]);
   }
 }
 
-// Rotates this lane's 8 columns of a head's first half, from `offset` on, with those of its second half, and writes both.
-__device__ __forceinline__ void write_pair(const Params& a, __nv_bfloat16* target, bool rotates, int64_t angle, int offset,
-                                           float (&first)[kLaneColumns], float (&second)[kLaneColumns]) {
+__device__ __forceinline__ void rotate(float (&first)[kQuad], float (&second)[kQuad], const float* cos, const float* sin) {
+  const float4 c = __ldg(reinterpret_cast<const float4*>(cos)), s = __ldg(reinterpret_cast<const float4*>(sin));
+  const float cosine[4] = {c.x, c.y, c.z, c.w}, sine[4] = {s.x, s.y, s.z, s.w};
 #pragma unroll
-  for (int part = 0; part < 2; ++part) {
-    const int column = offset + lane_column(part);
-    if (rotates) {
-      const float4 c = __ldg(reinterpret_cast<const float4*>(a.cos + angle + column)), s = __ldg(reinterpret_cast<const float4*>(a.sin + angle + column));
-      const float cosine[4] = {c.x, c.y, c.z, c.w}, sine[4] = {s.x, s.y, s.z, s.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        float &x = first[4 * part + j], &y = second[4 * part + j];
-        const float rotated = x * cosine[j] - y * sine[j];
-        y = y * cosine[j] + x * sine[j];
-        x = rotated;
-      }
-    }
-    store_bf16x4(target + column, first + 4 * part);
-    store_bf16x4(target + a.head_size / 2 + column, second + 4 * part);
+  for (int j = 0; j < kQuad; ++j) {
+    const float rotated = first[j] * cosine[j] - second[j] * sine[j];
+    second[j] = second[j] * cosine[j] + first[j] * sine[j];
+    first[j] = rotated;
   }
 }
 
-template <bool kFloatPlanes, int H>
-__global__ void __launch_bounds__(kStreamWarps* kWarp, kStreamBlocks) rope_kv_lora_kernel(const __grid_constant__ Params a) {
-  start_dependents();
-  const int half = a.head_size / 2, slices = half / kBlock;
-  stream_pairs<kFloatPlanes, H>(
-      a.p, (a.heads + 2 * a.groups) * slices,
+template <bool kLora, bool kFloatPlanes, int G, int R>
+__global__ void __launch_bounds__(kUnitWarps* kWarp, kLora ? kLoraBlocks : kBaseBlocks) rope_kv_kernel(const __grid_constant__ Params a) {
+  const int half = a.head_size / 2, lanes = half / kQuad;  // of a head
+  finish_units<kLora, kFloatPlanes, G, R>(
+      a.p, (a.heads + 2 * a.groups) * lanes,
       [&](int i) {
-        const int column = i / slices * a.head_size + i % slices * kBlock;
-        return make_int2(column, column + half);
+        const int column = i / lanes * a.head_size + i % lanes * kQuad;
+        return LaneColumns{{column, column + half}};
       },
-      [&](int i, float (&y)[2][H][kLaneColumns], const int (&row)[H]) {
-        const int head = i / slices;
+      [&](int row) { return RowPlace{__ldcg(a.positions + row), __ldcg(a.kv_slots + row)}; },
+      [&](int number, const LaneColumns& lane, const int (&row)[R], const RowPlace (&known)[R], float (&y)[kQuads][R][kQuad]) {
+        const int head = number / lanes, column = number % lanes * kQuad;
+        const bool rotates = head < a.heads + a.groups, has_norm = a.q_norm != nullptr || a.k_norm != nullptr;
+        const auto* weight = static_cast<const __nv_bfloat16*>(head < a.heads ? a.q_norm : (rotates ? a.k_norm : nullptr));
 #pragma unroll
-        for (int h = 0; h < H; ++h) {
-          if (row[h] < 0) continue;
-          auto* target = head_target<__nv_bfloat16>(a, row[h], head);
+        for (int r = 0; r < R; ++r) {
+          if (row[r] < 0) continue;  // for all lanes or none
+          if (has_norm) norm_head(y[0][r], y[1][r], weight, column, lanes, a.eps);
+          if (lane.column[0] < 0) continue;
+          auto* target = head_target<__nv_bfloat16>(a, row[r], known[r].slot, head);
           if (target == nullptr) continue;
-          const int64_t angle = static_cast<int64_t>(__ldcg(a.positions + row[h])) * half;
-          write_pair(a, target, head < a.heads + a.groups, angle, i % slices * kBlock, y[0][h], y[1][h]);
+          const int64_t angle = static_cast<int64_t>(known[r].position) * half + column;
+          if (rotates) rotate(y[0][r], y[1][r], a.cos + angle, a.sin + angle);
+          store_quad(target + column, y[0][r]);
+          store_quad(target + half + column, y[1][r]);
         }
+        __syncwarp();
       });
-}
-
-// NB: pairs of blocks a warp holds; kNorm: they are the whole head and q or k is normed.
-template <bool kLora, bool kFloatPlanes, int H, int NB, bool kNorm>
-__global__ void __launch_bounds__(kWarps* kWarp, kNorm ? 2 : kBlocksPerProcessor) rope_kv_kernel(const __grid_constant__ Params a) {
-  start_dependents();
-  const ProductView& p = a.p;
-  const int half = a.head_size / 2, slices = half / (NB * kBlock), per_row = (a.heads + 2 * a.groups) * slices;
-  const RowParts<kLora> parts(p);
-  const int units = parts.count() * per_row, stride = gridDim.x * kWarps;
-  int unit = blockIdx.x * kWarps + threadIdx.x / kWarp;
-  RowSpan span{};
-  PageBlock pages[2 * NB];
-  int columns[2 * NB];
-  auto fetch = [&](int u) {
-    span = parts[u / per_row];
-    const int head = u % per_row / slices, first = head * a.head_size + u % slices * NB * kBlock;
-#pragma unroll
-    for (int i = 0; i < 2 * NB; ++i) columns[i] = first + (i < NB ? i * kBlock : half + (i - NB) * kBlock);
-    if constexpr (kLora) {
-#pragma unroll
-      for (int i = 0; i < 2 * NB; ++i) pages[i] = span.first < span.last ? fetch_block(p, parts.table, span.tile, 0, columns[i]) : PageBlock{};
-    }
-  };
-  if (unit < units) fetch(unit);
-  wait_for_previous();
-  for (; unit < units; unit += stride) {
-    const int head = unit % per_row / slices, offset = unit % slices * NB * kBlock;  // inside the head's half
-    for (int place = span.first; place < span.last; place += 8 * H) {
-      float x[2 * NB][H][kLaneColumns];
-      int row[H];
-      finish<kLora, kFloatPlanes, H, 2 * NB>(x, row, p, parts, span, place, columns, pages);
-      if constexpr (kNorm) {
-        const void* weight = head < a.heads ? a.q_norm : (head < a.heads + a.groups ? a.k_norm : nullptr);
-        if (weight != nullptr) norm_head<NB, H>(x, static_cast<const __nv_bfloat16*>(weight), a.eps);
-      }
-#pragma unroll
-      for (int h = 0; h < H; ++h) {
-        if (row[h] < 0) continue;
-        auto* target = head_target<__nv_bfloat16>(a, row[h], head);
-        if (target == nullptr) continue;
-        const int64_t angle = static_cast<int64_t>(__ldcg(a.positions + row[h])) * half;
-#pragma unroll
-        for (int i = 0; i < NB; ++i) write_pair(a, target, head < a.heads + a.groups, angle, offset + i * kBlock, x[i][h], x[NB + i][h]);
-      }
-    }
-    if (unit + stride < units) fetch(unit + stride);
-  }
 }
 
 // A warp takes a row's head at a time, a lane a pair of columns at a time; the norm's sum is a pass of its own.
 template <class T, bool kLora>
 __global__ void __launch_bounds__(256) rope_kv_any_kernel(const __grid_constant__ Params a) {
-  start_dependents();
   wait_for_previous();
+  start_dependents();
   const ProductView& p = a.p;
   const RowParts<kLora> parts(p);
   const int all = a.heads + 2 * a.groups, half = a.head_size / 2, lane = threadIdx.x % kWarp;
@@ -182,7 +128,7 @@ __global__ void __launch_bounds__(256) rope_kv_any_kernel(const __grid_constant_
           for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(kAllLanes, squares, offset);
           scale = rsqrtf(squares / a.head_size + a.eps);
         }
-        T* target = head_target<T>(a, row, head);
+        T* target = head_target<T>(a, row, __ldcg(a.kv_slots + row), head);
         if (target == nullptr) continue;
         for (int d = lane; d < half; d += kWarp) {
           float first = product_at<T, kLora>(p, parts, span, place, head * a.head_size + d, a.has_float_planes);
@@ -204,27 +150,6 @@ __global__ void __launch_bounds__(256) rope_kv_any_kernel(const __grid_constant_
   }
 }
 
-template <int NB, bool kNorm>
-cudaError_t launch_blocks(const RopeKvArgs& args, Params& params, cudaStream_t stream) {
-  const Product& product = args.product;
-  params.p = view_of(product, stream_rows(product.rows));
-  const int64_t parts = product.lora != nullptr ? product.rows : (product.rows + params.p.unit_rows - 1) / params.p.unit_rows;
-  const int64_t units = parts * (product.columns / (2 * NB * kBlock));
-  const int most = processor_count() * (kNorm ? 2 : kBlocksPerProcessor);
-  const Shape shape{static_cast<int>(std::min<int64_t>((units + kWarps - 1) / kWarps, most)), kWarps * kWarp};
-  return with_product_types(product, [&](auto lora, auto planes) {
-    constexpr bool L = decltype(lora)::value, P = decltype(planes)::value;
-    if constexpr (L && !kNorm) {
-      const Shape all{processor_count() * kStreamBlocks, kStreamWarps * kWarp};
-      return params.p.unit_rows > 8 ? launch(rope_kv_lora_kernel<P, 2>, all, product.follow, stream, params)
-                                    : launch(rope_kv_lora_kernel<P, 1>, all, product.follow, stream, params);
-    } else {
-      return params.p.unit_rows > 8 ? launch(rope_kv_kernel<L, P, 2, NB, kNorm>, shape, product.follow, stream, params)
-                                    : launch(rope_kv_kernel<L, P, 1, NB, kNorm>, shape, product.follow, stream, params);
-    }
-  });
-}
-
 }  // namespace
 
 cudaError_t launch_fused_rope_kv_write(const RopeKvArgs& args, cudaStream_t stream) {
@@ -236,17 +161,23 @@ cudaError_t launch_fused_rope_kv_write(const RopeKvArgs& args, cudaStream_t stre
                 args.group_stride, args.token_stride, args.block_size, args.heads, args.groups, args.head_size, args.q_norm, args.k_norm,
                 args.eps, args.q, product.y_is_float};
   const bool has_norm = args.q_norm != nullptr || args.k_norm != nullptr;
-  bool fits = fits_blocks(product) && args.head_size % (2 * kBlock) == 0 && (!has_norm || args.head_size <= 128);
-  for (const int64_t stride : {args.block_stride, args.group_stride, args.token_stride}) fits = fits && stride % 4 == 0;
+  const int lanes = args.head_size / (2 * kQuad);  // of a head
+  bool fits = fits_quads(product) && args.head_size % (2 * kQuad) == 0 && (!has_norm || (lanes <= kWarp && kWarp % lanes == 0));
+  for (const int64_t stride : {args.block_stride, args.group_stride, args.token_stride}) fits = fits && stride % kQuad == 0;
   for (const void* target : {args.key_cache, args.value_cache, args.q}) fits = fits && reinterpret_cast<uintptr_t>(target) % 8 == 0;
   for (const float* table : {args.cos, args.sin}) fits = fits && reinterpret_cast<uintptr_t>(table) % 16 == 0;
-  if (product.lora != nullptr)
-    for (int m = 0; m < product.lora->span_count; ++m)
-      fits = fits && product.lora->spans[m].column % args.head_size == 0 && product.lora->spans[m].outputs % args.head_size == 0;
-  if (fits && !has_norm) return launch_blocks<1, false>(args, params, stream);
-  if (fits) return args.head_size == 64 ? launch_blocks<1, true>(args, params, stream) : launch_blocks<2, true>(args, params, stream);
+  if (fits) {
+    return with_product_types(product, [&](auto lora, auto planes, auto modules) {
+      constexpr bool L = decltype(lora)::value, P = decltype(planes)::value;
+      constexpr int G = decltype(modules)::value, R = 2;
+      params.p.unit_rows = L ? unit_rows_for(product.rows) : R;
+      const int most = processor_count() * (L ? kLoraBlocks : kBaseBlocks);
+      const int blocks = unit_blocks(product, params.p.unit_rows, (args.heads + 2 * args.groups) * lanes, most);
+      return launch(rope_kv_kernel<L, P, G, R>, {blocks, kUnitWarps * kWarp}, product.follow, stream, params);
+    });
+  }
   const Shape shape{std::min(product.rows, processor_count() * 8), 256};
-  return with_product_types(product, [&](auto lora, auto) {
+  return with_product_types(product, [&](auto lora, auto, auto) {
     constexpr bool L = decltype(lora)::value;
     return product.is_float ? launch(rope_kv_any_kernel<float, L>, shape, product.follow, stream, params)
                             : launch(rope_kv_any_kernel<__nv_bfloat16, L>, shape, product.follow, stream, params);

@@ -179,7 +179,7 @@ template <int G, int CL, int U>
 __global__ void __launch_bounds__(kWarps* kWarp, 2) shrink_kernel(const __grid_constant__ Params p) {
   __shared__ float slots[4 * G * kTiles * 8 * kRowFloats];
   __shared__ float sums[2][G * kTiles * 8 * kPageRank];
-  start_dependents();
+  if (p.waits_last) start_dependents();
   const int rank = CL > 1 ? static_cast<int>(cluster_rank()) : 0;
   const int steps = p.inputs / kStep, slice = (steps + CL * kWarps - 1) / (CL * kWarps);
   const int first = (rank * kWarps + warp_index()) * slice, last = min(first + slice, steps);
@@ -196,7 +196,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) shrink_kernel(const __grid_c
       if (first + u < last) view.template load<true>(pages[u], p.inputs, first + u);
   };
   if (index < table.item_count) fetch(index);
-  if (!p.waits_last) wait_for_previous();
+  if (!p.waits_last) {
+    wait_for_previous();
+    start_dependents();
+  }
   for (int parity = 0; index < table.item_count; index += stride, parity ^= 1) {
     const Item now = item;
     float acc[G][kTiles][4] = {};
@@ -241,10 +244,13 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) shrink_kernel(const __grid_c
 
 template <int G, int U>
 __global__ void __launch_bounds__(kPrefillWarps* kWarp, 4) shrink_prefill_kernel(const __grid_constant__ Params p) {
-  start_dependents();
+  if (p.waits_last) start_dependents();
   const TileTable table = read_tile_table(p.work.tiles);
   const int warp = warp_index(), lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4, steps = p.inputs / kStep;
-  if (!p.waits_last) wait_for_previous();
+  if (!p.waits_last) {
+    wait_for_previous();
+    start_dependents();
+  }
   for (int index = blockIdx.x; index < table.item_count; index += gridDim.x) {
     const Item item = read_item(table, index);
     if (warp * 16 >= item.rows) continue;
@@ -272,8 +278,8 @@ __global__ void __launch_bounds__(kPrefillWarps* kWarp, 4) shrink_prefill_kernel
 // Any K, float32 or bfloat16: a block takes an item, a warp one (row, module, rank) at a time. For the correctness runs.
 template <class T>
 __global__ void __launch_bounds__(256) shrink_any_kernel(const __grid_constant__ Params p) {
-  start_dependents();
   wait_for_previous();
+  if (p.waits_last) start_dependents();
   const TileTable table = read_tile_table(p.work.tiles);
   const int warp = warp_index(), lane = threadIdx.x % kWarp, modules = p.work.span_count;
   for (int index = blockIdx.x; index < table.item_count; index += gridDim.x) {

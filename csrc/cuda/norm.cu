@@ -29,8 +29,8 @@ struct Params {
 template <class T, bool kEmbed>
 __global__ void __launch_bounds__(kThreads) rms_norm_kernel(const Params a) {
   __shared__ float warp_squares[kThreads / kWarp];
-  start_dependents();
   wait_for_previous();
+  start_dependents();
   for (int row = blockIdx.x; row < a.rows; row += gridDim.x) {
     int64_t source = row;
     if constexpr (kEmbed) {

@@ -89,6 +89,7 @@ class CudaOps:
         self._embed_rms_norm = ops.embed_rms_norm.default
         self._skinny_gemm = ops.skinny_gemm.default
         self._skinny_gemm_planes = ops.skinny_gemm_planes.default
+        self._is_skinny_gemm_faster = ops.is_skinny_gemm_faster.default
         self._pages = None if pool is None else pool.pages
         self._ranks = None if pool is None else pool.ranks
         self._scales = None if pool is None else pool.scales
@@ -184,6 +185,10 @@ class CudaOps:
     def skinny_gemm_planes(self, outputs: int, inputs: int, tokens: int) -> int:
         """S of the planes that `skinny_gemm` writes for these shapes; 0 where it cannot run them."""
         return int(self._skinny_gemm_planes(outputs, inputs, tokens))
+
+    def is_skinny_gemm_faster(self, outputs: int, inputs: int, tokens: int) -> bool:
+        """Whether `skinny_gemm` beats cuBLAS for these shapes on an H100, as measured; it may still be able to run where not."""
+        return bool(self._is_skinny_gemm_faster(outputs, inputs, tokens))
 
     def skinny_gemm(self, x: Tensor, weight: Tensor, y: Tensor, follow: Follow = Follow.WAIT_FIRST) -> None:
         """y [S, T, N] float32 planes, or [1, T, N] bfloat16 where S is 1, of x [T, K] and weight [N, K]. Hopper only."""
