@@ -72,6 +72,8 @@ class AdapterPool:
         self._plans: OrderedDict[str, AdapterPlan] = OrderedDict()
         self._failures: OrderedDict[str, tuple[AdapterError, float]] = OrderedDict()
         self._wanted: set[str] = set()
+        self._borrow: Callable[[int], None] | None = None
+        self._page_limit = self._tier.page_count
         self._wished: OrderedDict[str, Path] = OrderedDict()  # to come, though no sequence asks for them
         self._dismissed: set[str] = set()  # to go, once nobody runs with them
         self.loads_total = 0
@@ -134,6 +136,30 @@ class AdapterPool:
     def adapts(self, adapter_id: str, module: int) -> bool:
         """Whether a resident adapter changes a linear module, by its row in `LoraPool.ranks`: the host's side of that table."""
         return bool((self._files[adapter_id].module_indices == module).any())
+
+    # ---- the border with other memory, where there is one
+
+    def borrow_from(self, lender: Callable[[int], None], page_limit: int) -> None:
+        """Where to ask for more pages: called with how many would do, it may `add_page` some.
+
+        Args:
+            page_limit: Pages that there can ever be.
+        """
+        self._borrow = lender
+        self._page_limit = page_limit
+
+    def add_page(self, page: int) -> None:
+        """One page more, which launched steps may still read as what it was."""
+        self._tier.add_page(page, self._store.mark())
+
+    def take_page(self) -> int | None:
+        """Give up a page, for which the least recently used adapter leaves where none is free; None when all are in use."""
+        if not self._tier.free_page_count:
+            victim = self._tier.oldest_idle(self._wanted)
+            if victim is None:
+                return None
+            self._evict(victim)
+        return self._tier.remove_page()
 
     # ---- AdapterMemory, as the scheduler calls it
 
@@ -272,6 +298,9 @@ class AdapterPool:
     def _claim(self, adapter_id: str, page_count: int) -> Place | None:
         """A slot and pages, pinned until they are complete, evicting only when that yields enough; None when it does not."""
         victims = self._tier.victims(page_count, self._wanted)
+        if victims is None and self._borrow is not None:
+            self._borrow(page_count)
+            victims = self._tier.victims(page_count, self._wanted)
         if victims is None:
             return None
         for victim in victims:
@@ -360,8 +389,8 @@ class AdapterPool:
         """Whether a recipe can never be resident as a whole, as far as its adapters' sizes are known."""
         files = [self._plans[adapter_id].file for adapter_id in adapter_ids if adapter_id in self._plans]
         page_count = sum(self._page_count_of(file) for file in files)
-        if page_count > self.page_count or len(adapter_ids) > self.slot_count:
-            return self._refusal(adapter_ids, page_count, self.page_count, "adapters.memory_bytes")
+        if page_count > self._page_limit or len(adapter_ids) > self.slot_count:
+            return self._refusal(adapter_ids, page_count, self._page_limit, "adapters.memory_bytes")
         largest = max((self._layout.pages_for_rank(file.rank) for file in files), default=0)
         if self._arena is not None and largest > self._arena.page_count:
             return self._refusal(adapter_ids[:1], largest, self._arena.page_count, "adapters.host_memory_bytes")

@@ -29,17 +29,18 @@ class Tier:
 
     Args:
         page_count: Pages, at least 1. slot_count: adapters at most.
+        first_page: The pages are numbered from here on.
     """
 
-    def __init__(self, page_count: int, slot_count: int) -> None:
+    def __init__(self, page_count: int, slot_count: int, first_page: int = 0) -> None:
         if page_count < 1 or slot_count < 1:
             raise ValueError(f"page_count is {page_count} and slot_count {slot_count}; both must be at least 1")
         self.page_count = page_count
         self.slot_count = slot_count
         # Stacks with the lowest number on top: pages that were never needed are never touched.
-        self._free_pages = list(range(page_count - 1, -1, -1))
+        self._free_pages = list(range(first_page + page_count - 1, first_page - 1, -1))
         self._free_slots = list(range(slot_count - 1, -1, -1))
-        self._page_fences = [0] * page_count
+        self._page_fences = dict.fromkeys(self._free_pages, 0)
         self._slot_fences = [0] * slot_count
         self._places: OrderedDict[str, Place] = OrderedDict()  # least recently used first
 
@@ -86,6 +87,13 @@ class Tier:
                 slots += 1
         return chosen if pages >= page_count and slots else None
 
+    def oldest_idle(self, wanted: Collection[str]) -> str | None:
+        """The least recently used adapter with pages that nobody pinned or wants."""
+        for adapter_id, place in self._places.items():
+            if place.pages and not place.pin_count and adapter_id not in wanted:
+                return adapter_id
+        return None
+
     def take(self, adapter_id: str, page_count: int) -> Place:
         """Give an adapter a slot and free pages, which there must be (see `victims`)."""
         if adapter_id in self._places:
@@ -104,6 +112,21 @@ class Tier:
         del self._places[adapter_id]
         self._give_back(place.slot, place.pages, fence)
         return place
+
+    def add_page(self, page: int, fence: int) -> None:
+        """One page more; `fence`: of the last step that may read what it held before."""
+        if page in self._page_fences:
+            raise ValueError(f"page {page} is here already")
+        self._page_fences[page] = fence
+        self._free_pages.append(page)
+        self.page_count += 1
+
+    def remove_page(self) -> int:
+        """One page fewer, a free one, which there must be."""
+        page = self._free_pages.pop()
+        del self._page_fences[page]
+        self.page_count -= 1
+        return page
 
     def _give_back(self, slot: int, pages: Sequence[int], fence: int) -> None:
         self._slot_fences[slot] = fence

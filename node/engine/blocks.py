@@ -12,7 +12,7 @@ import hashlib
 import struct
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 
 from node.request import AdapterTerm
@@ -50,15 +50,18 @@ class BlockPool:
         block_count: Blocks in the cache, at least 1.
         block_size: Tokens per block.
         has_prefix_cache: False: nothing is ever published, so nothing ever matches.
+        capacity: Blocks that there can ever be, where `add` may bring more; None for `block_count`.
     """
 
-    def __init__(self, block_count: int, block_size: int, has_prefix_cache: bool = True) -> None:
+    def __init__(self, block_count: int, block_size: int, has_prefix_cache: bool = True, *, capacity: int | None = None) -> None:
         if block_count < 1 or block_size < 1:
             raise ValueError(f"block_count is {block_count} and block_size is {block_size}; both must be at least 1")
         self.block_count = block_count
         self.block_size = block_size
+        self.capacity = block_count if capacity is None else capacity
         self._has_prefix_cache = has_prefix_cache
-        self._holders = [0] * block_count
+        self._borrow: Callable[[int], None] | None = None
+        self._holders = [0] * self.capacity
         # A stack with block 0 on top: low numbers are handed out first, so memory that was never needed is never touched.
         self._empty = list(range(block_count - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
@@ -74,6 +77,43 @@ class BlockPool:
     def used_count(self) -> int:
         """Blocks held by at least one sequence."""
         return self.block_count - self.free_count
+
+    def reserve(self, count: int) -> bool:
+        """Whether `allocate` can hand out this many, blocks borrowed for it included."""
+        if self.free_count < count and self._borrow is not None:
+            self._borrow(count - self.free_count)
+        return self.free_count >= count
+
+    def borrow_from(self, lender: Callable[[int], None]) -> None:
+        """Where to ask for more blocks: called with how many are missing, it may `add` some."""
+        self._borrow = lender
+
+    def add(self, blocks: Seq[int]) -> None:
+        """Blocks that are ours from now on, empty ones."""
+        self._empty.extend(reversed(blocks))
+        self.block_count += len(blocks)
+
+    def idle_units(self, unit_blocks: int) -> list[int]:
+        """Runs of `unit_blocks` blocks (unit u begins at u * unit_blocks) that nobody holds, those with fewest contents first."""
+        counts: dict[int, list[int]] = {}  # unit -> empty blocks, cached blocks
+        for index, blocks in enumerate((self._empty, self._cached)):
+            for block in blocks:
+                counts.setdefault(block // unit_blocks, [0, 0])[index] += 1
+        idle = [(cached, unit) for unit, (empty, cached) in counts.items() if empty + cached == unit_blocks]
+        return [unit for _, unit in sorted(idle)]
+
+    def withdraw(self, blocks: Seq[int]) -> bool:
+        """Give up blocks, contents forgotten; False, and nothing happens, where one of them is held or not ours."""
+        gone = set(blocks)
+        empty = gone.intersection(self._empty)
+        if any(block not in empty and block not in self._cached for block in blocks):
+            return False
+        for block in gone - empty:
+            del self._cached[block]
+            self._forget(block)
+        self._empty = [block for block in self._empty if block not in gone]
+        self.block_count -= len(gone)
+        return True
 
     def blocks_for(self, token_count: int) -> int:
         """How many blocks `token_count` tokens need."""

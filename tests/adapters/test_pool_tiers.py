@@ -29,6 +29,7 @@ LAYOUT = PageLayout([("m", 2, 3)], 4)
 RANKS = (1, 4, 5, 8, 3, 12, 2)  # of adapter 0, 1, ...: one to three pages
 TERMS = tuple(AdapterTerm(f"{index:064x}", f"/adapters/{index}", 1.0) for index in range(len(RANKS)))
 DEVICE_PAGES, HOST_PAGES = 4, 5
+OTHER = -1.0  # what somebody else keeps in a page that was lent
 
 
 def content(adapter_id, page_index):
@@ -144,6 +145,10 @@ class Device:
         kind, value = self.compute.popleft()
         if kind == "mark":
             self.reached = value
+        elif kind == "write":
+            self.tensors.pages[value] = OTHER
+        elif kind == "read":
+            assert torch.all(self.tensors.pages[value] == OTHER), "a copy overwrote what a launched step was to read"
         elif kind == "step":
             for adapter_id, pages in value.items():
                 assert len(pages) == LAYOUT.pages_for_rank(RANKS[int(adapter_id, 16)])
@@ -178,7 +183,7 @@ class Tiers(RuleBasedStateMachine):
             allocate=lambda size: torch.zeros(size, dtype=torch.uint8),
         )
         self.pool = AdapterPool(LAYOUT, self.device, self.loader, self.arena, clock=lambda: self.now_s)
-        self.waiting, self.running, self.ending = [], [], []
+        self.waiting, self.running, self.ending, self.lent = [], [], [], []
 
     @precondition(lambda self: len(self.waiting) < 6)
     @rule(first=st.sampled_from(range(len(RANKS))), others=st.lists(st.sampled_from(range(len(RANKS))), max_size=1))
@@ -219,6 +224,20 @@ class Tiers(RuleBasedStateMachine):
             self.finish()
         self.ending, self.running = self.ending + self.running[:end], self.running[end:]
 
+    @rule()
+    def lend_a_page(self):
+        page = self.pool.take_page()
+        if page is not None:
+            self.lent.append(page)
+            self.device.compute.append(("write", page))
+
+    @precondition(lambda self: self.lent)
+    @rule()
+    def take_a_page_back(self):
+        page = self.lent.pop()
+        self.device.compute.append(("read", page))
+        self.pool.add_page(page)
+
     def finish(self):
         for terms in self.ending:
             self.pool.unpin(terms)
@@ -226,9 +245,9 @@ class Tiers(RuleBasedStateMachine):
 
     @invariant()
     def no_page_has_two_owners_and_none_is_lost(self):
-        for tier in (self.pool._tier, self.arena._tier):
+        for tier, lent in ((self.pool._tier, self.lent), (self.arena._tier, [])):
             owned = [page for adapter_id in tier.ids for page in tier[adapter_id].pages]
-            assert sorted([*owned, *tier._free_pages]) == list(range(tier.page_count))
+            assert sorted([*owned, *tier._free_pages, *lent]) == list(range(tier.page_count + len(lent)))
             slots = [tier[adapter_id].slot for adapter_id in tier.ids]
             assert sorted([*slots, *tier._free_slots]) == list(range(tier.slot_count))
 
@@ -244,6 +263,8 @@ class Tiers(RuleBasedStateMachine):
 
     def teardown(self):
         """Whatever happened before: when everybody does their part, everybody gets their turn."""
+        while self.lent:
+            self.take_a_page_back()
         for _ in range(60):
             while self.loader.jobs:
                 self.loader.end_one()
