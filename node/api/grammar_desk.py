@@ -81,30 +81,37 @@ class GrammarDesk:
                 del self._waiting[tenant]
 
     async def _judge(self, text: str) -> Verdict:
+        is_fresh = self._process is None or self._process.returncode is not None
+        try:
+            return await self._ask(text)
+        except TimeoutError:
+            return _TOO_COSTLY
+        except ConnectionError:
+            if is_fresh:
+                return _TOO_COSTLY
+        # A worker that has judged other grammars may have died of what they left behind: this one gets one of its own.
+        try:
+            return await self._ask(text)
+        except (TimeoutError, ConnectionError):
+            return _TOO_COSTLY
+
+    async def _ask(self, text: str) -> Verdict:
+        """The worker's answer; whoever leaves without one ends the worker, so that the next caller cannot read it.
+
+        Raises:
+            TimeoutError: Compiling takes too long. ConnectionError: The worker died of it.
+        """
         process = self._process
         if process is None or process.returncode is not None:
             process = self._process = await self._start()
-        answered = False
-        try:
-            answer = await self._ask(process, text)
-            answered = answer is not None
-            return answer or _TOO_COSTLY
-        finally:
-            if not answered:  # late, dead, or nobody waits for the answer any more: the next grammar must not read it
-                await self.close()
-
-    async def _ask(self, process: asyncio.subprocess.Process, text: str) -> Verdict | None:
-        """The worker's answer; None when it died or took too long."""
-        if process.stdin is None or process.stdout is None:
-            return None
+        line = b""
         try:
             async with asyncio.timeout(self._limits.timeout_s):
-                process.stdin.write(msgspec.json.encode(text) + b"\n")
-                await process.stdin.drain()
-                line = await process.stdout.readline()
-        except (TimeoutError, ConnectionError):
-            return None
-        return msgspec.json.decode(line, type=Verdict) if line else None
+                line = await _exchange(process, msgspec.json.encode(text) + b"\n")
+        finally:
+            if not line:
+                await self.close()
+        return msgspec.json.decode(line, type=Verdict)
 
     async def _start(self) -> asyncio.subprocess.Process:
         """Start a worker and wait until it is ready, which does not count as a grammar's time."""
@@ -136,3 +143,14 @@ class GrammarDesk:
                 retry_after_s=5.0,
             )
         return process
+
+
+async def _exchange(process: asyncio.subprocess.Process, line: bytes) -> bytes:
+    if process.stdin is None or process.stdout is None:
+        raise ConnectionError("the worker has no pipes")
+    process.stdin.write(line)
+    await process.stdin.drain()
+    answer = await process.stdout.readline()
+    if not answer:
+        raise ConnectionError("the worker died")
+    return answer

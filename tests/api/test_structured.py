@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 
 import pytest
 
-from node.api import grammar_desk
 from node.api.grammar_desk import GrammarDesk, GrammarLimits
 from node.api.schema_limits import check_schema
 from node.errors import GrammarError, OverloadedError
@@ -194,6 +192,13 @@ async def test_worker_that_crashes_is_replaced(make_desk):
     await desk.check("t", 'start: "a"', "p")
 
 
+async def test_grammar_is_not_blamed_for_what_an_earlier_one_did_to_the_worker(make_desk):
+    desk = make_desk()
+    await desk.check("t", 'start: "a"', "p")
+    desk._process.kill()
+    await desk.check("t", 'start: "b"', "p")
+
+
 async def test_grammar_that_takes_too_long_is_given_up(make_desk):
     desk = make_desk(timeout_s=1e-9)
     with pytest.raises(GrammarError) as caught:
@@ -236,4 +241,3 @@ async def test_memory_of_the_worker_is_bounded(make_desk):
     desk = make_desk(memory_bytes=64 << 20)
     with pytest.raises(OverloadedError):
         await desk.check("t", 'start: "a"', "p")
-    assert grammar_desk.sys is sys
