@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import msgspec
+
 from node.api.fields import Fields, shown
 from node.api.generation import Generation, Limits, NamedTerm, Prompt
 from node.api.merge_fields import read_adapters
@@ -18,7 +20,7 @@ from node.api.sampling_fields import (
     refuse_templates,
 )
 from node.api.structured_fields import read_constraint
-from node.errors import ContextLengthError, RequestError
+from node.errors import ContextLengthError, RequestError, UnsupportedError
 
 
 def read_completion(body: dict[str, Any], limits: Limits, random_source: random.Random) -> Generation:
@@ -26,13 +28,12 @@ def read_completion(body: dict[str, Any], limits: Limits, random_source: random.
 
     Raises:
         RequestError: A field is missing, of the wrong type or out of its range.
-        UnsupportedError: suffix, echo, client templates. GrammarError: See `structured_fields`.
+        UnsupportedError: suffix, client templates, alternatives of echoed tokens. GrammarError: See `structured_fields`.
     """
     fields = Fields(body)
     model = read_model(fields)
     prompts = read_prompts(fields, limits)
     fields.refuse("suffix", "", remedy="put the whole context into `prompt`")
-    fields.refuse("echo", False, remedy="prepend the prompt yourself")
     refuse_templates(fields)
     constraint = read_constraint(fields)
     is_stream, has_usage_chunk = read_stream(fields)
@@ -40,12 +41,15 @@ def read_completion(body: dict[str, Any], limits: Limits, random_source: random.
     source, token = read_source(fields)
     logprobs = fields.integer("logprobs", 0, limits.max_logprobs)
     top_logprobs = -1 if logprobs is None else logprobs
+    echoes = _read_echo(fields, top_logprobs, is_stream=is_stream)
     choice_count = read_choice_count(fields, limits)
     answers = choice_count * len(prompts)
     if answers > limits.max_sequences:
         raise RequestError(f"`prompt` and `n` ask for {answers} answers; the limit is {limits.max_sequences}", param="n")
-    max_new_tokens = read_max_tokens(fields, "max_tokens")
-    sampling = read_sampling(fields, limits, random_source, top_logprobs)
+    max_new_tokens = read_max_tokens(fields, "max_tokens", minimum=0 if echoes else 1)
+    sampling = msgspec.structs.replace(
+        read_sampling(fields, limits, random_source, top_logprobs), prompt_logprobs=echoes and top_logprobs >= 0
+    )
     stop = read_stop(fields, "stop", limits)
     fields.label("user")
     return Generation(
@@ -62,11 +66,25 @@ def read_completion(body: dict[str, Any], limits: Limits, random_source: random.
         is_stream=is_stream,
         has_usage_chunk=has_usage_chunk,
         top_logprobs=top_logprobs,
+        has_prompt_text=echoes,
         constraint=constraint,
         merge=None if merged is None else merged[1],
         lists_adapters=fields.raw("adapters") is not None,
         warnings=tuple(fields.unknown()),
     )
+
+
+def _read_echo(fields: Fields, top_logprobs: int, *, is_stream: bool) -> bool:
+    """Whether the prompt comes back before the answer, with log-probabilities of its own tokens where those are asked for."""
+    echoes = fields.boolean("echo")
+    if echoes and top_logprobs > 0:
+        raise UnsupportedError(
+            f"`logprobs` {top_logprobs} with `echo` is not supported: prompt tokens have no alternatives here; send 0",
+            param="logprobs",
+        )
+    if echoes and is_stream and top_logprobs >= 0:
+        raise UnsupportedError("`echo` with `logprobs` is not streamed; leave `stream` out", param="stream")
+    return echoes
 
 
 def read_prompts(fields: Fields, limits: Limits, key: str = "prompt") -> tuple[Prompt, ...]:

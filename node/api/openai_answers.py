@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ class OpenAiAnswers:
     tokenizer: TextTokenizer
     created_s: int
     model: str
+    echoed: set[int] = field(default_factory=set, init=False, repr=False)  # choices whose prompt has left
     readers: dict[int, ToolCallReader] = field(default_factory=dict, init=False, repr=False)  # by choice
 
     def whole(self, texts: list[str], tokens: list[list[TextToken]], receipt: dict[str, Any]) -> dict[str, Any]:
@@ -60,7 +62,9 @@ class OpenAiAnswers:
         logprobs = self._logprobs(list(piece.tokens), text_offset) if piece.tokens else None
         entry: dict[str, Any] = {"index": piece.choice_index, "logprobs": logprobs, "finish_reason": finish}
         if not self._is_chat:
-            entry["text"] = piece.text
+            is_first = text_offset == 0 and piece.choice_index not in self.echoed
+            entry["text"] = (self._echo(self.exchange.choices[piece.choice_index]) if is_first else "") + piece.text
+            self.echoed.add(piece.choice_index)
             return {**self._frame("text_completion"), "choices": [entry]}
         if self.generation.calls is None:
             entry["delta"] = {"content": piece.text} if piece.text or finish is None else {}
@@ -123,9 +127,13 @@ class OpenAiAnswers:
 
     def _choice(self, choice: Choice, text: str, tokens: list[TextToken]) -> dict[str, Any]:
         finish = _FINISH[choice.finish_reason or "stop"]
-        entry: dict[str, Any] = {"index": choice.index, "logprobs": self._logprobs(tokens, 0), "finish_reason": finish}
         if not self._is_chat:
-            return {**entry, "text": text}
+            echo = self._echo(choice)
+            logprobs = self._logprobs(tokens, len(echo))
+            if echo and logprobs is not None:
+                logprobs = self._with_prompt(choice, logprobs)
+            return {"index": choice.index, "logprobs": logprobs, "finish_reason": finish, "text": echo + text}
+        entry: dict[str, Any] = {"index": choice.index, "logprobs": self._logprobs(tokens, 0), "finish_reason": finish}
         if self.generation.calls is None:
             return {**entry, "message": {"role": "assistant", "content": text, "refusal": None}}
         read = self._read_calls(choice.index, text, is_last=True)
@@ -161,4 +169,23 @@ class OpenAiAnswers:
             "token_logprobs": [token.drawn.logprob for token in tokens],
             "top_logprobs": top if self.generation.top_logprobs > 0 else None,
             "text_offset": offsets,
+        }
+
+    def _echo(self, choice: Choice) -> str:
+        """The prompt's text, where `echo` asks for it."""
+        if not self.generation.has_prompt_text:
+            return ""
+        prompt = self.generation.prompts[choice.prompt_index]
+        return prompt.text if prompt.text is not None else self.tokenizer.decode(list(prompt.token_ids or ()))
+
+    def _with_prompt(self, choice: Choice, logprobs: dict[str, Any]) -> dict[str, Any]:
+        """The prompt's tokens before the answer's. The first has no log-probability: nothing came before it."""
+        ids = self.exchange.opening.prompts[choice.prompt_index]
+        texts = [self.tokenizer.token_text(token_id) for token_id in ids]
+        offsets = [0, *itertools.accumulate(len(text) for text in texts[:-1])]
+        return {
+            "tokens": [*texts, *logprobs["tokens"]],
+            "token_logprobs": [*(choice.prompt_logprobs or (None,) * len(ids)), *logprobs["token_logprobs"]],
+            "top_logprobs": None,
+            "text_offset": [*offsets, *logprobs["text_offset"]],
         }

@@ -13,9 +13,9 @@ _MAX_SEED = (1 << 63) - 1
 _MAX_TOKENS_FIELD = (1 << 31) - 1
 
 
-def read_max_tokens(fields: Fields, *keys: str) -> int | None:
+def read_max_tokens(fields: Fields, *keys: str, minimum: int = 1) -> int | None:
     """The first of `keys` that is given. Whether it fits the context is known only once the prompt is tokenized."""
-    values = [fields.integer(key, 1, _MAX_TOKENS_FIELD) for key in keys]
+    values = [fields.integer(key, minimum, _MAX_TOKENS_FIELD) for key in keys]
     return next((value for value in values if value is not None), None)
 
 

@@ -138,7 +138,6 @@ CASES = {
     "best_of below n": (*completion(n=3, best_of=2), 400, "best_of"),
     "best_of above n": (*completion(n=1, best_of=2), 400, "best_of"),
     "suffix": (*completion(suffix="x"), 400, "suffix"),
-    "echo": (*completion(echo=True), 400, "echo"),
     "temperature -1": (*chat(temperature=-1), 400, "temperature"),
     "temperature 3": (*chat(temperature=3), 400, "temperature"),
     "temperature word": (*chat(temperature="hot"), 400, "temperature"),

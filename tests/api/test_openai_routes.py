@@ -223,3 +223,55 @@ async def test_admission_failure_runs_nothing(bench, client, ledger_fault):
     assert answer.status == 503
     assert bench.engine.submits == []
     assert bench.books.closed == []
+
+
+# ---- echo
+
+
+async def test_completion_echo_puts_the_prompt_before_the_answer(client):
+    body = {**COMPLETION, "prompt": ["hi", "yo"], "echo": True}
+    answer = await (await client.post("/v1/completions", json=body)).json()
+
+    assert [choice["text"] for choice in answer["choices"]] == ["hihello world", "yohello world"]
+
+
+async def test_completion_echo_of_token_ids_is_their_text(bench, client):
+    body = {**COMPLETION, "prompt": bench.tokenizer.encode("hi you"), "echo": True}
+    answer = await (await client.post("/v1/completions", json=body)).json()
+
+    assert answer["choices"][0]["text"] == "hi youhello world"
+
+
+async def test_completion_echo_with_logprobs_scores_the_prompt_too(bench, client):
+    body = {**COMPLETION, "prompt": "hi you", "echo": True, "logprobs": 0}
+    choice = (await (await client.post("/v1/completions", json=body)).json())["choices"][0]
+
+    count = len(bench.tokenizer.encode("hi you"))
+    logprobs = choice["logprobs"]
+    assert logprobs["token_logprobs"][:count] == [None, *[-1.0] * (count - 1)]
+    assert logprobs["text_offset"][count] == len("hi you")
+    assert "".join(logprobs["tokens"][:count]) == "hi you"
+    assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == len(logprobs["text_offset"])
+    assert bench.engine.submits[0].sampling.prompt_logprobs
+
+
+async def test_completion_echo_of_no_new_tokens_is_allowed(bench, client):
+    bench.engine.answer_ids = []
+    answer = await client.post("/v1/completions", json={**COMPLETION, "echo": True, "max_tokens": 0, "logprobs": 0})
+
+    assert answer.status == 200
+    assert bench.engine.submits[0].sampling.max_new_tokens == 0
+
+
+async def test_completion_echo_streams_the_prompt_once(client):
+    answer = await client.post("/v1/completions", json={**COMPLETION, "echo": True, "stream": True})
+    texts = [event["choices"][0]["text"] for event in events_of(await answer.text()) if event != "[DONE]" and event["choices"]]
+
+    assert "".join(texts) == "hihello world"
+
+
+@pytest.mark.parametrize("extra", [{"logprobs": 2}, {"logprobs": 0, "stream": True}])
+async def test_completion_echo_beyond_what_is_computed_is_refused_by_name(client, extra):
+    answer = await client.post("/v1/completions", json={**COMPLETION, "echo": True, **extra})
+
+    assert (answer.status, (await answer.json())["error"]["code"]) == (400, "param_not_supported")

@@ -59,6 +59,32 @@ def answer_schemas() -> dict[str, Schema]:
         "ChatCompletion": _openai("chat.completion", _chat_choice()),
         "Completion": _openai("text_completion", _completion_choice()),
         "LoraxAnswer": _lorax(),
+        "Embeddings": record(
+            "One unit vector a text.",
+            {
+                "object": text("", choices=("list",)),
+                "data": items("In the order of the texts.", {"type": "object"}, min_items=1),
+                "embeddings": items("The same, under LoRAX's name.", {"type": "object"}, min_items=1),
+                "model": text("The adapter's name or the base model's."),
+                "usage": record("Token counts.", {"prompt_tokens": integer("", 0), "total_tokens": integer("", 0)}),
+                "openlora": reference("Proof"),
+            },
+            required=("object", "data", "model", "usage", "openlora"),
+        ),
+        "LoraxEmbedding": record(
+            "One unit vector.",
+            {"embeddings": items("Its components.", {"type": "number"}, min_items=1), "openlora": reference("Proof")},
+            required=("embeddings", "openlora"),
+        ),
+        "Loaded": record(
+            "SGLang's answer to loading and unloading.",
+            {
+                "success": boolean("Whether it was done."),
+                "error_message": optional(text("Why not.")),
+                "loaded_adapters": {"type": "object", "description": "Names to content hashes, as the caller sees them."},
+            },
+            required=("success", "error_message", "loaded_adapters"),
+        ),
         "Model": _model(),
         "ModelList": record(
             "Everything this caller may use.",

@@ -46,7 +46,7 @@ def build_document(limits: Limits, version: str) -> dict[str, Any]:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "security": [{"key": []}],
-        "paths": {**_openai_paths(), **_lorax_paths(), **_model_paths(), **_status_paths()},
+        "paths": {**_openai_paths(), **_lorax_paths(), **_model_paths(), **_adapter_paths(), **_status_paths()},
         "components": {
             "schemas": {**request_schemas(limits), **answer_schemas()},
             "securitySchemes": {
@@ -61,8 +61,37 @@ def _openai_paths() -> dict[str, Any]:
         "/v1/chat/completions": {
             "post": _generation("chat", "Answer a conversation", "ChatRequest", reference("ChatCompletion"), _OPENAI_ERRORS)
         },
+        "/v1/embeddings": {
+            "post": _posting(
+                "embeddings",
+                "Embeddings of texts",
+                "EmbeddingRequest",
+                {"application/json": reference("Embeddings")},
+                _OPENAI_ERRORS,
+            )
+        },
         "/v1/completions": {
             "post": _generation("completion", "Continue a text", "CompletionRequest", reference("Completion"), _OPENAI_ERRORS)
+        },
+    }
+
+
+def _adapter_paths() -> dict[str, Any]:
+    done: dict[str, Any] = {"text/plain": {"type": "string"}}
+    spoken: dict[str, Any] = {"application/json": reference("Loaded")}
+    refused = {"400": {"description": "It was not done.", "content": {"application/json": {"schema": reference("Loaded")}}}}
+    return {
+        "/v1/load_lora_adapter": {
+            "post": _posting("load", "Give an adapter a name and load it", "LoadRequest", done, _OPENAI_ERRORS)
+        },
+        "/v1/unload_lora_adapter": {
+            "post": _posting("unload", "Take a name back and free its memory", "UnloadRequest", done, _OPENAI_ERRORS)
+        },
+        "/load_lora_adapter": {
+            "post": _posting("loadSglang", "The same, SGLang's words", "LoadRequest", spoken, _OPENAI_ERRORS, refused)
+        },
+        "/unload_lora_adapter": {
+            "post": _posting("unloadSglang", "The same, SGLang's words", "UnloadRequest", spoken, _OPENAI_ERRORS, refused)
         },
     }
 
@@ -79,8 +108,21 @@ def _lorax_paths() -> dict[str, Any]:
         "/generate": {"post": _generation("generate", "Generate", "LoraxRequest", whole, _LORAX_ERRORS, has_stream=False)},
         "/generate_stream": {"post": _generation("generateStream", "Generate, as events", "LoraxRequest", None, _LORAX_ERRORS)},
         "/tokenize": {
-            "post": _posting("tokenize", "Cut a text into tokens", "TokenizeRequest", {"application/json": reference("Tokens")})
+            "post": _posting(
+                "tokenize", "Cut a text into tokens", "TokenizeRequest", {"application/json": reference("Tokens")}, _LORAX_ERRORS
+            )
         },
+        "/embed": {
+            "post": _posting(
+                "embed",
+                "A text's embedding",
+                "LoraxEmbedRequest",
+                {"application/json": reference("LoraxEmbedding")},
+                _LORAX_ERRORS,
+            )
+        },
+        "/classify": {"post": _refused("classify")},
+        "/classify_batch": {"post": _refused("classifyBatch")},
     }
 
 
@@ -120,18 +162,35 @@ def _generation(
 ) -> dict[str, Any]:
     content: dict[str, Any] = {} if whole is None else {"application/json": {"schema": whole}}
     if has_stream:
-        content["text/event-stream"] = {"schema": {"type": "string", "description": "One JSON object a `data:` line."}}
+        content["text/event-stream"] = {"schema": {"description": "Events; the data of each is one JSON object, or [DONE]."}}
     shape = "LoraxError" if errors is _LORAX_ERRORS else "OpenAiError"
     responses = {"200": {"description": "The answer, with its receipt.", "content": content}}
     responses |= {status: _error(status, errors, shape) for status in errors if status != "501"}
     return {**_operation(name, summary, responses), "requestBody": _body(body)}
 
 
-def _posting(name: str, summary: str, body: str, content: dict[str, Schema]) -> dict[str, Any]:
-    responses = {"200": {"description": "The answer.", "content": {kind: {"schema": found} for kind, found in content.items()}}}
-    statuses = ("400", "401", "408", "413", "415", "422", "429")
-    responses |= {status: _error(status, _LORAX_ERRORS, "LoraxError") for status in statuses}
+def _posting(
+    name: str,
+    summary: str,
+    body: str,
+    content: dict[str, Schema],
+    errors: dict[str, str],
+    refused: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    whole = {"description": "The answer.", "content": {kind: {"schema": found} for kind, found in content.items()}}
+    shape = "LoraxError" if errors is _LORAX_ERRORS else "OpenAiError"
+    responses = {
+        "200": whole,
+        **{status: _error(status, errors, shape) for status in errors if status != "501"},
+        **(refused or {}),
+    }
     return {**_operation(name, summary, responses), "requestBody": _body(body)}
+
+
+def _refused(name: str) -> dict[str, Any]:
+    """A route of LoRAX's for models of another kind."""
+    responses = {status: _error(status, _LORAX_ERRORS, "LoraxError") for status in ("401", "429", "501")}
+    return _operation(name, "Needs a model with a classification head; refused by name", responses)
 
 
 def _reading(name: str, summary: str, schema: Schema, statuses: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from attribution.record import SIGN_METHODS
 from node.adapters.locations import SOURCES
 from node.api.generation import Limits
 from node.api.merge_fields import MAX_WEIGHT, STRATEGIES
+from node.api.openapi.forms import choice_fields, form_schemas, structured_fields, tool_fields
 from node.api.openapi.shapes import Schema, boolean, integer, items, number, optional, optionals, record, reference, text
 
 _MAX_TOKENS = (1 << 31) - 1
@@ -27,6 +28,10 @@ def request_schemas(limits: Limits) -> dict[str, Schema]:
             },
             required=("inputs",),
         ),
+        "EmbeddingRequest": _embedding(limits),
+        "LoraxEmbedRequest": _embed(limits),
+        "LoadRequest": _load(),
+        "UnloadRequest": record("Take a name back.", {"lora_name": _adapter_name("The name.")}, required=("lora_name",)),
         "MergedAdapters": _merge(limits),
         "AdapterTerm": record(
             "One adapter of a request.",
@@ -38,7 +43,12 @@ def request_schemas(limits: Limits) -> dict[str, Schema]:
             is_open=False,
         )
         | {"oneOf": [{"required": ["model"]}, {"required": ["adapter_id"]}]},
+        **form_schemas(limits),
     }
+
+
+def _adapter_name(description: str) -> Schema:
+    return text(description, min_chars=1, max_chars=_NAME_CHARS)
 
 
 def _model() -> Schema:
@@ -117,7 +127,7 @@ def _chat(limits: Limits) -> Schema:
             **_choices(limits),
             **_sampling(limits),
             **_streaming(),
-            **optionals(_source_fields()),
+            **optionals({**structured_fields(), **tool_fields(), **_source_fields()}),
             **_adapters(limits),
         },
         required=("model", "messages"),
@@ -125,29 +135,19 @@ def _chat(limits: Limits) -> Schema:
 
 
 def _completion(limits: Limits) -> Schema:
-    token = {"type": "integer", "minimum": 0, "maximum": limits.vocab_size - 1}
-    prompt = {"type": "string", "minLength": 1}
-    ids = {"type": "array", "items": token, "minItems": 1, "maxItems": limits.max_model_len - 1}
     return record(
         "OpenAI's completion request.",
         {
             "model": _model(),
-            "prompt": {
-                "description": "A text, token ids, or several of one kind.",
-                "anyOf": [
-                    prompt,
-                    ids,
-                    {"type": "array", "items": prompt, "minItems": 1, "maxItems": limits.max_prompts},
-                    {"type": "array", "items": ids, "minItems": 1, "maxItems": limits.max_prompts},
-                ],
-            },
+            "prompt": _prompts(limits),
+            "echo": optional(boolean("The prompt before the answer; with `logprobs` 0 its tokens are scored too.")),
             "max_tokens": optional(integer("Tokens of each answer at most; default 16.", 1, _MAX_TOKENS)),
             "logprobs": optional(integer("Alternatives for each token.", 0, limits.max_logprobs)),
             "stop": _stop(limits),
             **_choices(limits),
             **_sampling(limits),
             **_streaming(),
-            **optionals(_source_fields()),
+            **optionals({**structured_fields(), **_source_fields()}),
             **_adapters(limits),
         },
         required=("model", "prompt"),
@@ -181,6 +181,63 @@ def _merge_options() -> dict[str, Schema]:
 def _adapters(limits: Limits) -> dict[str, Schema]:
     listed = items("Adapters of the base model, instead of one in `model`.", reference("AdapterTerm"), min_items=1)
     return {"adapters": optional(listed | {"maxItems": limits.max_terms}), **_merge_options()}
+
+
+def _prompts(limits: Limits) -> Schema:
+    token = {"type": "integer", "minimum": 0, "maximum": limits.vocab_size - 1}
+    prompt = {"type": "string", "minLength": 1}
+    ids = {"type": "array", "items": token, "minItems": 1, "maxItems": limits.max_model_len - 1}
+    return {
+        "description": "A text, token ids, or several of one kind.",
+        "anyOf": [
+            prompt,
+            ids,
+            {"type": "array", "items": prompt, "minItems": 1, "maxItems": limits.max_prompts},
+            {"type": "array", "items": ids, "minItems": 1, "maxItems": limits.max_prompts},
+        ],
+    }
+
+
+def _embedding(limits: Limits) -> Schema:
+    return record(
+        "OpenAI's embedding request.",
+        {
+            "model": _model(),
+            "input": _prompts(limits),
+            **optionals(
+                {
+                    "encoding_format": choice_fields("How vectors are written; default float.", "float", "base64"),
+                    "user": text("For the caller's own use.", max_chars=256),
+                    **_source_fields(),
+                }
+            ),
+        },
+        required=("model", "input"),
+    )
+
+
+def _embed(limits: Limits) -> Schema:
+    parameters = record("All optional.", optionals({"adapter_id": _adapter_name("An adapter."), **_source_fields()}))
+    return record(
+        "LoRAX's embedding request.",
+        {
+            "inputs": text("The text.", min_chars=1, max_chars=limits.max_text_chars),
+            "parameters": optional(parameters),
+        },
+        required=("inputs",),
+    )
+
+
+def _load() -> Schema:
+    return record(
+        "Give an adapter a name of the caller's own, and bring it into memory.",
+        {
+            "lora_name": text("The new name.", min_chars=1, max_chars=96),
+            "lora_path": _adapter_name("What it stands for: a name, location or content hash."),
+            **optionals({"load_inplace": boolean("Look it up anew and replace what the name stood for."), **_source_fields()}),
+        },
+        required=("lora_name", "lora_path"),
+    )
 
 
 def _merge(limits: Limits) -> Schema:
@@ -227,6 +284,7 @@ def _lorax(limits: Limits) -> Schema:
                 }
             ),
             "merged_adapters": optional(reference("MergedAdapters")),
+            "response_format": optional(reference("ResponseFormat")),
             "stop": _stop(limits),
         },
     )
