@@ -107,7 +107,8 @@ class GgufAdapterFile:
             values = raw.view(NUMPY_TYPES[tensor.quantisation.name]).reshape(tensor.shape)
         else:
             rows = raw.reshape(tensor.shape[0], -1)
-            values = np.asarray(dequantize(rows, tensor.quantisation), dtype=np.float32).reshape(tensor.shape)
+            with np.errstate(all="ignore"):  # infinite scales are found by whoever looks for NaN, and refused there
+                values = np.asarray(dequantize(rows, tensor.quantisation), dtype=np.float32).reshape(tensor.shape)
         if source.head_count:
             values = _unpermuted(values, source.head_count)
         return np.ascontiguousarray(values.T if source.is_transposed else values)

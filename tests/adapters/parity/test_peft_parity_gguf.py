@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,26 @@ def test_every_truncation_is_refused(base, tmp_path):
 
         with pytest.raises(AdapterInvalidError):
             llama.verify(broken)
+
+
+def test_no_damage_is_more_than_a_refusal(base, tmp_path):
+    """Bytes of header and data changed at random: an adapter or a refusal, never another error."""
+    llama = base()
+    directory = llama.adapter("gguf-damage", r=32, target_modules=["q_proj"])
+    file = convert(directory, tmp_path / "g", kind=TYPES.Q8_0) / "adapter.gguf"
+    whole, generator, messages = file.read_bytes(), random.Random(4), []
+    for _ in range(400):
+        damaged = bytearray(whole)
+        for _ in range(generator.choice([1, 2, 5])):
+            damaged[generator.randrange(min(700, len(damaged)))] = generator.choice([0, 255, generator.randrange(256)])
+        file.write_bytes(damaged)
+        try:
+            llama.verify(file.parent)
+        except AdapterInvalidError as error:
+            messages.append(error.message)
+
+    assert len(messages) > 200
+    assert not any(str(tmp_path) in message for message in messages)
 
 
 def test_two_gguf_files_are_refused(base, tmp_path):
