@@ -9,7 +9,7 @@
 // Sums: the warp's slice, then warp w + warp w + 4, then warps 0 to 3 in order, then the blocks in order through distributed
 // shared memory. No atomics, nothing to clear, and a row's bits do not depend on its tile.
 //
-// Shared memory: G * 16 * (20 * 4 + 16 * 2) * 4 bytes: 21.5 KB at G = 3. Bytes: items * G * 16 * K * 2 of A from memory, x from
+// Shared memory: G * 16 * (18 * 4 + 16) * 4 bytes: 16.5 KB at G = 3, which fits beside the skinny GEMM. Bytes: items * G * 16 * K * 2 of A from memory, x from
 // the cache. Bound by memory: qkv at D = 64, K = 4096: 25 MB, 8.1 us at 3.1 TB/s.
 //
 // Prefill (tiles of up to 64 rows, thousands of rows): a block takes an item, a warp 16 of its rows and all of k in order; the
@@ -25,7 +25,7 @@ constexpr int kWarps = 8;         // of a block in decode
 constexpr int kPrefillWarps = 4;  // 16 rows each
 constexpr int kStep = 32;         // k of one lane load: 4 lanes of 8
 constexpr int kTiles = 2;         // n tiles of 8 rows a warp multiplies at a time
-constexpr int kRowFloats = 20;    // 16 ranks and a pad: the fragment's stores meet no bank twice
+constexpr int kRowFloats = 18;    // 16 ranks and a pad: the fragment's stores meet no bank more than twice
 
 struct Params {
   const void* x;
@@ -178,7 +178,7 @@ __device__ __forceinline__ void gather_warps(const float (&acc)[G][kTiles][4], f
 template <int G, int CL, int U>
 __global__ void __launch_bounds__(kWarps* kWarp, 2) shrink_kernel(const __grid_constant__ Params p) {
   __shared__ float slots[4 * G * kTiles * 8 * kRowFloats];
-  __shared__ float sums[2][G * kTiles * 8 * kPageRank];
+  __shared__ float sums[G * kTiles * 8 * kPageRank];
   if (p.waits_last) start_dependents();
   const int rank = CL > 1 ? static_cast<int>(cluster_rank()) : 0;
   const int steps = p.inputs / kStep, slice = (steps + CL * kWarps - 1) / (CL * kWarps);
@@ -200,13 +200,14 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) shrink_kernel(const __grid_c
     wait_for_previous();
     start_dependents();
   }
-  for (int parity = 0; index < table.item_count; index += stride, parity ^= 1) {
+  bool has_shared = false;  // others may still read our sums
+  for (; index < table.item_count; index += stride) {
     const Item now = item;
     float acc[G][kTiles][4] = {};
     multiply_slice<G, U, true>(acc, pages, PageView<G>(p, now.entry), RowView(p, table, now, 0), now.rows, p.inputs, first, last);
     if (index + stride < table.item_count) fetch(index + stride);  // its pages arrive while this item is summed
     gather_warps<G>(acc, slots, now.rows);
-    float* mine = sums[parity];
+    if (CL > 1 && has_shared) cluster_wait();
     const int values = now.rows * kPageRank;  // of one module
     for (int i = threadIdx.x; i < G * values; i += blockDim.x) {
       const int m = i / values, r = i % values / kPageRank;
@@ -214,7 +215,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) shrink_kernel(const __grid_c
       float sum = place[0];
 #pragma unroll
       for (int w = 1; w < 4; ++w) sum += place[w * G * kTiles * 8 * kRowFloats];
-      mine[i] = sum;
+      sums[i] = sum;
     }
     if constexpr (CL > 1) {
       cluster_arrive();
@@ -227,18 +228,18 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) shrink_kernel(const __grid_c
       float sum = 0.f;
       if constexpr (CL > 1) {
 #pragma unroll
-        for (int c = 0; c < CL; ++c) sum += load_remote(remote_address(mine + i, c));
+        for (int c = 0; c < CL; ++c) sum += load_remote(remote_address(sums + i, c));
       } else {
-        sum = mine[i];
+        sum = sums[i];
       }
       store_value(p, now, G, i / values, i % values / kPageRank, i % kPageRank, sum);
     }
     __syncwarp();
+    if constexpr (CL > 1) cluster_arrive();
+    else __syncthreads();
+    has_shared = true;
   }
-  if constexpr (CL > 1) {  // nobody leaves while another reads its sums
-    cluster_arrive();
-    cluster_wait();
-  }
+  if (CL > 1 && has_shared) cluster_wait();  // nobody leaves while another reads its sums
   if (p.waits_last) wait_for_previous();
 }
 
