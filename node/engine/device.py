@@ -102,6 +102,7 @@ def _open_cuda(
         scale=spec.head_dim**-0.5,
         max_batch=buckets_for(sizes.max_sequences)[-1],
         max_context=spec.max_model_len,
+        windows=tuple(dict.fromkeys(spec.windows)),
     )
     attention, choice = open_attention(settings.attention, shape, device, is_deterministic=settings.deterministic)
     logger.info("attention by %s: %s", choice.name, choice.reason)

@@ -44,7 +44,7 @@ def step_shape(work: Sequence[Work]) -> StepShape:
     """Measure a plan."""
     counts = [item.count for item in work]
     max_query = max(counts)
-    is_decode = max_query == 1 and not any(item.wants_prompt_logprobs for item in work)
+    is_decode = max_query == 1 and not any(item.wants_prompt_logprobs or item.embeds for item in work)
     return StepShape(
         rows=sum(counts),
         sequences=len(work),
@@ -124,7 +124,7 @@ def write_rows(
     pending: Mapping[int, int],
     own: int,
 ) -> None:
-    """Write any number of rows a sequence. See `write_decode`."""
+    """Write any number of rows a sequence, padding behind them where the layout has room. See `write_decode`."""
     row = 0
     host[layout.query_start] = 0
     for index, item in enumerate(work):
@@ -143,9 +143,18 @@ def write_rows(
         host[layout.query_start + index + 1] = end
         host[layout.context_lens + index] = item.start + item.count
         row = end
+    pad_rows(host, layout, row, len(work), own)
     if shape.logit_rows is not None:
         host[layout.logits : layout.logits + len(shape.logit_rows)] = shape.logit_rows
     _write_tables(host, layout, work)
+
+
+def pad_rows(host: Ints, layout: BlockLayout, rows: int, sequences: int, own: int) -> None:
+    """Rows of no sequence and sequences of no rows, up to the layout's."""
+    for at, padding in ((layout.tokens, 0), (layout.sources, own), (layout.positions, 0), (layout.kv_slots, -1)):
+        host[at + rows : at + layout.rows] = padding
+    host[layout.query_start + sequences + 1 : layout.query_start + layout.sequences + 1] = rows
+    host[layout.context_lens + sequences : layout.context_lens + layout.sequences] = 0
 
 
 def _write_tables(host: Ints, layout: BlockLayout, work: Sequence[Work]) -> None:

@@ -14,9 +14,17 @@ import torch
 from torch import Tensor
 
 from node.engine.batch import side_groups
-from node.engine.device_batch import StepShape, pending_places, recipes_of, step_shape, write_decode, write_rows
+from node.engine.device_batch import (
+    StepShape,
+    pad_rows,
+    pending_places,
+    recipes_of,
+    step_shape,
+    write_decode,
+    write_rows,
+)
 from node.engine.device_sampler import DeviceDraw, DeviceSampler
-from node.engine.graphs import Adapted, DecodeGraphs, GraphKey, buckets_for
+from node.engine.graphs import ROW_BUCKETS, Adapted, GraphKey, StepGraphs, buckets_for
 from node.engine.runner import (
     LogitsWatcher,
     MaskSource,
@@ -114,8 +122,10 @@ class DeviceRunner:
         self._watch_logits = watch_logits
         self._width = -(-sizes.max_model_len // kv.block_size)
         buckets = buckets_for(sizes.max_sequences)
-        self._graphs = DecodeGraphs(self._run_decode, buckets, is_recording=has_graphs)
+        row_buckets = [rows for rows in ROW_BUCKETS if rows <= sizes.max_batch_tokens] if kernels.has_static_prefill else []
+        self._graphs = StepGraphs(self._run, buckets, row_buckets, is_recording=has_graphs)
         self._layouts = {bucket: BlockLayout.of(bucket, bucket, 0, self._width) for bucket in buckets}
+        self._row_layouts = {rows: BlockLayout.of(rows, buckets[-1], buckets[-1], self._width) for rows in row_buckets}
         self._block = StepBlock(buckets[-1], self._capacity(), kernels.device)
         self._sampler = DeviceSampler(sizes.vocab_size, buckets[-1], kernels.device)
         self._choice = self._sampler.new_choice(buckets[-1])
@@ -139,7 +149,15 @@ class DeviceRunner:
             host[layout.sources : layout.sources + bucket] = self._block.source_of_own(layout.tokens)
             self._block.send(layout.tiles + 16)
             for adapted in (Adapted.NOTHING, Adapted.LAYERS):
-                self._graphs.step((bucket, adapted))
+                self._graphs.step(GraphKey(bucket, adapted))
+        for rows in reversed(self._graphs.row_buckets):
+            layout = self._row_layouts[rows]
+            host = self._block.begin(layout.tiles + 16)
+            host[: layout.tiles + 16] = 0
+            pad_rows(host, layout, 0, 0, self._block.source_of_own(layout.tokens))
+            self._block.send(layout.tiles + 16)
+            for adapted in (Adapted.NOTHING, Adapted.LAYERS):
+                self._graphs.step(GraphKey(rows, adapted, is_decode=False))
 
     # ---- launch
 
@@ -148,8 +166,9 @@ class DeviceRunner:
         """Start the forward pass. See `StepRunner`."""
         shape = step_shape(work)
         side = side_groups(work, self._adapters.slot_of, self._adapters.tensors)
-        is_static = shape.is_decode and side is None and self._kernels.takes_tiles and not any(item.embeds for item in work)
-        flight = self._decode(work) if is_static else None
+        flight = None
+        if side is None and self._kernels.takes_tiles:
+            flight = self._decode(work) if shape.is_decode else self._recorded_rows(work, shape)
         if flight is None:
             flight = self._launch_rows(work, shape, side)
         if self._watch_logits is not None:
@@ -171,7 +190,7 @@ class DeviceRunner:
             host[layout.tiles : layout.tiles + len(tiles.data)] = tiles.data
         self._block.send(layout.tiles + (len(tiles.data) if is_new and tiles is not None else 0))
         self._members = members
-        logits = self._graphs.step((bucket, members.adapted))[: len(work)]
+        logits = self._graphs.step(GraphKey(bucket, members.adapted))[: len(work)]
         return DeviceFlight(work, logits, list(range(len(work))), None)
 
     def _decode_members(self, work: Sequence[Work], bucket: int) -> _Members | None:
@@ -186,9 +205,11 @@ class DeviceRunner:
             return None
         return _Members(key, tiles, Adapted.LAYERS_AND_HEAD if self._has_head(work) else Adapted.LAYERS)
 
-    def _run_decode(self, key: GraphKey) -> Tensor:
-        """Launch a decode step over the static memory of its bucket; recorded once, replayed ever after."""
-        bucket, adapted = key
+    def _run(self, key: GraphKey) -> Tensor:
+        """Launch a step over the static memory of its bucket; recorded once, replayed ever after."""
+        return self._run_decode(key.rows, key.adapted) if key.is_decode else self._run_rows(key.rows, key.adapted)
+
+    def _run_decode(self, bucket: int, adapted: Adapted) -> Tensor:
         layout, view = self._layouts[bucket], self._block.view
         inputs = StepInputs(
             token_ids=self._block.gather(view(layout.sources, bucket)),
@@ -198,7 +219,7 @@ class DeviceRunner:
             context_lens=view(layout.context_lens, bucket),
             block_tables=view(layout.tables, bucket * self._width).view(bucket, self._width),
             logit_rows=None,
-            lora=self._graph_rows(layout, bucket, adapted),
+            lora=self._static_tiles(layout, adapted, DECODE_TILE_ROWS),
             max_query=1,
             max_context=self._sizes.max_model_len,
         )
@@ -206,20 +227,69 @@ class DeviceRunner:
         self._sampler.greedy(logits, self._choice)
         return logits
 
-    def _graph_rows(self, layout: BlockLayout, bucket: int, adapted: Adapted) -> DeviceRows | None:
+    def _static_tiles(self, layout: BlockLayout, adapted: Adapted, tile_rows: int) -> DeviceRows | None:
         if adapted is Adapted.NOTHING:
             return None
         block = self._block.view(layout.tiles, self._block.capacity - layout.tiles)
-        rows = DeviceRows(DeviceTiles(block, DECODE_TILE_ROWS), GRAPH_ENTRIES * bucket)
+        rows = DeviceRows(DeviceTiles(block, tile_rows), GRAPH_ENTRIES * layout.rows)
         if adapted is Adapted.LAYERS:
             return rows
         return DeviceRows(rows.tiles, rows.pair_count, rows)
+
+    def _recorded_rows(self, work: list[Work], shape: StepShape) -> DeviceFlight | None:
+        """A small step with prompt chunks: its layers as recorded, its output projection launched. None where that cannot be."""
+        rows = self._graphs.row_bucket(shape.rows)
+        if rows is None or shape.logit_rows is None or any(item.wants_prompt_logprobs or item.embeds for item in work):
+            return None
+        layout, blocks = self._row_layouts[rows], self._row_tiles(work, shape, PREFILL_TILE_ROWS)
+        end = layout.tiles + sum(len(block.data) for block in blocks)
+        if len(blocks) > 1 or end > self._block.capacity or any(b.pair_count > GRAPH_ENTRIES * rows for b in blocks):
+            return None
+        host = self._block.begin(end)
+        pending = pending_places(work, self._places)
+        write_rows(host, layout, work, shape, self._kv.block_size, pending, self._block.source_of_own(layout.tokens))
+        for block in blocks:
+            host[layout.tiles : end] = block.data
+        self._members = None  # the device's tiles are these now
+        self._block.send(end)
+        adapted = Adapted.LAYERS if blocks else Adapted.NOTHING
+        h = self._graphs.step(GraphKey(rows, adapted, is_decode=False))
+        wanted = self._row_inputs(layout, None, rows, len(shape.logit_rows))
+        return self._drawing_flight(work, self._model.logits(h, wanted, self._adapters.tensors))
+
+    def _run_rows(self, rows: int, adapted: Adapted) -> Tensor:
+        layout = self._row_layouts[rows]
+        inputs = self._row_inputs(layout, self._static_tiles(layout, adapted, PREFILL_TILE_ROWS), rows, layout.logit_rows)
+        return self._model.hidden(inputs, self._kv, self._adapters.tensors)
+
+    def _row_inputs(self, layout: BlockLayout, lora: DeviceRows | None, rows: int, logit_rows: int) -> StepInputs:
+        """The static memory of a step with prompt chunks."""
+        view, sequences = self._block.view, layout.sequences
+        return StepInputs(
+            token_ids=self._block.gather(view(layout.sources, rows)),
+            positions=view(layout.positions, rows),
+            kv_slots=view(layout.kv_slots, rows),
+            query_start=view(layout.query_start, sequences + 1),
+            context_lens=view(layout.context_lens, sequences),
+            block_tables=view(layout.tables, sequences * self._width).view(sequences, self._width),
+            logit_rows=view(layout.logits, logit_rows),
+            lora=lora,
+            max_query=rows,
+            max_context=self._sizes.max_model_len,
+        )
+
+    def _drawing_flight(self, work: list[Work], logits: Tensor, hidden: Tensor | None = None) -> DeviceFlight:
+        rows, drawing = _drawing_rows(work)
+        if rows:
+            self._sampler.greedy(_selected(logits, rows), self._choice)
+        return DeviceFlight(work, logits, drawing, rows, hidden=hidden)
 
     def _launch_rows(self, work: list[Work], shape: StepShape, side: tuple[SideGroup, ...] | None) -> DeviceFlight:
         """Any number of rows a sequence, operation by operation."""
         wanted = shape.logit_rows
         layout = BlockLayout.of(shape.rows, shape.sequences, 0 if wanted is None else len(wanted), shape.table_width)
-        blocks = self._row_tiles(work, shape) if self._kernels.takes_tiles else []
+        tile_rows = DECODE_TILE_ROWS if shape.max_query == 1 else PREFILL_TILE_ROWS
+        blocks = self._row_tiles(work, shape, tile_rows) if self._kernels.takes_tiles else []
         end = layout.tiles + sum(len(block.data) for block in blocks)
         host = self._block.begin(end)
         pending = pending_places(work, self._places)
@@ -234,13 +304,9 @@ class DeviceRunner:
         inputs = self._inputs(layout, shape, lora, side)
         hidden_rows = embedding_rows(work)
         if hidden_rows:
-            inputs.hidden_rows = torch.tensor(hidden_rows, dtype=torch.int64, device=self._kernels.device)
+            inputs.hidden_rows = upload(hidden_rows, self._kernels.device)
         logits = self._model.forward(inputs, self._kv, self._adapters.tensors)
-        rows, drawing = _drawing_rows(work)
-        flight = DeviceFlight(work, logits, drawing, rows, hidden=inputs.hidden)
-        if rows:
-            self._sampler.greedy(_selected(logits, rows), self._choice)
-        return flight
+        return self._drawing_flight(work, logits, inputs.hidden)
 
     def _inputs(
         self,
@@ -274,12 +340,11 @@ class DeviceRunner:
         named = {term.adapter_id for item in work for term in item.sequence.terms}
         return any(self._adapters.adapts(adapter_id, self._sizes.head_module) for adapter_id in named)
 
-    def _row_tiles(self, work: Sequence[Work], shape: StepShape) -> list[TileBlock]:
+    def _row_tiles(self, work: Sequence[Work], shape: StepShape, tile_rows: int) -> list[TileBlock]:
         """The tiles of a step's rows, and of its rows that want logits where an adapter changes the output projection."""
         recipes = recipes_of(work, self._adapters.slot_of)
         if not any(recipes):
             return []
-        tile_rows = DECODE_TILE_ROWS if shape.max_query == 1 else PREFILL_TILE_ROWS
         blocks = [build_tiles(recipes, [item.count for item in work], self._slot_pages(), tile_rows)]
         if self._has_head(work):
             counts = [item.count if item.wants_prompt_logprobs else int(item.draws_token) for item in work]

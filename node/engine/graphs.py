@@ -1,17 +1,29 @@
-"""Decode steps recorded as CUDA graphs: one for each batch size in steps, and for batches with and without adapters."""
+"""Steps recorded as CUDA graphs: decode by batch size, and the layers of small steps with prompt chunks by their number of rows,
+both with and without adapters. Launched one by one, the 400 operations of such a step take the host as long as the device.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 BUCKET_STEP = 64  # beyond the last one
+ROW_BUCKETS = (
+    64,
+    128,
+    192,
+    256,
+    320,
+    384,
+    448,
+    512,
+)  # of steps with prompt chunks; larger ones keep the device busy by themselves
 
 
 class Adapted(IntEnum):
@@ -22,7 +34,12 @@ class Adapted(IntEnum):
     LAYERS_AND_HEAD = 2
 
 
-GraphKey = tuple[int, Adapted]
+class GraphKey(NamedTuple):
+    """What a recorded step was made for: at most so many rows, one a sequence where `is_decode`."""
+
+    rows: int
+    adapted: Adapted
+    is_decode: bool = True
 
 
 def buckets_for(max_sequences: int) -> tuple[int, ...]:
@@ -35,37 +52,50 @@ def buckets_for(max_sequences: int) -> tuple[int, ...]:
     return (*sizes, *range(BUCKETS[-1] + BUCKET_STEP, last + 1, BUCKET_STEP))
 
 
-class DecodeGraphs:
+class StepGraphs:
     """Records a step once and replays it with the static memory it was recorded with.
 
     Args:
-        run: Launches the step of a key; returns its logits.
-        buckets: Ascending batch sizes.
+        run: Launches the step of a key; returns its result: logits of a decode step, hidden states of another.
+        buckets: Ascending batch sizes. row_buckets: ascending numbers of rows of steps with prompt chunks.
         is_recording: False: every step is launched anew.
     """
 
-    def __init__(self, run: Callable[[GraphKey], Tensor], buckets: Sequence[int], *, is_recording: bool) -> None:
+    def __init__(
+        self,
+        run: Callable[[GraphKey], Tensor],
+        buckets: Sequence[int],
+        row_buckets: Sequence[int] = (),
+        *,
+        is_recording: bool,
+    ) -> None:
         self._run = run
         self._is_recording = is_recording
         self._graphs: dict[GraphKey, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None  # torch names its type differently in every release
         self.buckets = tuple(buckets)
+        self.row_buckets = tuple(row_buckets)
 
     def bucket(self, rows: int) -> int:
-        """The smallest batch size that holds `rows`."""
+        """The smallest batch size that holds `rows` decoding sequences."""
         return self.buckets[bisect_left(self.buckets, rows)]
 
+    def row_bucket(self, rows: int) -> int | None:
+        """The smallest number of rows recorded for steps with prompt chunks that holds `rows`; None when none does."""
+        at = bisect_left(self.row_buckets, rows)
+        return self.row_buckets[at] if at < len(self.row_buckets) else None
+
     def step(self, key: GraphKey) -> Tensor:
-        """Launch the step; its logits stay valid until the next call."""
+        """Launch the step; its result stays valid until the next call."""
         found = self._graphs.get(key)
         if found is not None:
             found[0].replay()
             return found[1]
-        logits = self._run(key)
+        result = self._run(key)
         if self._is_recording:
             self.record(key)
-        return logits
+        return result
 
     def record(self, key: GraphKey) -> None:
         """Record a step that has been launched before, so that everything it compiles or allocates once is there."""
@@ -77,9 +107,9 @@ class DecodeGraphs:
             # Other threads may allocate and copy meanwhile.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                logits = self._run(key)
+                result = self._run(key)
             finally:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
         self._pool = self._pool or graph.pool()
-        self._graphs[key] = graph, logits
+        self._graphs[key] = graph, result

@@ -60,6 +60,8 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         self._is_deterministic = is_deterministic
         self._is_hopper = torch.cuda.get_device_capability(device)[0] == 9
         self._follow = Follow.WAIT_FIRST if has_follow else Follow.PLAIN
+        # FA3 schedules its work on the device; the others launch a block for every row that there might be.
+        self.has_static_prefill = "fa3" in attention.name and not is_deterministic
         self._spans: dict[int, tuple[int, ...]] = {}
         self._planes: dict[tuple[int, int, int], int] = {}
 

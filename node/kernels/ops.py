@@ -35,9 +35,11 @@ class Kernels(ABC, Generic[ProductT, RowsT]):
 
     Attributes:
         takes_tiles: Rows are `DeviceRows`; otherwise they are `LoraRows`, which lie on the CPU whatever `device` is.
+        has_static_prefill: A step with prompt chunks may be recorded and replayed with other lengths, up to those it was made for.
     """
 
     takes_tiles: ClassVar[bool] = False
+    has_static_prefill: bool = False
 
     @staticmethod
     def load(

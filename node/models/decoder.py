@@ -90,6 +90,14 @@ class Decoder:
         Returns:
             [W, V] float32. Logits of `inputs.logit_rows`.
         """
+        h = self.hidden(inputs, kv, pool)
+        if inputs.hidden_rows is not None:
+            inputs.hidden = h[inputs.hidden_rows].float()
+        return self.logits(h, inputs, pool)
+
+    @torch.inference_mode()
+    def hidden(self, inputs: StepInputs, kv: KVCache, pool: LoraPool | None) -> Tensor:
+        """The layers alone. Returns [T, H], what the output projection reads."""
         kernels, weights, lora, eps = self._kernels, self._weights, inputs.lora, self._weights.eps
         linear, add_rms_norm = kernels.linear, kernels.add_rms_norm
 
@@ -124,12 +132,11 @@ class Decoder:
             h = add_rms_norm(project(h, layer.o), x, layer.post_attention_norm, eps)  # x += W_o attention
             h = kernels.silu_mul(project(h, layer.gate_up))
             h = add_rms_norm(project(h, layer.down), x, layer.next_norm, eps)  # x += W_down (...)
-        if inputs.hidden_rows is not None:
-            inputs.hidden = h[inputs.hidden_rows].float()
-        return self._logits(h, inputs, pool)
+        return h
 
-    def _logits(self, h: Tensor, inputs: StepInputs, pool: LoraPool | None) -> Tensor:
-        """Project the wanted rows on the vocabulary."""
+    @torch.inference_mode()
+    def logits(self, h: Tensor, inputs: StepInputs, pool: LoraPool | None) -> Tensor:
+        """Project the wanted rows of h [T, H] on the vocabulary. Returns [W, V] float32."""
         kernels, head, wanted = self._kernels, self._weights.head, inputs.logit_rows
         if wanted is not None and wanted.numel() == 0:
             return torch.empty((0, head.packed.out_features), dtype=torch.float32, device=h.device)

@@ -75,3 +75,11 @@ class CausalLM(Protocol):
     def forward(self, inputs: StepInputs, kv: KVCache, pool: LoraPool | None) -> Tensor:
         """Return logits [W, V] float32 of `inputs.logit_rows`, after writing the step's keys and values into `kv`."""
         ...
+
+    def hidden(self, inputs: StepInputs, kv: KVCache, pool: LoraPool | None) -> Tensor:
+        """The first part of `forward`: [T, H] of every row."""
+        ...
+
+    def logits(self, h: Tensor, inputs: StepInputs, pool: LoraPool | None) -> Tensor:
+        """The second part: logits of `inputs.logit_rows` from `hidden`'s rows."""
+        ...

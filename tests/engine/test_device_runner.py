@@ -17,6 +17,7 @@ class TileKernels(TorchKernels):
     """Plain torch that reads what the CUDA kernels read: tiles, padding rows, one row a sequence without query_start."""
 
     takes_tiles = True
+    has_static_prefill = True
 
     def linear(self, x, packed, bias=None, *, pool=None, rows=None, spans=None, out_dtype=None):
         lora = None if rows is None else rows_of_tiles(rows.tiles, pool, x.shape[0])
@@ -35,6 +36,7 @@ class TileKernels(TorchKernels):
     def paged_attention(self, q, keys, values, tables, query_start, context_lens, scale, window=None, plan=None):
         out = torch.zeros_like(q)
         real = int((context_lens > 0).sum())
+        assert not context_lens[real:].any()
         if self.max_query == 1:
             query_start = torch.arange(real + 1, dtype=torch.int32)
         rows = int(query_start[real])
@@ -170,6 +172,14 @@ class Fragile:
         if (inputs.token_ids == self._token_id).any():
             raise RuntimeError("this token breaks the model")
         return self._model.forward(inputs, kv, pool)
+
+    def hidden(self, inputs, kv, pool):
+        if (inputs.token_ids == self._token_id).any():
+            raise RuntimeError("this token breaks the model")
+        return self._model.hidden(inputs, kv, pool)
+
+    def logits(self, h, inputs, pool):
+        return self._model.logits(h, inputs, pool)
 
 
 def test_step_that_fails_ends_only_the_sequence_at_fault(make_ahead):
