@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from node.adapters.file_plan import FilePlan
-from node.adapters.page_store import SLOT_LIMIT, count_pages
+from node.adapters.page_store import SLOT_LIMIT
 from node.adapters.tier import Place
 from node.kernels.layout import PageLayout
 from node.kernels.lora import EmbeddingDelta, LoraPool, SideTensors
@@ -81,32 +81,23 @@ class CudaPages:
 
     Args:
         layout: The order of modules inside a page.
-        dtype: Of the pages: float32 or bfloat16.
-        memory_bytes: Bound on all pages together, allocated now.
+        pages: [P, at least page_elements] on a GPU. Finite everywhere: a tile may load ranks beyond an adapter's, and what it
+            masks out must not be NaN.
         max_rank: The largest rank served; sizes the page list of a slot.
-        device: The GPU. compute: the stream that steps are launched on.
-
-    Raises:
-        ConfigError: Not one page fits into memory_bytes.
+        compute: The stream that steps are launched on.
+        first_page: Pages before this one hold something else at first.
     """
 
     def __init__(
-        self,
-        layout: PageLayout,
-        dtype: torch.dtype,
-        *,
-        memory_bytes: int,
-        max_rank: int,
-        device: torch.device,
-        compute: torch.cuda.Stream,
+        self, layout: PageLayout, pages: Tensor, *, max_rank: int, compute: torch.cuda.Stream, first_page: int = 0
     ) -> None:
-        page_count = count_pages(layout, dtype, memory_bytes)
+        device, page_count = pages.device, pages.shape[0]
         slot_count = min(page_count, SLOT_LIMIT)
+        self.first_page = first_page
         # Ranks and scales side by side, so that one copy writes both columns of a slot.
         self._tables = torch.zeros((2, layout.module_count, slot_count), dtype=torch.int32, device=device)
         self.tensors = LoraPool(
-            # Zeros: a tile may load ranks beyond an adapter's, and what it masks out must not be NaN.
-            pages=torch.zeros((page_count, layout.page_elements), dtype=dtype, device=device),
+            pages=pages,
             slot_pages=torch.full((slot_count, layout.pages_for_rank(max_rank)), -1, dtype=torch.int32),
             ranks=self._tables[0],
             scales=self._tables[1].view(torch.float32),
@@ -122,7 +113,7 @@ class CudaPages:
         self._compute = compute
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._fences = Fences(compute)
-        self._copies.wait_stream(compute)  # the zeros above
+        self._copies.wait_stream(compute)  # what filled `pages`
 
     def begin_step(self) -> None:
         """Everything launched until now belongs to the marks before this one."""

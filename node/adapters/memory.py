@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from node.adapters.binding import LinearTable
 from node.adapters.loader import AdapterLoader
-from node.adapters.page_store import HostPages
+from node.adapters.page_store import HostPages, count_pages
 from node.adapters.pool import AdapterPool
 from node.adapters.side import BaseWeights
 from node.config import AdapterSettings
@@ -36,6 +37,14 @@ class MemoryLimits:
     host_memory_bytes: int
     max_rank: int
     max_adapter_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPages:
+    """[P, at least page_elements] on a GPU, of which those from `first_page` on are adapter pages at first."""
+
+    array: Tensor
+    first_page: int
 
 
 def memory_limits(settings: AdapterSettings, memory_bytes: int) -> MemoryLimits:
@@ -69,6 +78,7 @@ def open_pool(
     device: torch.device,
     base: BaseWeights | None = None,
     wake: Callable[[], None] = lambda: None,
+    shared: SharedPages | None = None,
 ) -> AdapterPool:
     """Allocate adapter memory and start its loader.
 
@@ -78,6 +88,7 @@ def open_pool(
         device: Where steps run. On CUDA, steps are launched on the stream that is current now.
         base: The base's weights, for DoRA and adapters of the embedding; None refuses those.
         wake: Called from a loader thread when an adapter changed its state.
+        shared: A GPU's pages that lie among something else; None allocates them.
 
     Raises:
         ConfigError: Not one page fits into a limit, or host memory cannot be page-locked.
@@ -96,7 +107,10 @@ def open_pool(
         if device.type != "cuda":
             pages = HostPages(layout, dtype, memory_bytes=limits.memory_bytes, max_rank=limits.max_rank)
             return AdapterPool(layout, pages, loader)
-        return _open_device_pool(layout, dtype, limits, loader, device)
+        if shared is None:
+            page_count = count_pages(layout, dtype, limits.memory_bytes)
+            shared = SharedPages(torch.zeros((page_count, layout.page_elements), dtype=dtype, device=device), 0)
+        return _open_device_pool(layout, shared, limits, loader)
     except BaseException:
         loader.close()
         raise
@@ -109,20 +123,18 @@ def read_threads(device_type: str, core_count: int) -> int:
     return max(1, min(core_count - SPARE_CORES, MAX_READ_THREADS))
 
 
-def _open_device_pool(
-    layout: PageLayout, dtype: torch.dtype, limits: MemoryLimits, loader: AdapterLoader, device: torch.device
-) -> AdapterPool:
+def _open_device_pool(layout: PageLayout, shared: SharedPages, limits: MemoryLimits, loader: AdapterLoader) -> AdapterPool:
     from node.adapters.device_pages import CudaPages
     from node.adapters.host_arena import HostArena
     from node.adapters.pinned import allocate_pinned
 
+    array = shared.array
     pages = CudaPages(
         layout,
-        dtype,
-        memory_bytes=limits.memory_bytes,
+        array,
         max_rank=limits.max_rank,
-        device=device,
-        compute=torch.cuda.current_stream(device),
+        compute=torch.cuda.current_stream(array.device),
+        first_page=shared.first_page,
     )
-    arena = HostArena(layout, dtype, memory_bytes=limits.host_memory_bytes, allocate=allocate_pinned)
+    arena = HostArena(layout, array.dtype, memory_bytes=limits.host_memory_bytes, allocate=allocate_pinned)
     return AdapterPool(layout, pages, loader, arena)

@@ -42,6 +42,11 @@ class PageStore(Protocol):
     @property
     def tensors(self) -> LoraPool: ...
 
+    @property
+    def first_page(self) -> int:
+        """Pages before this one hold something else at first."""
+        ...
+
     def begin_step(self) -> None:
         """Everything launched until now belongs to the marks before this one."""
 
@@ -81,6 +86,7 @@ class HostPages:
 
     def __init__(self, layout: PageLayout, dtype: torch.dtype, *, memory_bytes: int, max_rank: int) -> None:
         page_count = count_pages(layout, dtype, memory_bytes)
+        self.first_page = 0
         # Pages take no memory until they are written, so a large bound costs nothing by itself.
         pages = empty_huge((page_count, layout.page_elements), dtype)
         self._arrays = page_arrays(pages)

@@ -61,7 +61,7 @@ class AdapterPool:
         self._clock = clock
         pages, ranks = store.tensors.pages, store.tensors.ranks
         self._page_bytes = layout.page_elements * pages.dtype.itemsize
-        self._tier = Tier(int(pages.shape[0]), int(ranks.shape[1]))
+        self._tier = Tier(int(pages.shape[0]) - store.first_page, int(ranks.shape[1]), store.first_page)
         self._resident: set[str] = set()  # of the tier: those a batch may name
         self._files: dict[str, FilePlan] = {}  # of those
         self._arrivals: dict[str, Arrival] = {}  # of those: still being copied
@@ -139,14 +139,12 @@ class AdapterPool:
 
     # ---- the border with other memory, where there is one
 
-    def borrow_from(self, lender: Callable[[int], None], page_limit: int) -> None:
+    def borrow_from(self, lender: Callable[[int], None]) -> None:
         """Where to ask for more pages: called with how many would do, it may `add_page` some.
 
-        Args:
-            page_limit: Pages that there can ever be.
+        A recipe is still refused when it is larger than the pages there were at first: whoever lends has to keep the rest.
         """
         self._borrow = lender
-        self._page_limit = page_limit
 
     def add_page(self, page: int) -> None:
         """One page more, which launched steps may still read as what it was."""

@@ -79,9 +79,9 @@ class Room:
         page_bytes = LAYOUT.page_elements * 2
         self.device = torch.device("cuda")
         self.compute = torch.cuda.current_stream()
-        self.pages = CudaPages(
-            LAYOUT, torch.bfloat16, memory_bytes=page_count * page_bytes, max_rank=64, device=self.device, compute=self.compute
-        )
+        # Wider than a page, as where pages lie among keys and values.
+        array = torch.zeros((page_count, LAYOUT.page_elements + 64), dtype=torch.bfloat16, device=self.device)
+        self.pages = CudaPages(LAYOUT, array, max_rank=64, compute=self.compute)
         self.arena = HostArena(LAYOUT, torch.bfloat16, memory_bytes=host_page_count * page_bytes, allocate=allocate_pinned)
         self.pool = AdapterPool(LAYOUT, self.pages, Loader(ranks), self.arena)
 
@@ -96,7 +96,7 @@ class Room:
         """[pages, page_elements] as the kernels of a step launched now would see them."""
         slot = self.pool.slot_of(adapter_id)
         pages = [page for page in self.pool.tensors.slot_pages[slot].tolist() if page >= 0]
-        return self.pool.tensors.pages[pages].clone()
+        return self.pool.tensors.pages[pages, : LAYOUT.page_elements].clone()
 
     def assert_holds(self, adapter_id, pages):
         bits = pages.view(torch.int16).cpu().numpy().view(np.uint16)

@@ -115,6 +115,7 @@ class Device:
         self.tensors = LoraPool(
             pages, torch.full((slots, 3), -1, dtype=torch.int32), torch.zeros((1, slots)), torch.zeros((1, slots)), 4
         )
+        self.first_page = 0
         self.compute, self.copies = deque(), deque()
         self.marks, self.reached = 0, 0
 
