@@ -39,15 +39,22 @@ def best_allowed(row: Tensor, words: np.ndarray) -> int:
 
     Where a grammar leaves few tokens, which is most of the time, only theirs are read: 10 us instead of 70.
     """
+    ids = few_allowed(words, row.shape[0])
+    if ids is not None:
+        return int(ids[row.numpy()[ids].argmax()])
+    copy = row.clone()
+    forbid(copy, words)
+    return int(copy.numpy().argmax())
+
+
+def few_allowed(words: np.ndarray, vocab_size: int) -> np.ndarray | None:
+    """The allowed tokens [k] int64, ascending, where they lie in few words; None where they do not."""
     filled = np.flatnonzero(words)
     if len(filled) > _FEW_WORDS:
-        copy = row.clone()
-        forbid(copy, words)
-        return int(copy.numpy().argmax())
+        return None
     places = np.flatnonzero(np.unpackbits(words[filled].view(np.uint8), bitorder="little"))
     ids = filled[places // _WORD_BITS] * _WORD_BITS + places % _WORD_BITS
-    ids = ids[ids < row.shape[0]]
-    return int(ids[row.numpy()[ids].argmax()])
+    return ids[ids < vocab_size]
 
 
 def penalise_repetition(row: Tensor, token_ids: Tensor, penalty: float) -> None:

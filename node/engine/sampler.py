@@ -120,16 +120,42 @@ def is_shifted(sampling: Sampling) -> bool:
 
 def _draw_special(logits: Tensor, rows: list[DrawRow], indexes: list[int], mask: TokenMask | None) -> list[int]:
     """Draw for rows that are not plain. logits: [W, V]; rows and indexes: n."""
-    x = logits[indexes]  # a copy: the caller's logits stay unmodified
+    words = {} if mask is None else _words(mask, indexes)
+    few = {index: ids for index, held in words.items() if (ids := filters.few_allowed(held, logits.shape[1])) is not None}
+    drawn = {index: _draw_few(logits[index], row, few[index]) for index, row in zip(indexes, rows, strict=True) if index in few}
+    rest = [place for place, index in enumerate(indexes) if index not in few]
+    if rest:
+        kept = [indexes[place] for place in rest]
+        drawn.update(zip(kept, _draw_full(logits[kept], [rows[place] for place in rest], kept, words), strict=True))
+    return [drawn[index] for index in indexes]
+
+
+def _words(mask: TokenMask, indexes: list[int]) -> dict[int, np.ndarray]:
+    """The masks of those rows that have a grammar."""
+    constrained = set(mask.rows)
+    wanted = [index for index in indexes if index in constrained]
+    return dict(zip(wanted, mask.words_of(wanted), strict=True)) if wanted else {}
+
+
+def _draw_few(row: Tensor, asked: DrawRow, ids: np.ndarray) -> int:
+    """Draw among a few allowed tokens, without a whole vocabulary's softmax. row: [V]; ids: [k] ascending."""
+    if is_shifted(asked.sampling):
+        row = row.clone()
+        _shift(row, asked)
+    x = row[torch.from_numpy(ids)][None]
+    place = draw_random(x, [asked])[0] if asked.sampling.temperature > 0 else int(x.argmax())
+    return int(ids[place])
+
+
+def _draw_full(x: Tensor, rows: list[DrawRow], indexes: list[int], words: dict[int, np.ndarray]) -> list[int]:
+    """Draw from whole rows. x: [n, V], a copy: the caller's logits stay unmodified."""
     for index, row in enumerate(rows):
         if is_shifted(row.sampling):
             _shift(x[index], row)
-    if mask is not None:
-        # After penalties and bias, which could lift a forbidden token again; before the filters, which keep the best of the rest.
-        constrained = set(mask.rows)
-        places = [place for place, index in enumerate(indexes) if index in constrained]
-        for place, words in zip(places, mask.words_of([indexes[place] for place in places]), strict=True):
-            filters.forbid(x[place], words)
+    # After penalties and bias, which could lift a forbidden token again; before the filters, which keep the best of the rest.
+    for place, index in enumerate(indexes):
+        if index in words:
+            filters.forbid(x[place], words[index])
     chosen = x.argmax(dim=1).tolist()
     random = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
     if random:

@@ -299,7 +299,7 @@ def random_mask(generator, row_count, vocab_size, allowed_count):
 
 
 @pytest.mark.parametrize("vocab_size", [50, 4096, 5000])
-@pytest.mark.parametrize("allowed_count", [1, 7, 50])
+@pytest.mark.parametrize("allowed_count", [1, 7, 50, 400])
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "typical_p": 0.9}])
 def test_masked_rows_draw_what_the_allowed_tokens_alone_would(vocab_size, allowed_count, sampling):
     generator = torch.Generator().manual_seed(vocab_size + allowed_count)
