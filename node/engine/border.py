@@ -51,9 +51,12 @@ class Border:
             count -= self._unit_blocks
 
     def lend_pages(self, count: int) -> None:
-        """Turn units of KV blocks that nobody holds into `count` adapter pages, as far as there are any."""
+        """Turn units of KV blocks that nobody holds into `count` adapter pages, while a quarter of all blocks stays free.
+
+        Blocks are needed at once, by whoever runs; an adapter can wait.
+        """
         for unit in self._blocks.idle_units(self._unit_blocks):
-            if count <= 0:
+            if count <= 0 or 4 * (self._blocks.free_count - self._unit_blocks) < self._blocks.block_count:
                 return
             if self._blocks.withdraw(range(unit * self._unit_blocks, (unit + 1) * self._unit_blocks)):
                 self._pages.add_page(unit)

@@ -62,10 +62,14 @@ class Borders(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 3))
     def want_pages(self, count):
-        free = len(self.world.pages.free)
-        idle = len(self.world.blocks.idle_units(UNIT_BLOCKS))
+        blocks, free = self.world.blocks, len(self.world.pages.free)
+        idle, room = len(blocks.idle_units(UNIT_BLOCKS)), 0
+        while room < min(count, idle) and 4 * (blocks.free_count - (room + 1) * UNIT_BLOCKS) >= (
+            blocks.block_count - room * UNIT_BLOCKS
+        ):
+            room += 1
         self.world.border.lend_pages(count)
-        assert len(self.world.pages.free) == free + min(count, idle)
+        assert len(self.world.pages.free) == free + room
 
     @rule()
     def use_page(self):
@@ -111,15 +115,30 @@ def test_unit_with_a_held_block_is_never_lent(world):
     assert world.border.moved_to_pages_total == KV_UNITS - 1
 
 
+def test_quarter_of_the_blocks_stays_free(world):
+    world.border.lend_pages(UNITS)
+    assert world.blocks.free_count == UNIT_BLOCKS == world.blocks.block_count
+
+
 def test_empty_units_are_lent_before_cached_prefixes_are_forgotten(world):
     first = [world.blocks.allocate() for _ in range(UNIT_BLOCKS)]
     for index, block in enumerate(first):
         world.blocks.publish(block, bytes([index]))
     world.blocks.release(first)
     world.border.lend_pages(KV_UNITS - 1)
+    assert world.border.moved_to_pages_total == KV_UNITS - 1
     assert world.blocks.match([b"\x00"]) == first[:1]
+
+
+def test_cached_prefixes_are_forgotten_with_their_blocks(world):
+    blocks = [world.blocks.allocate() for _ in range(KV_UNITS * UNIT_BLOCKS)]
+    for index, block in enumerate(blocks):
+        world.blocks.publish(block, bytes([index]))
+    world.blocks.release(blocks)
     world.border.lend_pages(1)
-    assert world.blocks.match([b"\x00"]) == []
+    lent = world.pages.free[-1]
+    kept = [index for index, block in enumerate(blocks) if block // UNIT_BLOCKS != lent]
+    assert [index for index in range(len(blocks)) if world.blocks.match([bytes([index])])] == kept
 
 
 def test_blocks_of_another_are_not_withdrawn(world):
