@@ -72,6 +72,12 @@ class ServerSettings(_Section):
     max_logprobs: Annotated[int, Field(ge=0, le=100)] = 20
     default_max_tokens: Annotated[int, Field(ge=1)] = 256
     body_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    write_timeout_s: Annotated[float, Field(gt=0)] = 30.0  # how long a stream's reader may take nothing
+    keep_alive_s: Annotated[float, Field(gt=0)] = 15.0  # a stream with nothing to send sends a comment this often
+    idle_timeout_s: Annotated[float, Field(gt=0)] = 120.0  # of a connection without a request
+    max_connections_per_address: Annotated[int, Field(ge=1)] = 512
+    idempotency_s: Annotated[float, Field(gt=0)] = 3600.0  # how long an answer to an Idempotency-Key is kept
+    idempotency_bytes: Bytes = 32 << 20  # of all answers kept for their keys
     drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0
     grammar_timeout_s: Annotated[float, Field(gt=0)] = 1.0  # to compile a schema, pattern or grammar
     grammar_memory_bytes: Bytes = 1 << 30  # address space of the process that compiles them

@@ -27,6 +27,7 @@ from node.tenancy.door import Door, check_scope
 Operation = Callable[..., Awaitable[Any]]
 ADMIN_HOST = "127.0.0.1"
 _LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost"})
+_MAX_CONNECTIONS = 64  # of the one address that reaches the port
 _SHUTDOWN_S = 1.0  # an operation that waits for the chain is cut short: what it asked for is in the ledger
 
 
@@ -63,7 +64,7 @@ class AdminListener:
             ConfigError: port_in_use.
         """
         self._port_runner = self._make_runner(_for_admins(door))
-        return await listen(self._port_runner, ADMIN_HOST, port)
+        return await listen(self._port_runner, ADMIN_HOST, port, _MAX_CONNECTIONS)
 
     async def close(self) -> None:
         """Stop listening and remove the socket file, which tells the command line that no node runs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 import random
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
@@ -18,7 +19,9 @@ from aiohttp import web
 from node.api.errors import meaning_of
 from node.api.exchange import Exchange
 from node.api.generation import Generation, Limits
+from node.api.idempotency import HEADER, Replays, Work, refuse_streamed
 from node.api.serve import Caller, RequestPath
+from node.api.sse import EventStream, StreamLimits
 from node.api.tokenizer import TextTokenizer, TokenSpan
 from node.api.tool_dialect import ToolDialect
 from node.api.voucher_header import read_voucher
@@ -51,6 +54,8 @@ class Answering:
     max_body_bytes: int
     body_timeout_s: float
     tenancy: Tenancy
+    replays: Replays
+    stream_limits: StreamLimits
 
     def _caller(self, request: web.Request) -> Caller:
         """Tenant from the API key, payment from the voucher header.
@@ -75,6 +80,26 @@ class Answering:
         async with self.path.admitted(generation, self._caller(request)) as exchange:
             request[RECEIPT_ID] = exchange.request_id
             yield exchange
+
+    async def once(self, request: web.Request, body: dict[str, Any], work: Work) -> web.Response:
+        """Run `work`, or give the answer again that the request's `Idempotency-Key` has got already."""
+        return await self.replays.answer(self._key_scope(request), request.headers.getall(HEADER, []), body, work)
+
+    def _key_scope(self, request: web.Request) -> str:
+        """Whose idempotency keys: the tenant's. Without API keys, those who send the same Authorization: it opens adapters."""
+        scope = f"{request[PRINCIPAL].tenant.name} {request.path}"
+        if not self.tenancy.door.is_open:
+            return scope
+        return f"{scope} {hashlib.sha256(request.headers.get('Authorization', '').encode()).hexdigest()}"
+
+    def stream(self, request: web.Request) -> EventStream:
+        """A stream of events to the caller.
+
+        Raises:
+            UnsupportedError: The request has an `Idempotency-Key`.
+        """
+        refuse_streamed(request.headers.getall(HEADER, []))
+        return EventStream(request, self.stream_limits)
 
     def headers(self, generation: Generation, exchange: Exchange) -> dict[str, str]:
         """What is known at admission."""

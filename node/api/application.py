@@ -16,6 +16,7 @@ from node.api.engine_gauges import read_gauges
 from node.api.gate import Gate
 from node.api.generation import Limits
 from node.api.grammar_desk import GrammarDesk, GrammarLimits
+from node.api.idempotency import Replays
 from node.api.lorax_routes import LoraxRoutes
 from node.api.middleware import LORAX_UNSUPPORTED, announce_limits, answer_errors, authenticate, identify
 from node.api.model_routes import ModelRoutes
@@ -26,10 +27,13 @@ from node.api.prompting import Prompting
 from node.api.readiness import Readiness
 from node.api.recipes import Recipes
 from node.api.serve import RequestPath
+from node.api.sse import StreamLimits
 from node.api.status_routes import StatusRoutes
 from node.api.tokenizer import TextTokenizer
+from node.config import ServerSettings
 
 GATE = web.AppKey("gate", Gate)
+SERVER = web.AppKey("server", ServerSettings)
 _TOKENIZER_THREADS = 2
 
 
@@ -49,6 +53,7 @@ def build_application(services: Services) -> web.Application:
     )
     gate = Gate(services.server.max_concurrent_requests, services.server.drain_timeout_s)
     application[GATE] = gate
+    application[SERVER] = services.server
     application.on_response_prepare.append(announce_limits(services.tenancy))
     answering = _answering(services, gate, application)
     embeddings = EmbeddingRoutes(answering)
@@ -125,6 +130,12 @@ def _answering(services: Services, gate: Gate, application: web.Application) -> 
         await desk.close()
 
     application.on_cleanup.append(close_desk)
+    replays = Replays(services.server.idempotency_s, services.server.idempotency_bytes, services.clock)
+
+    async def close_replays(_: web.Application) -> None:
+        await replays.close()
+
+    application.on_shutdown.append(close_replays)
     path = RequestPath(
         gate=gate,
         recipes=Recipes(services.catalog, services.ready.model_id, services.merger),
@@ -152,6 +163,8 @@ def _answering(services: Services, gate: Gate, application: web.Application) -> 
         max_body_bytes=services.server.max_body_bytes,
         body_timeout_s=services.server.body_timeout_s,
         tenancy=services.tenancy,
+        replays=replays,
+        stream_limits=StreamLimits(services.server.write_timeout_s, services.server.keep_alive_s, services.clock),
     )
 
 

@@ -28,6 +28,9 @@ class EmbeddingRoutes:
         """OpenAI's shape, with the same vectors under LoRAX's name."""
         body = await read_json(request, self._answering.max_body_bytes, self._answering.body_timeout_s)
         generation, encoding = read_embeddings(body, self._answering.limits)
+        return await self._answering.once(request, body, lambda: self._embeddings(request, generation, encoding))
+
+    async def _embeddings(self, request: web.Request, generation: Generation, encoding: str) -> web.Response:
         async with self._answering.admitted(request, generation) as exchange:
             vectors = await _vectors(exchange)
             receipt = await exchange.commit()
@@ -50,6 +53,9 @@ class EmbeddingRoutes:
         """LoRAX's shape: one vector."""
         body = await read_json(request, self._answering.max_body_bytes, self._answering.body_timeout_s)
         generation = self._read_embed(request, body)
+        return await self._answering.once(request, body, lambda: self._embed(request, generation))
+
+    async def _embed(self, request: web.Request, generation: Generation) -> web.Response:
         async with self._answering.admitted(request, generation) as exchange:
             vectors = await _vectors(exchange)
             receipt = await exchange.commit()

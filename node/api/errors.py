@@ -80,6 +80,7 @@ def _by_code() -> dict[str, HttpMeaning]:
         "adapter_queue_full": HttpMeaning(429, "rate_limit_error", 429, "overloaded"),
         "source_limit": _adapter(504),
         "cache_full": _adapter(507, "server_error"),
+        "idempotency_key_reused": _request(409, 409),
         "insufficient_scope": HttpMeaning(403, "permission_error", 403, "authentication"),
         "key_not_found": HttpMeaning(404, "not_found_error", 404, "not_found"),
         "draining": HttpMeaning(503, "service_unavailable_error", 503, "healthcheck"),

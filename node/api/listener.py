@@ -6,7 +6,8 @@ import errno
 
 from aiohttp import web
 
-from node.api.application import GATE
+from node.api.application import GATE, SERVER
+from node.api.connections import BoundedSite
 from node.errors import ConfigError
 
 _MAX_HEADER_BYTES = 8190
@@ -23,6 +24,7 @@ class Listener:
 
     def __init__(self, application: web.Application) -> None:
         self._application = application
+        self._server = application[SERVER]
         self._runner = web.AppRunner(
             application,
             handler_cancellation=True,
@@ -31,6 +33,7 @@ class Listener:
             max_field_size=_MAX_HEADER_BYTES,
             shutdown_timeout=_AFTER_DRAIN_S,
             lingering_time=_LINGER_S,
+            keepalive_timeout=self._server.idle_timeout_s,
         )
 
     async def open(self, host: str, port: int) -> int:
@@ -45,7 +48,7 @@ class Listener:
         Raises:
             ConfigError: port_in_use, or an address this machine does not have.
         """
-        return await listen(self._runner, host, port)
+        return await listen(self._runner, host, port, self._server.max_connections_per_address)
 
     async def close(self, drain_timeout_s: float) -> bool:
         """Refuse new requests, let those inside finish, cancel what is left (it is recorded as cancelled), stop listening.
@@ -61,7 +64,7 @@ class Listener:
         return is_drained
 
 
-async def listen(runner: web.AppRunner, host: str, port: int) -> int:
+async def listen(runner: web.AppRunner, host: str, port: int, max_per_address: int) -> int:
     """Set a runner up on an address; returns the port in use.
 
     Raises:
@@ -69,7 +72,7 @@ async def listen(runner: web.AppRunner, host: str, port: int) -> int:
     """
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port).start()
+        await BoundedSite(runner, host, port, max_per_address).start()
     except OSError as error:
         await runner.cleanup()
         if error.errno == errno.EADDRINUSE:

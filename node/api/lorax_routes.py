@@ -59,6 +59,9 @@ class LoraxRoutes:
 
     async def _whole(self, request: web.Request, body: dict[str, Any], *, is_list: bool) -> web.StreamResponse:
         generation = self._read(request, body, is_stream=False)
+        return await self._answering.once(request, body, lambda: self._answered(request, generation, is_list))
+
+    async def _answered(self, request: web.Request, generation: Generation, is_list: bool) -> web.Response:
         async with self._answering.admitted(request, generation) as exchange:
             texts, tokens = await collect(exchange)
             receipt = await exchange.commit()
@@ -68,12 +71,13 @@ class LoraxRoutes:
 
     async def _stream(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         """LoRAX answers 200 and puts every error, even a wrong parameter, into the stream; there is no [DONE]."""
-        stream = EventStream(request, {})
+        stream = self._answering.stream(request)
         try:
             generation = self._read(request, body, is_stream=True)
             async with self._answering.admitted(request, generation) as exchange:
                 stream.add_headers(self._answering.headers(generation, exchange))
-                await self._send_tokens(stream, LoraxAnswers(generation, exchange, self._answering.tokenizer), exchange)
+                async with stream.kept_alive():
+                    await self._send_tokens(stream, LoraxAnswers(generation, exchange, self._answering.tokenizer), exchange)
         except NodeError as error:
             self._answering.count_failure(error)
             await stream.send(lorax_body(error, self._answering.request_id(request)))

@@ -30,17 +30,20 @@ class OpenAiRoutes:
         """One chat completion."""
         body = await read_json(request, self._answering.max_body_bytes, self._answering.body_timeout_s)
         generation = read_chat(body, self._answering.limits, self._answering.random_source, self._answering.dialect)
-        return await self._answer(request, generation)
+        return await self._answer(request, body, generation)
 
     async def completion(self, request: web.Request) -> web.StreamResponse:
         """One completion, of one or several prompts."""
         body = await read_json(request, self._answering.max_body_bytes, self._answering.body_timeout_s)
         generation = read_completion(body, self._answering.limits, self._answering.random_source)
-        return await self._answer(request, generation)
+        return await self._answer(request, body, generation)
 
-    async def _answer(self, request: web.Request, generation: Generation) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, body: dict[str, Any], generation: Generation) -> web.StreamResponse:
         if generation.is_stream:
             return await self._stream(request, generation)
+        return await self._answering.once(request, body, lambda: self._whole(request, generation))
+
+    async def _whole(self, request: web.Request, generation: Generation) -> web.Response:
         async with self._answering.admitted(request, generation) as exchange:
             texts, tokens = await collect(exchange)
             receipt = await exchange.commit()
@@ -50,11 +53,12 @@ class OpenAiRoutes:
 
     async def _stream(self, request: web.Request, generation: Generation) -> web.StreamResponse:
         """Errors before the first token are plain answers with their status; later ones are an event, then [DONE]."""
-        stream = EventStream(request, {})
+        stream = self._answering.stream(request)
         try:
             async with self._answering.admitted(request, generation) as exchange:
                 stream.add_headers(self._answering.headers(generation, exchange))
-                await self._send_pieces(stream, self._answers(generation, exchange), exchange)
+                async with stream.kept_alive():
+                    await self._send_pieces(stream, self._answers(generation, exchange), exchange)
         except NodeError as error:
             if not stream.is_open:
                 raise
@@ -64,11 +68,12 @@ class OpenAiRoutes:
         return await stream.close()
 
     async def _send_pieces(self, stream: EventStream, answers: OpenAiAnswers, exchange: Exchange) -> None:
-        offsets = [0] * len(exchange.choices)
+        offsets, opening = [0] * len(exchange.choices), answers.opening_chunk()
         async with aclosing(exchange.pieces()) as pieces:
             async for piece in pieces:
-                if not stream.is_open and (opening := answers.opening_chunk()) is not None:
+                if opening is not None:
                     await stream.send(opening)
+                    opening = None
                 chunk = answers.chunk(piece, offsets[piece.choice_index])
                 offsets[piece.choice_index] += len(piece.text)
                 if chunk is None:

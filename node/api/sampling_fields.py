@@ -58,7 +58,10 @@ def _read_logit_bias(fields: Fields, limits: Limits) -> tuple[tuple[int, float],
     keys = bias.unknown()
     if len(keys) > limits.max_logit_bias:
         raise fields.error("logit_bias", f"must have at most {limits.max_logit_bias} entries")
-    return tuple(sorted(_read_bias(fields, bias, name.removeprefix("logit_bias."), limits) for name in keys))
+    read = dict(_read_bias(fields, bias, name.removeprefix("logit_bias."), limits) for name in keys)
+    if len(read) != len(keys):
+        raise fields.error("logit_bias", 'must name every token once; "1" and "01" are the same token')
+    return tuple(sorted(read.items()))
 
 
 def _read_bias(fields: Fields, bias: Fields, key: str, limits: Limits) -> tuple[int, float]:

@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
+_SEND_BUFFER_BYTES = 64 << 10  # the kernel would take megabytes, and call delivered what nobody reads
+
+
+@dataclass(frozen=True, slots=True)
+class StreamLimits:
+    """How patient a stream is.
+
+    Attributes:
+        write_timeout_s: How long a reader may take nothing of what is written.
+        keep_alive_s: After this long without an event a comment is sent, so that no proxy takes silence for death.
+    """
+
+    write_timeout_s: float
+    keep_alive_s: float
+    clock: Callable[[], float]
+
 
 class EventStream:
-    """Writes JSON events. Nothing is sent before the first event, so an error before it can still be a plain answer."""
+    """Writes JSON events. Nothing is sent before the first event or comment: an error until then can be a plain answer."""
 
-    def __init__(self, request: web.Request, headers: dict[str, str]) -> None:
+    def __init__(self, request: web.Request, limits: StreamLimits) -> None:
         self._request = request
-        self._headers = headers
+        self._limits = limits
+        self._headers: dict[str, str] = {}
         self._response: web.StreamResponse | None = None
+        self._writing = asyncio.Lock()
+        self._written_s = limits.clock()
 
     @property
     def is_open(self) -> bool:
@@ -26,26 +50,67 @@ class EventStream:
         self._headers.update(headers)
 
     async def send(self, event: Any) -> None:
-        """One `data:` event. Raises ConnectionError when the client is gone."""
-        response = await self._opened()
-        await response.write(b"data: " + msgspec.json.encode(event) + b"\n\n")
+        """One `data:` event. Raises ConnectionError when the client is gone, or takes nothing for too long."""
+        await self._write(b"data: " + msgspec.json.encode(event) + b"\n\n")
 
     async def send_done(self) -> None:
         """OpenAI's end marker. Never on LoRAX's routes: lorax-client parses every event as JSON."""
-        response = await self._opened()
-        await response.write(b"data: [DONE]\n\n")
+        await self._write(b"data: [DONE]\n\n")
 
     async def close(self) -> web.StreamResponse:
         """End the response."""
-        response = await self._opened()
-        await response.write_eof()
+        async with self._writing:
+            response = await self._opened()
+            await response.write_eof()
         return response
+
+    @asynccontextmanager
+    async def kept_alive(self) -> AsyncIterator[None]:
+        """Send comments inside this block while nothing else is sent; readers of events pass over them."""
+        comments = asyncio.create_task(self._send_comments())
+        try:
+            yield
+        finally:
+            comments.cancel()
+            with suppress(asyncio.CancelledError, ConnectionError):
+                await comments
+
+    async def _send_comments(self) -> None:
+        while True:
+            rest_s = self._written_s + self._limits.keep_alive_s - self._limits.clock()
+            if rest_s > 0:
+                await asyncio.sleep(rest_s)
+            else:
+                await self._write(b":\n\n")
+
+    async def _write(self, data: bytes) -> None:
+        async with self._writing:
+            response = await self._opened()
+            try:
+                async with asyncio.timeout(self._limits.write_timeout_s):
+                    await response.write(data)
+            except TimeoutError as error:
+                self._hang_up()
+                raise ConnectionResetError("the client took nothing of the stream for too long") from error
+            self._written_s = self._limits.clock()
+
+    def _hang_up(self) -> None:
+        """Not a close: that would wait for the reader to take what is buffered."""
+        if self._request.transport is not None:
+            self._request.transport.abort()
+
+    def _bound_buffer(self) -> None:
+        connection = self._request.get_extra_info("socket")
+        if connection is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
 
     async def _opened(self) -> web.StreamResponse:
         if self._response is None:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **self._headers}
-            self._response = web.StreamResponse(headers=headers)
-            self._response.content_type = "text/event-stream"
-            self._response.charset = "utf-8"
-            await self._response.prepare(self._request)
+            response = web.StreamResponse(headers=headers)
+            response.content_type = "text/event-stream"
+            response.charset = "utf-8"
+            self._bound_buffer()
+            await response.prepare(self._request)
+            self._response = response
         return self._response

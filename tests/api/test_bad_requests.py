@@ -153,6 +153,7 @@ CASES = {
     "logit_bias key": (*chat(logit_bias={"abc": 1}), 400, "logit_bias"),
     "logit_bias id": (*chat(logit_bias={"300": 1}), 400, "logit_bias"),
     "logit_bias value": (*chat(logit_bias={"1": 1e9}), 400, "logit_bias.1"),
+    "logit_bias twice": (*chat(logit_bias={"1": 1, "01": 2}), 400, "logit_bias"),
     "logit_bias list": (*chat(logit_bias=[1]), 400, "logit_bias"),
     "top_logprobs 10**6": (*chat(logprobs=True, top_logprobs=10**6), 400, "top_logprobs"),
     "top_logprobs without logprobs": (*chat(top_logprobs=1), 400, "top_logprobs"),

@@ -1,0 +1,103 @@
+"""Streams that are slow at either end: comments while nothing comes, an end where nothing is taken; bounded connections."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+
+import pytest
+
+from node.api.application import build_application
+from node.api.listener import Listener
+
+STREAM = {"model": "alice", "prompt": "hi", "max_tokens": 32, "stream": True}
+
+
+@pytest.fixture
+async def serve(make_bench):
+    """Start a listener with these server settings; closed again at the end."""
+    listeners = []
+
+    async def start(**server):
+        bench = make_bench(**server)
+        listener = Listener(build_application(bench.services))
+        listeners.append(listener)
+        return bench, await listener.open("127.0.0.1", 0)
+
+    yield start
+    for listener in listeners:
+        await listener.close(0.01)
+
+
+def request(path, body):
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    return head.encode() + data
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/completions", STREAM), ("/generate_stream", {"inputs": "hi", "parameters": {"adapter_id": "alice"}})]
+)
+@pytest.mark.parametrize("tokens_before", [0, 2])
+async def test_stream_with_nothing_to_say_sends_comments(serve, path, body, tokens_before):
+    bench, port = await serve(keep_alive_s=0.01)
+    bench.engine.hold_after = tokens_before
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request(path, body))
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+    assert b"x-openlora-receipt" in head.lower()
+    for _ in range(3):
+        await asyncio.wait_for(reader.readuntil(b":\n\n"), 10)
+    writer.close()
+    await asyncio.wait_for(bench.books.closed_event.wait(), 10)
+    assert (bench.one_closing().status, len(bench.one_closing().outputs[0])) == ("cancelled", tokens_before)
+
+
+async def test_error_before_admission_keeps_its_status(serve):
+    _, port = await serve(keep_alive_s=0.001)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request("/v1/completions", {**STREAM, "model": "nobody"}))
+    assert (await asyncio.wait_for(reader.readline(), 10)).startswith(b"HTTP/1.1 404")
+    writer.close()
+
+
+async def test_reader_that_takes_nothing_is_cancelled_and_pays_for_what_was_delivered(serve):
+    bench, port = await serve(write_timeout_s=0.2)
+    bench.engine.answer_ids = [65] * 490
+    body = {**STREAM, "max_tokens": 490, "n": 8, "logprobs": 20, "temperature": 1}
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", port))
+    await asyncio.get_running_loop().sock_sendall(connection, request("/v1/completions", body))
+    await asyncio.wait_for(bench.books.closed_event.wait(), 30)
+    connection.close()
+    closing = bench.one_closing()
+    delivered = [len(output) for output in closing.outputs]
+    assert closing.status == "cancelled"
+    assert 0 < sum(delivered) < 8 * 490
+    assert len(bench.engine.cancelled) >= 1
+
+
+async def test_address_with_too_many_connections_is_answered_429_and_others_are_served(serve):
+    _, port = await serve(max_connections_per_address=2)
+    held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+    held[0][1].write(b"GET /live HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert (await held[0][0].readline()).startswith(b"HTTP/1.1 200")
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    assert (await asyncio.wait_for(reader.read(), 10)).startswith(b"HTTP/1.1 429")
+    writer.close()
+    reader, other = await asyncio.open_connection("127.0.0.1", port, local_addr=("127.0.0.2", 0))
+    other.write(b"GET /live HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert (await asyncio.wait_for(reader.readline(), 10)).startswith(b"HTTP/1.1 200")
+    for _, writer in [*held, (None, other)]:
+        writer.close()
+
+
+async def test_connection_without_a_request_is_closed(serve):
+    _, port = await serve(idle_timeout_s=0.05)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /live HTT")
+    assert await asyncio.wait_for(reader.read(), 10) == b""
+    writer.close()
