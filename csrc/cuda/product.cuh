@@ -135,10 +135,16 @@ struct QuadPages {
       if (found.index < 0) continue;
       const LoraSpan& span = p.work.spans[found.index];
       count[q] = ranks_in_page(p.work, span.module, entry);
-      const auto* b = reinterpret_cast<const uint2*>(page + span.b_offset + found.column);
-      const int step = span.outputs / kQuad;
+      const auto* b = reinterpret_cast<const char*>(page + span.b_offset + found.column);
+      const uint32_t step = static_cast<uint32_t>(span.outputs) * 2;  // bytes; 16 of them stay below 4 GB
+      if (count[q] == kPageRank) {
 #pragma unroll
-      for (int r = 0; r < kPageRank; ++r) rank[q][r] = r < count[q] ? __ldg(b + static_cast<int64_t>(r) * step) : make_uint2(0, 0);
+        for (uint32_t r = 0; r < kPageRank; ++r) rank[q][r] = __ldg(reinterpret_cast<const uint2*>(b + r * step));
+      } else {
+#pragma unroll
+        for (uint32_t r = 0; r < kPageRank; ++r)
+          rank[q][r] = static_cast<int>(r) < count[q] ? __ldg(reinterpret_cast<const uint2*>(b + r * step)) : make_uint2(0, 0);
+      }
     }
   }
 };
@@ -272,11 +278,14 @@ __device__ __forceinline__ void finish_units(const ProductView& p, int lanes, Co
       if (span.first < span.last && span.tile.entries > 0) pages.fetch(p, span.tile.entry, lane);
     locate(span.first);
   };
-  int unit = blockIdx.x * kUnitWarps + warp;
-  if (unit < units) start(unit);
-  wait_for_previous();
-  start_dependents();
-  while (unit < units) {
+  bool has_waited = false;
+  for (int unit = blockIdx.x * kUnitWarps + warp; unit < units; unit += stride) {
+    start(unit);
+    if (!has_waited) {  // here and not before the loop, so that there is one copy of the loads
+      has_waited = true;
+      wait_for_previous();
+      start_dependents();
+    }
 #pragma unroll 1
     for (int place = span.first; place < span.last; place += R) {
       if (place > span.first) locate(place);
@@ -285,9 +294,8 @@ __device__ __forceinline__ void finish_units(const ProductView& p, int lanes, Co
       if constexpr (kLora) expand_rows<G, R>(y, p, parts.table, span.tile, pages, ranks, lane, place, min(R, span.last - place));
       finish(number, lane, row, known, y);
     }
-    unit += stride;
-    if (unit < units) start(unit);
   }
+  if (!has_waited) wait_for_previous();  // whoever waits for this kernel waits for those before it
 }
 
 // Rows of a unit: few where rows are few, so that every processor has work; many where B can be used again.
