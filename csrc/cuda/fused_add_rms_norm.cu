@@ -1,10 +1,10 @@
 // residual += product, then the next norm. See fused.h, product.cuh.
 //
-// A block takes up to R rows of one tile and all columns at a time, a thread two quads a pass, C passes: 512 threads and one pass
-// at H = 4096, whose B (256 bytes a thread, 128 KB a block), residual and weights are on their way before the previous kernel has
-// ended. The sum of squares runs thread, lanes, warps, in an order cut by H alone; nothing is read twice. R is 1 where there are
-// fewer rows than processors: then every row has a processor's bandwidth to itself. A cluster that shared a row lost: its
-// barriers cost more than the row (2 us).
+// A block takes a part of a tile (1, 2 or 32 rows), R rows of it and all columns at a time, a thread two quads a pass, C passes: 512
+// threads and one pass at H = 4096, whose B (256 bytes a thread, 128 KB a block), residual and weights are on their way before the
+// previous kernel has ended. The sum of squares runs thread, lanes, warps, in an order cut by H alone; nothing is read twice. A
+// part is one row where there are fewer rows than processors: then every row has a processor's bandwidth to itself. A cluster
+// that shared a row lost: its barriers cost more than the row (2 us).
 //
 // Shared memory: 64 R bytes a warp for v. Bytes: S * T * H * 4 of planes, T * H * 2 of residual read and written, T * H * 2 out,
 // B of every tile once (H = 4096, D = 64, r = 16: 8.4 MB, 2.7 us at 3.1 TB/s).
@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kMaxThreads = 512;
 constexpr int kMaxWarps = kMaxThreads / kWarp;
+constexpr int kPrefillRows = 32;  // of a part, when B is kept for many rows
 
 struct Params {
   ProductView p;
@@ -49,18 +50,14 @@ __global__ void __launch_bounds__(kMaxThreads, kLora ? 1 : 2) add_rms_norm_kerne
       lane[c].column[q] = quad < quads ? quad * kQuad : -1;
       if (quad < quads) weight[c][q] = __ldg(static_cast<const uint2*>(a.weight) + quad);
     }
-  int part = blockIdx.x;
   RowSpan span{};
   QuadPages<1> pages;
   int row[R];
   uint2 old[R][C][kQuads];
-  auto start = [&](int i) {
-    span = parts[i];
-    if constexpr (kLora)
-      if (span.first < span.last && span.tile.entries > 0) pages.fetch(p, span.tile.entry, lane[0]);
+  auto locate = [&](int place) {  // the rows, and their residual, which no kernel in flight writes
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      row[r] = span.first + r < span.last ? parts.row(span, span.first + r) : -1;
+      row[r] = place + r < span.last ? parts.row(span, place + r) : -1;
       if (row[r] < 0) continue;
 #pragma unroll
       for (int c = 0; c < C; ++c)
@@ -70,63 +67,74 @@ __global__ void __launch_bounds__(kMaxThreads, kLora ? 1 : 2) add_rms_norm_kerne
             old[r][c][q] = __ldcg(reinterpret_cast<const uint2*>(residual + static_cast<int64_t>(row[r]) * p.columns + lane[c].column[q]));
     }
   };
-  if (part < count) start(part);
-  wait_for_previous();
-  start_dependents();
-  for (int parity = 0; part < count; parity ^= 1) {
-    float y[C][kQuads][R][kQuad] = {};
-    float squares[R] = {};
+  bool has_waited = false;
+  int parity = 0;
+  for (int part = blockIdx.x; part < count; part += gridDim.x) {
+    span = parts[part];
+    if constexpr (kLora)
+      if (span.first < span.last && span.tile.entries > 0) pages.fetch(p, span.tile.entry, lane[0]);
+    locate(span.first);
+    if (!has_waited) {
+      has_waited = true;
+      wait_for_previous();
+      start_dependents();
+    }
+#pragma unroll 1
+    for (int place = span.first; place < span.last; place += R, parity ^= 1) {
+      if (place > span.first) locate(place);
+      float y[C][kQuads][R][kQuad] = {};
+      float squares[R] = {};
 #pragma unroll
-    for (int c = 0; c < C; ++c) load_rows<kFloatPlanes, R>(y[c], p, row, lane[c]);
+      for (int c = 0; c < C; ++c) load_rows<kFloatPlanes, R>(y[c], p, row, lane[c]);
 #pragma unroll
-    for (int c = 0; c < C; ++c) {
-      if constexpr (kLora) {
-        if (c > 0 && span.tile.entries > 0 && span.first < span.last) pages.fetch(p, span.tile.entry, lane[c]);
-        if (span.first < span.last) expand_rows<1, R>(y[c], p, parts.table, span.tile, pages, shared_ranks[warp], lane[c], span.first, span.last - span.first);
+      for (int c = 0; c < C; ++c) {
+        if constexpr (kLora) {
+          if (C > 1 && (c > 0 || place > span.first) && span.tile.entries > 0) pages.fetch(p, span.tile.entry, lane[c]);
+          expand_rows<1, R>(y[c], p, parts.table, span.tile, pages, shared_ranks[warp], lane[c], place, min(R, span.last - place));
+        }
+#pragma unroll
+        for (int r = 0; r < R; ++r)
+#pragma unroll
+          for (int q = 0; q < kQuads; ++q) {
+            if (row[r] < 0 || lane[c].column[q] < 0) continue;
+            float(&x)[kQuad] = y[c][q][r];
+            float before[kQuad];
+            unpack(before, old[r][c][q]);
+#pragma unroll
+            for (int i = 0; i < kQuad; ++i) x[i] = rounded_bf16(x[i] + before[i]);
+            store_quad(residual + static_cast<int64_t>(row[r]) * p.columns + lane[c].column[q], x);
+#pragma unroll
+            for (int i = 0; i < kQuad; ++i) squares[r] += x[i] * x[i];
+          }
       }
 #pragma unroll
-      for (int r = 0; r < R; ++r)
+      for (int r = 0; r < R; ++r) {
 #pragma unroll
-        for (int q = 0; q < kQuads; ++q) {
-          if (row[r] < 0 || lane[c].column[q] < 0) continue;
-          float(&x)[kQuad] = y[c][q][r];
-          float before[kQuad];
-          unpack(before, old[r][c][q]);
+        for (int offset = 16; offset > 0; offset /= 2) squares[r] += __shfl_xor_sync(kAllLanes, squares[r], offset);
+        if (threadIdx.x % kWarp == 0) warp_squares[parity][r][warp] = squares[r];
+      }
+      __syncthreads();
 #pragma unroll
-          for (int i = 0; i < kQuad; ++i) x[i] = rounded_bf16(x[i] + before[i]);
-          store_quad(residual + static_cast<int64_t>(row[r]) * p.columns + lane[c].column[q], x);
+      for (int r = 0; r < R; ++r) {
+        if (row[r] < 0) continue;
+        float total = 0.f;
+        for (int w = 0; w < warps; ++w) total += warp_squares[parity][r][w];
+        const float scale = rsqrtf(total / p.columns + a.eps);
 #pragma unroll
-          for (int i = 0; i < kQuad; ++i) squares[r] += x[i] * x[i];
-        }
+        for (int c = 0; c < C; ++c)
+#pragma unroll
+          for (int q = 0; q < kQuads; ++q) {
+            if (lane[c].column[q] < 0) continue;
+            float by[kQuad];
+            unpack(by, weight[c][q]);
+#pragma unroll
+            for (int i = 0; i < kQuad; ++i) y[c][q][r][i] *= scale * by[i];
+            store_quad(out + static_cast<int64_t>(row[r]) * p.columns + lane[c].column[q], y[c][q][r]);
+          }
+      }
     }
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-#pragma unroll
-      for (int offset = 16; offset > 0; offset /= 2) squares[r] += __shfl_xor_sync(kAllLanes, squares[r], offset);
-      if (threadIdx.x % kWarp == 0) warp_squares[parity][r][warp] = squares[r];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      if (row[r] < 0) continue;
-      float total = 0.f;
-      for (int w = 0; w < warps; ++w) total += warp_squares[parity][r][w];
-      const float scale = rsqrtf(total / p.columns + a.eps);
-#pragma unroll
-      for (int c = 0; c < C; ++c)
-#pragma unroll
-        for (int q = 0; q < kQuads; ++q) {
-          if (lane[c].column[q] < 0) continue;
-          float by[kQuad];
-          unpack(by, weight[c][q]);
-#pragma unroll
-          for (int i = 0; i < kQuad; ++i) y[c][q][r][i] *= scale * by[i];
-          store_quad(out + static_cast<int64_t>(row[r]) * p.columns + lane[c].column[q], y[c][q][r]);
-        }
-    }
-    part += gridDim.x;
-    if (part < count) start(part);
   }
+  if (!has_waited) wait_for_previous();  // whoever waits for this kernel waits for those before it
 }
 
 // A block takes a row at a time and reads its own residual back for the second pass.
@@ -168,17 +176,15 @@ cudaError_t launch_blocks(const Product& product, Params params, cudaStream_t st
   const int threads = std::min(kMaxThreads, (pairs + kWarp - 1) / kWarp * kWarp);
   return with_product_types(product, [&](auto lora, auto planes, auto) {
     constexpr bool L = decltype(lora)::value, P = decltype(planes)::value;
-    auto go = [&](auto kernel, int rows, int blocks) {
-      params.p.unit_rows = rows;
+    auto go = [&](auto kernel, int unit_rows, int blocks) {
+      params.p.unit_rows = unit_rows;
       return launch(kernel, {std::min(product.rows, blocks), threads}, product.follow, stream, params);
     };
     if constexpr (!L) {
       return go(add_rms_norm_kernel<L, P, 1, C>, 1, processors * 2);
     } else {
-      const int share = C == 1 ? product.rows / processors : 0;  // more rows a block need more registers
-      if (share < 1) return go(add_rms_norm_kernel<L, P, 1, C>, 1, processors);
-      if (share < 2) return go(add_rms_norm_kernel<L, P, 2, 1>, 2, processors);
-      return go(add_rms_norm_kernel<L, P, 4, 1>, 4, processors);
+      if (C > 1 || product.rows <= processors) return go(add_rms_norm_kernel<L, P, 1, C>, 1, processors);
+      return go(add_rms_norm_kernel<L, P, 2, 1>, product.rows <= 2 * processors ? 2 : kPrefillRows, processors);
     }
   });
 }
