@@ -102,6 +102,7 @@ class EngineSettings(_Section):
     deterministic: bool = False
     kv_cache_bytes: Bytes | None = None
     kv_block_size: Annotated[int, Field(ge=4, le=256)] | None = None
+    movable_border: bool = False  # on a GPU, between KV blocks and adapter pages
     max_sequences: Annotated[int, Field(ge=1)] | None = None  # running together
     max_batch_tokens: Annotated[int, Field(ge=16)] | None = None  # rows in one step: the prefill chunk that others wait for
     queue_limit: Annotated[int, Field(ge=1)] = 1024  # sequences waiting

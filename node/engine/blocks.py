@@ -51,12 +51,15 @@ class BlockPool:
         block_size: Tokens per block.
         has_prefix_cache: False: nothing is ever published, so nothing ever matches.
         capacity: Blocks that there can ever be, where `add` may bring more; None for `block_count`.
+
+    Attributes:
+        block_count: Blocks now. block_limit: those there were at first, which one sequence can always count on.
     """
 
     def __init__(self, block_count: int, block_size: int, has_prefix_cache: bool = True, *, capacity: int | None = None) -> None:
         if block_count < 1 or block_size < 1:
             raise ValueError(f"block_count is {block_count} and block_size is {block_size}; both must be at least 1")
-        self.block_count = block_count
+        self.block_count = self.block_limit = block_count
         self.block_size = block_size
         self.capacity = block_count if capacity is None else capacity
         self._has_prefix_cache = has_prefix_cache

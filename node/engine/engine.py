@@ -9,19 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from node.adapters.binding import LinearTable
-from node.adapters.memory import memory_limits, open_pool
 from node.adapters.pool import AdapterPool
 from node.config import AdapterSettings, EngineSettings, ModelSettings
 from node.engine.blocks import BlockPool
 from node.engine.device import choose_device, device_memory, device_name, open_kernels, open_runner
 from node.engine.grammar import Vocabulary
 from node.engine.grammar_masks import GrammarMasks
+from node.engine.memory import open_memory
 from node.engine.messages import Ready, SequenceEvent, Stats, Submit
 from node.engine.runner import LogitsWatcher
 from node.engine.scheduler import Scheduler, SchedulerLimits, StepPlan, Work, WorkResult
 from node.engine.sizing import memory_sizes, step_sizes
-from node.models.load import DTYPES, ModelSource, load_model, make_kv_cache, open_source
+from node.models.load import DTYPES, ModelSource, load_model, open_source
 from node.models.source import resolve
 from node.request import AdapterTerm
 
@@ -297,19 +296,10 @@ def open_engine(
     kernels = open_kernels(device, settings, sizes, spec, dtype)
     loaded = load_model(source, dtype, kernels, sizes.page_rank)
     memory = memory_sizes(settings, adapter_settings, *device_memory(device, spec, sizes, dtype))
-    kv = make_kv_cache(spec, memory.kv_cache_bytes, sizes.kv_block_size, dtype, device)
-    adapters = open_pool(
-        loaded.layout,
-        LinearTable(spec.linear_kinds),
-        dtype,
-        memory_limits(adapter_settings, memory.adapter_bytes),
-        device=device,
-        base=loaded.model,
-        wake=wake,
-    )
-    blocks = BlockPool(kv.block_count, kv.block_size, settings.prefix_cache)
+    held = open_memory(loaded, settings, adapter_settings, memory, sizes.kv_block_size, device, wake)
+    kv, blocks, adapters = held.kv, held.blocks, held.adapters
     # A sequence can never be longer than the whole cache.
-    max_model_len = min(spec.max_model_len, kv.block_count * kv.block_size)
+    max_model_len = min(spec.max_model_len, blocks.block_limit * kv.block_size)
     limits = SchedulerLimits(sizes.max_sequences, sizes.max_batch_tokens, settings.queue_limit, max_model_len, spec.vocab_size)
     ready = Ready(
         model_id=source.model_id,
@@ -323,7 +313,7 @@ def open_engine(
         eos_token_ids=spec.eos_token_ids,
         tokenizer_dir=str(source.write_tokenizer(state_dir / "tokenizer")),
         linears=spec.linear_kinds,
-        kv_block_count=kv.block_count,
+        kv_block_count=blocks.block_limit,
         kv_block_size=kv.block_size,
         max_rank=adapter_settings.max_rank,
     )

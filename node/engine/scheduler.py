@@ -213,10 +213,10 @@ class Scheduler:
             )
         # The last token drawn is never fed back, so it needs no block.
         block_count = self._blocks.blocks_for(max(wanted - 1, sequence.prompt_count))
-        if block_count > self._blocks.block_count:
+        if block_count > self._blocks.block_limit:
             return sequence.error(
                 "context_length_exceeded",
-                f"{wanted} tokens need {block_count} KV blocks and the engine has {self._blocks.block_count}; "
+                f"{wanted} tokens need {block_count} KV blocks and the engine has {self._blocks.block_limit}; "
                 "shorten the request or raise engine.kv_cache_bytes",
             )
         if len(self._queue) >= limits.queue_limit:
@@ -352,7 +352,7 @@ class Scheduler:
     def _grow(self, sequence: Sequence, count: int) -> bool:
         """Hold enough blocks for `count` more rows; takes none when there are not enough."""
         missing = self._blocks.blocks_for(sequence.computed_count + count) - len(sequence.blocks)
-        if missing > self._blocks.free_count:
+        if not self._blocks.reserve(missing):
             return False
         for _ in range(missing):
             block = self._blocks.allocate()
@@ -445,7 +445,7 @@ class Scheduler:
         matched = self._match(sequence)
         idle_count = sum(not self._blocks.is_held(block) for block in matched)
         needed = self._blocks.blocks_for(len(sequence.tokens)) - len(matched) + idle_count
-        if needed > self._blocks.free_count - self._owed_blocks():
+        if not self._blocks.reserve(needed + self._owed_blocks()):
             return False
         self._queue.take(sequence)
         self._adapters.pin(sequence.terms)
