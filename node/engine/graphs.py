@@ -15,18 +15,7 @@ from torch import Tensor
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 BUCKET_STEP = 64  # beyond the last one
 # Of steps with prompt chunks; larger ones keep the device busy by themselves.
-ROW_BUCKETS = (
-    16,
-    32,
-    64,
-    128,
-    192,
-    256,
-    320,
-    384,
-    448,
-    512,
-)  # of steps with prompt chunks; larger ones keep the device busy by themselves
+ROW_BUCKETS = (16, 32, 64, 128, 192, 256, 320, 384, 448, 512)
 
 
 class Adapted(IntEnum):
