@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(kWarps * 32) attention_decode(const __grid_con
       if (shares == 1) {
         *reinterpret_cast<uint32_t*>(out + head * kHead + dim) = pack(value.x / sum, value.y / sum);
       } else {
-        const int64_t flat = int64_t(index) * heads + head0 + head;
+        const int64_t flat = int64_t(self.item.place) * heads + head0 + head;
         *reinterpret_cast<float2*>(args.partial + flat * kHead + dim) = value;
         if (dim == 0) *reinterpret_cast<float2*>(args.stats + flat * 2) = {best, sum};
       }

@@ -16,9 +16,9 @@ struct AttentionDecodeArgs {
   const void* values;  // the same, same strides
   void* out;           // [sequences, heads, head_dim] bfloat16; rows with context 0 get 0
   const int32_t* tables;  // [sequences, table_stride]
-  const int32_t* items;   // [items, 4]: sequence, first key, key after the last, place among the sequence's items
+  const int32_t* items;   // [items, 4]: sequence, first key, key after the last, place of its partial result
   const int32_t* counts;  // [1 + sequences]: items in all, then of each sequence
-  const int32_t* firsts;  // [sequences]: the first item of each
+  const int32_t* firsts;  // [sequences]: the first partial result of each; they lie one after another
   float* partial;         // [items, heads, head_dim]
   float* stats;           // [items, heads, 2]: largest score (log2 units), sum of weights
   int32_t* done;          // [sequences, groups]: 0 before and after

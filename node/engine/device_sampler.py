@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from node.engine.noise import uniform
+from node.engine.noise import uniforms
 from node.engine.sampler import DrawRow, RowMask, draw_random, is_plain, is_shifted
 from node.request import DrawnToken, TokenLogprob
 
@@ -28,6 +28,7 @@ _DRAW_BLOCK = 4096
 _DRAW_WARPS = 32
 _LARGEST = torch.finfo(torch.float32).max
 _BITS = 32
+_LOW_64 = (1 << 64) - 1
 
 
 @dataclass(slots=True)
@@ -199,20 +200,22 @@ class DeviceSampler:
     def _launch_draw(self, x: Tensor, rows: list[DrawRow], where: Tensor, choice: Choice, ahead: int) -> None:
         from node.kernels.triton_sampling import draw_kernel
 
-        asked = _to_device(np.array([_asked(row, ahead) for row in rows], dtype=np.float64), self._device)
+        asked = _to_device(_asked(rows, ahead), self._device)
         draw_kernel[(len(rows),)](
             x, asked, where, choice.next_tokens, self._vocab, x.stride(0),
             ANY_KEY=0x7FFFFFFF, TINY=torch.finfo(torch.float32).tiny, SPANS=self._spans, BLOCK=_DRAW_BLOCK, num_warps=_DRAW_WARPS,
         )  # fmt: skip
 
 
-def _asked(row: DrawRow, ahead: int) -> tuple[float, ...]:
-    """A row of `draw_kernel`'s parameters. Greedy is temperature 0 without filters and without noise."""
-    s = row.sampling
-    if s.temperature == 0:
-        return (0.0, 0, 1.0, 1.0, 0.0, 0.0)
-    noise = uniform(s.seed, row.choice_index, len(row.tokens) + ahead)
-    return (s.temperature, s.top_k, s.typical_p, s.top_p, s.min_p, noise)
+def _asked(rows: Sequence[DrawRow], ahead: int) -> npt.NDArray[np.float64]:
+    """[n, 6] parameters of `draw_kernel`. Greedy is temperature 0 without filters and without noise."""
+    samplings = [row.sampling for row in rows]
+    asked = np.array([(s.temperature, s.top_k, s.typical_p, s.top_p, s.min_p, 0.0) for s in samplings], dtype=np.float64)
+    seeds = np.array([s.seed & _LOW_64 for s in samplings], dtype=np.uint64)
+    positions = np.array([len(row.tokens) + ahead for row in rows], dtype=np.uint64)
+    asked[:, 5] = uniforms(seeds, [row.choice_index for row in rows], positions)
+    asked[asked[:, 0] == 0] = (0.0, 0.0, 1.0, 1.0, 0.0, 0.0)
+    return asked
 
 
 def shift(x: Tensor, rows: Sequence[DrawRow], unseen: Tensor | None) -> None:

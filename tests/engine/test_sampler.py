@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from node.engine import filters
-from node.engine.noise import uniform
+from node.engine.noise import uniform, uniforms
 from node.engine.sampler import DrawRow, RowMask, draw, next_token_logprobs
 from node.request import DrawnToken, Sampling
 
@@ -276,6 +276,11 @@ def test_draw_at_a_high_temperature_is_flatter():
 @pytest.mark.parametrize("other", [(8, 0, 3), (7, 1, 3), (7, 0, 4), (7 + (1 << 40), 0, 3)])
 def test_noise_depends_on_seed_choice_and_position(other):
     assert uniform(7, 0, 3) != uniform(*other)
+
+
+def test_noise_of_many_draws_is_the_noise_of_each():
+    draws = [(0, 0, 0), (7, 0, 3), ((1 << 64) - 1, 5, 4095), (123456789123456789, 2, 17)]
+    assert uniforms(*zip(*draws, strict=True)).tolist() == [uniform(*draw) for draw in draws]
 
 
 def test_noise_is_uniform_over_positions():

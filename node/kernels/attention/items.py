@@ -15,22 +15,12 @@ _MOST_CHUNKS = 16  # of one sequence when the chunk is fixed; bounds the partial
 _LEAST_CHUNK = 4  # tiles: 256 keys
 
 
-_BYTES_A_US = 3.1e6  # of an H100's memory; another GPU's ratio of latency to bandwidth is not far from its
-
-
 @dataclass(frozen=True, slots=True)
 class ItemCost:
-    """What cutting a context costs a program, in microseconds; read off an H100 (`csrc/README.md`).
+    """What a program costs besides its tiles, in tiles: until its first key arrives, and to join a sequence that was cut."""
 
-    Attributes:
-        tile_us: a tile of 64 keys when nothing else holds the program up: what the longest item adds at the end.
-        item_us: until an item's first key arrives. join_us, share_us: to join a sequence, and for each of its items.
-    """
-
-    tile_us: float = 0.4
-    item_us: float = 1.0
-    join_us: float = 1.4
-    share_us: float = 0.08
+    start_tiles: int = 2
+    join_tiles: int = 1
 
 
 @dataclass(slots=True)
@@ -38,8 +28,8 @@ class DecodeItems:
     """The plan kernel's output for one window.
 
     Attributes:
-        items: [most items, 4] int32: sequence, first key, key after the last, place among the sequence's items.
-        counts: [1 + Q] int32: items in all, then of each sequence. firsts: [Q] int32: the first item of each.
+        items: [most items, 4] int32: sequence, first key, key after the last, place of its partial result.
+        counts: [1 + Q] int32: items in all, then of each sequence. firsts: [Q] int32: the first partial result of each.
     """
 
     items: Tensor
@@ -100,12 +90,10 @@ class DecodeWork:
         batch = context_lens.shape[0]
         empty = context_lens.new_empty
         found = DecodeItems(empty((self.most_items, 4)), empty(batch + 1), empty(batch))
-        shape, cost = self.shape, self._cost
-        unit_us = TILE * 4 * shape.head_dim * programs * shape.groups / _BYTES_A_US
         plan_items_kernel[(1,)](
             context_lens, found.items, found.counts, found.firsts, batch, programs, self.most_items,
-            self.chunk_keys // TILE, window or 0, cost.tile_us / unit_us, cost.item_us / unit_us, cost.join_us / unit_us,
-            cost.share_us / unit_us, TILE=TILE, BATCH=self._rows, CHUNKS=64, num_warps=4,
+            self.chunk_keys // TILE, window or 0, self._cost.start_tiles, self._cost.join_tiles,
+            TILE=TILE, BATCH=self._rows, CHUNKS=64, num_warps=4,
         )  # fmt: skip
         return found
 

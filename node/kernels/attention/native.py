@@ -13,7 +13,9 @@ from node.kernels.attention.paged import AttentionShape, DecodePlan, PagedAttent
 from node.kernels.build_cuda import cuda_library_path
 
 LOG2_E = 1.4426950408889634
-_PROGRAMS_PER_SM = (4, 2)  # of each variant: 48 and 96 KiB of shared memory a block
+# Of each variant, as the plan counts them: 48 KiB of shared memory a block, four at once, and 96 KiB, two at once. Cutting
+# contexts for the second one of the two never gained what the join costs.
+_PROGRAMS_PER_SM = (4, 1)
 
 
 class NativeAttention(PagedAttention):

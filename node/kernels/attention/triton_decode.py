@@ -1,8 +1,9 @@
 """Paged decode in Triton: one row a sequence, the query heads of a key/value head together, keys split over programs.
 
-A plan kernel (one program, once a step) cuts the contexts into items of at most `chunk` tiles of 64 keys. In the decode kernel a
-program takes items of one key/value head; the program that finishes a sequence's last item joins all of them in ascending order,
-so the result does not depend on who came last. No second launch, no order of arrival in the sums.
+A plan kernel (one program, once a step) cuts the contexts into items of at most `chunk` tiles of 64 keys, whole ones first, so
+that programs that take several end together. In the decode kernel a program takes items of one key/value head; the program that
+finishes a sequence's last item joins all of them in ascending order, so the result does not depend on who came last. No second
+launch, no order of arrival in the sums.
 
 The chunk is chosen on the device so that the items fill the programs evenly; with a fixed chunk, a row's cuts depend on its own
 context alone and its bits are the same in any batch.
@@ -36,18 +37,16 @@ TILE = 64  # keys of one tile
 )
 def plan_items_kernel(
     lens_ptr,  # [Q] int32
-    items_ptr,  # [max_items, 4] int32: sequence, first key, key after the last, place among the sequence's items
+    items_ptr,  # [max_items, 4] int32: sequence, first key, key after the last, place of its partial result
     counts_ptr,  # [1 + Q] int32: items in all, then items of each sequence
-    firsts_ptr,  # [Q] int32: the first item of each sequence
+    firsts_ptr,  # [Q] int32: the first of each sequence's partial results, which lie one after another
     batch,
     slots,  # programs of one key/value head that run at once
     max_items,
     fixed_chunk,  # tiles; 0: choose
     window,  # 0: none
-    tile_cost,  # of `ItemCost`, in units of a tile's time when all programs share the memory's bandwidth
-    item_cost,
-    join_cost,
-    share_cost,
+    start_tiles,  # what a program costs before its first key arrives, in tiles
+    join_tiles,  # what it costs to join the items of a sequence that was cut
     TILE: tl.constexpr,
     BATCH: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -59,31 +58,35 @@ def plan_items_kernel(
     if fixed_chunk > 0:
         chunk = fixed_chunk
     else:
-        # What a chunk size costs besides the bytes: the last program's own pace, the programs' starts, and joining what was cut.
+        # Cost of a chunk size: rounds of programs x (tiles of a round + what a program costs besides).
         # Candidates grow by a fifth: 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, ..
         size = tl.ceil(tl.exp2(tl.arange(0, CHUNKS) * 0.25)).to(tl.int32)
         needed = tl.sum(tl.cdiv((end - begin)[None, :], size[:, None]), 1)
         most = tl.max(end - begin, 0)
-        cost = tl.minimum(size, most) * tile_cost + needed * item_cost / slots
-        cost += tl.where(size < most, join_cost + tl.cdiv(most, size) * share_cost, 0.0)
-        cost = tl.where(needed > max_items, 1e30, cost)
+        besides = tl.where(size < most, start_tiles + join_tiles, start_tiles)
+        cost = tl.cdiv(needed, slots) * (tl.minimum(size, most) + besides) * 1024 + tl.minimum(needed, 1023)
+        cost = tl.where(needed > max_items, 1 << 30, cost)
         chunk = tl.sum(tl.where(tl.arange(0, CHUNKS) == tl.argmin(cost, 0), size, 0), 0)
     # Cuts lie at multiples of the chunk from the sequence's start, not from the window's.
     first_cut = begin // chunk
     count = tl.where(length > 0, tl.cdiv(end, chunk) - first_cut, 0)
     first = tl.cumsum(count, 0) - count
+    has_rest = ((end % chunk != 0) & (count > 0)).to(tl.int32)
+    whole = count - has_rest
+    first_whole = tl.cumsum(whole, 0) - whole
+    rest = tl.sum(whole, 0) + tl.cumsum(has_rest, 0) - has_rest
     tl.store(counts_ptr, tl.sum(count, 0))
     tl.store(counts_ptr + 1 + row, count, mask=row < batch)
     tl.store(firsts_ptr + row, first, mask=row < batch)
     low = tl.where(window > 0, tl.maximum(length - window, 0), 0)
     for place in range(tl.max(count, 0)):
         here = (row < batch) & (place < count)
-        target = items_ptr + (first + place) * 4
+        target = items_ptr + tl.where(place < whole, first_whole + place, rest) * 4
         cut = (first_cut + place) * chunk * TILE
         tl.store(target, row, mask=here)
         tl.store(target + 1, tl.maximum(cut, low), mask=here)
         tl.store(target + 2, tl.minimum(cut + chunk * TILE, length), mask=here)
-        tl.store(target + 3, place, mask=here)
+        tl.store(target + 3, first + place, mask=here)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -159,7 +162,7 @@ def decode_kernel(
         if shares == 1:
             tl.store(out_ptr + out_where, finish(acc, total), mask=out_mask)
         else:
-            flat = (item * heads + head).to(tl.int64)
+            flat = (tl.load(items_ptr + item * 4 + 3) * heads + head).to(tl.int64)
             tl.store(acc_ptr + flat[:, None] * HEAD + dim[None, :], acc, mask=out_mask)
             tl.store(stats_ptr + flat * 2, top, mask=is_head)
             tl.store(stats_ptr + flat * 2 + 1, total, mask=is_head)
