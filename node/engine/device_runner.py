@@ -45,6 +45,7 @@ from node.kernels.side import SideGroup
 from node.models.inputs import CausalLM, KVCache, StepInputs
 
 DECODE_TILE_ROWS, PREFILL_TILE_ROWS = 16, 64
+RECORDED_TILE_ROWS = 16  # of small steps with prompt chunks: larger tiles would leave most of the GPU idle
 GRAPH_ENTRIES = 16  # pages of one row's recipe that a graph has room for; a batch with more is launched without one
 EAGER_ENTRIES = 64
 
@@ -241,7 +242,7 @@ class DeviceRunner:
         rows = self._graphs.row_bucket(shape.rows)
         if rows is None or shape.logit_rows is None or any(item.wants_prompt_logprobs or item.embeds for item in work):
             return None
-        layout, blocks = self._row_layouts[rows], self._row_tiles(work, shape, PREFILL_TILE_ROWS)
+        layout, blocks = self._row_layouts[rows], self._row_tiles(work, shape, RECORDED_TILE_ROWS)
         end = layout.tiles + sum(len(block.data) for block in blocks)
         if len(blocks) > 1 or end > self._block.capacity or any(b.pair_count > GRAPH_ENTRIES * rows for b in blocks):
             return None
@@ -259,7 +260,7 @@ class DeviceRunner:
 
     def _run_rows(self, rows: int, adapted: Adapted) -> Tensor:
         layout = self._row_layouts[rows]
-        inputs = self._row_inputs(layout, self._static_tiles(layout, adapted, PREFILL_TILE_ROWS), rows, layout.logit_rows)
+        inputs = self._row_inputs(layout, self._static_tiles(layout, adapted, RECORDED_TILE_ROWS), rows, layout.logit_rows)
         return self._model.hidden(inputs, self._kv, self._adapters.tensors)
 
     def _row_inputs(self, layout: BlockLayout, lora: DeviceRows | None, rows: int, logit_rows: int) -> StepInputs:
