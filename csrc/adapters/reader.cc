@@ -14,10 +14,9 @@
 #include <memory>
 #include <new>
 #include <numeric>
-#include <system_error>
-#include <thread>
 #include <vector>
 
+#include "adapters/crew.h"
 #include "adapters/placement.h"
 #include "adapters/sha256.h"
 
@@ -47,6 +46,14 @@ struct Lanes {
 struct Buffers {
   alignas(64) uint8_t pieces[kLanes][kMarginBytes + kPieceBytes];
   alignas(64) uint8_t converted[2 * kPieceBytes];
+};
+
+// Threads and what each reads into.
+struct Reader {
+  explicit Reader(int thread_count) : crew(thread_count), buffers(new Buffers[crew.size()]) {}
+
+  Crew crew;
+  std::unique_ptr<Buffers[]> buffers;
 };
 
 int64_t tensor_bytes(const OpenloraTensor& t) { return t.rows * t.columns * item_bytes(static_cast<Dtype>(t.dtype)); }
@@ -97,19 +104,11 @@ class Reading {
                      [this](int64_t a, int64_t b) { return leaves_[a].size_bytes > leaves_[b].size_bytes; });
   }
 
-  int run(int thread_count) {
-    hands_ = static_cast<int>(std::clamp<int64_t>(std::min(thread_count, kMaxThreads), 1, leaf_count()));
-    const int helpers = hands_ - 1;
-    std::vector<std::thread> threads;
-    for (int i = 0; i < helpers; ++i) {
-      try {
-        threads.emplace_back([this] { work(); });
-      } catch (const std::system_error&) {
-        break;  // fewer threads do the same work
-      }
-    }
-    work();
-    for (std::thread& thread : threads) thread.join();
+  int run(Reader& reader) {
+    hands_ = static_cast<int>(std::clamp<int64_t>(reader.crew.size(), 1, leaf_count()));
+    reader.crew.run([&](int member) {
+      if (member < hands_) work(member, reader.buffers[member]);
+    });
     return fault_.load();
   }
 
@@ -137,20 +136,10 @@ class Reading {
  private:
   int64_t leaf_count() const { return static_cast<int64_t>(leaves_.size()); }
 
-  // Takes a hand of leaves and goes through it; more than one where threads could not be started.
-  void work() {
-    std::unique_ptr<Buffers> buffers(new (std::nothrow) Buffers);
-    if (!buffers) {
-      fail(ENOMEM);
-      return;
-    }
-    for (int hand = next_.fetch_add(1); hand < hands_ && fault_.load() == 0; hand = next_.fetch_add(1)) {
-      const int fault = process(hand, *buffers);
-      if (fault != 0) {
-        fail(fault);
-        return;
-      }
-    }
+  // Goes through one hand of leaves.
+  void work(int hand, Buffers& buffers) {
+    const int fault = process(hand, buffers);
+    if (fault != 0) fail(fault);
   }
 
   int process(int hand, Buffers& buffers) {
@@ -273,22 +262,31 @@ class Reading {
   std::vector<int64_t> order_;  // leaves, longest first, so that those of one size lie side by side
   std::vector<uint8_t> digests_;
   int hands_ = 1;
-  std::atomic<int> next_{0};
   std::atomic<int> fault_{0};
 };
 
 }  // namespace
 }  // namespace openlora
 
-int openlora_read_adapter(int descriptor, const OpenloraTensor* tensors, int64_t tensor_count, const OpenloraPlacement* placements,
-                          int64_t placement_count, const OpenloraPages* pages, int thread_count, uint8_t* roots) {
+void* openlora_reader_open(int thread_count) {
+  try {
+    return new openlora::Reader(std::clamp(thread_count, 1, openlora::kMaxThreads));
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+}
+
+void openlora_reader_close(void* reader) { delete static_cast<openlora::Reader*>(reader); }
+
+int openlora_read_adapter(void* reader, int descriptor, const OpenloraTensor* tensors, int64_t tensor_count,
+                          const OpenloraPlacement* placements, int64_t placement_count, const OpenloraPages* pages, uint8_t* roots) {
   if ((pages->dtype != 0 && pages->dtype != 2) || pages->page_rank < 1 || pages->page_count < 1) return openlora::kDoesNotFit;
   for (int64_t i = 0; i < tensor_count; ++i) {
     if (!openlora::is_sound(tensors[i], placements, placement_count, *pages)) return openlora::kDoesNotFit;
   }
   try {
     openlora::Reading reading(descriptor, tensors, tensor_count, placements, *pages);
-    const int fault = reading.run(thread_count);
+    const int fault = reading.run(*static_cast<openlora::Reader*>(reader));
     for (int64_t i = 0; fault == 0 && i < tensor_count; ++i) reading.root(i, roots + i * openlora::kDigestBytes);
     return fault;
   } catch (const std::bad_alloc&) {

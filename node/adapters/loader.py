@@ -140,6 +140,8 @@ class AdapterLoader:
             self._jobs.put_nowait(None)
         for thread in self._threads:
             thread.join()
+        if self._reader is not None:
+            self._reader.close()
 
     def _submit(self, adapter_id: str, job: Job) -> None:
         if self.job_count >= self.job_limit:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,19 +41,29 @@ class PageReader:
 
     Args:
         library: The built kernels. layout: the model's pages.
-        thread_count: Threads of one read. max_bytes: limit on an adapter's file.
+        thread_count: Threads of a read; reads follow each other. max_bytes: limit on an adapter's file.
     """
 
     def __init__(self, library: Path, layout: PageLayout, *, thread_count: int, max_bytes: int) -> None:
         self._layout = layout
-        self._thread_count = thread_count
         self._max_bytes = max_bytes
-        self._read = ctypes.CDLL(str(library)).openlora_read_adapter
+        functions = ctypes.CDLL(str(library))
+        functions.openlora_reader_open.restype = ctypes.c_void_p
+        functions.openlora_reader_close.argtypes = (ctypes.c_void_p,)
+        self._read = functions.openlora_read_adapter
         self._read.restype = ctypes.c_int
         self._read.argtypes = (
-            *(ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64),
-            *(ctypes.POINTER(_PageList), ctypes.c_int, ctypes.c_void_p),
+            *(ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64),
+            *(ctypes.POINTER(_PageList), ctypes.c_void_p),
         )
+        self._reader = functions.openlora_reader_open(thread_count)
+        if self._reader is None:
+            raise MemoryError("no memory for the buffers of the adapter reader")
+        self._end = weakref.finalize(self, functions.openlora_reader_close, self._reader)
+
+    def close(self) -> None:
+        """End the threads. Nobody may be reading."""
+        self._end()
 
     def read(self, directory: Path, plan: FilePlan, pages: Sequence[Page]) -> list[str]:
         """Write every tensor of a plain adapter into `pages`, which nobody else touches meanwhile.
@@ -82,10 +93,11 @@ class PageReader:
         target = _PageList(addresses.ctypes.data, len(pages), self._layout.page_elements, self._layout.page_rank, code)
         roots = np.empty((len(plan.tensors), ROOT_BYTES), np.uint8)
         fault = self._read(
+            self._reader,
             descriptor,
             *(plan.tensors.ctypes.data, len(plan.tensors)),
             *(plan.placements.ctypes.data, len(plan.placements)),
-            *(ctypes.byref(target), self._thread_count, roots.ctypes.data),
+            *(ctypes.byref(target), roots.ctypes.data),
         )
         if fault == SHORT_FILE:
             raise AdapterChangedError("the adapter's file became shorter after it was verified")

@@ -33,7 +33,15 @@ ISA_FLAGS = {
     "cpu/isa_avx512.cc": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
     "cpu/isa_avx512bf16.cc": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
 }
-SOURCES = (*ISA_FLAGS, "cpu/cpuid.cc", "cpu/thread_pool.cc", "adapters/reader.cc", "adapters/sha256.cc", "binding_cpu.cc")
+SOURCES = (
+    *ISA_FLAGS,
+    "cpu/cpuid.cc",
+    "cpu/thread_pool.cc",
+    "adapters/crew.cc",
+    "adapters/reader.cc",
+    "adapters/sha256.cc",
+    "binding_cpu.cc",
+)
 COMPILE_TIMEOUT_S = 600
 
 
