@@ -41,6 +41,7 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         attention: Backend of paged attention.
         is_deterministic: Rows have the same bits in every batch: fixed splits and products of fixed shapes, several times slower
             in prefill.
+        has_side_branch: Shrink beside the products of cuBLAS instead of before them.
         has_follow: Launch our kernels before those before them have ended (programmatic dependent launch).
     """
 
@@ -53,11 +54,13 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         *,
         is_deterministic: bool = False,
         has_follow: bool = True,
+        has_side_branch: bool = False,
     ) -> None:
         self._device = device
         self._attention = attention
         self._ops = CudaOps()
         self._is_deterministic = is_deterministic
+        self._side: Any = torch.cuda.Stream(device) if has_side_branch else None
         self._is_hopper = torch.cuda.get_device_capability(device)[0] == 9
         self._follow = Follow.WAIT_FIRST if has_follow else Follow.PLAIN
         # FA3 schedules its work on the device; the others launch a block for every row that there might be.
@@ -105,10 +108,24 @@ class CudaKernels(Kernels[Product, DeviceRows]):
             y = self._multiply(x, weight, planes, out_dtype)
             after = Follow.WAIT_LAST if self._follow is Follow.WAIT_FIRST else Follow.PLAIN
             self._ops.lora_shrink(x, rows.tiles, fields, v, after)
+        elif self._side is not None:
+            y = self._multiply_beside(x, weight, rows, fields, v, out_dtype)
         else:
             self._ops.lora_shrink(x, rows.tiles, fields, v, self._follow)
             y = self._multiply(x, weight, planes, out_dtype)
         return Product(y, bias, rows.tiles, v, fields)
+
+    def _multiply_beside(
+        self, x: Tensor, weight: Tensor, rows: DeviceRows, fields: tuple[int, ...], v: Tensor, out_dtype: torch.dtype | None
+    ) -> Tensor:
+        """The product by cuBLAS, and the shrink on a branch beside it; what follows waits for both."""
+        main, side = torch.cuda.current_stream(self._device), self._side
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            self._ops.lora_shrink(x, rows.tiles, fields, v, Follow.PLAIN)
+        y = self._multiply(x, weight, 0, out_dtype)
+        main.wait_stream(side)
+        return y
 
     def finish(self, product: Product, out_dtype: torch.dtype) -> Tensor:
         y = product.y
