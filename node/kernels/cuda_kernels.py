@@ -60,7 +60,7 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         self._attention = attention
         self._ops = CudaOps()
         self._is_deterministic = is_deterministic
-        self._side: Any = torch.cuda.Stream(device) if has_side_branch else None
+        self._side: Any = torch.cuda.Stream(device) if has_side_branch else None  # type: ignore[no-untyped-call]
         self._is_hopper = torch.cuda.get_device_capability(device)[0] == 9
         self._follow = Follow.WAIT_FIRST if has_follow else Follow.PLAIN
         # FA3 schedules its work on the device; the others launch a block for every row that there might be.
