@@ -54,11 +54,12 @@ cudaError_t launch_materialize(const MaterializeArgs& args, cudaStream_t stream)
   if (product.rows == 0) return cudaSuccess;
   const int processors = processor_count();
   if (fits_quads(product) && product.columns % (2 * kQuad) == 0 && reinterpret_cast<uintptr_t>(args.out) % 16 == 0) {
+    const int lanes = product.columns / 2 / kQuad;
     return with_product_types(product, [&](auto lora, auto planes, auto modules) {
       constexpr bool L = decltype(lora)::value, P = decltype(planes)::value;
       constexpr int G = decltype(modules)::value, R = 2;
-      const ProductView view = view_of(product, L ? unit_rows_for(product.rows) : R);
-      const int blocks = unit_blocks(product, view.unit_rows, product.columns / 2 / kQuad, processors * (L ? kLoraBlocks : kBaseBlocks));
+      const ProductView view = view_of(product, L ? unit_rows_for(product.rows, lanes) : R);
+      const int blocks = unit_blocks(product, view.unit_rows, lanes, processors * (L ? kLoraBlocks : kBaseBlocks));
       return launch(materialize_kernel<L, P, G, R>, {blocks, kUnitWarps * kWarp}, product.follow, stream, view, args.out, args.out_is_float);
     });
   }

@@ -1,15 +1,15 @@
 // Rotary embedding and the write into the paged cache, of a finished qkv product. See fused.h, product.cuh.
 //
-// A lane's quads are 4 columns of a head's first half and the 4 of its second half that rotate with them; D / 8 neighbouring lanes
+// Prefill: pairs of 32 columns (prefill.cuh). Decode: a lane's quads are 4 columns of a head's first half and the 4 of its second half that rotate with them; D / 8 neighbouring lanes
 // hold a head, and the sum of q's and k's norm runs among them. A value head is written as it is. Bytes: S * T * N * 4 of planes,
 // B of every tile once (qkv at D = 64, r = 16: 12.6 MB, 4.1 us at 3.1 TB/s), T * N * 2 out.
 #include "launch.cuh"
-#include "product.cuh"
+#include "prefill.cuh"
 
 namespace openlora {
 namespace {
 
-constexpr int kLoraBlocks = 4;  // a processor
+constexpr int kLoraBlocks = 3;  // a processor
 constexpr int kBaseBlocks = 6;
 
 struct Params {
@@ -102,6 +102,42 @@ __global__ void __launch_bounds__(kUnitWarps* kWarp, kLora ? kLoraBlocks : kBase
       });
 }
 
+// Rotates this lane's 8 columns of a head's first half with those of its second half, and writes both.
+__device__ __forceinline__ void write_blocks(const Params& a, __nv_bfloat16* target, bool rotates, int64_t angle, int offset, const float (&first)[kLaneColumns],
+                                             const float (&second)[kLaneColumns]) {
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+    const int column = offset + lane_column(part);
+    float x[kQuad], y[kQuad];
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) x[j] = first[4 * part + j], y[j] = second[4 * part + j];
+    if (rotates) rotate(x, y, a.cos + angle + column, a.sin + angle + column);
+    store_quad(target + column, x);
+    store_quad(target + a.head_size / 2 + column, y);
+  }
+}
+
+__global__ void __launch_bounds__(kUnitWarps* kWarp, kPrefillBlocks) rope_kv_prefill_kernel(const __grid_constant__ Params a) {
+  const int half = a.head_size / 2, slices = half / kBlock;
+  finish_pairs(
+      a.p, (a.heads + 2 * a.groups) * slices,
+      [&](int i) {
+        const int column = i / slices * a.head_size + i % slices * kBlock;
+        return make_int2(column, column + half);
+      },
+      [&](int i, const BlockSum& first, const BlockSum& second, const int (&row)[kHalves]) {
+        const int head = i / slices;
+#pragma unroll
+        for (int h = 0; h < kHalves; ++h) {
+          if (row[h] < 0) continue;
+          auto* target = head_target<__nv_bfloat16>(a, row[h], __ldg(a.kv_slots + row[h]), head);
+          if (target == nullptr) continue;
+          const int64_t angle = static_cast<int64_t>(__ldg(a.positions + row[h])) * half;
+          write_blocks(a, target, head < a.heads + a.groups, angle, i % slices * kBlock, first[h], second[h]);
+        }
+      });
+}
+
 // A warp takes a row's head at a time, a lane a pair of columns at a time; the norm's sum is a pass of its own.
 template <class T, bool kLora>
 __global__ void __launch_bounds__(256) rope_kv_any_kernel(const __grid_constant__ Params a) {
@@ -166,14 +202,21 @@ cudaError_t launch_fused_rope_kv_write(const RopeKvArgs& args, cudaStream_t stre
   for (const int64_t stride : {args.block_stride, args.group_stride, args.token_stride}) fits = fits && stride % kQuad == 0;
   for (const void* target : {args.key_cache, args.value_cache, args.q}) fits = fits && reinterpret_cast<uintptr_t>(target) % 8 == 0;
   for (const float* table : {args.cos, args.sin}) fits = fits && reinterpret_cast<uintptr_t>(table) % 16 == 0;
+  if (fits && !has_norm && suits_prefill(product) && args.head_size % (2 * kBlock) == 0) {
+    params.p.unit_rows = kPartRows;
+    return launch(rope_kv_prefill_kernel, {processor_count() * kPrefillBlocks, kUnitWarps * kWarp}, product.follow, stream, params);
+  }
   if (fits) {
     return with_product_types(product, [&](auto lora, auto planes, auto modules) {
       constexpr bool L = decltype(lora)::value, P = decltype(planes)::value;
-      constexpr int G = decltype(modules)::value, R = 2;
-      params.p.unit_rows = L ? unit_rows_for(product.rows) : R;
+      constexpr int G = decltype(modules)::value, R = 2, kMany = L ? R : 4;  // rows in flight
+      const bool has_many = product.rows > 256;
+      params.p.unit_rows = L ? unit_rows_for(product.rows, (args.heads + 2 * args.groups) * lanes) : (has_many ? kMany : R);
       const int most = processor_count() * (L ? kLoraBlocks : kBaseBlocks);
       const int blocks = unit_blocks(product, params.p.unit_rows, (args.heads + 2 * args.groups) * lanes, most);
-      return launch(rope_kv_kernel<L, P, G, R>, {blocks, kUnitWarps * kWarp}, product.follow, stream, params);
+      const Shape shape{blocks, kUnitWarps * kWarp};
+      if (has_many) return launch(rope_kv_kernel<L, P, G, kMany>, shape, product.follow, stream, params);
+      return launch(rope_kv_kernel<L, P, G, R>, shape, product.follow, stream, params);
     });
   }
   const Shape shape{std::min(product.rows, processor_count() * 8), 256};

@@ -1,10 +1,10 @@
 // silu(gate) * up of a finished gate_up product. See fused.h, product.cuh.
 //
-// A lane's quads are 4 columns of gate and the same 4 of up. No barrier; v passes through 64 bytes of shared memory a row, module
+// Decode: a lane's quads are 4 columns of gate and the same 4 of up. Prefill: pairs of 32 columns of both. No barrier; v passes through 64 bytes of shared memory a row, module
 // and warp. Bytes: S * T * 2 I * 4 of planes (from the cache in decode), B of every tile once (gate_up at D = 64, r = 16,
 // I = 14336: 58.7 MB, 18.9 us at 3.1 TB/s), T * I * 2 out.
 #include "launch.cuh"
-#include "product.cuh"
+#include "prefill.cuh"
 
 namespace openlora {
 namespace {
@@ -27,6 +27,24 @@ __global__ void __launch_bounds__(kUnitWarps* kWarp, kLora ? kLoraBlocks : kBase
 #pragma unroll
           for (int c = 0; c < kQuad; ++c) y[0][r][c] = silu(y[0][r][c]) * y[1][r][c];
           store_quad(out + static_cast<int64_t>(row[r]) * half + lane.column[0], y[0][r]);
+        }
+      });
+}
+
+__global__ void __launch_bounds__(kUnitWarps* kWarp, kPrefillBlocks) silu_mul_prefill_kernel(const __grid_constant__ ProductView p, __nv_bfloat16* out) {
+  const int half = p.columns / 2;
+  finish_pairs(
+      p, half / kBlock, [&](int i) { return make_int2(i * kBlock, half + i * kBlock); },
+      [&](int i, const BlockSum& gate, const BlockSum& up, const int (&row)[kHalves]) {
+#pragma unroll
+        for (int h = 0; h < kHalves; ++h) {
+          if (row[h] < 0) continue;
+          float act[kLaneColumns];
+#pragma unroll
+          for (int c = 0; c < kLaneColumns; ++c) act[c] = silu(gate[h][c]) * up[h][c];
+#pragma unroll
+          for (int part = 0; part < 2; ++part)
+            store_four(out + static_cast<int64_t>(row[h]) * half + i * kBlock + lane_column(part), act + 4 * part);
         }
       });
 }
@@ -57,12 +75,21 @@ cudaError_t launch_fused_silu_mul(const SiluMulArgs& args, cudaStream_t stream) 
   if (product.rows == 0) return cudaSuccess;
   const int processors = processor_count();
   if (fits_quads(product) && product.columns % (2 * kQuad) == 0 && reinterpret_cast<uintptr_t>(args.out) % 8 == 0) {
+    if (suits_prefill(product)) {
+      const Shape shape{processors * kPrefillBlocks, kUnitWarps * kWarp};
+      return launch(silu_mul_prefill_kernel, shape, product.follow, stream, view_of(product, kPartRows), static_cast<__nv_bfloat16*>(args.out));
+    }
+    const int lanes = product.columns / 2 / kQuad;
     return with_product_types(product, [&](auto lora, auto planes, auto modules) {
       constexpr bool L = decltype(lora)::value, P = decltype(planes)::value;
-      constexpr int G = decltype(modules)::value, R = 2;
-      const ProductView view = view_of(product, L ? unit_rows_for(product.rows) : R);
-      const int blocks = unit_blocks(product, view.unit_rows, product.columns / 2 / kQuad, processors * (L ? kLoraBlocks : kBaseBlocks));
-      return launch(silu_mul_kernel<L, P, G, R>, {blocks, kUnitWarps * kWarp}, product.follow, stream, view, static_cast<__nv_bfloat16*>(args.out));
+      constexpr int G = decltype(modules)::value, R = 2, kMany = L ? R : 4;  // rows in flight
+      const bool has_many = product.rows > 256;
+      const ProductView view = view_of(product, L ? unit_rows_for(product.rows, lanes) : (has_many ? kMany : R));
+      const int blocks = unit_blocks(product, view.unit_rows, lanes, processors * (L ? kLoraBlocks : kBaseBlocks));
+      const Shape shape{blocks, kUnitWarps * kWarp};
+      auto* out = static_cast<__nv_bfloat16*>(args.out);
+      if (has_many) return launch(silu_mul_kernel<L, P, G, kMany>, shape, product.follow, stream, view, out);
+      return launch(silu_mul_kernel<L, P, G, R>, shape, product.follow, stream, view, out);
     });
   }
   const ProductView view = view_of(product, 1);

@@ -1,6 +1,6 @@
 // LoRA shrink. See lora_shrink.h.
 //
-// Decode: a cluster of 4 blocks takes one item (tile of up to 16 rows, page) at a time, all G modules of the group. The 16 ranks
+// Up to 2,048 rows: a cluster of 4 blocks takes one item (16 rows of a tile, page) at a time, all G modules of the group. The 16 ranks
 // of a page are the M side of mma.m16n8k16, the rows of the tile the n side, so one row wastes 7/8 of an instruction and not
 // 15/16. k is cut into 32 slices, one a warp; the cut depends on K alone. A goes from memory straight into registers in fragment
 // order: lane (g, t) takes 8 neighbouring k of ranks g and g + 8, and x is taken with the same permutation of k, which a dot
@@ -12,8 +12,8 @@
 // Shared memory: G * 16 * (18 * 4 + 16) * 4 bytes: 16.5 KB at G = 3, which fits beside the skinny GEMM. Bytes: items * G * 16 * K * 2 of A from memory, x from
 // the cache. Bound by memory: qkv at D = 64, K = 4096: 25 MB, 8.1 us at 3.1 TB/s.
 //
-// Prefill (tiles of up to 64 rows, thousands of rows): a block takes an item, a warp 16 of its rows and all of k in order; the
-// four warps read the same A at about the same time, from the first cache. Bound by x: qkv at 16,384 rows: 134 MB, 43 us.
+// Prefill (more rows, in tiles of more than 16): a block takes half an item, a warp 16 of its rows and all of k in order;
+// the two warps read the same A at about the same time, from the first cache. Bound by x: qkv at 16,384 rows: 134 MB, 43 us.
 #include "device.cuh"
 #include "launch.cuh"
 #include "lora_shrink.h"
@@ -22,7 +22,9 @@ namespace openlora {
 namespace {
 
 constexpr int kWarps = 8;         // of a block in decode
-constexpr int kPrefillWarps = 4;  // 16 rows each
+constexpr int kPrefillWarps = 2;  // 16 rows each: half a tile a block, so that blocks are many
+constexpr int kPrefillBlocks = 6;  // a processor
+constexpr int kPrefillRows = 2048;  // up to here tiles are too few to leave k uncut
 constexpr int kStep = 32;         // k of one lane load: 4 lanes of 8
 constexpr int kTiles = 2;         // n tiles of 8 rows a warp multiplies at a time
 constexpr int kRowFloats = 18;    // 16 ranks and a pad: the fragment's stores meet no bank more than twice
@@ -43,6 +45,12 @@ struct Item {
   int index;  // of the entry in its tile
   Entry entry;
 
+  // Keeps the rows of part `part` of 16 alone; there may be none.
+  __device__ __forceinline__ void cut(int part) {
+    place += part * 16;
+    first_pair += part * 16 * entries;
+    rows = min(rows - part * 16, 16);
+  }
   // Pair of the tile's row `r`.
   __device__ __forceinline__ int64_t pair(int r) const { return first_pair + static_cast<int64_t>(r) * entries + index; }
 };
@@ -184,28 +192,34 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) shrink_kernel(const __grid_c
   const int steps = p.inputs / kStep, slice = (steps + CL * kWarps - 1) / (CL * kWarps);
   const int first = (rank * kWarps + warp_index()) * slice, last = min(first + slice, steps);
   const TileTable table = read_tile_table(p.work.tiles);
-  const int stride = gridDim.x / CL;
+  const int stride = gridDim.x / CL, parts = (table.largest + 15) / 16, count = table.item_count * parts;
   int index = blockIdx.x / CL;
   Item item{};
   PageStep<G> pages[U];
   auto fetch = [&](int i) {
-    item = read_item(table, i);
+    item = read_item(table, i / parts);
+    item.cut(i % parts);
+    if (item.rows <= 0) return;
     const PageView<G> view(p, item.entry);
 #pragma unroll
     for (int u = 0; u < U; ++u)
       if (first + u < last) view.template load<true>(pages[u], p.inputs, first + u);
   };
-  if (index < table.item_count) fetch(index);
+  if (index < count) fetch(index);
   if (!p.waits_last) {
     wait_for_previous();
     start_dependents();
   }
   bool has_shared = false;  // others may still read our sums
-  for (; index < table.item_count; index += stride) {
+  for (; index < count; index += stride) {
     const Item now = item;
+    if (now.rows <= 0) {  // for the whole cluster
+      if (index + stride < count) fetch(index + stride);
+      continue;
+    }
     float acc[G][kTiles][4] = {};
     multiply_slice<G, U, true>(acc, pages, PageView<G>(p, now.entry), RowView(p, table, now, 0), now.rows, p.inputs, first, last);
-    if (index + stride < table.item_count) fetch(index + stride);  // its pages arrive while this item is summed
+    if (index + stride < count) fetch(index + stride);  // its pages arrive while this item is summed
     gather_warps<G>(acc, slots, now.rows);
     if (CL > 1 && has_shared) cluster_wait();
     const int values = now.rows * kPageRank;  // of one module
@@ -240,40 +254,43 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) shrink_kernel(const __grid_c
     has_shared = true;
   }
   if (CL > 1 && has_shared) cluster_wait();  // nobody leaves while another reads its sums
-  if (p.waits_last) wait_for_previous();
+  // One cluster stays for the GEMM's end; the others make room for the kernel that reads v, which then fetches its B meanwhile.
+  if (p.waits_last && blockIdx.x < CL) wait_for_previous();
 }
 
 template <int G, int U>
-__global__ void __launch_bounds__(kPrefillWarps* kWarp, 4) shrink_prefill_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kPrefillWarps* kWarp, kPrefillBlocks) shrink_prefill_kernel(const __grid_constant__ Params p) {
   if (p.waits_last) start_dependents();
   const TileTable table = read_tile_table(p.work.tiles);
   const int warp = warp_index(), lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4, steps = p.inputs / kStep;
+  const int halves = (table.largest + kPrefillWarps * 16 - 1) / (kPrefillWarps * 16);
   if (!p.waits_last) {
     wait_for_previous();
     start_dependents();
   }
-  for (int index = blockIdx.x; index < table.item_count; index += gridDim.x) {
-    const Item item = read_item(table, index);
-    if (warp * 16 >= item.rows) continue;
+  for (int index = blockIdx.x; index < table.item_count * halves; index += gridDim.x) {
+    const Item item = read_item(table, index / halves);
+    const int first_row = (index % halves * kPrefillWarps + warp) * 16;
+    if (first_row >= item.rows) continue;
     const PageView<G> view(p, item.entry);
     PageStep<G> pages[U];
 #pragma unroll
     for (int u = 0; u < U; ++u)
       if (u < steps) view.template load<false>(pages[u], p.inputs, u);
     float acc[G][kTiles][4] = {};
-    const RowView rows(p, table, item, warp * 16);
-    multiply_slice<G, U, false>(acc, pages, view, rows, item.rows - warp * 16, p.inputs, 0, steps);
+    const RowView rows(p, table, item, first_row);
+    multiply_slice<G, U, false>(acc, pages, view, rows, item.rows - first_row, p.inputs, 0, steps);
 #pragma unroll
     for (int m = 0; m < G; ++m)
 #pragma unroll
       for (int n = 0; n < kTiles; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int r = warp * 16 + n * 8 + 2 * t + i % 2;
+          const int r = first_row + n * 8 + 2 * t + i % 2;
           if (r < item.rows) store_value(p, item, G, m, r, g + 8 * (i / 2), acc[m][n][i]);
         }
   }
-  if (p.waits_last) wait_for_previous();
+  if (p.waits_last && blockIdx.x == 0) wait_for_previous();
 }
 
 // Any K, float32 or bfloat16: a block takes an item, a warp one (row, module, rank) at a time. For the correctness runs.
@@ -305,12 +322,13 @@ __global__ void __launch_bounds__(256) shrink_any_kernel(const __grid_constant__
 template <int G, int UDecode, int UPrefill>
 cudaError_t launch_modules(const LoraShrinkArgs& args, const Params& p, cudaStream_t stream) {
   const int processors = processor_count();
-  if (args.work.tile_rows > 16) {
-    return launch(shrink_prefill_kernel<G, UPrefill>, {processors * 4, kPrefillWarps * kWarp}, args.follow, stream, p);
+  if (args.work.tile_rows > 16 && args.rows > kPrefillRows) {
+    return launch(shrink_prefill_kernel<G, UPrefill>, {processors * kPrefillBlocks, kPrefillWarps * kWarp}, args.follow, stream, p);
   }
   if (!is_hopper()) return launch(shrink_kernel<G, 1, UDecode>, {processors * 2, kWarps * kWarp}, args.follow, stream, p);
-  // A GPC of an H100 has 16 or 18 processors and a cluster stays in one: what would start late would finish late.
-  const int clusters = std::max(1, processors / 16 * (16 * 2 / 4));
+  // A GPC of an H100 has 16 or 18 processors and a cluster stays in one: what would start late would finish late. Beside the
+  // skinny GEMM a processor has room for one block.
+  const int clusters = std::max(1, processors / 16 * (16 * (p.waits_last ? 1 : 2) / 4));
   return launch(shrink_kernel<G, 4, UDecode>, {clusters * 4, kWarps * kWarp, 0, 4}, args.follow, stream, p);
 }
 
@@ -333,9 +351,9 @@ cudaError_t launch_lora_shrink(const LoraShrinkArgs& args, cudaStream_t stream) 
     return launch(shrink_any_kernel<__nv_bfloat16>, shape, follow, stream, p);
   }
   switch (args.work.span_count) {
-    case 1: return launch_modules<1, 4, 4>(args, p, stream);
-    case 2: return launch_modules<2, 3, 2>(args, p, stream);
-    default: return launch_modules<3, 2, 2>(args, p, stream);
+    case 1: return launch_modules<1, 4, 8>(args, p, stream);
+    case 2: return launch_modules<2, 3, 4>(args, p, stream);
+    default: return launch_modules<3, 2, 3>(args, p, stream);
   }
 }
 

@@ -44,8 +44,8 @@ struct LoraWork {
   float* v;              // [V, G, 16]: scale * weight * x A^T; zero beyond a module's rank
   int span_count;        // G
   LoraSpan spans[kMaxLoraSpans];
-  // No tile has more rows: 16, 32 or 64. Fixed per graph. Up to 16 the shrink cuts k among many blocks, which suits up to some
-  // thousands of rows; beyond 16 it does not, which suits more, and its bits are another sum's.
+  // No tile has more rows: 16, 32 or 64. Fixed per graph. With 16 a row's bits are the same in a step of any size. With more,
+  // steps of thousands of rows take other kernels (tensor cores, k not cut among blocks), whose sums have another order.
   int tile_rows;
 };
 

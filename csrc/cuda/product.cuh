@@ -155,15 +155,31 @@ struct WarpRanks {
   float4 v[R][G][kPageRank / 4];
 };
 
+// The same on its way there: sent for together with the rows' planes, stored when those have arrived.
 template <int G, int R>
-__device__ __forceinline__ void load_ranks(WarpRanks<G, R>& out, const ProductView& p, const Tile& tile, int place, int rows, int entry) {
-  constexpr int kRow = G * kPageRank / 4;
-  const auto* from = reinterpret_cast<const float4*>(p.work.v) + (tile.first_pair + static_cast<int64_t>(place) * tile.entries + entry) * kRow;
-  auto* to = &out.v[0][0][0];
-  __syncwarp();  // the entry before has been read
-  for (int i = threadIdx.x % kWarp; i < rows * kRow; i += kWarp) to[i] = __ldcg(from + static_cast<int64_t>(i / kRow) * tile.entries * kRow + i % kRow);
-  __syncwarp();
-}
+struct RanksInFlight {
+  static constexpr int kRow = G * kPageRank / 4;  // float4 of a row
+  static constexpr int kLoads = (R * kRow + kWarp - 1) / kWarp;
+  float4 part[kLoads];
+
+  __device__ __forceinline__ void load(const ProductView& p, const Tile& tile, int place, int rows, int entry) {
+    const auto* from = reinterpret_cast<const float4*>(p.work.v) + (tile.first_pair + static_cast<int64_t>(place) * tile.entries + entry) * kRow;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int at = static_cast<int>(threadIdx.x) % kWarp + i * kWarp;
+      if (at < rows * kRow) part[i] = __ldcg(from + static_cast<int64_t>(at / kRow) * tile.entries * kRow + at % kRow);
+    }
+  }
+  __device__ __forceinline__ void store(WarpRanks<G, R>& to, int rows) const {
+    __syncwarp();  // the entry before has been read
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int at = static_cast<int>(threadIdx.x) % kWarp + i * kWarp;
+      if (at < rows * kRow) (&to.v[0][0][0])[at] = part[i];
+    }
+    __syncwarp();
+  }
+};
 
 // sum[q][r] += v B for the first `rows` rows.
 template <int G, int R, int kRows>
@@ -228,13 +244,15 @@ __device__ __forceinline__ void load_rows(float (&y)[kQuads][R][kQuad], const Pr
 }
 
 // y += expand of the rows at places [place, place + rows) of a tile, every entry in order. `pages` holds the tile's first entry and
-// does so again afterwards.
+// does so again afterwards; `first` is on its way with v of that entry.
 template <int G, int R>
 __device__ __forceinline__ void expand_rows(float (&y)[kQuads][R][kQuad], const ProductView& p, const TileTable& table, const Tile& tile,
-                                            QuadPages<G>& pages, WarpRanks<G, R>& ranks, const LaneColumns& lane, int place, int rows) {
+                                            QuadPages<G>& pages, RanksInFlight<G, R>& first, WarpRanks<G, R>& ranks, const LaneColumns& lane,
+                                            int place, int rows) {
 #pragma unroll 1
   for (int entry = 0; entry < tile.entries; ++entry) {
-    load_ranks<G, R>(ranks, p, tile, place, rows, entry);
+    if (entry > 0) first.load(p, tile, place, rows, entry);
+    first.store(ranks, rows);
     if (R == 1 || rows == 1) expand<G, R, 1>(y, ranks, pages);
     else expand<G, R, R>(y, ranks, pages);
     if (tile.entries > 1) pages.fetch(p, read_entry(table, tile, entry + 1 < tile.entries ? entry + 1 : 0), lane);
@@ -290,16 +308,23 @@ __device__ __forceinline__ void finish_units(const ProductView& p, int lanes, Co
     for (int place = span.first; place < span.last; place += R) {
       if (place > span.first) locate(place);
       float y[kQuads][R][kQuad];
+      RanksInFlight<G, R> first;
+      const int rows = min(R, span.last - place);
+      if constexpr (kLora)
+        if (span.tile.entries > 0) first.load(p, span.tile, place, rows, 0);
       load_rows<kFloatPlanes, R>(y, p, row, lane);
-      if constexpr (kLora) expand_rows<G, R>(y, p, parts.table, span.tile, pages, ranks, lane, place, min(R, span.last - place));
+      if constexpr (kLora) expand_rows<G, R>(y, p, parts.table, span.tile, pages, first, ranks, lane, place, rows);
       finish(number, lane, row, known, y);
     }
   }
   if (!has_waited) wait_for_previous();  // whoever waits for this kernel waits for those before it
 }
 
-// Rows of a unit: few where rows are few, so that every processor has work; many where B can be used again.
-inline int unit_rows_for(int rows) { return rows <= 64 ? 4 : (rows <= 256 ? 16 : 64); }
+// Rows of a unit: few where rows are few, so that every processor has work; many where B can be used again. `lanes`: of a row.
+inline int unit_rows_for(int rows, int lanes) {
+  const int64_t warps = static_cast<int64_t>(rows) * lanes / kWarp;  // if each took one row
+  return warps <= 4096 ? 2 : (warps <= 8192 ? 4 : (warps <= 32768 ? 8 : (warps <= 65536 ? 16 : 64)));
+}
 
 // Blocks of a launch of finish_units.
 inline int unit_blocks(const Product& product, int unit_rows, int lanes, int most) {

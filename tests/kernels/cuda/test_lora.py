@@ -49,6 +49,18 @@ def test_shrink_of_mixed_ranks_and_recipes_equals_float64(make_work, error_of, d
     assert bool(v[len(reference) :].isnan().all())
 
 
+@pytest.mark.parametrize("outputs", [ONE, TWO, QKV], ids=["o", "gate_up", "qkv"])
+def test_shrink_of_a_long_prefill_equals_float64_whatever_its_neighbours(make_work, error_of, outputs):
+    terms = mixed_terms(2400)
+    work = make_work(terms, RANKS, 1536, outputs, tile_rows=64)
+    x = torch.randn(2400, 1536, device="cuda").to(BF16)
+    v, reference = shrink(work, x), work.shrink_reference(x)
+    assert error_of(v[: len(reference)], reference) < LIMIT[BF16]
+    wanted = delta(work, x)
+    part = make_work(terms[200:2300], RANKS, 1536, outputs, tile_rows=64, pool=work.pool)
+    assert torch.equal(delta(part, x[200:2300]), wanted[200:2300])
+
+
 def test_shrink_of_a_strided_x_equals_float64(make_work, error_of):
     work = make_work(mixed_terms(40), RANKS, 512, QKV)
     x = torch.randn(40, 1024, device="cuda").to(BF16)[:, 256:768]
