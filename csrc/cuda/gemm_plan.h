@@ -20,6 +20,7 @@ constexpr int kGemmMaxPlanes = 8;
 constexpr int kGemmSharedBytes = 232448;  // what a Hopper block can have
 constexpr int kGemmUsedBytes = 212992;    // what it takes: 24 KB stay for a small kernel beside it, which runs early
 constexpr int kGemmProcessors = 132;       // of every H100 and H200 SXM; a number, not the device's, so that bits travel
+constexpr int kGemmShrinkPairs = 4;       // (item, module) pairs of a shrink's work item: 16 ranks each, one a warp
 constexpr int kGemmBarrierBytes = 512;    // two mbarriers a stage
 
 struct SkinnyGemmPlan {
@@ -30,7 +31,6 @@ struct SkinnyGemmPlan {
   int stages;       // pipeline depth
   int cluster;      // 1, 2 from 64 tokens on or 4 from 128 on: blocks that load one tile of x together (TMA multicast)
   int early;        // stages of W asked for before the kernels ahead have ended; 0: all
-  int next_blocks;  // stages of the next GEMM's W that each block asks into L2 on its way out
 };
 
 // Bytes of one stage: a tile of W and a tile of x.
@@ -88,7 +88,7 @@ constexpr int gemm_fair_rows(int64_t outputs, int planes) {
   return rows <= 32 ? 32 : rows > 256 ? 256 : static_cast<int>((rows + 15) / 16 * 16);
 }
 
-constexpr SkinnyGemmPlan gemm_plan(int64_t tokens, int64_t outputs, int64_t inputs) {
+constexpr SkinnyGemmPlan gemm_plan(int64_t tokens, int64_t outputs, int64_t inputs, bool has_shrink = false) {
   SkinnyGemmPlan plan{};
   plan.planes = gemm_planes(outputs, inputs);
   plan.tile_tokens = gemm_tile_tokens(tokens);
@@ -96,6 +96,7 @@ constexpr SkinnyGemmPlan gemm_plan(int64_t tokens, int64_t outputs, int64_t inpu
   const bool is_tall = tokens <= 32 && fair > 128 && fair < 256;  // one item a block, where the accumulators are small
   plan.row_blocks = is_tall ? 4 : 2;
   plan.tile_rows = is_tall ? fair : fair < 128 ? fair : 128;
+  if (has_shrink && plan.tile_rows < 16 * kGemmShrinkPairs) plan.tile_rows = 16 * kGemmShrinkPairs;
   plan.cluster = 1;
   plan.stages = gemm_stages_that_fit(plan, kGemmUsedBytes);
   return plan;

@@ -34,10 +34,17 @@ struct Work {
   bool is_bfloat16;
 };
 
-// The GEMM that follows in the stream: how much of each of its first work items to ask into L2 on the way out.
-struct Next {
-  int units = 0;  // its blocks
-  int cluster = 1, planes = 1, tile_rows = 0, k_blocks = 0, blocks = 0;
+// The shrink's share of a launch.
+struct Shrink {
+  LoraWork lora;
+  int64_t pairs;
+  float* partial;
+  int32_t* arrivals;
+};
+
+// Maps of the pages' A matrices, [pages, 16, K] each, by module of the linear.
+struct PageMaps {
+  CUtensorMap a[kMaxLoraSpans];
 };
 
 // Where stage buffers and barriers lie; the same in every block of a cluster.
@@ -114,28 +121,81 @@ __device__ void load_early(const Work& work, const Ring& ring, const CUtensorMap
   }
 }
 
+// The shrink's work items of one block: `kGemmShrinkPairs` (item, module) pairs and one plane's range of k. They follow W's.
+struct PageItems {
+  const Work& work;
+  const Shrink& shrink;
+  int item, last, pair_count;
+  int first_pair, pairs, plane, first_k, end_k;
+
+  __device__ PageItems(const Work& w, const Shrink& s, int next) : work(w), shrink(s), item(next - w.row_tiles * w.planes) {
+    pair_count = __ldg(s.lora.tiles + 1) * s.lora.span_count;
+    last = (pair_count + kGemmShrinkPairs - 1) / kGemmShrinkPairs * w.planes;
+    locate();
+  }
+  __device__ bool is_done() const { return item >= last; }
+  __device__ void next() {
+    item += static_cast<int>(gridDim.x);
+    locate();
+  }
+  __device__ void locate() {
+    first_pair = item / work.planes * kGemmShrinkPairs;
+    pairs = min(kGemmShrinkPairs, pair_count - first_pair);
+    plane = item % work.planes;
+    first_k = gemm_plane_start(work.k_blocks, work.planes, plane);
+    end_k = gemm_plane_start(work.k_blocks, work.planes, plane + 1);
+  }
+  // The item's record in the block of tiles (lora_work.h).
+  __device__ const int4* record(int pair) const {
+    const int32_t* tiles = shrink.lora.tiles;
+    return reinterpret_cast<const int4*>(tiles + __ldg(tiles + 7)) + (first_pair + pair) / shrink.lora.span_count * 2;
+  }
+  __device__ int span(int pair) const { return (first_pair + pair) % shrink.lora.span_count; }
+};
+
+// One thread: A of the pages, 16 rows each where W's rows would lie.
+template <int kTokens>
+__device__ void produce_pages(const Work& work, const Shrink& shrink, const Ring& ring, const PageMaps& pages, const CUtensorMap* x_map,
+                              int next, RingPosition at) {
+  const uint64_t once = policy_evict_first();
+  const uint64_t keep = policy_evict_last();
+  for (PageItems items(work, shrink, next); !items.is_done(); items.next()) {
+    int page[kGemmShrinkPairs];
+#pragma unroll
+    for (int i = 0; i < kGemmShrinkPairs; ++i) page[i] = i < items.pairs ? __ldg(items.record(i) + 1).x : 0;
+    for (int k = items.first_k; k < items.end_k; ++k, at.advance(work.stages)) {
+      if (at.round > 0) barrier_wait(ring.empty(at.stage), (at.round - 1) & 1);
+      barrier_expect(ring.full(at.stage), (items.pairs * kPageRank + kTokens) * kRowBytes);
+#pragma unroll
+      for (int i = 0; i < kGemmShrinkPairs; ++i) {
+        if (i < items.pairs) {
+          tensor_load_3d(ring.w(at.stage) + i * kPageRank * kRowBytes, pages.a + items.span(i), k * kGemmBlockK, 0, page[i],
+                         ring.full(at.stage), once);
+        }
+      }
+      load_x<kTokens, 1>(ring, x_map, k, at.stage, keep);
+    }
+  }
+}
+
 // One thread: once the kernels ahead have ended, keeps the ring full.
-template <int kTokens, int kCluster>
-__device__ void produce(const Work& work, const Next& next, const Ring& ring, const CUtensorMap* w_map, const CUtensorMap* x_map,
-                        const CUtensorMap* next_map) {
+template <int kTokens, int kCluster, bool kLora>
+__device__ void produce(const Work& work, const Shrink& shrink, const Ring& ring, const CUtensorMap* w_map, const CUtensorMap* x_map,
+                        const PageMaps& pages) {
   const uint64_t once = policy_evict_first();
   const uint64_t keep = policy_evict_last();
   wait_for_dependencies();
   launch_dependents();  // not before the wait: whoever starts now may read the same x (lora_work.h, Follow::kWaitLast)
   RingPosition at;
-  for (Items<kCluster> items(work); !items.is_done(); items.next()) {
+  Items<kCluster> items(work);
+  for (; !items.is_done(); items.next()) {
     for (int k = items.first_k; k < items.end_k; ++k, at.advance(work.stages)) {
       if (at.round > 0) barrier_wait(ring.empty(at.stage), (at.round - 1) & 1);
       if (at.round > 0 || at.stage >= work.early) load_w(ring, w_map, items, k, at.stage, work.tile_rows, ring.stage_bytes, once);
       load_x<kTokens, kCluster>(ring, x_map, k, at.stage, keep);
     }
   }
-  for (int block = static_cast<int>(blockIdx.x); block < next.units; block += static_cast<int>(gridDim.x)) {
-    const int item = block / next.cluster;
-    const int row = (item / next.planes * next.cluster + block % next.cluster) * next.tile_rows;
-    const int first = gemm_plane_start(next.k_blocks, next.planes, item % next.planes);
-    for (int k = 0; k < next.blocks; ++k) tensor_prefetch(next_map, (first + k) * kGemmBlockK, row);
-  }
+  if constexpr (kLora) produce_pages<kTokens>(work, shrink, ring, pages, x_map, items.item, at);
 }
 
 template <typename Pair>
@@ -169,8 +229,94 @@ __device__ __forceinline__ void store_block(const float (&d)[kTokens / 2], Pair*
   }
 }
 
-template <int kTokens, int kBlocks, int kCluster>
-__device__ void consume(const Work& work, const Ring& ring) {
+// What a warp knows of its 16 rows of a shrink's work item: one page of one module and the rows of x that use it.
+struct PageRows {
+  int place, rows, entries, entry, first_pair;  // of the tile
+  int ranks;                                    // that the page holds of the module
+  float factor;                                 // scale * weight
+  int span;
+  int arrival;  // index of its counter
+
+  __device__ PageRows(const Shrink& shrink, const PageItems& items, int pair) {
+    const LoraWork& lora = shrink.lora;
+    const int4 tile = __ldg(items.record(pair)), entry_of = __ldg(items.record(pair) + 1);
+    place = tile.x, rows = tile.y & 0xffff, entries = tile.y >> 16, first_pair = tile.z, entry = tile.w;
+    span = items.span(pair);
+    arrival = items.first_pair + pair;
+    const int64_t at = static_cast<int64_t>(lora.spans[span].module) * lora.slots + entry_of.y;
+    ranks = max(0, min(kPageRank, __ldg(lora.ranks + at) - entry_of.z * kPageRank));
+    factor = __ldg(lora.scales + at) * __int_as_float(entry_of.w);
+  }
+  // Of the tile's i-th row, in v and in a plane of partial sums.
+  __device__ int64_t offset(const Shrink& shrink, int i) const {
+    return ((first_pair + static_cast<int64_t>(i) * entries + entry) * shrink.lora.span_count + span) * kPageRank;
+  }
+};
+
+// Stores a warp's 16 ranks for the rows of its tile; with planes, the last to arrive adds them up in order. `places` is the
+// warp's own [kTokens] in shared memory.
+template <int kTokens>
+__device__ void store_page(const float (&d)[kTokens / 2], const Work& work, const Shrink& shrink, const PageItems& items, int pair,
+                           int16_t* places) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const PageRows page(shrink, items, pair);
+  const int32_t* rows = shrink.lora.tiles + __ldg(shrink.lora.tiles + 5) + page.place;
+  for (int i = lane; i < kTokens; i += 32) places[i] = -1;
+  __syncwarp();
+  for (int i = lane; i < page.rows; i += 32) places[__ldg(rows + i)] = static_cast<int16_t>(i);
+  __syncwarp();
+  const int64_t plane_size = shrink.pairs * shrink.lora.span_count * kPageRank;
+  float* out = work.planes == 1 ? shrink.lora.v : shrink.partial + items.plane * plane_size;
+#pragma unroll
+  for (int i = 0; i < kTokens / 2; ++i) {  // d[4 j + 2 h + c]: rank lane / 4 + 8 h, token 8 j + 2 (lane % 4) + c
+    const int place = places[i / 4 * 8 + lane % 4 * 2 + i % 2], rank = lane / 4 + i / 2 % 2 * 8;
+    if (place >= 0) out[page.offset(shrink, place) + rank] = work.planes == 1 ? (rank < page.ranks ? d[i] * page.factor : 0.0f) : d[i];
+  }
+  if (work.planes == 1) return;
+  __threadfence();
+  __syncwarp();
+  int arrived = 0;
+  if (lane == 0) arrived = atomicAdd(shrink.arrivals + page.arrival, 1);
+  if (__shfl_sync(0xFFFFFFFF, arrived, 0) + 1 < work.planes) return;
+  __threadfence();
+  if (lane == 0) shrink.arrivals[page.arrival] = 0;
+  for (int i = lane; i < page.rows * kPageRank; i += 32) {
+    const int64_t at = page.offset(shrink, i / kPageRank) + i % kPageRank;
+    float sum = 0.0f;
+    for (int plane = 0; plane < work.planes; ++plane) sum += __ldcg(shrink.partial + plane * plane_size + at);
+    shrink.lora.v[at] = i % kPageRank < page.ranks ? sum * page.factor : 0.0f;
+  }
+}
+
+// The first warpgroup multiplies the pages, the second only frees the stages.
+template <int kTokens>
+__device__ void consume_pages(const Work& work, const Shrink& shrink, const Ring& ring, int next, RingPosition at, int16_t* places) {
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  for (PageItems items(work, shrink, next); !items.is_done(); items.next()) {
+    float d[kTokens / 2];
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) d[i] = 0.0f;
+    wgmma_results<kTokens / 2>(d);
+    for (int k = items.first_k; k < items.end_k; ++k, at.advance(work.stages)) {
+      barrier_wait(ring.full(at.stage), at.round & 1);
+      if (warp < 4) {
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kGemmBlockK / 16; ++step) {
+          Wgmma<kTokens>::add(d, wgmma_descriptor(ring.w(at.stage) + step * 32), wgmma_descriptor(ring.x(at.stage) + step * 32));
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
+      }
+      if (lane == 0) barrier_arrive(ring.empty(at.stage));
+    }
+    wgmma_results<kTokens / 2>(d);
+    if (warp < items.pairs) store_page<kTokens>(d, work, shrink, items, warp, places + warp * kTokens);
+  }
+}
+
+template <int kTokens, int kBlocks, int kCluster, bool kLora>
+__device__ void consume(const Work& work, const Shrink& shrink, const Ring& ring, int16_t* places) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int first_block = warp / 4 * kBlocks;
   const auto release = [&](int stage) {
@@ -181,7 +327,8 @@ __device__ void consume(const Work& work, const Ring& ring) {
     }
   };
   RingPosition at;
-  for (Items<kCluster> items(work); !items.is_done(); items.next()) {
+  Items<kCluster> items(work);
+  for (; !items.is_done(); items.next()) {
     float d[kBlocks][kTokens / 2];
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
@@ -224,16 +371,18 @@ __device__ void consume(const Work& work, const Ring& ring) {
       }
     }
   }
+  if constexpr (kLora) consume_pages<kTokens>(work, shrink, ring, items.item, at, places);
 }
 
 // kBlocks: m64 blocks of each of the two consumer warpgroups.
-template <int kTokens, int kBlocks, int kCluster>
+template <int kTokens, int kBlocks, int kCluster, bool kLora>
 __global__ __launch_bounds__(kThreads, 1) void skinny_gemm(const __grid_constant__ CUtensorMap w_map,
                                                            const __grid_constant__ CUtensorMap x_map,
-                                                           const __grid_constant__ CUtensorMap next_map, const Work work,
-                                                           const Next next) {
+                                                           const __grid_constant__ PageMaps pages, const Work work,
+                                                           const __grid_constant__ Shrink shrink) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere the body is empty and the launcher refuses
   extern __shared__ uint8_t shared[];
+  __shared__ int16_t places[kLora ? kGemmShrinkPairs * kTokens : 1];
   Ring ring;
   ring.w_bytes = work.tile_rows * kRowBytes;
   ring.stage_bytes = ring.w_bytes + kTokens * kRowBytes;
@@ -259,42 +408,46 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_gemm(const __grid_constant
     cluster_sync();
   }
   if (warp == kConsumerWarps) {
-    if (threadIdx.x % 32 == 0) produce<kTokens, kCluster>(work, next, ring, &w_map, &x_map, &next_map);
+    if (threadIdx.x % 32 == 0) produce<kTokens, kCluster, kLora>(work, shrink, ring, &w_map, &x_map, pages);
     __syncwarp();
   } else {
     wait_for_dependencies();  // y may still be read by a kernel ahead
-    consume<kTokens, kBlocks, kCluster>(work, ring);
+    consume<kTokens, kBlocks, kCluster, kLora>(work, shrink, ring, places);
   }
   if constexpr (kCluster > 1) cluster_sync();  // nobody leaves while others still write to its shared memory
 #endif
 }
 
-using Kernel = void (*)(const CUtensorMap, const CUtensorMap, const CUtensorMap, const Work, const Next);
+using Kernel = void (*)(const CUtensorMap, const CUtensorMap, const PageMaps, const Work, const Shrink);
 
 // Null for what is not built: sharing x pays only where x is large, and four blocks' accumulators fit up to 128 tokens.
-template <int kTokens>
+template <int kTokens, bool kLora>
 Kernel kernel_of(int row_blocks, int cluster) {
-  constexpr int kShared = kTokens >= 64 ? 2 : 1;  // a cluster that is not built becomes the one that is
-  constexpr int kWide = kTokens >= 128 ? 4 : kShared;
+  constexpr int kShared = !kLora && kTokens >= 64 ? 2 : 1;  // a cluster that is not built becomes the one that is
+  constexpr int kWide = !kLora && kTokens >= 128 ? 4 : kShared;
   if (cluster > kWide) return nullptr;
   if (row_blocks == 2) {
-    if (cluster == 4) return skinny_gemm<kTokens, 1, kWide>;
-    return cluster == 2 ? skinny_gemm<kTokens, 1, kShared> : skinny_gemm<kTokens, 1, 1>;
+    if (cluster == 4) return skinny_gemm<kTokens, 1, kWide, kLora>;
+    return cluster == 2 ? skinny_gemm<kTokens, 1, kShared, kLora> : skinny_gemm<kTokens, 1, 1, kLora>;
   }
-  if constexpr (kTokens <= 128) return cluster == 2 ? skinny_gemm<kTokens, 2, kShared> : cluster == 1 ? skinny_gemm<kTokens, 2, 1> : nullptr;
+  if constexpr (kTokens <= 128) {
+    if (cluster == 2) return skinny_gemm<kTokens, 2, kShared, kLora>;
+    if (cluster == 1) return skinny_gemm<kTokens, 2, 1, kLora>;
+  }
   return nullptr;
 }
 
+template <bool kLora>
 Kernel find_kernel(const SkinnyGemmPlan& plan) {
   switch (plan.tile_tokens) {
-    case 8: return kernel_of<8>(plan.row_blocks, plan.cluster);
-    case 16: return kernel_of<16>(plan.row_blocks, plan.cluster);
-    case 32: return kernel_of<32>(plan.row_blocks, plan.cluster);
-    case 64: return kernel_of<64>(plan.row_blocks, plan.cluster);
-    case 96: return kernel_of<96>(plan.row_blocks, plan.cluster);
-    case 128: return kernel_of<128>(plan.row_blocks, plan.cluster);
-    case 192: return kernel_of<192>(plan.row_blocks, plan.cluster);
-    case 256: return kernel_of<256>(plan.row_blocks, plan.cluster);
+    case 8: return kernel_of<8, kLora>(plan.row_blocks, plan.cluster);
+    case 16: return kernel_of<16, kLora>(plan.row_blocks, plan.cluster);
+    case 32: return kernel_of<32, kLora>(plan.row_blocks, plan.cluster);
+    case 64: return kernel_of<64, kLora>(plan.row_blocks, plan.cluster);
+    case 96: return kernel_of<96, kLora>(plan.row_blocks, plan.cluster);
+    case 128: return kernel_of<128, kLora>(plan.row_blocks, plan.cluster);
+    case 192: return kernel_of<192, kLora>(plan.row_blocks, plan.cluster);
+    case 256: return kernel_of<256, kLora>(plan.row_blocks, plan.cluster);
     default: return nullptr;
   }
 }
@@ -320,6 +473,31 @@ bool encode_map(EncodeTiled encode, CUtensorMap* map, const void* matrix, int64_
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+// Every page's A of one module as [pages, 16, inputs]. How many pages there are is not known here, and nothing reads beyond
+// those that the tiles name.
+bool encode_pages(EncodeTiled encode, CUtensorMap* map, const LoraWork& lora, const LoraSpan& span) {
+  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(span.inputs), kPageRank, 1u << 18};
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(span.inputs) * 2, static_cast<cuuint64_t>(lora.page_elements) * 2};
+  const cuuint32_t box[3] = {kGemmBlockK, kPageRank, 1};
+  const cuuint32_t steps[3] = {1, 1, 1};
+  auto* first = static_cast<uint16_t*>(const_cast<void*>(lora.pages)) + span.a_offset;
+  return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, first, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// Whether the shrink can ride along: the planes' sums have a place, and the copy engine can address the pages.
+bool has_valid_lora(const SkinnyGemmArgs& args, const SkinnyGemmPlan& plan) {
+  if (args.lora == nullptr) return true;
+  bool is_valid = args.lora->span_count >= 1 && args.lora->span_count <= kMaxLoraSpans && args.lora->page_elements % 8 == 0 &&
+                  reinterpret_cast<uintptr_t>(args.lora->pages) % 16 == 0 && plan.cluster == 1 &&
+                  plan.tile_rows >= kGemmShrinkPairs * kPageRank &&
+                  (plan.planes == 1 || (args.lora_partial != nullptr && args.lora_arrivals != nullptr));
+  for (int m = 0; is_valid && m < args.lora->span_count; ++m) {
+    is_valid = args.lora->spans[m].inputs == args.inputs && args.lora->spans[m].a_offset % 8 == 0;
+  }
+  return is_valid;
+}
+
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 }  // namespace
@@ -332,7 +510,8 @@ int skinny_gemm_planes(int64_t outputs, int64_t inputs) { return gemm_planes(out
 
 cudaError_t launch_skinny_gemm(const SkinnyGemmArgs& args, cudaStream_t stream) {
   if (!can_run_skinny_gemm(args.tokens, args.outputs, args.inputs)) return cudaErrorInvalidValue;
-  return launch_skinny_gemm_as(args, gemm_plan(args.tokens, args.outputs, args.inputs), stream);
+  const SkinnyGemmPlan plan = gemm_plan(args.tokens, args.outputs, args.inputs, args.lora != nullptr);
+  return launch_skinny_gemm_as(args, plan, stream);
 }
 
 cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPlan& plan, cudaStream_t stream) {
@@ -340,8 +519,8 @@ cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPl
                         plan.tile_rows % 8 == 0 && plan.tile_rows <= std::min(64 * plan.row_blocks, 256) &&
                         gemm_shared_bytes(plan) <= kGemmSharedBytes && args.x_stride % 8 == 0 && args.x_stride >= args.inputs &&
                         is_aligned(args.x) && is_aligned(args.w) && is_aligned(args.y) &&
-                        (args.output == GemmOutput::kFloatPlanes || plan.planes == 1);
-  const Kernel kernel = is_valid ? find_kernel(plan) : nullptr;
+                        (args.output == GemmOutput::kFloatPlanes || plan.planes == 1) && has_valid_lora(args, plan);
+  const Kernel kernel = !is_valid ? nullptr : args.lora != nullptr ? find_kernel<true>(plan) : find_kernel<false>(plan);
   if (kernel == nullptr) return cudaErrorInvalidValue;
   static const EncodeTiled encode = find_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
@@ -368,19 +547,12 @@ cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPl
   work.early = plan.early > 0 ? std::min(plan.early, plan.stages) : plan.stages;
   work.is_bfloat16 = args.output == GemmOutput::kBfloat16;
   const int groups = (work.row_tiles + plan.cluster - 1) / plan.cluster * plan.planes;
-  Next next;
-  CUtensorMap next_map = w_map;
-  if (args.next_w != nullptr && plan.next_blocks > 0) {
-    const SkinnyGemmPlan& then = args.next_plan != nullptr ? *args.next_plan : gemm_plan(args.tokens, args.next_outputs, args.next_inputs);
-    next.cluster = then.cluster;
-    next.planes = then.planes;
-    next.tile_rows = then.tile_rows;
-    next.k_blocks = args.next_inputs / kGemmBlockK;
-    next.blocks = std::min(plan.next_blocks, next.k_blocks / then.planes);
-    next.units = std::min((gemm_row_tiles(args.next_outputs, then.tile_rows) + then.cluster - 1) / then.cluster * then.planes,
-                          sm_count / then.cluster) * then.cluster;
-    if (!encode_map(encode, &next_map, args.next_w, args.next_outputs, args.next_inputs, args.next_inputs, then.tile_rows)) {
-      return cudaErrorInvalidValue;
+  PageMaps pages = {};
+  Shrink shrink = {};
+  if (args.lora != nullptr) {
+    shrink = {*args.lora, args.lora_pairs, args.lora_partial, args.lora_arrivals};
+    for (int m = 0; m < args.lora->span_count; ++m) {
+      if (!encode_pages(encode, &pages.a[m], *args.lora, args.lora->spans[m])) return cudaErrorInvalidValue;
     }
   }
   const int resident = sm_count * (2 * shared_bytes <= kGemmSharedBytes - 2048 ? 2 : 1) / plan.cluster;
@@ -392,13 +564,14 @@ cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPl
   attributes[1].val.clusterDim.x = plan.cluster;
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(std::min(groups, resident) * plan.cluster);
+  // With a shrink, whose items only the device counts, every SM has a block.
+  config.gridDim = dim3(args.lora != nullptr ? resident : std::min(groups, resident) * plan.cluster);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, kernel, w_map, x_map, next_map, work, next);
+  return cudaLaunchKernelEx(&config, kernel, w_map, x_map, pages, work, shrink);
 }
 
 }  // namespace openlora

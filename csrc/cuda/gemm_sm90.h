@@ -10,6 +10,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include "lora_work.h"
+
 namespace openlora {
 
 struct SkinnyGemmPlan;  // gemm_plan.h
@@ -31,12 +33,12 @@ struct SkinnyGemmArgs {
   // Programmatic dependent launch: start while the kernels before it still run and read the first blocks of W meanwhile.
   // W must not be written by a kernel still in flight; x and y may.
   bool use_pdl;
-  // The weight [next_outputs, next_inputs] of the GEMM that follows with as many tokens, or null: its first blocks are asked
-  // into L2 by this kernel's last loads, so that memory does not rest between the two.
-  const void* next_w = nullptr;
-  int next_outputs = 0;
-  int next_inputs = 0;
-  const SkinnyGemmPlan* next_plan = nullptr;  // null: the one launch_skinny_gemm will choose
+  // LoRA shrink in the same launch (lora_work.h): v of every pair of the tiles, from the same x. Null: none. bfloat16 only;
+  // no tile may name a row beyond T. The bits of a row's v depend on its x, its pages, its scales, N and K alone.
+  const LoraWork* lora = nullptr;
+  int64_t lora_pairs = 0;         // pairs that v and the partial sums have room for
+  float* lora_partial = nullptr;  // [S, lora_pairs, G, 16]; may be null where S is 1
+  int32_t* lora_arrivals = nullptr;  // [items * G at least], zeros; the kernel leaves zeros. May be null where S is 1
 };
 
 // Whether the kernel computes this shape: T 1 to 256, K a multiple of 64, N of 8. Host arithmetic only; the caller checks that

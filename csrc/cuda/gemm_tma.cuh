@@ -68,7 +68,17 @@ __device__ __forceinline__ void tensor_load(uint32_t target, const CUtensorMap* 
       : "memory");
 }
 
-// The same to the same place in every block of `mask`, completing on the barrier at the same place in each.
+// The same for a map of three dimensions.
+__device__ __forceinline__ void tensor_load_3d(uint32_t target, const CUtensorMap* map, int column, int row, int slice, uint32_t barrier,
+                                               uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(target),
+      "l"(map), "r"(column), "r"(row), "r"(slice), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+// Copies a box to the same place in every block of `mask`, completing on the barrier at the same place in each.
 __device__ __forceinline__ void tensor_load_multicast(uint32_t target, const CUtensorMap* map, int column, int row, uint32_t barrier,
                                                       uint64_t policy, uint16_t mask) {
   asm volatile(
@@ -76,11 +86,6 @@ __device__ __forceinline__ void tensor_load_multicast(uint32_t target, const CUt
       "[%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(target),
       "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(mask), "l"(policy)
       : "memory");
-}
-
-// Asks the box into L2 only.
-__device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map, int column, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row) : "memory");
 }
 
 __device__ __forceinline__ int cluster_rank() {
