@@ -223,13 +223,14 @@ def main() -> None:
     parser.add_argument("--skip-prefill", action="store_true")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, help="append the GPU's JSON lines to this file as well")
+    parser.add_argument("--commit", help="GPU: commit of these sources, where they are no repository")
     parser.add_argument("--short", action="store_true", help="GPU: rank 16, dealt in turn, only")
     options = parser.parse_args()
     if options.device == "cuda":
         import bench_kernels_cuda  # beside this file; needs a GPU
 
         with torch.inference_mode():
-            bench_kernels_cuda.bench(options.out, is_short=options.short)
+            bench_kernels_cuda.bench(options.out, is_short=options.short, commit=options.commit)
         return
     kernels, dtype = Kernels.load("cpp", threads=options.threads, isa=options.isa), getattr(torch, options.dtype)
     label = {

@@ -2,7 +2,7 @@
 
 Every row is a graph of one operation over 32 layers and several sets of adapters, replayed: the adapters' pages come from
 memory, as in a step, where the base weights have pushed them out of the cache; products and hidden states stay in the cache.
-"floor_us" is the bytes that must come from memory (A, B) over 3.11 TB/s.
+"bytes" must come from memory (A, B; the base weights too in a "layer"), "floor_us" is those over 3.11 TB/s.
 
 Shape letters: B rows (sequences), D adapters, K inputs, N outputs.
 """
@@ -187,15 +187,35 @@ class Layer:
         return [call(layer, tiles) for tiles in (self.tiles or [None]) for layer in range(LAYERS)]
 
     def measure(self, follow: Follow = Follow.WAIT_FIRST) -> Iterator[dict[str, object]]:
+        """Every operation by itself."""
         for name, (inputs, parts) in LINEARS.items():
-            outputs = sum(size for _, size in parts)
             if self.draw is not None:
                 read = self.used_ranks * inputs * len(parts) * 2
-                yield self._row("shrink_" + name, time_us(self.shrink(name, follow)), read, follow)
-            read = self.used_ranks * outputs * 2
-            yield self._row(f"{CONSUMERS[name]}_{name}", time_us(self.consumer(name, follow)), read, follow)
+                yield self._row("shrink_" + name, name, time_us(self.shrink(name, follow)), read)
+            read = self.used_ranks * sum(size for _, size in parts) * 2
+            yield self._row(f"{CONSUMERS[name]}_{name}", name, time_us(self.consumer(name, follow)), read)
 
-    def _row(self, op: str, us: float, read: int, follow: Follow) -> dict[str, object]:
+    def measure_layer(self, weights: dict[str, list[Tensor]]) -> dict[str, object]:
+        """Linears and what finishes them, in the order of a step; attention is left out. The shrink runs beside the GEMM."""
+        consumers = {name: self.consumer(name, Follow.WAIT_FIRST) for name in LINEARS}
+        shrinks = {name: self.shrink(name, Follow.WAIT_LAST) for name in LINEARS}
+
+        def call(layer: int) -> Callable[[], None]:
+            def run() -> None:
+                for name in LINEARS:
+                    self.ops.skinny_gemm(self.x[name], weights[name][layer], self.y[name])
+                    if self.draw is not None:
+                        shrinks[name][layer]()
+                    consumers[name][layer]()
+
+            return run
+
+        lora = sum(inputs * len(parts) + sum(size for _, size in parts) for inputs, parts in LINEARS.values())
+        base = sum(weight[0].numel() * 2 for weight in weights.values())
+        us = time_us([call(layer) for layer in range(LAYERS)])
+        return self._row("layer", None, us, self.used_ranks * lora * 2, base)
+
+    def _row(self, op: str, linear: str | None, us: float, adapters: int, base: int = 0) -> dict[str, object]:
         draw = self.draw
         return {
             "op": op,
@@ -203,22 +223,32 @@ class Layer:
             "D": 0 if draw is None else draw.adapters,
             "draw": None if draw is None else draw.name,
             "rank": None if draw is None else list(draw.ranks),
-            "planes": int(self.y[op.split("_", 1)[1] if op.startswith("shrink") else op.rsplit("norm_", 1)[-1]].shape[0])
-            if op in ("add_rms_norm_o", "add_rms_norm_down")
-            else None,
-            "follow": follow.name.lower(),
+            "planes": None if linear is None else int(self.y[linear].shape[0]),
             "us": round(us, 2),
-            "adapter_bytes": read,
-            "tb_s": round(read / us / 1e6, 2),
-            "floor_us": round(read / READ_TB_S / 1e6, 2),
+            "bytes": adapters + base,
+            "tb_s": round((adapters + base) / us / 1e6, 2),
+            "floor_us": round((adapters + base) / READ_TB_S / 1e6, 2),
         }
 
 
-def facts() -> dict[str, object]:
-    """What a figure means nothing without."""
+def make_weights() -> dict[str, list[Tensor]]:
+    """Random weights of all layers: 14 GB, so that none is in the cache when its turn comes."""
+
+    def weight(outputs: int, inputs: int) -> Tensor:
+        return torch.empty((outputs, inputs), dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
+
+    return {
+        name: [weight(sum(size for _, size in parts), inputs) for _ in range(LAYERS)] for name, (inputs, parts) in LINEARS.items()
+    }
+
+
+def facts(commit: str | None) -> dict[str, object]:
+    """What a figure means nothing without. commit: of the sources, where they are no repository."""
     query = ["nvidia-smi", "--query-gpu=name,clocks.max.sm,clocks.max.mem,driver_version", "--format=csv,noheader"]
     found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().split(", ")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    if commit is None:
+        head = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "gpu": found[0],
         "clock_sm": found[1],
@@ -229,10 +259,11 @@ def facts() -> dict[str, object]:
     }
 
 
-def bench(out: Path | None, *, is_short: bool = False) -> None:
+def bench(out: Path | None, *, is_short: bool = False, commit: str | None = None) -> None:
     """Print a JSON line a measurement, and append it to `out`."""
-    label = facts()
+    label = facts(commit)
     adapters = Adapters.make()
+    weights = make_weights() if torch.cuda.get_device_capability() == (9, 0) else None
     mixed = (8, 16, 64)
     draws: list[Draw | None] = [None, Draw("identical", 1), Draw("distinct", 8), Draw("distinct", 64)]
     if not is_short:
@@ -244,8 +275,11 @@ def bench(out: Path | None, *, is_short: bool = False) -> None:
                 continue
             layer = Layer(adapters, draw, rows, tile_rows=16)
             _emit(layer.measure(), label, out)
-    prefill = Layer(adapters, Draw("distinct", 64), 16384, tile_rows=64, y_type=torch.bfloat16)
-    _emit(prefill.measure(), label, out)
+            if weights is not None and layer.ops.is_skinny_gemm_faster(HIDDEN, HIDDEN, rows):
+                _emit(iter([layer.measure_layer(weights)]), label, out)
+    for draw in (None, Draw("distinct", 64)):
+        prefill = Layer(adapters, draw, 16384, tile_rows=64, y_type=torch.bfloat16)
+        _emit(prefill.measure(), label, out)
 
 
 def _emit(rows: Iterator[dict[str, object]], label: dict[str, object], out: Path | None) -> None:
