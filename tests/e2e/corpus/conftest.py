@@ -285,9 +285,9 @@ def make_key(kit: Any, data_dir: Path, tenant: str, *options: str) -> str:
     return kit.run_cli("keys", "create", tenant, "--data-dir", str(data_dir), *options).stdout.strip()
 
 
-@pytest.fixture(scope="session")
-def _stage(kit: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    root = tmp_path_factory.mktemp("corpus")
+@contextlib.contextmanager
+def open_stage(kit: Any, root: Path, program: str | None = None, **settings: str) -> Iterator[Stage]:
+    """A stage below `root`, with other settings or another program where a file needs a node of its own."""
     writer, far = AdapterWriter(root / "adapters"), AdapterWriter(root / "far")
     writer.write("good")
     hub, web = Hub(), WebServer()
@@ -299,8 +299,8 @@ def _stage(kit: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage
     )
     data_dir = root / "data"
     keys = {tenant: make_key(kit, data_dir, tenant) for tenant in ("acme", "other")}
-    env = kit.environment(**SETTINGS, HF_ENDPOINT=hub.url, HF_HOME=str(root / "hf"))
-    node = kit.start_node(data_dir, "--config", str(config), env=env)
+    env = kit.environment(**SETTINGS | settings, HF_ENDPOINT=hub.url, HF_HOME=str(root / "hf"))
+    node = kit.start_node(data_dir, "--config", str(config), env=env, program=program or kit.command[0])
     reads = LedgerReads(f"sqlite:///{data_dir / 'ledger.sqlite'}")
     try:
         stage = Stage(node, keys, hub, web, writer, far, reads)
@@ -315,6 +315,12 @@ def _stage(kit: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage
         web.server.shutdown()
         hub.server.shutdown()
         shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def _stage(kit: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    with open_stage(kit, tmp_path_factory.mktemp("corpus")) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")

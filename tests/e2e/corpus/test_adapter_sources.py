@@ -3,7 +3,7 @@
 24, DNS rebinding: a host is looked up once for every connection and its addresses are checked then
 (tests/adapters/test_stores.py has the resolver for it); from outside, an https store on a loopback address stands for a
 name with a private address. 25: the cache's limit stands before a source's, so a file that cannot fit is cache_full.
-28: the cache's own limit stands for the disk's; the errors of a disk are in tests/adapters.
+28: here the cache's own limit; test_full_disk.py has a disk.
 """
 
 from __future__ import annotations
@@ -180,8 +180,7 @@ def test_27_files_that_change_under_their_commit_are_409(stage):
 def test_28_adapter_that_does_not_fit_the_cache_is_507_and_others_go_on(stage):
     tensors = stage.far.tensors()
     stage.hub.publish("owner/large", stage.far.write("large"))
-    commit, token, files = stage.hub.repositories["owner/large"]
-    files["adapter_model.safetensors"] = padded(encode_file(tensors), 200_000)
+    stage.hub.repositories["owner/large"][2][WEIGHTS] = padded(encode_file(tensors), 200_000)
     stage.refused(lambda: stage.complete("owner/large"), 507, "cache_full")
     assert not partial_files(stage, "large")
 

@@ -16,9 +16,10 @@ from tests.api.test_raw_http import RAW
 pytestmark = pytest.mark.e2e
 
 BODY = json.dumps({"model": "good", "prompt": "hi", "max_tokens": 2}).encode()
+LENGTH = len(BODY)
 
 
-def head(stage, method="POST", path="/v1/completions", *lines, length=len(BODY)):
+def head(stage, method="POST", path="/v1/completions", *lines, length=LENGTH):
     fixed = [
         f"{method} {path} HTTP/1.1",
         "Host: a",
