@@ -7,7 +7,7 @@ import random
 import secrets
 import stat
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -41,6 +41,7 @@ from node.tenancy.key_file import read_key_file
 from node.tenancy.meter import TokenPrice
 from node.tenancy.tenancy import Tenancy, open_tenancy
 
+BANNER_ENTRIES = 12  # names and problems shown at the start; there may be thousands
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -58,19 +59,26 @@ class Node:
 
     def banner(self) -> str:
         """Where everything is, for whoever started it."""
-        names = ", ".join(entry.name for entry in self.catalog.entries()) or "none"
+        entries, problems = self.catalog.entries(), list(self.catalog.problems.items())
         lines = [
             f"openlora-node {__version__} serves at {self.url}",
             f"  model      {self.ready.model_id} ({self.ready.dtype}, {self.ready.device}, {self.ready.kernels})",
-            f"  adapters   {names}",
+            f"  adapters   {_shortened([entry.name for entry in entries])}",
             f"  data       {self.settings.data_dir}",
             f"  chain      {self.treasury.describe()}",
             f"  operator   {self.treasury.keys.operator.address}",
         ]
         if self.admin_url is not None:
             lines.insert(-1, f"  admin      {self.admin_url}")
-        lines += [f"  not served {name}: {problem.message}" for name, problem in self.catalog.problems.items()]
+        lines += [f"  not served {name}: {problem.message}" for name, problem in problems[:BANNER_ENTRIES]]
+        if len(problems) > BANNER_ENTRIES:
+            lines.append(f"  not served {len(problems) - BANNER_ENTRIES} more; see openlora-node adapters list")
         return "\n".join(lines)
+
+
+def _shortened(names: Sequence[str]) -> str:
+    more = len(names) - BANNER_ENTRIES
+    return (", ".join(names[:BANNER_ENTRIES]) or "none") + (f" and {more} more" if more > 0 else "")
 
 
 @asynccontextmanager
