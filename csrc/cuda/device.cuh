@@ -120,16 +120,19 @@ struct TileTable {
   const int* rows;
   const int4* entries;
   const int4* items;
+  const int* tile_of;
   int tile_count;
   int item_count;
+  int row_count;
   int largest;
 };
 
 __device__ __forceinline__ TileTable read_tile_table(const int32_t* block) {
   const int4 counts = __ldg(reinterpret_cast<const int4*>(block));
   const int4 offsets = __ldg(reinterpret_cast<const int4*>(block) + 1);
+  const int2 more = __ldg(reinterpret_cast<const int2*>(block + 8));
   return {reinterpret_cast<const int4*>(block + offsets.x), block + offsets.y, reinterpret_cast<const int4*>(block + offsets.z),
-          reinterpret_cast<const int4*>(block + offsets.w), counts.x, counts.y, __ldg(block + 8)};
+          reinterpret_cast<const int4*>(block + offsets.w), block + more.y, counts.x, counts.y, counts.z, more.x};
 }
 
 struct Entry {

@@ -4,13 +4,15 @@
 // S slots, R = 16 ranks of a page.
 //
 // The block of tiles is one run of int32, offsets in int32 from its start, every section 16-byte aligned:
-//   header  [16]: tile count, item count, row count, V, offset of tiles, of rows, of entries, of items, rows of the largest tile
+//   header  [16]: tile count, item count, row count, V, offset of tiles, of rows, of entries, of items, rows of the largest tile,
+//           offset of tile_of
 //   tiles   [tile count][8]: first place in `rows`, row count | entry count << 16, first entry, first pair, and that first entry
 //   rows    [row count]: row of x and y at each place; every row of the step stands in exactly one tile
 //   entries [...][4]: page, slot, ordinal of the page in its slot, weight (float bits); shared by all tiles of one recipe
 //   items   [item count][8]: first place, row count | entry count << 16, first pair, entry counted from the tile's first, and that
 //           entry: what a shrink computes. What a kernel needs first stands together: each load that waits for another costs it
 //           a third of a microsecond.
+//   tile_of [row count]: the tile of each place
 // The pair of place i of a tile and its entry e is first pair + i * entry count + e. A tile without adapters has no entries.
 #pragma once
 

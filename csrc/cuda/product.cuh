@@ -52,7 +52,7 @@ struct RowSpan {
 };
 
 // The parts of every tile. Part `i` is part i / tile count of tile i % tile count: tiles shorter than a part then leave no warp
-// idle for long.
+// idle for long. Parts of one row are the rows themselves.
 template <bool kLora>
 struct RowParts {
   TileTable table;
@@ -70,7 +70,10 @@ struct RowParts {
     if constexpr (kLora) return table.tile_count;
     else return 1;
   }
-  __device__ __forceinline__ int count() const { return tile_count() * tile_parts(); }
+  __device__ __forceinline__ int count() const {
+    if (kLora && unit_rows == 1) return table.row_count;
+    return tile_count() * tile_parts();
+  }
   __device__ __forceinline__ RowSpan at(int tile_index, int part) const {
     const int first = part * unit_rows;
     if constexpr (kLora) {
@@ -81,8 +84,13 @@ struct RowParts {
     }
   }
   __device__ __forceinline__ RowSpan operator[](int i) const {
-    if constexpr (kLora) return at(i % table.tile_count, i / table.tile_count);
-    else return at(0, i);
+    if constexpr (kLora) {
+      if (unit_rows > 1) return at(i % table.tile_count, i / table.tile_count);
+      const Tile tile = read_tile(table, __ldg(table.tile_of + i));
+      return {tile, i - tile.place, i - tile.place + 1};
+    } else {
+      return at(0, i);
+    }
   }
   // Row of y at place `place` of the span's tile.
   __device__ __forceinline__ int row(const RowSpan& span, int place) const {

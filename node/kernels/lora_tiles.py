@@ -64,7 +64,9 @@ def build_tiles(recipes: Sequence[Recipe], counts: Sequence[int], slot_pages: In
     tiles[has_entries, 4:] = table[tiles[has_entries, 2]]
     items = _items(tiles, per_tile, table)
     pair_count = int(pairs.sum())
-    data = _join([tiles, rows, table, items], [len(tiles), len(items), len(rows), pair_count], int(row_counts.max(initial=0)))
+    tile_of = np.repeat(np.arange(len(tiles), dtype=np.int32), row_counts)
+    counts_of = [len(tiles), len(items), len(rows), pair_count]
+    data = _join([tiles, rows, table, items, tile_of], counts_of, int(row_counts.max(initial=0)))
     return TileBlock(data, len(tiles), len(items), pair_count)
 
 
@@ -77,7 +79,8 @@ def block_ints(rows: int, sequences: int, entries: int, tile_rows: int) -> int:
         tile_rows: As given to `build_tiles`.
     """
     tiles = min(rows, -(-rows // tile_rows) + sequences)
-    parts = (HEADER_INTS, TILE_INTS * tiles, rows, ENTRY_INTS * min(rows, sequences) * entries, ITEM_INTS * tiles * entries)
+    table = ENTRY_INTS * min(rows, sequences) * entries
+    parts = (HEADER_INTS, TILE_INTS * tiles, rows, table, ITEM_INTS * tiles * entries, rows)
     return sum(_aligned(part) for part in parts)
 
 
@@ -136,7 +139,7 @@ def _join(sections: Sequence[Ints], counts: Sequence[int], largest: int) -> Ints
     """Header and sections in one run, each section at a multiple of 16 bytes."""
     offsets = np.cumsum([HEADER_INTS, *(_aligned(section.size) for section in sections)])
     data = np.zeros(int(offsets[-1]), np.int32)
-    data[:9] = [*counts, *offsets[:-1], largest]
+    data[:10] = [*counts, *offsets[:4], largest, offsets[4]]
     for offset, section in zip(offsets, sections, strict=False):
         data[offset : offset + section.size] = section.ravel()
     return data

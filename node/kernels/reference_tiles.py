@@ -27,7 +27,7 @@ class ReadTile:
 
 def read_tiles(block: Ints) -> list[ReadTile]:
     """Decode a block of tiles."""
-    tile_count, _, _, _, tiles, rows, entries, _, _ = (int(value) for value in block[:9])
+    tile_count, _, _, _, tiles, rows, entries = (int(value) for value in block[:7])
     found = []
     for index in range(tile_count):
         place, packed, first_entry, first_pair = (int(value) for value in block[tiles + TILE_INTS * index :][:4])
@@ -49,6 +49,11 @@ def read_items(block: Ints) -> list[tuple[int, int, tuple[int, int, int, float]]
     found = block[items:][: ITEM_INTS * count].reshape(-1, ITEM_INTS)
     weights = found[:, 7].copy().view(np.float32)
     return [(int(i[0]), int(i[3]), (int(i[4]), int(i[5]), int(i[6]), float(w))) for i, w in zip(found, weights, strict=True)]
+
+
+def read_tile_of(block: Ints) -> list[int]:
+    """The tile of every place."""
+    return [int(tile) for tile in block[block[9] :][: block[2]]]
 
 
 def reference_shrink(x: Tensor, block: Ints, pool: LoraPool, spans: Sequence[Sequence[int]]) -> Tensor:

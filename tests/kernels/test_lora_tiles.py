@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from node.kernels.lora_tiles import MAX_ENTRIES, block_ints, build_tiles
 from node.kernels.ops import Kernels
-from node.kernels.reference_tiles import read_items, read_tiles, reference_expand, reference_shrink
+from node.kernels.reference_tiles import read_items, read_tile_of, read_tiles, reference_expand, reference_shrink
 
 SLOTS, MOST_PAGES = 6, 4
 
@@ -65,6 +65,7 @@ def test_build_tiles_counts_items_and_pairs(batch, table, tile_rows):
     places = np.cumsum([0, *(len(tile.rows) for tile in tiles)])
     items = [(int(places[i]), e, entry) for i, tile in enumerate(tiles) for e, entry in enumerate(tile.entries)]
     assert read_items(block.data) == items
+    assert read_tile_of(block.data) == [i for i, tile in enumerate(tiles) for _ in tile.rows]
     pairs = [tile.first_pair + i for tile in tiles for i in range(len(tile.rows) * len(tile.entries))]
     assert pairs == list(range(block.pair_count))
     assert block.tile_count == len(tiles)
