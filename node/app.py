@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import secrets
@@ -119,6 +120,9 @@ async def open_node(settings: Settings) -> AsyncIterator[Node]:
         admin_url = None
         if settings.server.admin_port is not None:
             admin_url = f"http://{ADMIN_HOST}:{await admin.open_port(settings.server.admin_port, tenancy.door)}"
+        # What is here now stays: the collector need not walk ten thousand catalogue entries while answers are streamed.
+        gc.collect()
+        gc.freeze()
         yield Node(settings, f"http://{settings.server.host}:{port}", admin_url, ready, treasury, catalog, engine)
 
 
