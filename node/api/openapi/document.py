@@ -20,7 +20,7 @@ _OPENAI_ERRORS = {
     "404": "No such model, adapter or receipt.",
     "405": "The route has another method.",
     "408": "The body took too long.",
-    "409": "The adapter's bytes are not the pinned ones.",
+    "409": "The adapter's bytes are not the pinned ones, or the Idempotency-Key stands for another request.",
     "413": "The body is too large.",
     "415": "The body is not JSON.",
     "422": "The files are no usable adapter of this base model.",
@@ -33,6 +33,13 @@ _OPENAI_ERRORS = {
 }
 _LORAX_ERRORS = {**_OPENAI_ERRORS, "424": "The adapter cannot be used, or the engine failed this request."}
 _NO_KEY: list[dict[str, list[str]]] = []
+_ONCE: dict[str, Any] = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "description": "Sent again with the same body, the answer is that of the first run, and nothing is run or charged twice; "
+    "`idempotency-replayed: true` says so. Not with a streamed answer.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
+}
 
 
 def build_document(limits: Limits, version: str) -> dict[str, Any]:
@@ -69,6 +76,7 @@ def _openai_paths() -> dict[str, Any]:
                 {"application/json": reference("Embeddings")},
                 _OPENAI_ERRORS,
             )
+            | {"parameters": [_ONCE]}
         },
         "/v1/completions": {
             "post": _generation("completion", "Continue a text", "CompletionRequest", reference("Completion"), _OPENAI_ERRORS)
@@ -120,6 +128,7 @@ def _lorax_paths() -> dict[str, Any]:
                 {"application/json": reference("LoraxEmbedding")},
                 _LORAX_ERRORS,
             )
+            | {"parameters": [_ONCE]}
         },
         "/classify": {"post": _refused("classify")},
         "/classify_batch": {"post": _refused("classifyBatch")},
@@ -166,7 +175,8 @@ def _generation(
     shape = "LoraxError" if errors is _LORAX_ERRORS else "OpenAiError"
     responses = {"200": {"description": "The answer, with its receipt.", "content": content}}
     responses |= {status: _error(status, errors, shape) for status in errors if status != "501"}
-    return {**_operation(name, summary, responses), "requestBody": _body(body)}
+    once = {"parameters": [_ONCE]} if whole is not None else {}
+    return {**_operation(name, summary, responses), **once, "requestBody": _body(body)}
 
 
 def _posting(
