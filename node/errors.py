@@ -89,7 +89,7 @@ class RequestError(NodeError):
     """The request itself is wrong; sending it again cannot help.
 
     Codes: invalid_request, invalid_json, not_found, method_not_allowed, unsupported_media_type, body_too_large, body_timeout,
-    receipt_not_found, key_not_found, adapter_exists, idempotency_key_reused.
+    receipt_not_found, key_not_found, adapter_exists, idempotency_key_reused, invalid_http.
     """
 
     code = "invalid_request"

@@ -1,12 +1,16 @@
-"""The listening site, which lets one address have only so many connections."""
+"""The listening site and its connections: so many an address, and our own words for bytes that are no HTTP."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
+import msgspec
 from aiohttp import web
+
+from node.api.errors import openai_body
+from node.errors import RequestError
 
 _REFUSAL = (
     b"HTTP/1.1 429 Too Many Requests\r\nConnection: close\r\nRetry-After: 1\r\n"
@@ -14,14 +18,37 @@ _REFUSAL = (
 )
 
 
+class Connection(web.RequestHandler):
+    """aiohttp's answers malformed requests with its parser's text, and logs a traceback of each: strangers could fill the log."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """A refusal without the parser's words; the connection is closed."""
+        if status >= 500 or request.writer.output_size > 0:
+            return super().handle_error(request, status, exc, message)
+        error = RequestError("the bytes sent are not a well-formed HTTP request within this node's limits", code="invalid_http")
+        response = web.Response(status=status, body=msgspec.json.encode(openai_body(error)), content_type="application/json")
+        response.force_close()
+        return response
+
+
 class BoundedSite(web.BaseSite):
     """A TCP site. Beyond the limit a connection is answered 429 and closed before anything of it is read.
 
     An address that holds idle connections open would otherwise hold the process's descriptors, which belong to everybody.
+
+    Args:
+        options: aiohttp's, of each connection: line and header sizes, timeouts.
     """
 
-    def __init__(self, runner: web.AppRunner, host: str, port: int, max_per_address: int) -> None:
+    def __init__(
+        self, runner: web.AppRunner, host: str, port: int, max_per_address: int, options: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__(runner)
+        self._options: dict[str, Any] = {"access_log": None, **(options or {})}
         self._host = host
         self._port = port
         self._max_per_address = max_per_address
@@ -43,7 +70,9 @@ class BoundedSite(web.BaseSite):
             return None
         address = _address(transport)
         count = sum(1 for connection in server.connections if _address(connection.transport) == address)
-        return server() if count < self._max_per_address else None
+        if count >= self._max_per_address:
+            return None
+        return Connection(server, loop=asyncio.get_running_loop(), **self._options)
 
 
 class _Doorkeeper(asyncio.Protocol):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
+from typing import Any
 
 from aiohttp import web
 
@@ -29,11 +31,7 @@ class Listener:
             application,
             handler_cancellation=True,
             access_log=None,
-            max_line_size=_MAX_HEADER_BYTES,
-            max_field_size=_MAX_HEADER_BYTES,
             shutdown_timeout=_AFTER_DRAIN_S,
-            lingering_time=_LINGER_S,
-            keepalive_timeout=self._server.idle_timeout_s,
         )
 
     async def open(self, host: str, port: int) -> int:
@@ -48,7 +46,13 @@ class Listener:
         Raises:
             ConfigError: port_in_use, or an address this machine does not have.
         """
-        return await listen(self._runner, host, port, self._server.max_connections_per_address)
+        options = {
+            "max_line_size": _MAX_HEADER_BYTES,
+            "max_field_size": _MAX_HEADER_BYTES,
+            "lingering_time": _LINGER_S,
+            "keepalive_timeout": self._server.idle_timeout_s,
+        }
+        return await listen(self._runner, host, port, self._server.max_connections_per_address, options)
 
     async def close(self, drain_timeout_s: float) -> bool:
         """Refuse new requests, let those inside finish, cancel what is left (it is recorded as cancelled), stop listening.
@@ -64,7 +68,9 @@ class Listener:
         return is_drained
 
 
-async def listen(runner: web.AppRunner, host: str, port: int, max_per_address: int) -> int:
+async def listen(
+    runner: web.AppRunner, host: str, port: int, max_per_address: int, options: Mapping[str, Any] | None = None
+) -> int:
     """Set a runner up on an address; returns the port in use.
 
     Raises:
@@ -72,7 +78,7 @@ async def listen(runner: web.AppRunner, host: str, port: int, max_per_address: i
     """
     await runner.setup()
     try:
-        await BoundedSite(runner, host, port, max_per_address).start()
+        await BoundedSite(runner, host, port, max_per_address, options).start()
     except OSError as error:
         await runner.cleanup()
         if error.errno == errno.EADDRINUSE:

@@ -45,6 +45,7 @@ async def port(bench):
 async def test_malformed_http_is_refused_and_the_connection_closed(bench, port, name):
     answer = await exchange(port, RAW[name])
     assert answer == b"" or answer.split()[1] in (b"400", b"431")
+    assert answer == b"" or b'"code":"invalid_http"' in answer
     assert bench.books.opened == []
     healthy = await exchange(port, b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
     assert healthy.startswith(b"HTTP/1.1 200")
