@@ -95,8 +95,8 @@ class AdapterFiles:
             raise SystemExit("the C++ kernels are not built; run python -m node.kernels.build")
         self._layout = layout
         self._plans = FilePlans(layout, LinearTable(linears), max_rank=256, max_bytes=MAX_BYTES)
-        self._reader = PageReader(library, layout, thread_count=1, max_bytes=MAX_BYTES)
-        self._scratch = threading.local()
+        self._library = library
+        self._scratch = threading.local()  # a reader and its pages: reads on one reader follow each other
         started = time.perf_counter()
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             self.terms = list(threads.map(self._make, range(count)))
@@ -110,8 +110,9 @@ class AdapterFiles:
         if not hasattr(self._scratch, "pages"):
             count = self._layout.pages_for_rank(self._rank)
             self._scratch.pages = [np.zeros(self._layout.page_elements, np.uint16) for _ in range(count)]
+            self._scratch.reader = PageReader(self._library, self._layout, thread_count=1, max_bytes=MAX_BYTES)
         plan = self._plans.read(directory)
-        return AdapterTerm(plan.adapter_id(self._reader.read(directory, plan, self._scratch.pages)), str(directory), 1.0)
+        return AdapterTerm(plan.adapter_id(self._scratch.reader.read(directory, plan, self._scratch.pages)), str(directory), 1.0)
 
 
 # ---- runs
