@@ -255,7 +255,7 @@ def cold(bench: Bench, fresh: Sequence[AdapterTerm], fillers: Sequence[AdapterTe
 
 
 def beside(
-    bench: Bench, residents: Sequence[AdapterTerm], loads: Sequence[AdapterTerm], pairs: int, count: int = 63
+    bench: Bench, residents: Sequence[AdapterTerm], loads: Sequence[AdapterTerm], pairs: int, count: int, new: int
 ) -> dict[str, Any]:
     """Turns of running requests beside short ones, for resident adapters and for adapters never seen."""
     pending = itertools.cycle(loads)
@@ -265,7 +265,7 @@ def beside(
         for kind in ("resident", "loading") if index % 2 == 0 else ("loading", "resident"):
             shorts = iter(lambda: residents[0], None) if kind == "resident" else pending
             before = bench.engine.stats().adapter_file_loads_total
-            turns[kind].append(_gaps_ms(bench, [residents[i % len(residents)] for i in range(count)], shorts))
+            turns[kind].append(_gaps_ms(bench, [residents[i % len(residents)] for i in range(count)], shorts, new))
             load_count += bench.engine.stats().adapter_file_loads_total - before
     ratios = [
         float(np.percentile(loading, 99) / np.percentile(quiet, 99))
@@ -280,7 +280,7 @@ def beside(
 
 
 def _gaps_ms(
-    bench: Bench, terms: Sequence[AdapterTerm], shorts: Iterator[AdapterTerm], new: int = 160, every: int = 6, skipped: int = 8
+    bench: Bench, terms: Sequence[AdapterTerm], shorts: Iterator[AdapterTerm], new: int, every: int = 6, skipped: int = 8
 ) -> list[float]:
     """Inter-token times of one request for each term, while a request of one token for the next short comes every few steps."""
     trace = Trace({})
@@ -394,9 +394,10 @@ def few_slots(args: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
     if "cold" in args.rows:
         yield {"row": "cold", **cold(stage.bench, spare[:9], terms[: args.slots])}
     if "churn" in args.rows:
-        yield {"row": "churn", "adapters": len(terms), "slots": args.slots, **churn(stage.bench, terms)}
+        yield {"row": "churn", "adapters": len(terms), "slots": args.slots, **churn(stage.bench, terms, args.passes)}
     if "beside" in args.rows:
-        yield {"row": "beside", **beside(stage.bench, terms[:8], spare, args.pairs, min(63, args.max_sequences - 1))}
+        count = min(63, args.max_sequences - 1)
+        yield {"row": "beside", **beside(stage.bench, terms[:8], spare, args.pairs, count, args.beside_tokens)}
     stage.close()
 
 
@@ -446,6 +447,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--adapters", type=int, default=256, help="of the row churn")
     parser.add_argument("--slots", type=int, default=32, help="adapters on the GPU")
     parser.add_argument("--staged", type=int, default=300, help="adapters in host memory at most")
+    parser.add_argument("--passes", type=int, default=3, help="of the row churn")
+    parser.add_argument("--beside-tokens", type=int, default=160, help="of each running request of the row beside")
     parser.add_argument("--pairs", type=int, default=7, help="of the row beside")
     parser.add_argument("--large", type=int, default=1000, help="adapters of the row zipf")
     parser.add_argument("--large-slots", type=int, default=500)
