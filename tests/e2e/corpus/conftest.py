@@ -175,12 +175,19 @@ class Stage:
     def _count(self, table: Any) -> int:
         return int(self.reads.rows(select(func.count().label("rows")).select_from(table))[0].rows)
 
+    def wait_until(self, is_true: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
+        """Look until it is so."""
+        deadline_s = time.monotonic() + timeout_s
+        while not is_true():
+            assert time.monotonic() < deadline_s, f"not within {timeout_s:g} s: {what}"
+            time.sleep(0.02)
+
     @contextlib.contextmanager
     def watched(self, admitted: int = 0) -> Iterator[None]:
         """The run rule around one input that must be admitted so many times."""
         before = self.record_count
         yield
-        wait_until(lambda: self.open_count == 0, "every admission closed")
+        self.wait_until(lambda: self.open_count == 0, "every admission closed")
         assert self.record_count == before + admitted, "records of what was refused"
         assert self.send("GET", "/ready", tenant=None).status == 200
         assert self.ask_golden() == self.golden
@@ -246,13 +253,6 @@ class Stage:
                 return
             seen.append((before, after))
         raise AssertionError(f"grew in every round: {seen}")
-
-
-def wait_until(is_true: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not is_true():
-        assert time.monotonic() < deadline_s, f"not within {timeout_s:g} s: {what}"
-        time.sleep(0.02)
 
 
 def write_base(directory: Path) -> Path:

@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.e2e
 
-STREAM = {"model": "good", "prompt": "hello world", "max_tokens": 400, "temperature": 1, "ignore_eos": True, "stream": True}
+STREAM = {"model": "good", "prompt": "hello world", "max_tokens": 1900, "temperature": 1, "ignore_eos": True, "stream": True}
 BODY = {"model": "good", "prompt": "hello", "max_tokens": 3, "temperature": 1}
 
 
@@ -39,7 +39,7 @@ def test_52_hang_up_at_any_token_ends_the_sequence_and_bills_what_was_delivered(
             receipt = hang_up_after(stage, event_count)
         record = stage.send("GET", f"/v1/receipts/{receipt}").json["record"]
         assert record["status"] == "cancelled"
-        assert event_count <= record["tokens"]["output"] < 400
+        assert event_count <= record["tokens"]["output"] < 1900
         price = record["price"]
         counts = record["tokens"]
         assert int(record["fee_wei"]) == counts["prompt"] * int(price["input_token_wei"]) + counts["output"] * int(
@@ -95,16 +95,14 @@ def test_53_same_key_of_another_tenant_is_another_key(stage):
 
 def test_53_client_that_hung_up_finds_its_answer(stage):
     key = {"idempotency-key": "hung up"}
-    slow = {**BODY, "max_tokens": 300, "ignore_eos": True}
+    slow = {**BODY, "max_tokens": 1500, "n": 4, "ignore_eos": True}
     with stage.watched(admitted=1):
         connection = http.client.HTTPConnection(*stage.address, timeout=30)
         sent = {"content-type": "application/json", "authorization": f"Bearer {stage.keys['acme']}", **key}
         connection.request("POST", "/v1/completions", json.dumps(slow), sent)
-        connection.sock.settimeout(0.2)
-        with pytest.raises(TimeoutError):
-            connection.getresponse()
+        stage.wait_until(lambda: stage.open_count == 1, "the admission")
         connection.close()
-        answer = stage.post("/v1/completions", slow, **key)
+        answer = stage.post("/v1/completions", slow, timeout_s=60.0, **key)
     assert (answer.status, answer.headers["idempotency-replayed"]) == (200, "true")
     assert answer.json["openlora"]["receipt"]["record"]["status"] == "ok"
 
