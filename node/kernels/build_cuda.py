@@ -21,7 +21,7 @@ from node.kernels.build import _include_dirs, _library_dir, _run, source_dir
 FLAGS = ("-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA")
 ARCHITECTURES = ("80", "89", "90a")
-CHOSEN_ARCHITECTURES = "OPENLORA_CUDA_ARCHITECTURES"  # "90a", "80,90a": a faster build for one machine
+CHOSEN_ARCHITECTURES = "CUDAARCHS"  # CMake's name; "90a", "80;90a": a faster build for one machine
 HOPPER_SUFFIX = "_sm90.cu"  # wgmma and bulk tensor copies: compiled for 90a alone
 BINDING = "binding_cuda.cc"
 CACHED_OBJECTS = 64  # older ones are removed
@@ -43,7 +43,7 @@ def has_cuda_torch() -> bool:
 def architectures() -> tuple[str, ...]:
     """What the kernels are compiled for: all supported ones, or those that the environment names."""
     named = os.environ.get(CHOSEN_ARCHITECTURES)
-    return tuple(named.split(",")) if named else ARCHITECTURES
+    return tuple(named.replace(",", ";").split(";")) if named else ARCHITECTURES
 
 
 def cuda_sources(sources: Path) -> list[Path]:
