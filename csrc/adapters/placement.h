@@ -85,6 +85,26 @@ inline void transpose_tile(const uint32_t* source, int64_t source_stride, uint32
   }
 }
 
+// Whole cache lines past the caches: the pages are read next by the GPU, and a line that is only written need not be fetched first.
+// `fence` orders them before whatever tells others that the pages are complete.
+constexpr int64_t kLineBytes = 64;
+
+inline bool is_line(const void* address) { return reinterpret_cast<uintptr_t>(address) % kLineBytes == 0; }
+
+inline void stream_lines(void* target, const void* source, int64_t size_bytes) {
+  auto* to = static_cast<__m128i*>(target);
+  const auto* from = static_cast<const __m128i*>(source);
+  for (int64_t i = 0; i < size_bytes / 16; ++i) _mm_stream_si128(to + i, _mm_loadu_si128(from + i));
+}
+
+inline void stream_copy(void* target, const void* source, int64_t size_bytes) {
+  const int64_t lines = is_line(target) ? size_bytes / kLineBytes * kLineBytes : 0;
+  stream_lines(target, source, lines);
+  memcpy(static_cast<uint8_t*>(target) + lines, static_cast<const uint8_t*>(source) + lines, size_bytes - lines);
+}
+
+inline void fence() { _mm_sfence(); }
+
 // Where (a part of) a matrix goes inside each of the adapter's pages.
 struct Target {
   int64_t width;        // values of a rank: in_features for A, the number of B's rows that are meant
@@ -104,13 +124,28 @@ void place_rows(const Target& target, const T* values, int64_t begin, int64_t co
   for (const int64_t end = begin + count; begin < end;) {
     const int64_t column = begin % target.width;
     const int64_t run = target.width - column < end - begin ? target.width - column : end - begin;
-    memcpy(target.rank_row<T>(begin / target.width) + column, values, run * sizeof(T));
+    stream_copy(target.rank_row<T>(begin / target.width) + column, values, run * sizeof(T));
     begin += run, values += run;
   }
 }
 
-// Elements begin .. begin + count - 1 of a matrix [width, ranks]. Whole rows go in tiles of 8 by 8 where eight ranks lie in one page;
-// what is left goes one by one.
+// `rows` rows of eight ranks: tiles of 8 by 8, and where lines allow it several tiles at once, so that each rank gets a whole line.
+template <class T>
+void place_tiles(const T* source, int64_t ranks, T* target, int64_t width, int64_t rows) {
+  constexpr int64_t kLine = kLineBytes / sizeof(T);
+  int64_t row = 0;
+  if (is_line(target) && width % kLine == 0) {
+    alignas(kLineBytes) T lines[8 * kLine];
+    for (; row + kLine <= rows; row += kLine) {
+      for (int64_t i = 0; i < kLine; i += 8) transpose_tile(source + (row + i) * ranks, ranks, lines + i, kLine);
+      for (int rank = 0; rank < 8; ++rank) stream_lines(target + rank * width + row, lines + rank * kLine, kLineBytes);
+    }
+  }
+  for (; row < rows; row += 8) transpose_tile(source + row * ranks, ranks, target + row, width);
+}
+
+// Elements begin .. begin + count - 1 of a matrix [width, ranks]. Whole rows go in tiles where eight ranks lie in one page; what is left
+// goes one by one.
 template <class T>
 void place_columns(const Target& target, int64_t ranks, const T* values, int64_t begin, int64_t count) {
   const int64_t end = begin + count;
@@ -121,9 +156,7 @@ void place_columns(const Target& target, int64_t ranks, const T* values, int64_t
   const int64_t tiled_rows = (end - e) / ranks / 8 * 8;
   const int64_t tiled_ranks = target.page_rank % 8 == 0 ? ranks / 8 * 8 : 0;
   for (int64_t rank = 0; rank < tiled_ranks; rank += 8) {
-    const T* source = values + (e - begin) + rank;
-    T* to = target.rank_row<T>(rank) + first;
-    for (int64_t row = 0; row < tiled_rows; row += 8) transpose_tile(source + row * ranks, ranks, to + row, target.width);
+    place_tiles(values + (e - begin) + rank, ranks, target.rank_row<T>(rank) + first, target.width, tiled_rows);
   }
   for (int64_t row = first; row < first + tiled_rows && tiled_ranks < ranks; ++row) {
     for (int64_t rank = tiled_ranks; rank < ranks; ++rank) single(row * ranks + rank);

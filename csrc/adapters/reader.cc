@@ -139,6 +139,7 @@ class Reading {
   // Goes through one hand of leaves.
   void work(int hand, Buffers& buffers) {
     const int fault = process(hand, buffers);
+    fence();
     if (fault != 0) fail(fault);
   }
 
