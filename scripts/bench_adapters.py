@@ -52,6 +52,7 @@ from node.request import AdapterTerm, LinearShape, Sampling
 MAX_BYTES = 1 << 30
 IDLE_S = 0.001
 PAGE_RANK = 16  # of a GPU
+SPARE_ADAPTERS = 80  # never seen before the rows cold and beside
 
 
 # ---- files
@@ -384,7 +385,7 @@ def rows(args: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
 
 
 def few_slots(args: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
-    count = args.adapters + 40
+    count = args.adapters + SPARE_ADAPTERS
     stage = Stage(args, args.slots, min(count, args.staged))
     yield machine(stage, args)
     files = AdapterFiles(root, stage.linears, stage.layout, args.rank, count)
