@@ -20,7 +20,6 @@ namespace openlora {
 namespace {
 
 constexpr int kTileKeys = 16;
-constexpr int kJoined = 8;  // items of a sequence whose results are loaded before the first is used
 constexpr float kMinusInfinity = -__builtin_inff();
 
 // 16 bytes to shared memory; zeros where `bytes` is 0, so that an unwritten cache entry never enters a sum.
@@ -364,24 +363,16 @@ __global__ void __launch_bounds__(kWarps * 32) attention_decode(const __grid_con
           const int head = pair / (kHead / 2), dim = pair % (kHead / 2) * 2;
           float best = kMinusInfinity, sum = 0.f;
           float2 value = {0.f, 0.f};
-          for (int s0 = 0; s0 < shares; s0 += kJoined) {
-            float2 number[kJoined], part[kJoined];
-#pragma unroll
-            for (int s = 0; s < kJoined; ++s) {
-              const int64_t flat = (first + min(s0 + s, shares - 1)) * heads + head0 + head;
-              number[s] = __ldcg(reinterpret_cast<const float2*>(args.stats + flat * 2));
-              part[s] = __ldcg(reinterpret_cast<const float2*>(args.partial + flat * kHead + dim));
-            }
-#pragma unroll
-            for (int s = 0; s < kJoined; ++s) {
-              if (s0 + s >= shares) break;
-              const float higher = fmaxf(best, number[s].x);
-              const float left = exp2_fast(best - higher), right = exp2_fast(number[s].x - higher);
-              value.x = value.x * left + part[s].x * right;
-              value.y = value.y * left + part[s].y * right;
-              sum = sum * left + number[s].y * right;
-              best = higher;
-            }
+          for (int s = 0; s < shares; ++s) {
+            const int64_t flat = (first + s) * heads + head0 + head;
+            const float2 number = __ldcg(reinterpret_cast<const float2*>(args.stats + flat * 2));
+            const float2 part = __ldcg(reinterpret_cast<const float2*>(args.partial + flat * kHead + dim));
+            const float higher = fmaxf(best, number.x);
+            const float left = exp2_fast(best - higher), right = exp2_fast(number.x - higher);
+            value.x = value.x * left + part.x * right;
+            value.y = value.y * left + part.y * right;
+            sum = sum * left + number.y * right;
+            best = higher;
           }
           *reinterpret_cast<uint32_t*>(out + head * kHead + dim) = pack(value.x / sum, value.y / sum);
         }

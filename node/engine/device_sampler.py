@@ -182,12 +182,16 @@ class DeviceSampler:
         unseen: Tensor | None,
     ) -> None:
         where = _to_device(np.array(indexes, dtype=np.int64), self._device)
+        is_changed = mask is not None or any(is_shifted(row.sampling) for row in rows)
+        if logits.is_cuda and not is_changed:
+            self._launch_draw(logits, rows, where, choice, int(unseen is not None), in_place=True)
+            return
         x = logits[where]  # a copy
         shift(x, rows, None if unseen is None else unseen[where])
         if mask is not None:
             forbid_rows(x, mask, indexes)
         if x.is_cuda:
-            self._launch_draw(x, rows, where, choice, int(unseen is not None))
+            self._launch_draw(x, rows, where, choice, int(unseen is not None), in_place=False)
         else:
             chosen = x.argmax(dim=1)
             random = [place for place, row in enumerate(rows) if row.sampling.temperature > 0]
@@ -197,13 +201,13 @@ class DeviceSampler:
                 chosen[random] = torch.tensor(drawn)
             choice.next_tokens[where] = chosen
 
-    def _launch_draw(self, x: Tensor, rows: list[DrawRow], where: Tensor, choice: Choice, ahead: int) -> None:
+    def _launch_draw(self, x: Tensor, rows: list[DrawRow], where: Tensor, choice: Choice, ahead: int, *, in_place: bool) -> None:
         from node.kernels.triton_sampling import draw_kernel
 
         asked = _to_device(_asked(rows, ahead), self._device)
         draw_kernel[(len(rows),)](
-            x, asked, where, choice.next_tokens, self._vocab, x.stride(0),
-            ANY_KEY=0x7FFFFFFF, TINY=torch.finfo(torch.float32).tiny, SPANS=self._spans, BLOCK=_DRAW_BLOCK, num_warps=_DRAW_WARPS,
+            x, asked, where, choice.next_tokens, self._vocab, x.stride(0), IN_PLACE=in_place, ANY_KEY=0x7FFFFFFF,
+            TINY=torch.finfo(torch.float32).tiny, SPANS=self._spans, BLOCK=_DRAW_BLOCK, num_warps=_DRAW_WARPS,
         )  # fmt: skip
 
 

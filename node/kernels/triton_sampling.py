@@ -130,12 +130,13 @@ def _border(
 
 @triton.jit
 def draw_kernel(
-    x_ptr,  # [n, V] float32: logits after penalties, bias and masks
+    x_ptr,  # [n, V] float32: logits after penalties, bias and masks; IN_PLACE: the step's own [W, V], read at the rows
     asked_ptr,  # [n, 6] float64: temperature, top_k, typical_p, top_p, min_p, noise
     row_ptr,  # [n] int64: which row of `token_ptr`
     token_ptr,  # [W] int64, written at the rows
     vocab,
     row_stride,
+    IN_PLACE: tl.constexpr,
     ANY_KEY: tl.constexpr,
     TINY: tl.constexpr,  # the smallest normal float32
     SPANS: tl.constexpr,  # a power of two; SPANS x BLOCK is at least V
@@ -143,7 +144,8 @@ def draw_kernel(
 ):
     """A program owns a row. Temperature 0 is the limit of small ones; with noise 0 the lowest index wins among equals."""
     place = tl.program_id(0)
-    x_ptr += place.to(tl.int64) * row_stride
+    row = tl.load(row_ptr + place)
+    x_ptr += (row if IN_PLACE else place.to(tl.int64)) * row_stride
     asked_ptr += place * 6
     temperature = tl.maximum(tl.load(asked_ptr).to(tl.float32), TINY)
     top_k = tl.load(asked_ptr + 1).to(tl.float32)
@@ -179,7 +181,7 @@ def draw_kernel(
         top_key = tl.minimum(top_key, (-tl.log(min_p)).to(tl.int32, bitcast=True))
 
     chosen = _invert(x_ptr, vocab, best, temperature, top_key, typical_key, log_total, entropy, noise, SPANS, BLOCK)
-    tl.store(token_ptr + tl.load(row_ptr + place), chosen.to(tl.int64))
+    tl.store(token_ptr + row, chosen.to(tl.int64))
 
 
 @triton.jit

@@ -142,14 +142,17 @@ def test_greedy_takes_the_lowest_of_the_largest_and_marks_rows_that_are_not_fini
     ],
     ids=str,
 )
-def test_draw_gives_the_tokens_of_the_cpu(parameters):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_draw_gives_the_tokens_of_the_cpu(parameters, in_place):
     logits = torch.randn(3, 2000) * 2
     rows = [DrawRow(Sampling(max_new_tokens=9, seed=seed, **parameters), 0, array("q", [1, 2]), 1) for seed in range(3)]
     s = rows[0].sampling
     asked = [[s.temperature, s.top_k, s.typical_p, s.top_p, s.min_p, uniform(seed, 0, 2)] for seed in range(3)]
-    tokens = torch.zeros(3, dtype=torch.int64)
+    tokens, where = torch.zeros(5, dtype=torch.int64), torch.tensor([4, 0, 2])
+    held = torch.full((5, 2000), float("nan"))
+    held[where] = logits
     draw_kernel[(3,)](
-        logits, torch.tensor(asked, dtype=torch.float64), torch.arange(3), tokens, 2000, 2000,
+        held if in_place else logits, torch.tensor(asked, dtype=torch.float64), where, tokens, 2000, 2000, IN_PLACE=in_place,
         ANY_KEY=0x7FFFFFFF, TINY=torch.finfo(torch.float32).tiny, SPANS=4, BLOCK=512,
     )  # fmt: skip
-    assert tokens.tolist() == [token.token_id for token in draw(logits, rows)]
+    assert tokens[where].tolist() == [token.token_id for token in draw(logits, rows)]

@@ -28,7 +28,7 @@ class Tuning:
         prefill_m, prefill_tile, prefill_warps, prefill_stages: rows x heads and keys of a prefill tile.
     """
 
-    programs_per_sm: int = 5
+    programs_per_sm: int = 2
     warps: int = 2
     stages: int = 3
     use_pdl: bool = False
