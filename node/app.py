@@ -28,6 +28,7 @@ from node.api.admin import ADMIN_HOST, AdminListener
 from node.api.application import build_application
 from node.api.doors import Services
 from node.api.listener import Listener
+from node.api.model_routes import adapter_states
 from node.api.settlement_books import SettlementBooks
 from node.config import Settings, admin_socket, runtime_dir
 from node.engine.client import EngineClient
@@ -111,7 +112,7 @@ async def open_node(settings: Settings) -> AsyncIterator[Node]:
         port = await listener.open(settings.server.host, settings.server.port)
         operations = {
             **settlement_operations(treasury),
-            **adapter_operations(catalog, tenancy.store),
+            **adapter_operations(catalog, tenancy.store, lambda: adapter_states(engine.stats)),
             **key_operations(tenancy.store, tenancy.meter),
         }
         admin = AdminListener(operations, logger)

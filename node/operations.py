@@ -26,11 +26,24 @@ Operation = Callable[..., Awaitable[Any]]
 _CHAIN_TIMEOUT_S = 120.0
 
 
-def adapter_operations(catalog: AdapterCatalog, store: TenantStore) -> dict[str, Operation]:
-    """adapters.list, adapters.add, adapters.show, adapters.restrict, adapters.release."""
+def adapter_operations(
+    catalog: AdapterCatalog, store: TenantStore, states: Callable[[], Callable[[str], str]]
+) -> dict[str, Operation]:
+    """adapters.list, adapters.fetching, adapters.add, adapters.show, adapters.restrict, adapters.release.
+
+    Args:
+        states: Where adapters are now, by content hash.
+    """
 
     async def list_all() -> list[dict[str, Any]]:
-        return [{**_adapter(entry), "owner": _owner(store, entry.name)} for entry in catalog.entries()]
+        state_of = states()
+        return [
+            {**_adapter(entry), "state": state_of(entry.adapter_id), "owner": _owner(store, entry.name)}
+            for entry in catalog.entries()
+        ]
+
+    async def fetching() -> list[dict[str, Any]]:
+        return [asdict(progress) for progress in catalog.fetching()]
 
     async def add(directory: str, name: str | None, owner: str | None = None, allowed: Sequence[str] = ()) -> dict[str, Any]:
         if owner is not None:  # before anybody can see it
@@ -53,6 +66,7 @@ def adapter_operations(catalog: AdapterCatalog, store: TenantStore) -> dict[str,
 
     return {
         "adapters.list": list_all,
+        "adapters.fetching": fetching,
         "adapters.add": add,
         "adapters.show": show,
         "adapters.restrict": restrict,

@@ -18,7 +18,7 @@ app = typer.Typer(help="List, add and inspect adapters of the running node.", no
 
 @app.command("list")
 def list_adapters(config: ConfigOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
-    """List the adapters the node serves.
+    """List the adapters the node serves, and where each one is: resident, host, waiting or disk.
 
     Example: openlora-node adapters list --json
     """
@@ -26,8 +26,29 @@ def list_adapters(config: ConfigOption = None, data_dir: DataDirOption = None, a
     if as_json:
         print_json(rows)
         return
-    columns = {"name": "NAME", "rank": "RANK", "size": "BYTES", "trainer": "TRAINER", "adapter_id": "ADAPTER ID"}
+    columns = {
+        "name": "NAME",
+        "rank": "RANK",
+        "size": "BYTES",
+        "state": "STATE",
+        "trainer": "TRAINER",
+        "adapter_id": "ADAPTER ID",
+    }
     print_rows(rows, columns, "no adapters; add one with: openlora-node adapters add DIRECTORY")
+
+
+@app.command()
+def fetching(config: ConfigOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
+    """Show the downloads under way, of all tenants, and how far each one is.
+
+    Example: openlora-node adapters fetching
+    """
+    rows = operate(settings_from(config, data_dir), "adapters.fetching")
+    if as_json:
+        print_json(rows)
+        return
+    shown = [{**row, "total_bytes": "unknown" if row["total_bytes"] is None else row["total_bytes"]} for row in rows]
+    print_rows(shown, {"name": "NAME", "done_bytes": "BYTES", "total_bytes": "OF"}, "nothing is being fetched")
 
 
 @app.command()

@@ -9,6 +9,7 @@ from attribution.fees import Contribution, Payees, Price, SplitPolicy
 from attribution.record import RecipeTerm
 from attribution.signing import LocalSigner
 from attribution.voucher import Voucher, escrow_domain
+from node.adapters.staging import Progress
 from node.errors import ChainError, RequestError
 from node.operations import adapter_operations, settlement_operations
 from node.settlement.admission import Admission, Outcome, SignedVoucher
@@ -276,20 +277,23 @@ async def test_adapters_are_described_with_and_without_a_manifest():
     async def resolve(name):
         return entry
 
-    catalog = SimpleNamespace(entries=lambda: [entry], add=add, resolve=resolve)
+    arriving = [Progress("org/large", 3, None)]
+    catalog = SimpleNamespace(entries=lambda: [entry], add=add, resolve=resolve, fetching=lambda: arriving)
     restricted = []
 
     async def restrict(adapter):
         restricted.append((adapter.name, adapter.owner, adapter.allowed, list(added)))
 
     store = SimpleNamespace(private_adapter=lambda name: None, restrict_adapter=restrict)
-    operations = adapter_operations(catalog, store)
+    operations = adapter_operations(catalog, store, lambda: {entry.adapter_id: "resident"}.get)
 
     [listed] = await operations["adapters.list"]()
     shown = await operations["adapters.show"](name="plain")
     await operations["adapters.add"](directory="/d", name=None)
     await operations["adapters.add"](directory="/e", name=None, owner="acme", allowed=["beta"])
 
+    assert await operations["adapters.fetching"]() == [{"name": "org/large", "done_bytes": 3, "total_bytes": None}]
+    assert listed["state"] == "resident"
     assert restricted == [("e", "acme", frozenset({"beta"}), [("/d", None)])]  # before anybody can see it
     assert (listed["name"], listed["trainer"], listed["size"], listed["owner"]) == ("plain", "unknown", 5, None)
     assert (shown["manifest"], shown["manifest_hash"], shown["coverage"]) == (None, None, [])

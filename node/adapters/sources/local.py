@@ -9,7 +9,6 @@ from pathlib import Path
 
 from node.adapters.formats.layout import is_adapter
 from node.adapters.names import AdapterName
-from node.errors import AdapterNotFoundError
 
 MAX_LISTED = 100_000
 
@@ -35,17 +34,6 @@ class LocalSource:
             if found != root and found.is_relative_to(root) and _is_directory(found):
                 return found
         return None
-
-    def require(self, name: AdapterName) -> Path:
-        """The same, or an error.
-
-        Raises:
-            AdapterNotFoundError: No root has such a directory.
-        """
-        found = self.find(name)
-        if found is None:
-            raise AdapterNotFoundError(f"no adapter directory {name.path} under this node's adapter roots", param="model")
-        return found
 
     def listed(self) -> list[str]:
         """Names of the directories directly under the first root that hold an adapter, sorted."""
