@@ -20,7 +20,6 @@ constexpr int kGemmMaxPlanes = 8;
 constexpr int kGemmSharedBytes = 232448;  // what a Hopper block can have
 constexpr int kGemmUsedBytes = 212992;    // what it takes: 24 KB stay for a small kernel beside it, which runs early
 constexpr int kGemmProcessors = 132;       // of every H100 and H200 SXM; a number, not the device's, so that bits travel
-constexpr int kGemmShrinkPairs = 4;       // (item, module) pairs of a shrink's work item: 16 ranks each, one a warp
 constexpr int kGemmBarrierBytes = 512;    // two mbarriers a stage
 
 struct SkinnyGemmPlan {
@@ -66,6 +65,9 @@ constexpr bool gemm_can_run(int64_t tokens, int64_t outputs, int64_t inputs) {
          outputs >= 8 && outputs % 8 == 0 && outputs < kLimit;
 }
 
+// Chunks of k that the shrink inside a GEMM cuts an item into: about 24 steps of 32 each, eight a warp.
+GEMM_ANYWHERE constexpr int gemm_shrink_chunks(int inputs) { return (inputs / 32 + 23) / 24; }
+
 // Stages that fit into `bytes` of shared memory, at least 2, at most 24.
 constexpr int gemm_stages_that_fit(SkinnyGemmPlan plan, int bytes) {
   int stages = 2;
@@ -88,7 +90,7 @@ constexpr int gemm_fair_rows(int64_t outputs, int planes) {
   return rows <= 32 ? 32 : rows > 256 ? 256 : static_cast<int>((rows + 15) / 16 * 16);
 }
 
-constexpr SkinnyGemmPlan gemm_plan(int64_t tokens, int64_t outputs, int64_t inputs, bool has_shrink = false) {
+constexpr SkinnyGemmPlan gemm_plan(int64_t tokens, int64_t outputs, int64_t inputs) {
   SkinnyGemmPlan plan{};
   plan.planes = gemm_planes(outputs, inputs);
   plan.tile_tokens = gemm_tile_tokens(tokens);
@@ -96,7 +98,6 @@ constexpr SkinnyGemmPlan gemm_plan(int64_t tokens, int64_t outputs, int64_t inpu
   const bool is_tall = tokens <= 32 && fair > 128 && fair < 256;  // one item a block, where the accumulators are small
   plan.row_blocks = is_tall ? 4 : 2;
   plan.tile_rows = is_tall ? fair : fair < 128 ? fair : 128;
-  if (has_shrink && plan.tile_rows < 16 * kGemmShrinkPairs) plan.tile_rows = 16 * kGemmShrinkPairs;
   plan.cluster = 1;
   plan.stages = gemm_stages_that_fit(plan, kGemmUsedBytes);
   return plan;

@@ -16,6 +16,7 @@
 
 #include <algorithm>
 
+#include "device.cuh"
 #include "gemm_plan.h"
 #include "gemm_tma.cuh"
 #include "gemm_wgmma.cuh"
@@ -25,6 +26,8 @@ namespace {
 
 constexpr int kConsumerWarps = 8;
 constexpr int kThreads = (kConsumerWarps + 1) * 32;
+constexpr int kShrinkWarps = 3;  // beside the producer: together they fill a third warpgroup
+constexpr int kShrinkThreads = kThreads + kShrinkWarps * 32;
 constexpr int kRowBytes = kGemmBlockK * 2;  // one swizzle row
 
 struct Work {
@@ -37,14 +40,12 @@ struct Work {
 // The shrink's share of a launch.
 struct Shrink {
   LoraWork lora;
+  const void* x;
+  int64_t x_stride;
+  int inputs;
   int64_t pairs;
   float* partial;
   int32_t* arrivals;
-};
-
-// Maps of the pages' A matrices, [pages, 16, K] each, by module of the linear.
-struct PageMaps {
-  CUtensorMap a[kMaxLoraSpans];
 };
 
 // Where stage buffers and barriers lie; the same in every block of a cluster.
@@ -83,7 +84,7 @@ struct Items {
     locate();
   }
   __device__ void locate() {
-    row_tile = item / work.planes * kCluster + (kCluster > 1 ? cluster_rank() : 0);
+    row_tile = item / work.planes * kCluster + (kCluster > 1 ? static_cast<int>(cluster_rank()) : 0);
     plane = item % work.planes;
     first_k = gemm_plane_start(work.k_blocks, work.planes, plane);
     end_k = gemm_plane_start(work.k_blocks, work.planes, plane + 1);
@@ -103,7 +104,7 @@ __device__ void load_x(const Ring& ring, const CUtensorMap* map, int k, int stag
   if constexpr (kCluster == 1) {
     tensor_load(ring.x(stage), map, k * kGemmBlockK, 0, ring.full(stage), policy);
   } else {
-    const int first = cluster_rank() * (kTokens / kCluster);
+    const int first = static_cast<int>(cluster_rank()) * (kTokens / kCluster);
     tensor_load_multicast(ring.x(stage) + first * kRowBytes, map, k * kGemmBlockK, first, ring.full(stage), policy,
                           (1u << kCluster) - 1);
   }
@@ -121,67 +122,9 @@ __device__ void load_early(const Work& work, const Ring& ring, const CUtensorMap
   }
 }
 
-// The shrink's work items of one block: `kGemmShrinkPairs` (item, module) pairs and one plane's range of k. They follow W's.
-struct PageItems {
-  const Work& work;
-  const Shrink& shrink;
-  int item, last, pair_count;
-  int first_pair, pairs, plane, first_k, end_k;
-
-  __device__ PageItems(const Work& w, const Shrink& s, int next) : work(w), shrink(s), item(next - w.row_tiles * w.planes) {
-    pair_count = __ldg(s.lora.tiles + 1) * s.lora.span_count;
-    last = (pair_count + kGemmShrinkPairs - 1) / kGemmShrinkPairs * w.planes;
-    locate();
-  }
-  __device__ bool is_done() const { return item >= last; }
-  __device__ void next() {
-    item += static_cast<int>(gridDim.x);
-    locate();
-  }
-  __device__ void locate() {
-    first_pair = item / work.planes * kGemmShrinkPairs;
-    pairs = min(kGemmShrinkPairs, pair_count - first_pair);
-    plane = item % work.planes;
-    first_k = gemm_plane_start(work.k_blocks, work.planes, plane);
-    end_k = gemm_plane_start(work.k_blocks, work.planes, plane + 1);
-  }
-  // The item's record in the block of tiles (lora_work.h).
-  __device__ const int4* record(int pair) const {
-    const int32_t* tiles = shrink.lora.tiles;
-    return reinterpret_cast<const int4*>(tiles + __ldg(tiles + 7)) + (first_pair + pair) / shrink.lora.span_count * 2;
-  }
-  __device__ int span(int pair) const { return (first_pair + pair) % shrink.lora.span_count; }
-};
-
-// One thread: A of the pages, 16 rows each where W's rows would lie.
-template <int kTokens>
-__device__ void produce_pages(const Work& work, const Shrink& shrink, const Ring& ring, const PageMaps& pages, const CUtensorMap* x_map,
-                              int next, RingPosition at) {
-  const uint64_t once = policy_evict_first();
-  const uint64_t keep = policy_evict_last();
-  for (PageItems items(work, shrink, next); !items.is_done(); items.next()) {
-    int page[kGemmShrinkPairs];
-#pragma unroll
-    for (int i = 0; i < kGemmShrinkPairs; ++i) page[i] = i < items.pairs ? __ldg(items.record(i) + 1).x : 0;
-    for (int k = items.first_k; k < items.end_k; ++k, at.advance(work.stages)) {
-      if (at.round > 0) barrier_wait(ring.empty(at.stage), (at.round - 1) & 1);
-      barrier_expect(ring.full(at.stage), (items.pairs * kPageRank + kTokens) * kRowBytes);
-#pragma unroll
-      for (int i = 0; i < kGemmShrinkPairs; ++i) {
-        if (i < items.pairs) {
-          tensor_load_3d(ring.w(at.stage) + i * kPageRank * kRowBytes, pages.a + items.span(i), k * kGemmBlockK, 0, page[i],
-                         ring.full(at.stage), once);
-        }
-      }
-      load_x<kTokens, 1>(ring, x_map, k, at.stage, keep);
-    }
-  }
-}
-
 // One thread: once the kernels ahead have ended, keeps the ring full.
-template <int kTokens, int kCluster, bool kLora>
-__device__ void produce(const Work& work, const Shrink& shrink, const Ring& ring, const CUtensorMap* w_map, const CUtensorMap* x_map,
-                        const PageMaps& pages) {
+template <int kTokens, int kCluster>
+__device__ void produce(const Work& work, const Ring& ring, const CUtensorMap* w_map, const CUtensorMap* x_map) {
   const uint64_t once = policy_evict_first();
   const uint64_t keep = policy_evict_last();
   wait_for_dependencies();
@@ -195,7 +138,6 @@ __device__ void produce(const Work& work, const Shrink& shrink, const Ring& ring
       load_x<kTokens, kCluster>(ring, x_map, k, at.stage, keep);
     }
   }
-  if constexpr (kLora) produce_pages<kTokens>(work, shrink, ring, pages, x_map, items.item, at);
 }
 
 template <typename Pair>
@@ -229,94 +171,8 @@ __device__ __forceinline__ void store_block(const float (&d)[kTokens / 2], Pair*
   }
 }
 
-// What a warp knows of its 16 rows of a shrink's work item: one page of one module and the rows of x that use it.
-struct PageRows {
-  int place, rows, entries, entry, first_pair;  // of the tile
-  int ranks;                                    // that the page holds of the module
-  float factor;                                 // scale * weight
-  int span;
-  int arrival;  // index of its counter
-
-  __device__ PageRows(const Shrink& shrink, const PageItems& items, int pair) {
-    const LoraWork& lora = shrink.lora;
-    const int4 tile = __ldg(items.record(pair)), entry_of = __ldg(items.record(pair) + 1);
-    place = tile.x, rows = tile.y & 0xffff, entries = tile.y >> 16, first_pair = tile.z, entry = tile.w;
-    span = items.span(pair);
-    arrival = items.first_pair + pair;
-    const int64_t at = static_cast<int64_t>(lora.spans[span].module) * lora.slots + entry_of.y;
-    ranks = max(0, min(kPageRank, __ldg(lora.ranks + at) - entry_of.z * kPageRank));
-    factor = __ldg(lora.scales + at) * __int_as_float(entry_of.w);
-  }
-  // Of the tile's i-th row, in v and in a plane of partial sums.
-  __device__ int64_t offset(const Shrink& shrink, int i) const {
-    return ((first_pair + static_cast<int64_t>(i) * entries + entry) * shrink.lora.span_count + span) * kPageRank;
-  }
-};
-
-// Stores a warp's 16 ranks for the rows of its tile; with planes, the last to arrive adds them up in order. `places` is the
-// warp's own [kTokens] in shared memory.
-template <int kTokens>
-__device__ void store_page(const float (&d)[kTokens / 2], const Work& work, const Shrink& shrink, const PageItems& items, int pair,
-                           int16_t* places) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const PageRows page(shrink, items, pair);
-  const int32_t* rows = shrink.lora.tiles + __ldg(shrink.lora.tiles + 5) + page.place;
-  for (int i = lane; i < kTokens; i += 32) places[i] = -1;
-  __syncwarp();
-  for (int i = lane; i < page.rows; i += 32) places[__ldg(rows + i)] = static_cast<int16_t>(i);
-  __syncwarp();
-  const int64_t plane_size = shrink.pairs * shrink.lora.span_count * kPageRank;
-  float* out = work.planes == 1 ? shrink.lora.v : shrink.partial + items.plane * plane_size;
-#pragma unroll
-  for (int i = 0; i < kTokens / 2; ++i) {  // d[4 j + 2 h + c]: rank lane / 4 + 8 h, token 8 j + 2 (lane % 4) + c
-    const int place = places[i / 4 * 8 + lane % 4 * 2 + i % 2], rank = lane / 4 + i / 2 % 2 * 8;
-    if (place >= 0) out[page.offset(shrink, place) + rank] = work.planes == 1 ? (rank < page.ranks ? d[i] * page.factor : 0.0f) : d[i];
-  }
-  if (work.planes == 1) return;
-  __threadfence();
-  __syncwarp();
-  int arrived = 0;
-  if (lane == 0) arrived = atomicAdd(shrink.arrivals + page.arrival, 1);
-  if (__shfl_sync(0xFFFFFFFF, arrived, 0) + 1 < work.planes) return;
-  __threadfence();
-  if (lane == 0) shrink.arrivals[page.arrival] = 0;
-  for (int i = lane; i < page.rows * kPageRank; i += 32) {
-    const int64_t at = page.offset(shrink, i / kPageRank) + i % kPageRank;
-    float sum = 0.0f;
-    for (int plane = 0; plane < work.planes; ++plane) sum += __ldcg(shrink.partial + plane * plane_size + at);
-    shrink.lora.v[at] = i % kPageRank < page.ranks ? sum * page.factor : 0.0f;
-  }
-}
-
-// The first warpgroup multiplies the pages, the second only frees the stages.
-template <int kTokens>
-__device__ void consume_pages(const Work& work, const Shrink& shrink, const Ring& ring, int next, RingPosition at, int16_t* places) {
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  for (PageItems items(work, shrink, next); !items.is_done(); items.next()) {
-    float d[kTokens / 2];
-#pragma unroll
-    for (int i = 0; i < kTokens / 2; ++i) d[i] = 0.0f;
-    wgmma_results<kTokens / 2>(d);
-    for (int k = items.first_k; k < items.end_k; ++k, at.advance(work.stages)) {
-      barrier_wait(ring.full(at.stage), at.round & 1);
-      if (warp < 4) {
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < kGemmBlockK / 16; ++step) {
-          Wgmma<kTokens>::add(d, wgmma_descriptor(ring.w(at.stage) + step * 32), wgmma_descriptor(ring.x(at.stage) + step * 32));
-        }
-        wgmma_commit();
-        wgmma_wait<0>();
-      }
-      if (lane == 0) barrier_arrive(ring.empty(at.stage));
-    }
-    wgmma_results<kTokens / 2>(d);
-    if (warp < items.pairs) store_page<kTokens>(d, work, shrink, items, warp, places + warp * kTokens);
-  }
-}
-
-template <int kTokens, int kBlocks, int kCluster, bool kLora>
-__device__ void consume(const Work& work, const Shrink& shrink, const Ring& ring, int16_t* places) {
+template <int kTokens, int kBlocks, int kCluster>
+__device__ void consume(const Work& work, const Ring& ring) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int first_block = warp / 4 * kBlocks;
   const auto release = [&](int stage) {
@@ -371,18 +227,155 @@ __device__ void consume(const Work& work, const Shrink& shrink, const Ring& ring
       }
     }
   }
-  if constexpr (kLora) consume_pages<kTokens>(work, shrink, ring, items.item, at, places);
 }
+
+// Sums of a task of the shrink, by warp: [G][16 rows][16 ranks].
+template <bool kLora>
+struct ShrinkSums {
+  float of_warp[kLora ? kShrinkWarps : 1][kLora ? kMaxLoraSpans * 16 * kPageRank : 1];
+  int arrived;
+};
+
+__device__ __forceinline__ void sync_shrink_warps() { asm volatile("bar.sync 1, %0;" ::"n"(kShrinkWarps * 32) : "memory"); }
+
+// A task: one item (16 ranks of a page, all G modules, up to 16 rows) and one chunk of k, a third a warp. Ranks are the m side of
+// mma.m16n8k16. Lane (g, t) takes 8 neighbouring k of ranks g and g + 8 and of row g: a permutation of k that both sides share.
+template <int G>
+__device__ __forceinline__ void shrink_items(const Shrink& shrink, ShrinkSums<true>& sums) {
+  constexpr int kStep = 32, kDepth = G == 1 ? 4 : 2;
+  const LoraWork& lora = shrink.lora;
+  const int32_t* tiles = lora.tiles;
+  const int thread = static_cast<int>(threadIdx.x) - kThreads, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+  const int steps = shrink.inputs / kStep, chunks = gemm_shrink_chunks(shrink.inputs);
+  const int count = __ldg(tiles + 1) * chunks;
+  const int4* items = reinterpret_cast<const int4*>(tiles + __ldg(tiles + 7));
+  const int32_t* row_list = tiles + __ldg(tiles + 5);
+  bool has_waited = false;
+  for (int task = static_cast<int>(blockIdx.x); task < count; task += static_cast<int>(gridDim.x)) {
+    const int item = task / chunks, chunk = task % chunks;
+    const int4 tile = __ldg(items + 2 * item), entry = __ldg(items + 2 * item + 1);  // lora_work.h
+    const int rows = tile.y & 0xffff, entries = tile.y >> 16;
+    const int begin = gemm_plane_start(steps, chunks, chunk), size = gemm_plane_start(steps, chunks, chunk + 1) - begin;
+    const int first = begin + size * warp / kShrinkWarps, last = begin + size * (warp + 1) / kShrinkWarps;
+    int ranks[G];
+    const __nv_bfloat16* a[G];
+#pragma unroll
+    for (int m = 0; m < G; ++m) {
+      ranks[m] = max(0, min(kPageRank, __ldg(lora.ranks + static_cast<int64_t>(lora.spans[m].module) * lora.slots + entry.y) - entry.z * kPageRank));
+      a[m] = static_cast<const __nv_bfloat16*>(lora.pages) + entry.x * lora.page_elements + lora.spans[m].a_offset +
+             static_cast<int64_t>(g) * shrink.inputs + t * 8;
+    }
+    const __nv_bfloat16* x[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int r = n * 8 + g;
+      x[n] = r < rows ? static_cast<const __nv_bfloat16*>(shrink.x) + __ldg(row_list + tile.x + r) * shrink.x_stride + t * 8 : nullptr;
+    }
+    float acc[G][2][4] = {};
+    for (int step = first; step < last; step += kDepth) {
+      uint4 page[kDepth][G][2], row[kDepth][2];
+#pragma unroll
+      for (int u = 0; u < kDepth; ++u) {
+#pragma unroll
+        for (int m = 0; m < G; ++m) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            page[u][m][half] = step + u < last && g + 8 * half < ranks[m]
+                                   ? load_stream(reinterpret_cast<const uint4*>(a[m] + static_cast<int64_t>(8 * half) * shrink.inputs + (step + u) * kStep))
+                                   : make_uint4(0, 0, 0, 0);
+          }
+        }
+      }
+      if (!has_waited) {
+        has_waited = true;
+        wait_for_dependencies();
+      }
+#pragma unroll
+      for (int u = 0; u < kDepth; ++u) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          row[u][n] = step + u < last && x[n] != nullptr ? __ldcg(reinterpret_cast<const uint4*>(x[n] + (step + u) * kStep)) : make_uint4(0, 0, 0, 0);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kDepth; ++u) {
+#pragma unroll
+        for (int m = 0; m < G; ++m) {
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            const uint4 &lo = page[u][m][0], &hi = page[u][m][1], &b = row[u][n];
+            mma_bf16(acc[m][n], lo.x, hi.x, lo.y, hi.y, b.x, b.y);
+            mma_bf16(acc[m][n], lo.z, hi.z, lo.w, hi.w, b.z, b.w);
+          }
+        }
+      }
+    }
+    if (!has_waited) {  // a warp without steps
+      has_waited = true;
+      wait_for_dependencies();
+    }
+#pragma unroll
+    for (int m = 0; m < G; ++m) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          sums.of_warp[warp][(m * 16 + n * 8 + 2 * t + i % 2) * kPageRank + g + 8 * (i / 2)] = acc[m][n][i];
+        }
+      }
+    }
+    sync_shrink_warps();
+    const int64_t plane = shrink.pairs * G * kPageRank;
+    const auto place = [&](int i) {  // of value i of the item, [rows][G][16], in v
+      const int64_t pair = tile.z + static_cast<int64_t>(i / (G * kPageRank)) * entries + tile.w;
+      return pair * G * kPageRank + i % (G * kPageRank);
+    };
+    const int values = rows * G * kPageRank;
+    for (int i = thread; i < values; i += kShrinkWarps * 32) {
+      const int at = (i / kPageRank % G * 16 + i / (G * kPageRank)) * kPageRank + i % kPageRank;
+      float sum = sums.of_warp[0][at];
+#pragma unroll
+      for (int w = 1; w < kShrinkWarps; ++w) sum += sums.of_warp[w][at];
+      shrink.partial[chunk * plane + place(i)] = sum;
+    }
+    __threadfence();
+    sync_shrink_warps();
+    if (thread == 0) sums.arrived = atomicAdd(shrink.arrivals + item, 1);
+    sync_shrink_warps();
+    if (sums.arrived + 1 < chunks) continue;  // whoever is last adds the chunks up, in order
+    __threadfence();
+    if (thread == 0) shrink.arrivals[item] = 0;
+    for (int i = thread; i < values; i += kShrinkWarps * 32) {
+      const int m = i / kPageRank % G;
+      const int64_t at = place(i);
+      float sum = 0.0f;
+#pragma unroll 4
+      for (int c = 0; c < chunks; ++c) sum += __ldcg(shrink.partial + c * plane + at);
+      const float scale = __ldg(lora.scales + static_cast<int64_t>(lora.spans[m].module) * lora.slots + entry.y);
+      lora.v[at] = sum * (scale * __int_as_float(entry.w));
+    }
+  }
+}
+
+// Three warps: v of every pair of the tiles, beside the stream of W and not after it.
+__device__ __forceinline__ void shrink_all(const Shrink& shrink, ShrinkSums<true>& sums) {
+  switch (shrink.lora.span_count) {
+    case 1: return shrink_items<1>(shrink, sums);
+    case 2: return shrink_items<2>(shrink, sums);
+    default: return shrink_items<3>(shrink, sums);
+  }
+}
+__device__ __forceinline__ void shrink_all(const Shrink&, ShrinkSums<false>&) {}
 
 // kBlocks: m64 blocks of each of the two consumer warpgroups.
 template <int kTokens, int kBlocks, int kCluster, bool kLora>
-__global__ __launch_bounds__(kThreads, 1) void skinny_gemm(const __grid_constant__ CUtensorMap w_map,
+__global__ __launch_bounds__(kLora ? kShrinkThreads : kThreads, 1) void skinny_gemm(const __grid_constant__ CUtensorMap w_map,
                                                            const __grid_constant__ CUtensorMap x_map,
-                                                           const __grid_constant__ PageMaps pages, const Work work,
+                                                           const Work work,
                                                            const __grid_constant__ Shrink shrink) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere the body is empty and the launcher refuses
   extern __shared__ uint8_t shared[];
-  __shared__ int16_t places[kLora ? kGemmShrinkPairs * kTokens : 1];
+  __shared__ ShrinkSums<kLora> sums;
   Ring ring;
   ring.w_bytes = work.tile_rows * kRowBytes;
   ring.stage_bytes = ring.w_bytes + kTokens * kRowBytes;
@@ -408,17 +401,19 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_gemm(const __grid_constant
     cluster_sync();
   }
   if (warp == kConsumerWarps) {
-    if (threadIdx.x % 32 == 0) produce<kTokens, kCluster, kLora>(work, shrink, ring, &w_map, &x_map, pages);
+    if (threadIdx.x % 32 == 0) produce<kTokens, kCluster>(work, ring, &w_map, &x_map);
     __syncwarp();
+  } else if (kLora && warp > kConsumerWarps) {
+    shrink_all(shrink, sums);
   } else {
     wait_for_dependencies();  // y may still be read by a kernel ahead
-    consume<kTokens, kBlocks, kCluster, kLora>(work, shrink, ring, places);
+    consume<kTokens, kBlocks, kCluster>(work, ring);
   }
   if constexpr (kCluster > 1) cluster_sync();  // nobody leaves while others still write to its shared memory
 #endif
 }
 
-using Kernel = void (*)(const CUtensorMap, const CUtensorMap, const PageMaps, const Work, const Shrink);
+using Kernel = void (*)(const CUtensorMap, const CUtensorMap, const Work, const Shrink);
 
 // Null for what is not built: sharing x pays only where x is large, and four blocks' accumulators fit up to 128 tokens.
 template <int kTokens, bool kLora>
@@ -473,25 +468,12 @@ bool encode_map(EncodeTiled encode, CUtensorMap* map, const void* matrix, int64_
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// Every page's A of one module as [pages, 16, inputs]. How many pages there are is not known here, and nothing reads beyond
-// those that the tiles name.
-bool encode_pages(EncodeTiled encode, CUtensorMap* map, const LoraWork& lora, const LoraSpan& span) {
-  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(span.inputs), kPageRank, 1u << 18};
-  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(span.inputs) * 2, static_cast<cuuint64_t>(lora.page_elements) * 2};
-  const cuuint32_t box[3] = {kGemmBlockK, kPageRank, 1};
-  const cuuint32_t steps[3] = {1, 1, 1};
-  auto* first = static_cast<uint16_t*>(const_cast<void*>(lora.pages)) + span.a_offset;
-  return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, first, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 // Whether the shrink can ride along: the planes' sums have a place, and the copy engine can address the pages.
 bool has_valid_lora(const SkinnyGemmArgs& args, const SkinnyGemmPlan& plan) {
   if (args.lora == nullptr) return true;
   bool is_valid = args.lora->span_count >= 1 && args.lora->span_count <= kMaxLoraSpans && args.lora->page_elements % 8 == 0 &&
-                  reinterpret_cast<uintptr_t>(args.lora->pages) % 16 == 0 && plan.cluster == 1 &&
-                  plan.tile_rows >= kGemmShrinkPairs * kPageRank &&
-                  (plan.planes == 1 || (args.lora_partial != nullptr && args.lora_arrivals != nullptr));
+                  reinterpret_cast<uintptr_t>(args.lora->pages) % 16 == 0 && plan.cluster == 1 && args.lora->tile_rows <= 16 &&
+                  args.lora_partial != nullptr && args.lora_arrivals != nullptr;
   for (int m = 0; is_valid && m < args.lora->span_count; ++m) {
     is_valid = args.lora->spans[m].inputs == args.inputs && args.lora->spans[m].a_offset % 8 == 0;
   }
@@ -508,9 +490,11 @@ bool is_skinny_gemm_faster(int64_t tokens, int64_t outputs, int64_t inputs) { re
 
 int skinny_gemm_planes(int64_t outputs, int64_t inputs) { return gemm_planes(outputs, inputs); }
 
+int skinny_gemm_shrink_chunks(int64_t inputs) { return gemm_shrink_chunks(static_cast<int>(inputs)); }
+
 cudaError_t launch_skinny_gemm(const SkinnyGemmArgs& args, cudaStream_t stream) {
   if (!can_run_skinny_gemm(args.tokens, args.outputs, args.inputs)) return cudaErrorInvalidValue;
-  const SkinnyGemmPlan plan = gemm_plan(args.tokens, args.outputs, args.inputs, args.lora != nullptr);
+  const SkinnyGemmPlan plan = gemm_plan(args.tokens, args.outputs, args.inputs);
   return launch_skinny_gemm_as(args, plan, stream);
 }
 
@@ -547,13 +531,9 @@ cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPl
   work.early = plan.early > 0 ? std::min(plan.early, plan.stages) : plan.stages;
   work.is_bfloat16 = args.output == GemmOutput::kBfloat16;
   const int groups = (work.row_tiles + plan.cluster - 1) / plan.cluster * plan.planes;
-  PageMaps pages = {};
   Shrink shrink = {};
   if (args.lora != nullptr) {
-    shrink = {*args.lora, args.lora_pairs, args.lora_partial, args.lora_arrivals};
-    for (int m = 0; m < args.lora->span_count; ++m) {
-      if (!encode_pages(encode, &pages.a[m], *args.lora, args.lora->spans[m])) return cudaErrorInvalidValue;
-    }
+    shrink = {*args.lora, args.x, args.x_stride, args.inputs, args.lora_pairs, args.lora_partial, args.lora_arrivals};
   }
   const int resident = sm_count * (2 * shared_bytes <= kGemmSharedBytes - 2048 ? 2 : 1) / plan.cluster;
 
@@ -566,12 +546,12 @@ cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPl
   cudaLaunchConfig_t config = {};
   // With a shrink, whose items only the device counts, every SM has a block.
   config.gridDim = dim3(args.lora != nullptr ? resident : std::min(groups, resident) * plan.cluster);
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(args.lora != nullptr ? kShrinkThreads : kThreads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, kernel, w_map, x_map, pages, work, shrink);
+  return cudaLaunchKernelEx(&config, kernel, w_map, x_map, work, shrink);
 }
 
 }  // namespace openlora

@@ -68,16 +68,6 @@ __device__ __forceinline__ void tensor_load(uint32_t target, const CUtensorMap* 
       : "memory");
 }
 
-// The same for a map of three dimensions.
-__device__ __forceinline__ void tensor_load_3d(uint32_t target, const CUtensorMap* map, int column, int row, int slice, uint32_t barrier,
-                                               uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(target),
-      "l"(map), "r"(column), "r"(row), "r"(slice), "r"(barrier), "l"(policy)
-      : "memory");
-}
-
 // Copies a box to the same place in every block of `mask`, completing on the barrier at the same place in each.
 __device__ __forceinline__ void tensor_load_multicast(uint32_t target, const CUtensorMap* map, int column, int row, uint32_t barrier,
                                                       uint64_t policy, uint16_t mask) {
@@ -86,12 +76,6 @@ __device__ __forceinline__ void tensor_load_multicast(uint32_t target, const CUt
       "[%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(target),
       "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(mask), "l"(policy)
       : "memory");
-}
-
-__device__ __forceinline__ int cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return static_cast<int>(rank);
 }
 
 __device__ __forceinline__ void cluster_sync() {
