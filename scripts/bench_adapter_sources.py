@@ -8,7 +8,7 @@ time in five; time to first token and inter-token latency of the hot requests, b
 client, hub and node share cores the wall-clock ratio says little; `cpu_ratio` compares the engine process's CPU time a token.
 
     .venv/bin/python scripts/bench_adapter_sources.py catalogue --pairs 200
-    .venv/bin/python scripts/bench_adapter_sources.py storm --engine-cores 0-7 --client-cores 8-15
+    .venv/bin/python scripts/bench_adapter_sources.py storm --engine-cores 0-7 --client-cores 8-15 --shape llama-3.1-8b --layers 8
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,8 +38,9 @@ from bench_engine import median_interval
 from safetensors.numpy import save_file
 
 DEMO = Path(__file__).resolve().parents[1] / "config/demo/adapters"
+BASE = "smollm2-135m-instruct"
 HOT = ("lincoln", "reagan", "roosevelt")
-PROMPT = "Fellow citizens, the state of our Union is"
+PROMPT_TOKENS = 16
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -66,15 +68,36 @@ def write_small_adapters(directory: Path, count: int, hidden: int = 576) -> None
         save_file(tensors, place / "adapter_model.safetensors")
 
 
+def prepare(args: argparse.Namespace, place: Path) -> tuple[str, list[Path]]:
+    """The base model's path and the adapters to copy from: the packaged ones, or random ones of a known shape."""
+    if not args.shape:
+        return BASE, [DEMO / name for name in HOT]
+    import torch
+    from bench_adapters import write_adapter
+    from random_model import shape_config, write_checkpoint
+
+    from node.models.spec import model_spec
+
+    write_checkpoint(args.shape, place, torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.layers)
+    kinds = [kind for kind in model_spec(shape_config(args.shape, args.layers), None).linear_kinds if kind.name != "lm_head"]
+    sources = [place.parent / f"source-{index}" for index in range(3)]
+    for index, source in enumerate(sources):
+        write_adapter(source, kinds, 16, index)
+    return str(place), sources
+
+
 @contextmanager
-def node(place: Path, adapters: Path, cores: str, settings: str = "", **environment: str) -> Iterator[tuple[str, int]]:
+def node(
+    place: Path, model: str, adapters: Path, cores: str, settings: str = "", **environment: str
+) -> Iterator[tuple[str, int]]:
     """A node of its own; yields its URL and process id."""
     config = place / "node.toml"
     config.write_text(
-        f'data_dir = "{place}"\n[server]\nport = 0\nmax_concurrent_requests = 1024\n[adapters]\ndirectory = "{adapters}"\n'
-        f'{settings}\n[chain]\nprofile = "none"\n[telemetry]\nlog_level = "error"\n'
+        f'data_dir = "{place}"\n[server]\nport = 0\nmax_concurrent_requests = 1024\n[model]\npath = "{model}"\n'
+        f'[engine]\nprefix_cache = false\n[adapters]\ndirectory = "{adapters}"\n{settings}\n'
+        '[chain]\nprofile = "none"\n[telemetry]\nlog_level = "error"\n'
     )
-    command = [str(Path(sys.executable).parent / "openlora-node"), "start", "--config", str(config)]
+    command = [sys.executable, "-m", "node.cli.main", "start", "--config", str(config)]
     if cores:
         command = ["taskset", "-c", cores, *command]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
@@ -89,11 +112,11 @@ def node(place: Path, adapters: Path, cores: str, settings: str = "", **environm
 
 
 async def ask(session: aiohttp.ClientSession, url: str, model: str, tokens: int, seed: int) -> Stream:
-    """One streamed completion with a prompt of its own, so that no prefix is shared."""
+    """One streamed completion."""
     found, started_s = Stream(), time.perf_counter()
     body = {
         "model": model,
-        "prompt": f"{seed} {PROMPT}",
+        "prompt": [3 + (seed + number) % 500 for number in range(PROMPT_TOKENS)],
         "max_tokens": tokens,
         "temperature": 0,
         "stream": True,
@@ -120,9 +143,9 @@ async def catalogue(args: argparse.Namespace) -> dict[str, Any]:
             shutil.copytree(DEMO / "lincoln", directory / "adapters" / "lincoln")
             write_small_adapters(directory / "adapters", count - 1)
         begun_s = time.monotonic()
-        with node(small / "node", small / "adapters", "") as (few, _):
+        with node(small / "node", BASE, small / "adapters", "") as (few, _):
             begun_s = time.monotonic()
-            with node(large / "node", large / "adapters", "") as (many, _):
+            with node(large / "node", BASE, large / "adapters", "") as (many, _):
                 start_s = time.monotonic() - begun_s
                 async with aiohttp.ClientSession() as session:
                     pairs = await _paired(session, few, many, args.pairs)
@@ -156,10 +179,18 @@ async def _paired(session: aiohttp.ClientSession, few: str, many: str, count: in
 # ---- storm
 
 
-async def slow_hub(latency_s: float, failure: float) -> tuple[web.AppRunner, str]:
-    """A server that speaks enough of the hub's protocol, slowly and with faults. Every repository is one demo adapter."""
+async def slow_hub(latency_s: float, failure: float, source: Path) -> tuple[web.AppRunner, str]:
+    """A server that speaks enough of the hub's protocol, slowly and with faults.
+
+    Every repository has the weights of `source` and an alpha of its own, so that all are different adapters.
+    """
     draw = random.Random(11)  # noqa: S311 - faults to repeat, not secrets
-    files = {path.name: path.read_bytes() for path in (DEMO / "lincoln").iterdir() if path.name != "manifest.json"}
+    weights = (source / "adapter_model.safetensors").read_bytes()
+    config = json.loads((source / "adapter_config.json").read_text())
+
+    def files_of(name: str) -> dict[str, bytes]:
+        alpha = 1 + zlib.crc32(name.encode()) % 100_000 / 100_000
+        return {"adapter_config.json": json.dumps({**config, "lora_alpha": alpha}).encode(), "adapter_model.safetensors": weights}
 
     async def answer(request: web.Request) -> web.StreamResponse:
         await asyncio.sleep(latency_s)
@@ -167,11 +198,12 @@ async def slow_hub(latency_s: float, failure: float) -> tuple[web.AppRunner, str
             return web.Response(status=503)
         parts = request.path.strip("/").split("/")
         if parts[0] == "api":
-            siblings = [{"rfilename": name, "size": len(content)} for name, content in files.items()]
+            found = files_of("/".join(parts[2:4]))
+            siblings = [{"rfilename": name, "size": len(content)} for name, content in found.items()]
             info = {"id": "/".join(parts[2:4]), "sha": "1" * 40, "private": False, "gated": False, "siblings": siblings}
             return web.json_response(info)
-        content = files[parts[-1]]
-        return web.Response(body=content, headers={"ETag": f'"{len(content)}"', "X-Repo-Commit": "1" * 40})
+        content = files_of("/".join(parts[:2]))[parts[-1]]
+        return web.Response(body=content, headers={"ETag": f'"{zlib.crc32(content):08x}"', "X-Repo-Commit": "1" * 40})
 
     application = web.Application()
     application.router.add_route("*", "/{path:.*}", answer)
@@ -184,17 +216,19 @@ async def slow_hub(latency_s: float, failure: float) -> tuple[web.AppRunner, str
 
 async def storm(args: argparse.Namespace) -> dict[str, Any]:
     """The hot load alone, then beside the storm, in turns."""
-    runner, hub = await slow_hub(args.latency_s, args.failure)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=args.files) as scratch:
         (adapters := Path(scratch) / "adapters").mkdir()
-        for index in range(8):
-            shutil.copytree(DEMO / HOT[index % 3], adapters / f"hot-{index}")
         (Path(scratch) / "node").mkdir()
-        with node(Path(scratch) / "node", adapters, args.engine_cores, "allow_hub = true", HF_ENDPOINT=hub) as (url, pid):
+        (Path(scratch) / "model").mkdir()
+        model, sources = prepare(args, Path(scratch) / "model")
+        for index in range(8):
+            shutil.copytree(sources[index % 3], adapters / f"hot-{index}")
+        runner, hub = await slow_hub(args.latency_s, args.failure, sources[0])
+        with node(Path(scratch) / "node", model, adapters, args.engine_cores, "allow_hub = true", HF_ENDPOINT=hub) as (url, pid):
             async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
                 await _hot(session, url, 2, args.tokens, 0)
                 rounds = [await _round(session, url, pid, args, index) for index in range(args.rounds)]
-    await runner.cleanup()
+        await runner.cleanup()
     alone, beside = ([item for found in rounds for item in found[side]["streams"]] for side in ("alone", "beside"))
     cpu = [found["beside"]["cpu_s_per_token"] / found["alone"]["cpu_s_per_token"] for found in rounds]
     statuses: dict[str, int] = {}
@@ -203,6 +237,8 @@ async def storm(args: argparse.Namespace) -> dict[str, Any]:
             statuses[str(status)] = statuses.get(str(status), 0) + 1
     return {
         "row": "storm",
+        "model": args.shape or BASE,
+        "layers": args.layers,
         "cold": args.cold,
         "latency_s": args.latency_s,
         "failure": args.failure,
@@ -218,19 +254,26 @@ async def storm(args: argparse.Namespace) -> dict[str, Any]:
 
 
 async def _round(session: aiohttp.ClientSession, url: str, pid: int, args: argparse.Namespace, index: int) -> dict[str, Any]:
-    sides = {"alone": None, "beside": None} if index % 2 == 0 else {"beside": None, "alone": None}
     result: dict[str, Any] = {}
-    for side in sides:
-        cold = [] if side == "alone" else [_cold(session, url, index, number) for number in range(args.cold)]
-        flood = asyncio.gather(*cold)
+    for side in ("alone", "beside"):
+        count = args.cold if side == "beside" else 0
+        flood = [asyncio.create_task(_cold(session, url, index, number)) for number in range(count)]
         before_s = cpu_seconds(pid)
         streams = await _hot(session, url, args.requests, args.tokens, 1 + index)
         tokens = sum(len(stream.event_s) for stream in streams)
         result[side] = {"streams": streams, "cpu_s_per_token": (cpu_seconds(pid) - before_s) / tokens}
-        found = await flood
-        if side == "beside":
-            result["statuses"] = found
+        if flood:
+            result["statuses"] = await _outcomes(flood, args.cold_wait_s)
     return result
+
+
+async def _outcomes(flood: list[asyncio.Task[int]], wait_s: float) -> list[int | str]:
+    """How the cold requests ended; those still under way after `wait_s` hang up."""
+    done, pending = await asyncio.wait(flood, timeout=wait_s)
+    for task in pending:
+        task.cancel()
+    await asyncio.gather(*pending, return_exceptions=True)
+    return [*(task.result() for task in done), *("under way" for _ in pending)]
 
 
 async def _hot(session: aiohttp.ClientSession, url: str, count: int, tokens: int, seed: int) -> list[Stream]:
@@ -247,7 +290,7 @@ async def _hot(session: aiohttp.ClientSession, url: str, count: int, tokens: int
 
 
 async def _cold(session: aiohttp.ClientSession, url: str, index: int, number: int) -> int:
-    body = {"model": f"cold{index}/name-{number}", "prompt": PROMPT, "max_tokens": 1}
+    body = {"model": f"cold{index}/name-{number}", "prompt": [5, 6, 7], "max_tokens": 1}
     async with session.post(f"{url}/v1/completions", json=body) as answer:
         await answer.read()
         return answer.status
@@ -283,11 +326,15 @@ def main() -> int:
     parser.add_argument("--cold", type=int, default=200)
     parser.add_argument("--latency-s", type=float, default=5.0)
     parser.add_argument("--failure", type=float, default=0.2)
+    parser.add_argument("--cold-wait-s", type=float, default=600.0, help="for the cold requests, after the hot ones are done")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--requests", type=int, default=12, help="hot answers a client and round")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--engine-cores", default="", help="cores of the node, as taskset takes them")
     parser.add_argument("--client-cores", default="", help="cores of this process")
+    parser.add_argument("--shape", default="", help="random weights of a shape (scripts/random_model.py) instead of the package")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--files", type=Path, help="where files are made; default: the temporary directory")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.client_cores:
