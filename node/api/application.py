@@ -95,6 +95,7 @@ def build_application(services: Services) -> web.Application:
             web.get("/", status.health),
             web.get("/health", status.health),
             web.get("/ping", status.health),
+            web.get("/startup", status.health),
             web.get("/live", status.live),
             web.get("/ready", status.health),
             web.get("/info", models.info),

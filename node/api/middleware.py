@@ -21,8 +21,8 @@ from node.tenancy.tenant import ANONYMOUS, Tenant
 
 LORAX_UNSUPPORTED = ("/classify", "/classify_batch")
 _LORAX_PATHS = frozenset(
-    {"/", "/invocations", "/generate", "/generate_stream", "/health", "/ping", "/info", "/tokenize", "/embed", *LORAX_UNSUPPORTED}
-)
+    {"/", "/invocations", "/generate", "/generate_stream", "/health", "/ping", "/startup", "/info", "/tokenize", "/embed"}
+).union(LORAX_UNSUPPORTED)
 _NOBODY = Principal(Tenant(ANONYMOUS), frozenset())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from node.tenancy.api_key import Scope
 
-OPEN_PATHS = frozenset({"/health", "/ping", "/live", "/ready"})  # what load balancers ask; they say nothing about anybody
+OPEN_PATHS = frozenset({"/health", "/ping", "/startup", "/live", "/ready"})  # load balancers' probes: they say nothing of anybody
 
 _INFERENCE = frozenset({Scope.INFERENCE})
 _READ = frozenset({Scope.ADAPTERS_READ, Scope.ADAPTERS_WRITE, Scope.INFERENCE})

@@ -9,6 +9,7 @@ from typing import Any
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.samples import Sample
 
 from node.api.answering import TENANT, Answering
 from node.api.doors import Books
@@ -59,12 +60,17 @@ class StatusRoutes:
 
 
 def _metrics_json(registry: CollectorRegistry) -> dict[str, Any]:
-    """LoRAX's shape: every family with its samples, each under its labels as Prometheus writes them."""
+    """LoRAX's shape: every family with its samples, each under its labels as Prometheus writes them. A histogram's sum and count,
+    whose labels are the same, begin with that word; times of creation are left out."""
     families: dict[str, Any] = {}
     for family in registry.collect():
-        data = [
-            {"key": ",".join(f'{name}="{value}"' for name, value in sorted(sample.labels.items())), "value": sample.value}
-            for sample in family.samples
-        ]
+        samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+        data = [{"key": _key(sample, family.name), "value": sample.value} for sample in samples]
         families[family.name] = {"type": family.type, "data": data}
     return families
+
+
+def _key(sample: Sample, family: str) -> str:
+    labels = [f'{name}="{value}"' for name, value in sorted(sample.labels.items())]
+    suffix = sample.name.removeprefix(family)
+    return ",".join([suffix[1:], *labels] if suffix in ("_sum", "_count") else labels)

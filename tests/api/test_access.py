@@ -65,6 +65,7 @@ async def test_health_and_ping_are_open(locked):
     _, client = locked
     assert (await client.get("/health")).status == 200
     assert (await client.get("/ping")).status == 200
+    assert (await client.get("/startup")).status == 200
 
 
 async def test_health_is_ready_only_after_the_engine_made_a_token(bench, client):
@@ -154,6 +155,8 @@ async def test_metrics_as_json_have_loraxs_shape(client, how):
     body = await (await client.get("/metrics", **how)).json()
     assert {"key": 'err="validation"', "value": 1.0} in body["lorax_request_failure"]["data"]
     assert body["openlora_requests"]["type"] == "counter"
+    keys = [(name, sample["key"]) for name, family in body.items() for sample in family["data"]]
+    assert len(keys) == len(set(keys))
 
 
 async def test_log_names_the_request_and_never_its_text(bench, client):

@@ -155,7 +155,8 @@ def _status_paths() -> dict[str, Any]:
     ready = _answers("Yes; the body is empty.", None, ("503",))
     return {
         "/health": {"get": _operation("healthCheck", "Whether a token can be made and recorded now", ready, security=_NO_KEY)},
-        "/ping": {"get": _operation("ping", "The same, SageMaker's name", ready)},
+        "/ping": {"get": _operation("ping", "The same, SageMaker's name", ready, security=_NO_KEY)},
+        "/startup": {"get": _operation("startup", "The same, where LoRAX asks for a first token", ready, security=_NO_KEY)},
         "/metrics": {
             "get": _operation(
                 "metrics",
