@@ -158,10 +158,11 @@ __device__ __forceinline__ Tile read_tile(const TileTable& table, int index) {
   return {raw.x, raw.y & 0xffff, raw.y >> 16, raw.z, raw.w, as_entry(entry)};
 }
 
-// Ranks of module `module` that an entry's page holds: 0 to 16.
-__device__ __forceinline__ int ranks_in_page(const LoraWork& work, int module, const Entry& entry) {
-  const int left = __ldg(work.ranks + static_cast<int64_t>(module) * work.slots + entry.slot) - entry.ordinal * kPageRank;
-  return left < 0 ? 0 : (left > kPageRank ? kPageRank : left);
+// Ranks of module `module` from an entry's page on: none where it is 0 or less, all 16 of the page where it is 16 or more. It is
+// not clamped, and must not be before it is compared with 16: ptxas 13.0 turns min(max(left, 0), 16) == 16 into VIMNMX with a
+// predicate that says the opposite (found as NaN from ranks that no page holds).
+__device__ __forceinline__ int ranks_left(const LoraWork& work, int module, const Entry& entry) {
+  return __ldg(work.ranks + static_cast<int64_t>(module) * work.slots + entry.slot) - entry.ordinal * kPageRank;
 }
 
 }  // namespace openlora

@@ -78,7 +78,7 @@ struct PageView {
 #pragma unroll
     for (int m = 0; m < G; ++m) {
       a[m] = page + p.work.spans[m].a_offset + static_cast<int64_t>(g) * p.inputs + t * 8;
-      count[m] = ranks_in_page(p.work, p.work.spans[m].module, entry) - g;  // what is left from rank g on
+      count[m] = ranks_left(p.work, p.work.spans[m].module, entry) - g;  // what is left from rank g on
     }
   }
   // kOnce: no other warp of the block reads it.
@@ -156,7 +156,7 @@ __device__ __forceinline__ void multiply_slice(float (&acc)[G][kTiles][4], PageS
 __device__ __forceinline__ void store_value(const Params& p, const Item& item, int modules, int m, int r, int rank, float sum) {
   const LoraSpan& span = p.work.spans[m];
   const float scale = __ldg(p.work.scales + static_cast<int64_t>(span.module) * p.work.slots + item.entry.slot);
-  const bool wanted = rank < ranks_in_page(p.work, span.module, item.entry);
+  const bool wanted = rank < ranks_left(p.work, span.module, item.entry);
   p.work.v[(item.pair(r) * modules + m) * kPageRank + rank] = wanted ? sum * (scale * item.entry.weight) : 0.f;
 }
 
@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(256) shrink_any_kernel(const __grid_constant__
       const int r = i / (modules * kPageRank), m = i / kPageRank % modules, rank = i % kPageRank;
       const LoraSpan& span = p.work.spans[m];
       float sum = 0.f;
-      if (rank < ranks_in_page(p.work, span.module, item.entry)) {
+      if (rank < ranks_left(p.work, span.module, item.entry)) {
         const T* x = static_cast<const T*>(p.x) + __ldg(table.rows + item.place + r) * p.x_stride;
         const T* a = page + span.a_offset + static_cast<int64_t>(rank) * p.inputs;
         for (int k = lane; k < p.inputs; k += kWarp) sum += to_float(x[k]) * to_float(a[k]);
@@ -327,8 +327,8 @@ cudaError_t launch_modules(const LoraShrinkArgs& args, const Params& p, cudaStre
   }
   if (!is_hopper()) return launch(shrink_kernel<G, 1, UDecode>, {processors * 2, kWarps * kWarp}, args.follow, stream, p);
   // A GPC of an H100 has 16 or 18 processors and a cluster stays in one: what would start late would finish late. Beside the
-  // skinny GEMM a processor has room for one block.
-  const int clusters = std::max(1, processors / 16 * (16 * (p.waits_last ? 1 : 2) / 4));
+  // skinny GEMM a processor has room for one block; the others come when a first one has gone, or after the GEMM.
+  const int clusters = std::max(1, processors / 16 * (16 * 2 / 4));
   return launch(shrink_kernel<G, 4, UDecode>, {clusters * 4, kWarps * kWarp, 0, 4}, args.follow, stream, p);
 }
 

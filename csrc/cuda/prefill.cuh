@@ -34,7 +34,7 @@ struct PageBlock {
 struct PageCursor {
   const __nv_bfloat16* b;
   int outputs;
-  int count;  // ranks the page holds; 0: the module is not touched, or there is none
+  int count;  // ranks from this page on; 0 or less: nothing to add
 
   __device__ __forceinline__ PageCursor() : b(nullptr), outputs(0), count(0) {}
   __device__ __forceinline__ PageCursor(const ProductView& p, int index, const Entry& entry) : PageCursor() {
@@ -42,7 +42,7 @@ struct PageCursor {
     const LoraSpan& span = p.work.spans[index];
     b = static_cast<const __nv_bfloat16*>(p.work.pages) + entry.page * p.work.page_elements + span.b_offset;
     outputs = span.outputs;
-    count = ranks_in_page(p.work, span.module, entry);
+    count = ranks_left(p.work, span.module, entry);
   }
   __device__ __forceinline__ PageBlock load(int column) const {
     const int g = static_cast<int>(threadIdx.x) % kWarp / 4, t = static_cast<int>(threadIdx.x) % 4;

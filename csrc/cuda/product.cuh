@@ -131,7 +131,7 @@ template <int G>
 struct QuadPages {
   uint2 rank[kQuads][kPageRank];
   int place[kQuads];   // of the module among the linear's G
-  int count[kQuads];   // ranks that the page holds; 0: nothing to add
+  int count[kQuads];   // ranks from this page on; 0 or less: nothing to add
 
   __device__ __forceinline__ void fetch(const ProductView& p, const Entry& entry, const LaneColumns& lane) {
     const auto* page = static_cast<const __nv_bfloat16*>(p.work.pages) + entry.page * p.work.page_elements;
@@ -142,10 +142,10 @@ struct QuadPages {
       count[q] = 0;
       if (found.index < 0) continue;
       const LoraSpan& span = p.work.spans[found.index];
-      count[q] = ranks_in_page(p.work, span.module, entry);
+      count[q] = ranks_left(p.work, span.module, entry);
       const auto* b = reinterpret_cast<const char*>(page + span.b_offset + found.column);
       const uint32_t step = static_cast<uint32_t>(span.outputs) * 2;  // bytes; 16 of them stay below 4 GB
-      if (count[q] == kPageRank) {
+      if (count[q] >= kPageRank) {
 #pragma unroll
         for (uint32_t r = 0; r < kPageRank; ++r) rank[q][r] = __ldg(reinterpret_cast<const uint2*>(b + r * step));
       } else {
@@ -194,7 +194,7 @@ template <int G, int R, int kRows>
 __device__ __forceinline__ void expand(float (&sum)[kQuads][R][kQuad], const WarpRanks<G, R>& ranks, const QuadPages<G>& pages) {
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) {
-    if (pages.count[q] == 0) continue;
+    if (pages.count[q] <= 0) continue;
     const int m = G == 1 ? 0 : pages.place[q];
 #pragma unroll
     for (int four = 0; four < kPageRank / 4; ++four) {
@@ -363,11 +363,11 @@ __device__ __forceinline__ float product_at(const ProductView& p, const RowParts
     float delta = 0.f;
     for (int entry = 0; entry < span.tile.entries; ++entry) {
       const Entry found = read_entry(parts.table, span.tile, entry);
-      const int ranks = ranks_in_page(p.work, lora.module, found);
+      const int ranks = ranks_left(p.work, lora.module, found);
       const int64_t pair = span.tile.first_pair + static_cast<int64_t>(place) * span.tile.entries + entry;
       const float* v = p.work.v + (pair * p.work.span_count + module.index) * kPageRank;
       const T* b = static_cast<const T*>(p.work.pages) + found.page * p.work.page_elements + lora.b_offset + module.column;
-      for (int rank = 0; rank < ranks; ++rank) delta += __ldcg(v + rank) * to_float(b[static_cast<int64_t>(rank) * lora.outputs]);
+      for (int rank = 0; rank < kPageRank && rank < ranks; ++rank) delta += __ldcg(v + rank) * to_float(b[static_cast<int64_t>(rank) * lora.outputs]);
     }
     sum += delta;
   }
