@@ -218,8 +218,8 @@ class AdapterCatalog:
 
     def entries(self, sees: NameFilter = sees_all, owner: str = "") -> tuple[CatalogEntry, ...]:
         """The adapters known now, by name, of those that exist for the caller. Ones that their source keeps private or gated are
-        listed only under the names their owner gave them."""
-        known = {entry.name: entry for _, entry in self._entries.values()}
+        listed only under the names their owner gave them. Any thread may call: tables are copied before they are walked."""
+        known = {entry.name: entry for _, entry in list(self._entries.values())}
         for entry in self._shelves.entries():
             known.setdefault(entry.name, entry)
         shown = {name: entry for name, entry in known.items() if sees(name) and not self._registrations.is_withdrawn(owner, name)}

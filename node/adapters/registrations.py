@@ -47,7 +47,7 @@ class Registrations(Generic[EntryT]):
 
     def entries(self, owner: str) -> list[EntryT]:
         """What the owner's names stand for."""
-        return [registration.entry for (whose, _), registration in self._given.items() if whose == owner]
+        return [registration.entry for (whose, _), registration in list(self._given.items()) if whose == owner]
 
     def require_free(self, owner: str, name: str) -> None:
         """Raises RequestError (adapter_exists) for a name that was given; OverloadedError when too many were."""

@@ -91,7 +91,7 @@ class RemoteShelf(Generic[NameT]):
 
     def public(self) -> list[tuple[str, str, VerifiedAdapter]]:
         """(revision, name, adapter) of everything that is neither private nor gated."""
-        return [(item.revision, key[1], item.verified) for key, item in self._shelved.items() if not item.is_private]
+        return [(item.revision, key[1], item.verified) for key, item in list(self._shelved.items()) if not item.is_private]
 
     async def _refresh(self, key: Key, name: NameT, token: str | None) -> _Shelved:
         known = self._shelved.get(key)

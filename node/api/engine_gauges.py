@@ -18,12 +18,11 @@ _COUNTERS = {
 
 
 def read_gauges(services: Services) -> EngineGauges:
-    """The newest numbers. An adapter without a name any more shows its content hash; one that is private shows nothing: whoever
-    reads metrics must not learn of it."""
+    """The newest numbers. Only adapters with a public name are shown: whoever reads metrics must not learn of one that is private
+    here or at its source, nor of what a tenant merged. Called on the thread that renders metrics."""
     stats, is_public = services.engine.stats, services.tenancy.is_public
     entries = services.catalog.entries(lambda _: True, "")
     names = {entry.adapter_id: entry.name for entry in entries if is_public(entry.name)}
-    hidden = {entry.adapter_id for entry in entries} - set(names)
     return EngineGauges(
         is_up=services.engine.is_alive,
         running=stats.running,
@@ -32,7 +31,7 @@ def read_gauges(services: Services) -> EngineGauges:
         kv_total=stats.kv_blocks_total,
         kv_block_size=services.ready.kv_block_size,
         adapter_slots=stats.adapter_slots,
-        running_adapters=tuple(sorted(names.get(item, item) for item in stats.resident_adapters if item not in hidden)),
-        waiting_adapters=tuple(sorted(names.get(item, item) for item in stats.waiting_adapters if item not in hidden)),
+        running_adapters=tuple(sorted(names[item] for item in stats.resident_adapters if item in names)),
+        waiting_adapters=tuple(sorted(names[item] for item in stats.waiting_adapters if item in names)),
         counters=tuple((name, text, float(getattr(stats, field))) for name, (text, field) in _COUNTERS.items()),
     )

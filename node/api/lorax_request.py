@@ -33,7 +33,7 @@ def read_lorax(
 
     Raises:
         RequestError: A field is missing, of the wrong type or out of its range.
-        UnsupportedError: best_of above 1, watermark, merges other than linear. GrammarError: See `structured_fields`.
+        UnsupportedError: watermark. GrammarError: See `structured_fields`.
     """
     outer = Fields(body)
     inputs = outer.text("inputs", limits.max_text_chars)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import os
+import sys
 
 import pytest
 
@@ -28,6 +31,15 @@ def work(monkeypatch):
 
         monkeypatch.setattr(kind, name, spy)
     return done
+
+
+@pytest.fixture
+def switches_often():
+    """Threads take turns after every few instructions."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
 
 
 @pytest.mark.parametrize("is_alias", [False, True])
@@ -84,3 +96,24 @@ async def test_verification_under_way_is_not_joined_by_a_stranger(catalog, write
         await catalog.resolve("secret", sees=hides("secret"))
     assert not owner.done()
     assert (await owner).name == "secret"
+
+
+async def test_entries_can_be_listed_on_a_thread_while_adapters_change(catalog, writer, switches_often):
+    """Metrics are rendered on a thread of their own."""
+    directory = writer.write("a")
+    names = [f"name-{index}" for index in range(400)]
+    for name in names:
+        await catalog.add(directory, name)
+
+    def list_often():
+        for _ in range(300):
+            catalog.entries()
+
+    listing = asyncio.create_task(asyncio.to_thread(list_often))
+    for turn in itertools.count(1):
+        os.utime(directory / "adapter_config.json", (turn, turn))  # every name is checked and kept anew
+        for name in names[:20]:
+            await catalog.resolve(name)
+        if listing.done():
+            break
+    await listing
