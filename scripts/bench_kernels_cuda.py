@@ -264,22 +264,30 @@ def bench(out: Path | None, *, is_short: bool = False, commit: str | None = None
     label = facts(commit)
     adapters = Adapters.make()
     weights = make_weights() if torch.cuda.get_device_capability() == (9, 0) else None
-    mixed = (8, 16, 64)
-    draws: list[Draw | None] = [None, Draw("identical", 1), Draw("distinct", 8), Draw("distinct", 64)]
-    if not is_short:
-        draws += [Draw("uniform", 64), Draw("zipf1.5", 64), Draw("distinct", 64, (8,)), Draw("distinct", 64, (64,))]
-        draws += [Draw("distinct", 64, mixed)]
-    for rows in (1, 16, 64, 256):
-        for draw in draws:
-            if draw is not None and draw.name == "distinct" and draw.adapters > rows:
-                continue
-            layer = Layer(adapters, draw, rows, tile_rows=16)
-            _emit(layer.measure(), label, out)
-            if weights is not None and layer.ops.is_skinny_gemm_faster(HIDDEN, HIDDEN, rows):
-                _emit(iter([layer.measure_layer(weights)]), label, out)
+    for rows, draw in _cases([None, Draw("identical", 1), Draw("distinct", 8), Draw("distinct", 64)]):
+        _emit(_decode_rows(adapters, draw, rows, weights), label, out)
     for draw in (None, Draw("distinct", 64)):
-        prefill = Layer(adapters, draw, 16384, tile_rows=64, y_type=torch.bfloat16)
-        _emit(prefill.measure(), label, out)
+        _emit(Layer(adapters, draw, 16384, tile_rows=64, y_type=torch.bfloat16).measure(), label, out)
+    if is_short:
+        return
+    ranks = [Draw("distinct", 64, ranks) for ranks in ((64,), (8,), (8, 16, 64))]
+    for rows, draw in _cases([*ranks, Draw("zipf1.5", 64), Draw("uniform", 64)]):
+        _emit(_decode_rows(adapters, draw, rows, weights), label, out)
+
+
+def _cases(draws: Sequence[Draw | None]) -> Iterator[tuple[int, Draw | None]]:
+    """Rows and draws; a batch has no more distinct adapters than rows."""
+    for rows in (64, 256, 1, 16):
+        yield from ((rows, draw) for draw in draws if draw is None or draw.name != "distinct" or draw.adapters <= rows)
+
+
+def _decode_rows(
+    adapters: Adapters, draw: Draw | None, rows: int, weights: dict[str, list[Tensor]] | None
+) -> Iterator[dict[str, object]]:
+    layer = Layer(adapters, draw, rows, tile_rows=16)
+    yield from layer.measure()
+    if weights is not None and layer.ops.is_skinny_gemm_faster(HIDDEN, HIDDEN, rows):
+        yield layer.measure_layer(weights)
 
 
 def _emit(rows: Iterator[dict[str, object]], label: dict[str, object], out: Path | None) -> None:
