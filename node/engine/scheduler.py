@@ -35,6 +35,7 @@ from node.request import DrawnToken
 
 PROMPT_LOGPROB_ROWS = 64  # a row's logits take vocabulary x 4 bytes, so a chunk that wants all of them is kept small
 ABSENT = ""  # stands for tenants that are expected back; no tenant has this name
+ABSENT_PARTS = 4  # of the rows for prompts, where each tenant above its share has one: it bounds how long their step is
 CLAIM_STEPS = 32  # for so long a tenant that had prompts to compute is expected back
 PREFETCH_LIMIT = 16  # waiting recipes whose adapters are fetched ahead in one step
 
@@ -272,11 +273,11 @@ class Scheduler:
         self._claims = {name: step for name, step in self._claims.items() if self.counters.steps - step < CLAIM_STEPS}
         if not claims or len(self._claims) < 2:
             return {}
-        # Whoever comes back first needs rows, so one part is kept for them, however many were here.
-        expected = {ABSENT: 1} if len(self._claims) > len(claims) else {}
+        # Whoever comes back first waits for the end of a step as well as for rows: several parts are kept for them.
+        expected = {ABSENT: ABSENT_PARTS} if len(self._claims) > len(claims) else {}
         shares = Shares(self._running, {**weights, **expected}, self._max_running, self._blocks.block_count)
         above = {name for name in claims if shares.is_above(name)}
-        total = sum(weights[name] for name in claims) + len(expected)
+        total = sum(weights[name] for name in claims) + sum(expected.values())
         self._has_held_back = not self._has_held_back and 0 < len(above) < len(claims)
         rows = 0 if self._has_held_back else self._limits.max_batch_tokens
         return {name: rows * weights[name] // total for name in above}
