@@ -6,11 +6,14 @@ that turn a decoder into an embedding model are trained for (last-token pooling)
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from node.api.completion_request import read_prompts
 from node.api.fields import Fields
 from node.api.generation import Generation, Limits, NamedTerm, Prompt
+from node.api.lorax_request import read_lorax_adapters
+from node.api.merge_fields import Merged, read_adapters
 from node.api.model_fields import read_model, read_source
 from node.errors import RequestError
 from node.request import Sampling
@@ -34,9 +37,10 @@ def read_embeddings(body: dict[str, Any], limits: Limits) -> tuple[Generation, s
     if encoding not in ENCODINGS:
         raise fields.error("encoding_format", f"must be one of {', '.join(ENCODINGS)}")
     fields.refuse("dimensions", remedy="leave it out and cut the vectors yourself")
-    source, token = read_source(fields)
+    merged = read_adapters(fields, model, limits)
     fields.label("user")
-    return _generation(model, prompts, source, token, tuple(fields.unknown())), encoding
+    generation = _generation(fields, model, merged or _alone(model), prompts)
+    return replace(generation, lists_adapters=fields.raw("adapters") is not None, warnings=tuple(fields.unknown())), encoding
 
 
 def read_embed(body: dict[str, Any], limits: Limits, bearer: str | None) -> Generation:
@@ -51,24 +55,28 @@ def read_embed(body: dict[str, Any], limits: Limits, bearer: str | None) -> Gene
         raise RequestError("`inputs` cannot be empty", param="inputs")
     outer.ignore("stream")
     fields = outer.inner("parameters") or Fields({})
-    model = fields.label("adapter_id", 1024) or ""
+    model, merged = read_lorax_adapters(fields, limits)
+    generation = _generation(fields, model, merged, (Prompt(text=inputs),))
+    warnings = (*outer.unknown(), *fields.unknown())
+    return replace(generation, adapter_token=generation.adapter_token or bearer, warnings=warnings)
+
+
+def _alone(model: str) -> Merged:
+    return ((NamedTerm(model),) if model else ()), None
+
+
+def _generation(fields: Fields, model: str, merged: Merged, prompts: tuple[Prompt, ...]) -> Generation:
     source, token = read_source(fields)
-    fields.refuse("merged_adapters", remedy="name one adapter")
-    return _generation(model, (Prompt(text=inputs),), source, token or bearer, (*outer.unknown(), *fields.unknown()))
-
-
-def _generation(
-    model: str, prompts: tuple[Prompt, ...], source: str | None, token: str | None, warnings: tuple[str, ...]
-) -> Generation:
+    terms, merge = merged
     return Generation(
         shape="embedding",
         model=model,
-        terms=(NamedTerm(model),) if model else (),
+        terms=terms,
+        merge=merge,
         prompts=prompts,
         sampling=Sampling(max_new_tokens=0),
         max_new_tokens=0,
         adapter_source=source,
         adapter_token=token,
         embeds=True,
-        warnings=warnings,
     )

@@ -56,7 +56,7 @@ def read_lorax(
 
 
 def _read_parameters(fields: Fields, limits: Limits, random_source: random.Random, bearer: str | None) -> Generation:
-    model, (terms, merge) = _read_adapters(fields, limits)
+    model, (terms, merge) = read_lorax_adapters(fields, limits)
     source, token = read_source(fields)
     constraint = read_constraint(fields)
     fields.refuse("watermark", False, remedy="leave it out")
@@ -91,7 +91,12 @@ def _with_logprobs(sampling: Sampling, alternatives: int, has_prompt_details: bo
     return Sampling(**{**values, "logprobs": alternatives, "prompt_logprobs": has_prompt_details})
 
 
-def _read_adapters(fields: Fields, limits: Limits) -> tuple[str, Merged]:
+def read_lorax_adapters(fields: Fields, limits: Limits) -> tuple[str, Merged]:
+    """`adapter_id` or `merged_adapters`: what an answer calls them, and what they are.
+
+    Raises:
+        RequestError: Both at once, or see `read_merged_adapters`.
+    """
     adapter_id = fields.label("adapter_id", MAX_NAME_CHARS) or ""
     terms, merge = read_merged_adapters(fields, limits)
     if adapter_id and terms:

@@ -46,6 +46,24 @@ async def test_embed_answers_in_lorax_shape(embedding, client):
 
 
 @pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"model": "alice+org/bob@0.7:0.3", "input": "one"}),
+        ("/v1/embeddings", {"model": "", "input": "one", "adapters": [
+            {"model": "alice", "weight": 0.7}, {"model": "org/bob", "weight": 0.3}
+        ]}),
+        ("/embed", {"inputs": "one", "parameters": {"merged_adapters": {"ids": ["alice", "org/bob"], "weights": [0.7, 0.3]}}}),
+    ],
+)  # fmt: skip
+async def test_embedding_of_several_adapters_names_and_weighs_them_all(embedding, client, path, body):
+    answer = await client.post(path, json=body)
+
+    assert answer.status == 200, await answer.text()
+    assert answer.headers["x-openlora-adapters"] == ",".join(["1" * 64, "2" * 64])
+    assert [(term.adapter_id, term.weight) for term in embedding.engine.submits[0].terms] == [("1" * 64, 0.7), ("2" * 64, 0.3)]
+
+
+@pytest.mark.parametrize(
     ("body", "param"),
     [
         ({"input": "a"}, "model"),
@@ -55,6 +73,8 @@ async def test_embed_answers_in_lorax_shape(embedding, client):
         ({"model": "", "input": ["a", 1]}, "input"),
         ({"model": "", "input": "a", "encoding_format": "hex"}, "encoding_format"),
         ({"model": "", "input": "a", "dimensions": 8}, "dimensions"),
+        ({"model": "alice+org/bob@1:2:3", "input": "a"}, "model"),
+        ({"model": "", "input": "a", "adapters": []}, "adapters"),
     ],
 )
 async def test_embeddings_of_a_bad_body_are_refused_by_name(client, body, param):

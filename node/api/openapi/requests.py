@@ -211,13 +211,20 @@ def _embedding(limits: Limits) -> Schema:
                     **_source_fields(),
                 }
             ),
+            **_adapters(limits),
         },
         required=("model", "input"),
     )
 
 
 def _embed(limits: Limits) -> Schema:
-    parameters = record("All optional.", optionals({"adapter_id": _adapter_name("An adapter."), **_source_fields()}))
+    parameters = record(
+        "All optional.",
+        {
+            **optionals({"adapter_id": _adapter_name("An adapter."), **_source_fields()}),
+            "merged_adapters": optional(reference("MergedAdapters")),
+        },
+    )
     return record(
         "LoRAX's embedding request.",
         {
