@@ -1,6 +1,9 @@
 // The operations that read a linear's product and finish it on the way: sum of the GEMM's planes, bias, LoRA expand, all in
 // float32, then what the model does with it, then one rounding. The product itself never goes through memory again.
 //
+// Followed by Follow::kWaitFirst they read before their wait what is not the product: pages, residual, norm weights, positions,
+// kv_slots. Those must have been written before the kernel before this one began.
+//
 // Shape letters: T rows, N columns of the product, S planes, H hidden, I intermediate, D head size, B tokens of a KV block.
 #pragma once
 

@@ -1,6 +1,9 @@
 """The CUDA library's operations as Python functions. Every output is the caller's: nothing here allocates or synchronises, and
 all of it can be captured in a CUDA graph. `csrc/cuda/*.h` says what each kernel does.
 
+With `Follow.WAIT_FIRST` a kernel reads before its wait what does not come from the kernel before it (pages, residual, positions,
+kv_slots): those must have been written before that kernel began.
+
 Shape letters: T rows (tokens), V (row, entry) pairs of the tiles, M modules of the model, G modules of one fused linear,
 S slots, H hidden, N columns of a product, P planes of a product, I intermediate, D head size.
 """
