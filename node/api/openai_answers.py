@@ -130,7 +130,7 @@ class OpenAiAnswers:
         if not self._is_chat:
             echo = self._echo(choice)
             logprobs = self._logprobs(tokens, len(echo))
-            if echo and logprobs is not None:
+            if self.generation.has_prompt_text and logprobs is not None:
                 logprobs = self._with_prompt(choice, logprobs)
             return {"index": choice.index, "logprobs": logprobs, "finish_reason": finish, "text": echo + text}
         entry: dict[str, Any] = {"index": choice.index, "logprobs": self._logprobs(tokens, 0), "finish_reason": finish}
@@ -179,10 +179,13 @@ class OpenAiAnswers:
         return prompt.text if prompt.text is not None else self.tokenizer.decode(list(prompt.token_ids or ()))
 
     def _with_prompt(self, choice: Choice, logprobs: dict[str, Any]) -> dict[str, Any]:
-        """The prompt's tokens before the answer's. The first has no log-probability: nothing came before it."""
+        """The prompt's tokens before the answer's. The first has no log-probability: nothing came before it. Special tokens that
+        were given as ids are not in the echoed text, and take no room in it."""
         ids = self.exchange.opening.prompts[choice.prompt_index]
         texts = [self.tokenizer.token_text(token_id) for token_id in ids]
-        offsets = [0, *itertools.accumulate(len(text) for text in texts[:-1])]
+        is_text = self.generation.prompts[choice.prompt_index].text is not None
+        shown = [len(text) if is_text or not self.tokenizer.is_special(i) else 0 for i, text in zip(ids, texts, strict=True)]
+        offsets = [0, *itertools.accumulate(shown[:-1])]
         return {
             "tokens": [*texts, *logprobs["tokens"]],
             "token_logprobs": [*(choice.prompt_logprobs or (None,) * len(ids)), *logprobs["token_logprobs"]],

@@ -255,6 +255,16 @@ async def test_completion_echo_with_logprobs_scores_the_prompt_too(bench, client
     assert bench.engine.submits[0].sampling.prompt_logprobs
 
 
+async def test_completion_echo_of_special_ids_scores_them_though_their_text_is_empty(bench, client):
+    special = bench.tokenizer.special.eos_token_id
+    body = {**COMPLETION, "prompt": [special, special], "echo": True, "logprobs": 0}
+    choice = (await (await client.post("/v1/completions", json=body)).json())["choices"][0]
+
+    assert choice["text"] == "hello world"
+    assert choice["logprobs"]["token_logprobs"][:2] == [None, -1.0]
+    assert choice["logprobs"]["text_offset"][:3] == [0, 0, 0]
+
+
 async def test_completion_echo_of_no_new_tokens_is_allowed(bench, client):
     bench.engine.answer_ids = []
     answer = await client.post("/v1/completions", json={**COMPLETION, "echo": True, "max_tokens": 0, "logprobs": 0})
