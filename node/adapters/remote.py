@@ -12,11 +12,13 @@ NameT_contra = TypeVar("NameT_contra", contravariant=True)
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """One file of an adapter at its source. `tag` is the source's own version mark (an ETag), where it has one."""
+    """One file of an adapter at its source. `tag` is the source's own version mark (an ETag), `sha256` what it says the file's
+    digest is in hexadecimal, where it has one."""
 
     name: str
     size_bytes: int | None
     tag: str | None = None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ class Hub:
     def __init__(self):
         self.repositories = {}
         self.status = None
+        self.is_damaging = False
         self.requests = []
         hub = self
 
@@ -67,11 +68,21 @@ class Hub:
         if needed is not None and token != needed:
             return send(handler, 401, b"{}", {"X-Error-Code": "GatedRepo"})
         if parts[0] == "api":
-            siblings = [{"rfilename": file, "size": len(content)} for file, content in files.items()]
+            siblings = [described(file, content) for file, content in files.items()]
             info = {"id": name, "sha": commit, "private": needed is not None, "gated": False, "siblings": siblings}
             return send(handler, 200, json.dumps(info).encode(), {})
         content = files["/".join(parts[4:])]
+        if self.is_damaging:
+            content = content[:-1] + bytes([content[-1] ^ 1])
         return send(handler, 200, content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit})
+
+
+def described(file, content):
+    """A file as the hub lists it; large ones are kept by their digest."""
+    sibling = {"rfilename": file, "size": len(content)}
+    if file.endswith(".safetensors"):
+        sibling["lfs"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "pointerSize": 130}
+    return sibling
 
 
 def send(handler, status, body, headers):
@@ -118,6 +129,19 @@ async def test_resolve_hub_adapter_fetches_its_files_once_and_nothing_else(hub, 
     assert sorted(path.rsplit("/", 1)[1] for path in fetched) == ["adapter_config.json", "adapter_model.safetensors"]
     assert [entry.name for entry in hub_catalog.entries()] == ["owner/name"]
     assert not any(path.is_symlink() for path in first.directory.iterdir())
+
+
+async def test_resolve_hub_file_that_arrives_damaged_is_refused_and_fetched_anew(hub, hub_catalog, published, clock):
+    hub.is_damaging = True
+    with pytest.raises(AdapterUnavailableError, match="SHA-256"):
+        await hub_catalog.resolve("owner/name")
+
+    hub.is_damaging = False
+    clock.now_s += 61
+    entry = await hub_catalog.resolve("owner/name")
+
+    sent = (published / "adapter_model.safetensors").read_bytes()
+    assert (entry.directory / "adapter_model.safetensors").read_bytes() == sent
 
 
 async def test_resolve_hub_branch_that_moved_is_followed_after_a_minute(hub, hub_catalog, published, writer, clock, tmp_path):

@@ -6,10 +6,12 @@ the node's cache, so that one size limit holds for everything fetched, and goes 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from node.adapters.formats.layout import is_adapter, is_weights, wanted_files
 from node.adapters.names import AdapterName
 from node.adapters.remote import RemoteFile, RemoteVersion
 from node.adapters.sources.hub_errors import from_hub, translated
-from node.adapters.staging import Staging
+from node.adapters.staging import Staging, discard
 from node.errors import AdapterForbiddenError, AdapterInvalidError, AdapterNotFoundError, AdapterUnavailableError
 
 SMALL_FILE_BYTES = 1 << 20  # configuration and manifest
@@ -93,6 +95,7 @@ class HubSource:
             with self._staging.filling(staged, str(name), wanted) as part:
                 if part is not None:
                     self._download(name, found, token, part)
+                    _require_whole(part, wanted)
             self._remember(name, found)
         return staged
 
@@ -153,6 +156,23 @@ def _commit_of(info: Any, name: AdapterName) -> RemoteVersion:
     files = list(info.siblings or ())
     names = [str(file.rfilename) for file in files]
     wanted_files(names)
-    return RemoteVersion(
-        info.sha, bool(info.private or info.gated), tuple(RemoteFile(str(file.rfilename), file.size) for file in files)
-    )
+    return RemoteVersion(info.sha, bool(info.private or info.gated), tuple(_remote_file(file) for file in files))
+
+
+def _remote_file(file: Any) -> RemoteFile:
+    """Large files have the digest that the hub keeps them under."""
+    return RemoteFile(str(file.rfilename), file.size, sha256=None if file.lfs is None else str(file.lfs.sha256))
+
+
+def _require_whole(part: Path, files: Sequence[RemoteFile]) -> None:
+    """Refuse bytes that are not those the hub keeps. The library compares sizes only, and goes on with what broke off."""
+    for file in files:
+        if file.sha256 is None:
+            continue
+        with (part / file.name).open("rb") as content:
+            arrived = hashlib.file_digest(content, "sha256").hexdigest()
+        if arrived != file.sha256:
+            discard(part)
+            raise AdapterUnavailableError(
+                f"{file.name} arrived damaged: its SHA-256 is {arrived}, the hub says {file.sha256}; try again", retry_after_s=1.0
+            )
