@@ -19,7 +19,7 @@ WHEN = "Wed, 21 Oct 2026 07:28:00 GMT"
 
 
 class Cloud:
-    """Objects of one bucket or container by key. `cut`: the length after which the next answer with weights breaks off, or None."""
+    """Objects of one bucket or container by key. `cut`: after so many bytes the next answer with weights breaks off."""
 
     def __init__(self):
         self.objects = {}
