@@ -180,8 +180,8 @@ class PaymentError(NodeError):
 
 
 class OverloadedError(NodeError):
-    """A bounded queue is full, or a tenant's share is used up. Codes: queue_full, draining, rate_limit_exceeded (requests or tokens
-    a minute, or too many wrong API keys), concurrency_limit."""
+    """A bounded queue is full, or a tenant's share is used up. Codes: queue_full, draining, rate_limit_exceeded (requests or
+    tokens a minute, or too many wrong API keys), concurrency_limit."""
 
     code = "queue_full"
 

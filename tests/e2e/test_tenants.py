@@ -50,7 +50,7 @@ def world(kit, tmp_path_factory):
 
 def test_every_route_but_the_probes_asks_for_a_key(world):
     node, keys = world
-    for path in ("/health", "/ping", "/live", "/ready"):
+    for path in ("/health", "/ping", "/startup", "/live", "/ready"):
         assert node.get(path).status == 200
     for path in ("/v1/models", "/info", "/metrics", "/docs", "/nothing", "/v1/receipts/x"):
         assert node.get(path).status == 401
