@@ -66,7 +66,7 @@ class LoraxRoutes:
             texts, tokens = await collect(exchange)
             receipt = await exchange.commit()
             answer = LoraxAnswers(generation, exchange, self._answering.tokenizer).whole(texts[0], tokens[0], receipt)
-            headers = {**self._answering.headers(generation, exchange), **self._figures(exchange)}
+            headers = {**self._answering.headers(generation, exchange), **_characters(generation), **self._figures(exchange)}
             return self._answering.json([answer] if is_list else answer, headers)
 
     async def _stream(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
@@ -75,7 +75,7 @@ class LoraxRoutes:
         try:
             generation = self._read(request, body, is_stream=True)
             async with self._answering.admitted(request, generation) as exchange:
-                stream.add_headers(self._answering.headers(generation, exchange))
+                stream.add_headers({**self._answering.headers(generation, exchange), **_characters(generation)})
                 async with stream.kept_alive():
                     await self._send_tokens(stream, LoraxAnswers(generation, exchange, self._answering.tokenizer), exchange)
         except NodeError as error:
@@ -98,17 +98,23 @@ class LoraxRoutes:
                     await stream.send(answers.last_event(piece.tokens[-1], text, receipt))
 
     def _figures(self, exchange: Exchange) -> dict[str, str]:
-        """LoRAX's token and time headers; times are whole milliseconds."""
+        """LoRAX's token and time headers; times are whole milliseconds. Those of single phases are not measured apart here."""
         now_s = self._answering.clock()
+        first_s = exchange.first_token_s or now_s
         total_ms = round((now_s - exchange.started_s) * 1000)
-        first_ms = round(((exchange.first_token_s or now_s) - exchange.started_s) * 1000)
         output_count = exchange.output_token_count
         return {
+            "x-compute-time": str(total_ms),
             "x-total-time": str(total_ms),
-            "x-time-to-first-token": str(first_ms),
+            "x-time-to-first-token": str(round((first_s - exchange.started_s) * 1000)),
+            "x-time-per-output-token": str(round((now_s - first_s) * 1000 / max(1, output_count - 1))),
             "x-time-per-token": str(round(total_ms / max(1, output_count))),
             "x-prompt-tokens": str(exchange.prompt_token_count),
             "x-generated-tokens": str(output_count),
             "x-skipped-tokens": "0",
             "x-total-tokens": str(exchange.prompt_token_count + output_count),
         }
+
+
+def _characters(generation: Generation) -> dict[str, str]:
+    return {"x-compute-characters": str(len(generation.prompts[0].text or ""))}

@@ -62,6 +62,16 @@ async def test_generate_answers_with_one_object_and_receipt(bench, client):
     assert int(answer.headers["x-generated-tokens"]) == len(bench.one_closing().outputs[0])
 
 
+async def test_generate_counts_characters_and_milliseconds_in_loraxs_headers(client):
+    body = {**ask(), "inputs": "hi you"}
+    whole = (await client.post("/generate", json=body)).headers
+    streamed = (await client.post("/generate_stream", json=body)).headers
+
+    assert whole["x-compute-characters"] == streamed["x-compute-characters"] == "6"
+    assert whole["x-compute-time"] == whole["x-total-time"]
+    assert whole["x-time-per-output-token"].isdecimal()
+
+
 async def test_every_optional_parameter_may_be_null(client):
     answer = await client.post("/generate", json={"inputs": "hi", "parameters": ALL_NULL, "stream": False, "unknown": 1})
     assert answer.status == 200
