@@ -35,7 +35,7 @@ class Kernels(ABC, Generic[ProductT, RowsT]):
 
     Attributes:
         takes_tiles: Rows are `DeviceRows`; otherwise they are `LoraRows`, which lie on the CPU whatever `device` is.
-        has_static_prefill: A step with prompt chunks may be recorded and replayed with other lengths, up to those it was made for.
+        has_static_prefill: A step with prompt chunks may be recorded and replayed with lengths up to those it was made for.
     """
 
     takes_tiles: ClassVar[bool] = False
