@@ -97,7 +97,9 @@ class AdapterRoutes:
         tenancy, tenant = self._answering.tenancy, request[TENANT]
         owner = tenancy.owner(tenant)
         entry, was_own = await self._catalog.unregister(_required(fields, "lora_name"), owner=owner, sees=tenancy.sees(tenant))
-        if was_own or not owner:  # others may be using what is theirs as well
+        # Other tenants may use the same adapter under a name that everybody has: one tenant's unload must not cost them a load.
+        left = self._catalog.entries(tenancy.sees(tenant), owner)
+        if not owner or (was_own and all(other.adapter_id != entry.adapter_id for other in left)):
             self._engine.evict(entry.adapter_id)
         return entry
 

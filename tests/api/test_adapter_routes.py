@@ -85,3 +85,14 @@ async def test_models_say_price_and_where_each_adapter_is(bench, client):
     assert states == {"tiny-base": "resident", "alice": "resident", "org/bob": "disk"}
     assert set(data[1]["openlora"]["price"]) == {"input_token_wei", "output_token_wei"}
     assert data[1]["parent"] == "tiny-base"
+
+
+async def test_unload_of_one_tenants_name_leaves_what_everybody_has_in_memory(make_bench, make_client):
+    bench = make_bench(keys={"ann": "a-key-of-ann-1234567"})
+    client, headers = await make_client(bench), {"Authorization": "Bearer a-key-of-ann-1234567"}
+    await client.post("/v1/load_lora_adapter", json={"lora_name": "poet", "lora_path": "alice"}, headers=headers)
+
+    answer = await client.post("/v1/unload_lora_adapter", json={"lora_name": "poet"}, headers=headers)
+
+    assert answer.status == 200
+    assert [kind for kind, _ in bench.engine.wishes] == ["prefetch"]
