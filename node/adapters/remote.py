@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
+
+from node.adapters.formats.layout import is_weights
+from node.errors import AdapterInvalidError
+
+SMALL_FILE_BYTES = 1 << 20  # configuration and manifest
 
 NameT = TypeVar("NameT")
 NameT_contra = TypeVar("NameT_contra", contravariant=True)
@@ -38,6 +44,25 @@ class RemoteVersion:
     @property
     def file_names(self) -> list[str]:
         return [file.name for file in self.files]
+
+
+def file_limit(file: RemoteFile, max_weight_bytes: int) -> int:
+    """The bytes that one file of an adapter may have."""
+    return max_weight_bytes if is_weights(file.name) else SMALL_FILE_BYTES
+
+
+def refuse_oversized(files: Iterable[RemoteFile], max_weight_bytes: int, where: str) -> None:
+    """Refuse an adapter by the sizes that its source names, before a byte is fetched.
+
+    Raises:
+        AdapterInvalidError: adapter_too_large.
+    """
+    for file in files:
+        limit = file_limit(file, max_weight_bytes)
+        if file.size_bytes is not None and file.size_bytes > limit:
+            raise AdapterInvalidError(
+                f"{file.name} has {file.size_bytes} bytes {where}; the limit is {limit}", code="adapter_too_large"
+            )
 
 
 class RemoteSource(Protocol[NameT_contra]):

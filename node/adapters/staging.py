@@ -19,7 +19,7 @@ from node.errors import AdapterUnavailableError
 
 SLOWEST_BYTES_PER_S = 16 << 10
 GRACE_S = 10.0  # before a slow source is given up
-_DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE})
+DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE})
 
 # Yields a file's bytes from an offset on.
 Opener = Callable[[RemoteFile, int], Iterator[bytes]]
@@ -144,18 +144,23 @@ def discard(part: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
 
 
+def unstorable(error: OSError, name: object) -> AdapterUnavailableError:
+    """The refusal (cache_full) for one of DISK_FAULTS, met while `name` was written."""
+    return AdapterUnavailableError(
+        f"{name} cannot be stored (errno {error.errno}); free space in, or correct, the cache directory",
+        code="cache_full",
+        retry_after_s=60.0,
+    )
+
+
 @contextmanager
 def _disk_faults(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_FAULTS:
+        if error.errno not in DISK_FAULTS:
             raise
-        raise AdapterUnavailableError(
-            f"{name} cannot be stored (errno {error.errno}); free space in, or correct, the cache directory",
-            code="cache_full",
-            retry_after_s=60.0,
-        ) from error
+        raise unstorable(error, name) from error
 
 
 def _size_of(part: Path) -> int:

@@ -20,14 +20,13 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from node.adapters.disk_cache import DiskCache
-from node.adapters.formats.layout import is_adapter, is_weights, wanted_files
+from node.adapters.formats.layout import is_adapter, wanted_files
 from node.adapters.names import AdapterName
-from node.adapters.remote import RemoteFile, RemoteVersion
+from node.adapters.remote import RemoteFile, RemoteVersion, refuse_oversized
 from node.adapters.sources.hub_errors import from_hub, translated
 from node.adapters.staging import Staging, discard
-from node.errors import AdapterForbiddenError, AdapterInvalidError, AdapterNotFoundError, AdapterUnavailableError
+from node.errors import AdapterForbiddenError, AdapterNotFoundError, AdapterUnavailableError
 
-SMALL_FILE_BYTES = 1 << 20  # configuration and manifest
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -79,7 +78,7 @@ class HubSource:
             except OfflineModeIsEnabled as error:
                 return self._look_up_offline(name, error)
         found = _commit_of(info, name)
-        self._refuse_oversized(found)
+        refuse_oversized(_wanted(found), self._max_bytes, "on the hub")
         return found
 
     def fetch(self, name: AdapterName, found: RemoteVersion, token: str | None) -> Path:
@@ -89,37 +88,27 @@ class HubSource:
             The errors of `look_up`, and AdapterUnavailableError (cache_full) where nothing can be written.
         """
         staged = self._staged(name, found.revision)
-        names = wanted_files(found.file_names) if found.files else {}  # offline nobody lists them, and they are here
-        wanted = [file for file in found.files if file.name in names]
+        wanted = _wanted(found) if found.files else []  # offline nobody lists them, and they are here
         with translated(name):
             with self._staging.filling(staged, str(name), wanted) as part:
                 if part is not None:
-                    self._download(name, found, token, part)
+                    self._download(name, found.revision, wanted, token, part)
                     _require_whole(part, wanted)
             self._remember(name, found)
         return staged
 
-    def _download(self, name: AdapterName, found: RemoteVersion, token: str | None, part: Path) -> None:
-        for file in wanted_files(found.file_names):
+    def _download(self, name: AdapterName, commit: str, files: Sequence[RemoteFile], token: str | None, part: Path) -> None:
+        for file in files:
             hf_hub_download(
                 name.path,
-                file,
-                revision=found.revision,
+                file.name,
+                revision=commit,
                 token=token,
                 endpoint=self._endpoint,
                 etag_timeout=self._timeout_s,
                 local_dir=part,
             )
         shutil.rmtree(part / ".cache", ignore_errors=True)  # the library's notes about the download
-
-    def _refuse_oversized(self, found: RemoteVersion) -> None:
-        wanted = wanted_files(found.file_names)
-        for file in found.files:
-            limit = self._max_bytes if is_weights(file.name) else SMALL_FILE_BYTES
-            if file.name in wanted and file.size_bytes is not None and file.size_bytes > limit:
-                raise AdapterInvalidError(
-                    f"{file.name} has {file.size_bytes} bytes on the hub; the limit is {limit}", code="adapter_too_large"
-                )
 
     def _staged(self, name: AdapterName, commit: str) -> Path:
         return self._cache.place("hub", name.path.replace("/", "--"), commit)
@@ -153,10 +142,14 @@ class HubSource:
 def _commit_of(info: Any, name: AdapterName) -> RemoteVersion:
     if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
         raise AdapterUnavailableError(f"the hub names no commit for {name}", retry_after_s=60.0)
-    files = list(info.siblings or ())
-    names = [str(file.rfilename) for file in files]
-    wanted_files(names)
-    return RemoteVersion(info.sha, bool(info.private or info.gated), tuple(_remote_file(file) for file in files))
+    files = tuple(_remote_file(file) for file in info.siblings or ())
+    return RemoteVersion(info.sha, bool(info.private or info.gated), files)
+
+
+def _wanted(found: RemoteVersion) -> list[RemoteFile]:
+    """Of a repository's files those that make the adapter. Raises AdapterInvalidError as `wanted_files` does."""
+    names = wanted_files(found.file_names)
+    return [file for file in found.files if file.name in names]
 
 
 def _remote_file(file: Any) -> RemoteFile:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +14,7 @@ from huggingface_hub.errors import (
 )
 
 from node.adapters.names import AdapterName
+from node.adapters.staging import DISK_FAULTS, unstorable
 from node.errors import (
     AdapterError,
     AdapterForbiddenError,
@@ -25,7 +25,6 @@ from node.errors import (
 
 DEFAULT_RETRY_S = 10.0
 MAX_RETRY_S = 300.0
-_CACHE_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE})
 
 
 # Its first base is the transport's own error (time-outs, refused connections), whichever HTTP library the hub's one is built on.
@@ -55,12 +54,8 @@ def from_hub(error: Exception, name: AdapterName) -> AdapterError:
         return AdapterUnavailableError(
             f"{name} is not cached and this node is offline (HF_HUB_OFFLINE); go online once to fetch it"
         )
-    if isinstance(error, OSError) and error.errno in _CACHE_FAULTS:
-        return AdapterUnavailableError(
-            f"{name} cannot be stored (errno {error.errno}); free space in, or correct, the cache directory",
-            code="cache_full",
-            retry_after_s=60.0,
-        )
+    if isinstance(error, OSError) and error.errno in DISK_FAULTS:
+        return unstorable(error, name)
     return AdapterUnavailableError(f"the hub cannot be reached for {name}; try again", retry_after_s=DEFAULT_RETRY_S)
 
 

@@ -18,9 +18,9 @@ from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, 
 from obstore.store import AzureStore, GCSStore, S3Store
 
 from node.adapters.disk_cache import DiskCache
-from node.adapters.formats.layout import CONFIG_FILE, MANIFEST_FILE, MAX_DIRECTORY_ENTRIES, WEIGHTS_FILE, is_weights, wanted_files
+from node.adapters.formats.layout import CONFIG_FILE, MANIFEST_FILE, MAX_DIRECTORY_ENTRIES, WEIGHTS_FILE, wanted_files
 from node.adapters.locations import Location, parse_location
-from node.adapters.remote import RemoteFile, RemoteVersion
+from node.adapters.remote import RemoteFile, RemoteVersion, file_limit, refuse_oversized
 from node.adapters.sources.web import Resolve, WebAnswer, WebDoor, resolve_host
 from node.adapters.staging import Staging, discard
 from node.errors import (
@@ -35,7 +35,6 @@ from node.errors import (
 if TYPE_CHECKING:
     from obstore import GetOptions
 
-SMALL_FILE_BYTES = 1 << 20  # configuration and manifest
 CHUNK_BYTES = 1 << 20
 RETRY_S = 10.0
 
@@ -109,12 +108,7 @@ class StoreSource:
         listed = self._store(name).reader.files(name)
         wanted = wanted_files([file.name for file in listed])
         files = [file for file in listed if file.name in wanted]
-        for file in files:
-            limit = self._limit(file)
-            if file.size_bytes is not None and file.size_bytes > limit:
-                raise AdapterInvalidError(
-                    f"{file.name} has {file.size_bytes} bytes at its source; the limit is {limit}", code="adapter_too_large"
-                )
+        refuse_oversized(files, self._max_bytes, "at its source")
         return RemoteVersion(_revision(files, name), is_private=False, files=tuple(files))
 
     def fetch(self, name: Location, found: RemoteVersion, token: str | None) -> Path:
@@ -124,8 +118,9 @@ class StoreSource:
         with self._staging.filling(final, str(name), found.files) as part:
             for file in found.files if part is not None else ():
                 assert part is not None  # noqa: S101 - for the type checker: the loop is empty otherwise
+                limit = file_limit(file, self._max_bytes)
                 try:
-                    self._staging.receive(part, file, lambda f, offset: reader.read(name, f, offset), self._limit(file))
+                    self._staging.receive(part, file, lambda f, offset: reader.read(name, f, offset), limit)
                 except AdapterUnavailableError as error:
                     if error.error_code == "source_limit":
                         discard(part)  # what a source sends beyond its word is not worth going on with
@@ -142,9 +137,6 @@ class StoreSource:
         raise AdapterForbiddenError(
             f"adapter location {location} is outside the stores this node serves from (adapters.stores)", param="model"
         )
-
-    def _limit(self, file: RemoteFile) -> int:
-        return self._max_bytes if is_weights(file.name) else SMALL_FILE_BYTES
 
 
 class _VersionMovedError(Exception):
