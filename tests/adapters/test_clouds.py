@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +12,7 @@ import pytest
 
 from node.config import StoreSettings
 from node.errors import AdapterNotFoundError
+from tests.adapters.replies import reply
 
 WEIGHTS = "adapter_model.safetensors"
 WHEN = "Wed, 21 Oct 2026 07:28:00 GMT"
@@ -47,10 +47,10 @@ class Cloud:
         query, key = parse_qs(url.query), unquote(url.path).split("/", 2)[2:]
         if not key:
             found = {name: body for name, body in self.objects.items() if name.startswith(query["prefix"][0])}
-            return send(handler, 200, (azure_list if "comp" in query else google_list)(found).encode())
+            return reply(handler, 200, (azure_list if "comp" in query else google_list)(found).encode())
         body = self.objects[key[0]]
         if handler.headers.get("If-Match", tag(body)) != tag(body):
-            return send(handler, 412, b"")
+            return reply(handler, 412, b"")
         wanted = handler.headers.get("Range")
         self.ranges.append((key[0].rpartition("/")[2], wanted))
         first = int(wanted.removeprefix("bytes=").partition("-")[0]) if wanted else 0
@@ -59,7 +59,7 @@ class Cloud:
         shown = body[first:]
         if self.cut is not None and key[0].endswith(WEIGHTS):
             shown, self.cut = shown[: self.cut], None
-        return send(handler, 206 if wanted else 200, shown, headers)
+        return reply(handler, 206 if wanted else 200, shown, headers)
 
 
 def tag(body):
@@ -82,16 +82,6 @@ def azure_list(found):
         for key, body in found.items()
     )
     return f"<EnumerationResults><Prefix/><Blobs>{rows}</Blobs><NextMarker/></EnumerationResults>"
-
-
-def send(handler, status, body, headers=None):
-    handler.send_response(status)
-    for key, value in ({"Content-Length": str(len(body)), "Connection": "close"} | (headers or {})).items():
-        handler.send_header(key, value)
-    handler.end_headers()
-    with contextlib.suppress(OSError):  # the client may have had enough
-        handler.wfile.write(body)
-    handler.close_connection = True
 
 
 @pytest.fixture

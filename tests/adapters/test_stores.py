@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import threading
@@ -22,6 +21,7 @@ from node.errors import (
     AdapterUnavailableError,
     ConfigError,
 )
+from tests.adapters.replies import reply
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -67,16 +67,6 @@ class WebServer:
         first, _, last = wanted.removeprefix("bytes=").partition("-")
         part = body[int(first) : int(last) + 1 if last else len(body)]
         return reply(handler, 206, part, tag | {"Content-Range": f"bytes {first}-{int(first) + len(part) - 1}/{len(body)}"})
-
-
-def reply(handler, status, body, headers=None):
-    handler.send_response(status)
-    for key, value in ({"Content-Length": str(len(body)), "Connection": "close"} | (headers or {})).items():
-        handler.send_header(key, value)
-    handler.end_headers()
-    with contextlib.suppress(OSError):  # the client may have had enough
-        handler.wfile.write(body)
-    handler.close_connection = True
 
 
 @pytest.fixture
