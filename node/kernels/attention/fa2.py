@@ -22,9 +22,6 @@ class Fa2Attention(PagedAttention):
     def name(self) -> str:
         return "fa2"
 
-    def plan_decode(self, block_tables: Tensor, context_lens: Tensor, max_context: int) -> DecodePlan:
-        return DecodePlan(block_tables, context_lens, max_context)
-
     def decode(
         self, q: Tensor, keys: Tensor, values: Tensor, plan: DecodePlan, out: Tensor, *, window: int | None = None
     ) -> Tensor:
@@ -39,11 +36,6 @@ class Fa2Attention(PagedAttention):
             window_size=_window(window),
         )
         return out.copy_(found.squeeze(1))
-
-    def plan_prefill(
-        self, block_tables: Tensor, query_start: Tensor, context_lens: Tensor, max_query: int, max_context: int
-    ) -> PrefillPlan:
-        return PrefillPlan(block_tables, query_start, context_lens, max_query, max_context)
 
     def prefill(
         self, q: Tensor, keys: Tensor, values: Tensor, plan: PrefillPlan, out: Tensor, *, window: int | None = None

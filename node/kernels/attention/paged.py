@@ -91,13 +91,13 @@ class PagedAttention(ABC):
     def name(self) -> str:
         """ "fa3", "fa2", "varlen" or "triton"."""
 
-    @abstractmethod
     def plan_decode(self, block_tables: Tensor, context_lens: Tensor, max_context: int) -> DecodePlan:
         """Plan a step of one row a sequence, once, before the first layer. Launches at most one small kernel a window.
 
         It must complete before the first layer's kernels start: under programmatic dependent launch, a kernel launched without
         that attribute has to stand between.
         """
+        return DecodePlan(block_tables, context_lens, max_context)
 
     @abstractmethod
     def decode(
@@ -116,11 +116,11 @@ class PagedAttention(ABC):
             `out`. With `is_deterministic` a row's bits do not depend on the other rows, on Q or on padding.
         """
 
-    @abstractmethod
     def plan_prefill(
         self, block_tables: Tensor, query_start: Tensor, context_lens: Tensor, max_query: int, max_context: int
     ) -> PrefillPlan:
         """Plan a step with prompt chunks. Not for capture."""
+        return PrefillPlan(block_tables, query_start, context_lens, max_query, max_context)
 
     @abstractmethod
     def prefill(

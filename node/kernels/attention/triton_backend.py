@@ -73,11 +73,6 @@ class TritonAttention(PagedAttention):
         )  # fmt: skip
         return out
 
-    def plan_prefill(
-        self, block_tables: Tensor, query_start: Tensor, context_lens: Tensor, max_query: int, max_context: int
-    ) -> PrefillPlan:
-        return PrefillPlan(block_tables, query_start, context_lens, max_query, max_context)
-
     def prefill(
         self, q: Tensor, keys: Tensor, values: Tensor, plan: PrefillPlan, out: Tensor, *, window: int | None = None
     ) -> Tensor:

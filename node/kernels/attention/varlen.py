@@ -25,19 +25,11 @@ class VarlenAttention(PagedAttention):
     def name(self) -> str:
         return "varlen"
 
-    def plan_decode(self, block_tables: Tensor, context_lens: Tensor, max_context: int) -> DecodePlan:
-        return DecodePlan(block_tables, context_lens, max_context)
-
     def decode(
         self, q: Tensor, keys: Tensor, values: Tensor, plan: DecodePlan, out: Tensor, *, window: int | None = None
     ) -> Tensor:
         starts = self._one_each[: q.shape[0] + 1]
         return self._run(q, keys, values, out, starts, plan, (1, plan.max_context), window)
-
-    def plan_prefill(
-        self, block_tables: Tensor, query_start: Tensor, context_lens: Tensor, max_query: int, max_context: int
-    ) -> PrefillPlan:
-        return PrefillPlan(block_tables, query_start, context_lens, max_query, max_context)
 
     def prefill(
         self, q: Tensor, keys: Tensor, values: Tensor, plan: PrefillPlan, out: Tensor, *, window: int | None = None
