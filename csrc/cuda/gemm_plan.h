@@ -30,6 +30,8 @@ struct SkinnyGemmPlan {
   int stages;       // pipeline depth
   int cluster;      // 1, 2 from 64 tokens on or 4 from 128 on: blocks that load one tile of x together (TMA multicast)
   int early;        // stages of W asked for before the kernels ahead have ended; 0: all
+  bool is_summed = false;  // planes are added up inside a cluster: one [T, N] leaves; every block has at most one item
+  int store = 1;
 };
 
 // Bytes of one stage: a tile of W and a tile of x.
@@ -37,10 +39,14 @@ constexpr int gemm_stage_bytes(const SkinnyGemmPlan& plan) {
   return (plan.tile_rows + plan.tile_tokens) * kGemmBlockK * 2;
 }
 
+// Where a warpgroup puts down a part of its block on the way to y: 64 tokens of 64 bf16, or 32 of 64 float32, rows padded.
+GEMM_ANYWHERE constexpr int gemm_line_bytes(int tile_tokens) { return tile_tokens % 64 == 0 ? 64 * 144 : (tile_tokens < 32 ? tile_tokens : 32) * 272; }
+
 // Dynamic shared memory. The last stage's wgmma reads whole m64 blocks, past tile_rows: the slack keeps that inside.
 constexpr int gemm_shared_bytes(const SkinnyGemmPlan& plan) {
   const int overrun = (64 * plan.row_blocks - plan.tile_rows - plan.tile_tokens) * kGemmBlockK * 2;
-  return 1024 + plan.stages * gemm_stage_bytes(plan) + (overrun > 0 ? overrun : 0) + kGemmBarrierBytes;
+  return 1024 + plan.stages * gemm_stage_bytes(plan) + (overrun > 0 ? overrun : 0) + kGemmBarrierBytes +
+         (plan.is_summed || plan.store != 1 ? 0 : 2 * gemm_line_bytes(plan.tile_tokens));
 }
 
 // The smallest n of the kernel's templates that holds T tokens; 0 if none does.

@@ -18,12 +18,16 @@
 
 #include "device.cuh"
 #include "gemm_plan.h"
+#include "gemm_store.cuh"
 #include "gemm_tma.cuh"
 #include "gemm_wgmma.cuh"
 
 namespace openlora {
 namespace {
 
+#ifndef STORE
+#define STORE 1
+#endif
 constexpr int kConsumerWarps = 8;
 constexpr int kThreads = (kConsumerWarps + 1) * 32;
 constexpr int kShrinkWarps = 3;  // beside the producer: together they fill a third warpgroup
@@ -34,7 +38,8 @@ struct Work {
   void* y;
   int tokens, outputs;
   int k_blocks, planes, row_tiles, tile_rows, stages, early;
-  bool is_bfloat16;
+  bool is_bfloat16, is_summed;
+  int store;
 };
 
 // The shrink's share of a launch.
@@ -50,7 +55,7 @@ struct Shrink {
 
 // Where stage buffers and barriers lie; the same in every block of a cluster.
 struct Ring {
-  uint32_t buffers, barriers;
+  uint32_t buffers, barriers, lines;
   int stage_bytes, w_bytes, stages;
 
   __device__ uint32_t w(int stage) const { return buffers + stage * stage_bytes; }
@@ -171,6 +176,46 @@ __device__ __forceinline__ void store_block(const float (&d)[kTokens / 2], Pair*
   }
 }
 
+template <typename Out, int kTokens, int kBlocks>
+__device__ __forceinline__ void store_item_as(const Work& work, const Ring& ring, const float (&d)[kBlocks][kTokens / 2], int row_tile, int plane) {
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int first_row = row_tile * work.tile_rows, first_block = warp / 4 * kBlocks;
+  const int row_end = min(first_row + work.tile_rows, work.outputs);
+  Out* y = static_cast<Out*>(work.y);
+  if (work.is_summed) {
+    const int pitch = (128 * kBlocks + 4) * 4;
+    sync_threads(2, kConsumerWarps * 32);  // nobody reads the ring any more: the tile takes its place
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) put_down<kTokens>(d[block], work.tokens, ring.buffers, pitch, (first_block + block) * 64 + warp % 4 * 16);
+    cluster_sync();
+    sum_cluster(work.planes, y, work.tokens, work.outputs, first_row, row_end, ring.buffers, pitch, kConsumerWarps * 32);
+    return;
+  }
+  y += static_cast<int64_t>(plane) * work.tokens * work.outputs;
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) {
+    if (STORE == 0) {
+      const int row = first_row + (first_block + block) * 64 + warp % 4 * 16 + lane / 4;
+      using Pair = std::conditional_t<sizeof(Out) == 2, __nv_bfloat162, float2>;
+      store_block<Pair, kTokens>(d[block], reinterpret_cast<Pair*>(y), work.tokens, work.outputs / 2, row, row_end);
+    } else if (STORE == 1) {
+      store_lines<Out, kTokens>(d[block], y, work.tokens, work.outputs, first_row + (first_block + block) * 64, row_end,
+                                ring.lines + warp / 4 * gemm_line_bytes(kTokens), 2 + warp / 4);
+    } else {
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) sum += d[block][i];
+      if (sum == 1234.5f) *y = Out(sum);
+    }
+  }
+}
+
+template <int kTokens, int kBlocks>
+__device__ __forceinline__ void store_item(const Work& work, const Ring& ring, const float (&d)[kBlocks][kTokens / 2], int row_tile, int plane) {
+  if (work.is_bfloat16) store_item_as<__nv_bfloat16, kTokens, kBlocks>(work, ring, d, row_tile, plane);
+  else store_item_as<float, kTokens, kBlocks>(work, ring, d, row_tile, plane);
+}
+
 template <int kTokens, int kBlocks, int kCluster>
 __device__ void consume(const Work& work, const Ring& ring) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -213,19 +258,7 @@ __device__ void consume(const Work& work, const Ring& ring) {
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) wgmma_results<kTokens / 2>(d[block]);
     if (previous >= 0) release(previous);
-    const int first_row = items.row_tile * work.tile_rows;
-    const int row_end = min(first_row + work.tile_rows, work.outputs);
-    const int64_t offset = static_cast<int64_t>(items.plane) * work.tokens * work.outputs;
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      const int row = first_row + (first_block + block) * 64 + warp % 4 * 16 + lane / 4;
-      if (work.is_bfloat16) {
-        store_block<__nv_bfloat162, kTokens>(d[block], static_cast<__nv_bfloat162*>(work.y), work.tokens, work.outputs / 2, row, row_end);
-      } else {
-        store_block<float2, kTokens>(d[block], reinterpret_cast<float2*>(static_cast<float*>(work.y) + offset), work.tokens,
-                                     work.outputs / 2, row, row_end);
-      }
-    }
+    store_item<kTokens, kBlocks>(work, ring, d, items.row_tile, items.plane);
   }
 }
 
@@ -383,7 +416,9 @@ __global__ __launch_bounds__(kLora ? kShrinkThreads : kThreads, 1) void skinny_g
   ring.buffers = (shared_address(shared) + 1023) & ~1023u;
   const int overrun = max(0, 128 * kBlocks - work.tile_rows - kTokens) * kRowBytes;
   ring.barriers = ring.buffers + work.stages * ring.stage_bytes + overrun;
+  ring.lines = ring.barriers + kGemmBarrierBytes;
   const int warp = static_cast<int>(threadIdx.x) / 32;
+  const bool is_idle = Items<kCluster>(work).is_done();
   if (warp == kConsumerWarps) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     if (lane < work.stages) {
@@ -409,7 +444,8 @@ __global__ __launch_bounds__(kLora ? kShrinkThreads : kThreads, 1) void skinny_g
     wait_for_dependencies();  // y may still be read by a kernel ahead
     consume<kTokens, kBlocks, kCluster>(work, ring);
   }
-  if constexpr (kCluster > 1) cluster_sync();  // nobody leaves while others still write to its shared memory
+  if (work.is_summed && (warp >= kConsumerWarps || is_idle)) cluster_sync();
+  if (kCluster > 1 || work.is_summed) cluster_sync();  // nobody leaves while others still write to its shared memory
 #endif
 }
 
@@ -503,7 +539,7 @@ cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPl
                         plan.tile_rows % 8 == 0 && plan.tile_rows <= std::min(64 * plan.row_blocks, 256) &&
                         gemm_shared_bytes(plan) <= kGemmSharedBytes && args.x_stride % 8 == 0 && args.x_stride >= args.inputs &&
                         is_aligned(args.x) && is_aligned(args.w) && is_aligned(args.y) &&
-                        (args.output == GemmOutput::kFloatPlanes || plan.planes == 1) && has_valid_lora(args, plan);
+                        (args.output == GemmOutput::kFloatPlanes || plan.planes == 1 || plan.is_summed) && (!plan.is_summed || (plan.cluster == 1 && plan.planes > 1)) && has_valid_lora(args, plan);
   const Kernel kernel = !is_valid ? nullptr : args.lora != nullptr ? find_kernel<true>(plan) : find_kernel<false>(plan);
   if (kernel == nullptr) return cudaErrorInvalidValue;
   static const EncodeTiled encode = find_encoder();
@@ -530,22 +566,27 @@ cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPl
   work.stages = plan.stages;
   work.early = plan.early > 0 ? std::min(plan.early, plan.stages) : plan.stages;
   work.is_bfloat16 = args.output == GemmOutput::kBfloat16;
+  work.is_summed = plan.is_summed;
+  work.store = plan.store;
   const int groups = (work.row_tiles + plan.cluster - 1) / plan.cluster * plan.planes;
   Shrink shrink = {};
   if (args.lora != nullptr) {
     shrink = {*args.lora, args.x, args.x_stride, args.inputs, args.lora_pairs, args.lora_partial, args.lora_arrivals};
   }
-  const int resident = sm_count * (2 * shared_bytes <= kGemmSharedBytes - 2048 ? 2 : 1) / plan.cluster;
+  const int cluster = plan.is_summed ? plan.planes : plan.cluster;
+  const int resident = sm_count * (2 * shared_bytes <= kGemmSharedBytes - 2048 ? 2 : 1);
+
+  if (plan.is_summed && groups > resident / cluster * cluster) return cudaErrorInvalidValue;
 
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = args.use_pdl ? 1 : 0;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = plan.cluster;
+  attributes[1].val.clusterDim.x = cluster;
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   // With a shrink, whose items only the device counts, every SM has a block.
-  config.gridDim = dim3(args.lora != nullptr ? resident : std::min(groups, resident) * plan.cluster);
+  config.gridDim = dim3((args.lora != nullptr ? resident : std::min(groups * plan.cluster, resident)) / cluster * cluster);
   config.blockDim = dim3(args.lora != nullptr ? kShrinkThreads : kThreads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
