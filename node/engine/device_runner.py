@@ -34,8 +34,8 @@ from node.engine.runner import (
     embedding_rows,
     row_mask,
 )
-from node.engine.scheduler import Work, WorkResult
 from node.engine.step_block import BlockLayout, StepBlock, upload
+from node.engine.step_plan import Work, WorkResult
 from node.kernels.cuda_ops import DeviceTiles
 from node.kernels.device_rows import DeviceRows
 from node.kernels.lora import LoraRows, lora_rows
