@@ -57,6 +57,7 @@ class Running:
     def start(self, sequence: Sequence, matched: Seq[int]) -> None:
         """A sequence runs from now on, the blocks of its cached prefix in hand."""
         self._adapters.pin(sequence.terms)
+        sequence.holds_adapters = True
         self._blocks.share(matched)
         sequence.blocks.extend(matched)
         sequence.published_count = len(matched)
@@ -71,7 +72,18 @@ class Running:
         self._sequences.remove(sequence)
         self._blocks.release(sequence.blocks)
         del sequence.blocks[:]
-        self._adapters.unpin(sequence.terms)
+        self._let_go(sequence)
+
+    def let_go_of_adapters(self) -> None:
+        """Sequences whose last token is being drawn need no adapters any more: somebody else's may come while it is."""
+        for sequence in self._sequences:
+            if sequence.is_ending:
+                self._let_go(sequence)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        if sequence.holds_adapters:
+            self._adapters.unpin(sequence.terms)
+            sequence.holds_adapters = False
 
     # ---- blocks
 

@@ -117,6 +117,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """Choose the rows of the next step. Every plan with work must be answered by `complete`, in order, one late at most."""
+        self._running.let_go_of_adapters()  # before the step begins: the steps they are needed for are launched
         self._adapters.begin_step()
         draft = Draft(self._running, self._queue, self._limits.max_batch_tokens)
         self._admission.recall(draft)
