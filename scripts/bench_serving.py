@@ -13,8 +13,8 @@ closed   --streams requests at once, each followed by the next: output tokens/s,
 open     Poisson arrivals at each of --rates requests/s for --seconds: time to first token, time between tokens, and goodput:
          requests/s whose first token came within --slo-ttft-ms and whose tokens came every --slo-itl-ms on average.
 
-The client is --clients processes, so that it is not the limit itself; `client_cpu_share` says how busy they were. Of a node of our
-own `api_us_per_token` says what the API process spent.
+The client is --clients processes, so that it is not the limit itself; `client_cpu_share` says how busy they were. Of a node of
+our own `api_us_per_token` says what the API process spent.
 """
 
 from __future__ import annotations
