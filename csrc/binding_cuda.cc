@@ -318,8 +318,8 @@ int64_t skinny_gemm_planes(int64_t outputs, int64_t inputs, int64_t tokens) {
 
 bool is_skinny_gemm_faster(int64_t outputs, int64_t inputs, int64_t tokens) { return openlora::is_skinny_gemm_faster(tokens, outputs, inputs); }
 
-void skinny_gemm(const Tensor& x, const Tensor& weight, bool use_pdl, Tensor y) {
-  const Place place(x);
+// What both forms of the skinny GEMM take.
+openlora::SkinnyGemmArgs skinny_gemm_args(const Place& place, const Tensor& x, const Tensor& weight, bool use_pdl, const Tensor& y) {
   STD_TORCH_CHECK(x.dim() == 2 && x.scalar_type() == ScalarType::BFloat16 && x.stride(1) == 1, "openlora: x must be [T, K] bfloat16, K dense");
   check(place, weight, "weight", 2, ScalarType::BFloat16);
   check_size(weight, "weight", 1, x.size(1));
@@ -340,7 +340,36 @@ void skinny_gemm(const Tensor& x, const Tensor& weight, bool use_pdl, Tensor y) 
   a.outputs = as_int(weight.size(0), "outputs");
   a.inputs = as_int(weight.size(1), "inputs");
   a.use_pdl = use_pdl;
-  check_launch(openlora::launch_skinny_gemm(a, place.stream()), "skinny_gemm");
+  return a;
+}
+
+void skinny_gemm(const Tensor& x, const Tensor& weight, bool use_pdl, Tensor y) {
+  const Place place(x);
+  check_launch(openlora::launch_skinny_gemm(skinny_gemm_args(place, x, weight, use_pdl, y), place.stream()), "skinny_gemm");
+}
+
+int64_t skinny_gemm_shrink_chunks(int64_t inputs) { return openlora::skinny_gemm_shrink_chunks(inputs); }
+
+// The same with the shrink of its own input in the launch.
+void skinny_gemm_shrink(const Tensor& x, const Tensor& weight, bool use_pdl, const Tensor& pages, const Tensor& tiles, const Tensor& ranks,
+                        const Tensor& scales, const Ints& spans, int64_t tile_rows, Tensor partial, Tensor arrivals, Tensor v, Tensor y) {
+  const Place place(x);
+  openlora::SkinnyGemmArgs a = skinny_gemm_args(place, x, weight, use_pdl, y);
+  openlora::LoraWork work = work_of(place, pages, tiles, ranks, v, spans, tile_rows, ScalarType::BFloat16, x.size(1), weight.size(0));
+  check(place, scales, "scales", 2, ScalarType::Float);
+  check_size(scales, "scales", 0, ranks.size(0));
+  check_size(scales, "scales", 1, ranks.size(1));
+  check(place, partial, "partial", 4, ScalarType::Float);
+  check_size(partial, "partial", 0, openlora::skinny_gemm_shrink_chunks(x.size(1)));
+  for (int64_t dim = 0; dim < 3; ++dim) check_size(partial, "partial", dim + 1, v.size(dim));
+  check(place, arrivals, "arrivals", 1, ScalarType::Int);
+  STD_TORCH_CHECK(arrivals.size(0) >= v.size(0), "openlora: arrivals has ", arrivals.size(0), " counters, fewer than v has pairs");
+  work.scales = as<float>(scales);
+  a.lora = &work;
+  a.lora_pairs = v.size(0);
+  a.lora_partial = as<float>(partial);
+  a.lora_arrivals = as<int32_t>(arrivals);
+  check_launch(openlora::launch_skinny_gemm(a, place.stream()), "skinny_gemm_shrink");
 }
 
 // The plan's tables lie in device memory and are not checked here; their one writer is node/kernels/attention/items.py.
@@ -437,12 +466,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(openlora, m) {
       "attention_decode(Tensor q, Tensor keys, Tensor values, Tensor tables, Tensor items, Tensor counts, Tensor firsts, "
       "Tensor(a!) partial, Tensor(b!) stats, Tensor(c!) done, float scale_log2, int workers, int variant, int follow, Tensor(d!) out) -> ()");
   m.def("skinny_gemm(Tensor x, Tensor weight, bool use_pdl, Tensor(a!) y) -> ()");
+  m.def(
+      "skinny_gemm_shrink(Tensor x, Tensor weight, bool use_pdl, Tensor pages, Tensor tiles, Tensor ranks, Tensor scales, int[] spans, "
+      "int tile_rows, Tensor(a!) partial, Tensor(b!) arrivals, Tensor(c!) v, Tensor(d!) y) -> ()");
+  m.def("skinny_gemm_shrink_chunks(int inputs) -> int");
   m.def("skinny_gemm_planes(int outputs, int inputs, int tokens) -> int");
   m.def("is_skinny_gemm_faster(int outputs, int inputs, int tokens) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(openlora, CompositeExplicitAutograd, m) {
   m.impl("skinny_gemm_planes", TORCH_BOX(&skinny_gemm_planes));
+  m.impl("skinny_gemm_shrink_chunks", TORCH_BOX(&skinny_gemm_shrink_chunks));
   m.impl("is_skinny_gemm_faster", TORCH_BOX(&is_skinny_gemm_faster));
 }
 
@@ -456,4 +490,5 @@ STABLE_TORCH_LIBRARY_IMPL(openlora, CUDA, m) {
   m.impl("embed_rms_norm", TORCH_BOX(&embed_rms_norm));
   m.impl("attention_decode", TORCH_BOX(&attention_decode));
   m.impl("skinny_gemm", TORCH_BOX(&skinny_gemm));
+  m.impl("skinny_gemm_shrink", TORCH_BOX(&skinny_gemm_shrink));
 }

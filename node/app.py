@@ -38,6 +38,7 @@ from node.operations import adapter_operations, settlement_operations
 from node.settlement.treasury import LEDGER_NAME, Treasury, open_treasury
 from node.telemetry.logs import make_logger
 from node.telemetry.metrics import NodeMetrics
+from node.tenancy.given_names import GivenNames
 from node.tenancy.key_desk import key_operations
 from node.tenancy.key_file import read_key_file
 from node.tenancy.meter import TokenPrice
@@ -101,9 +102,11 @@ async def open_node(settings: Settings) -> AsyncIterator[Node]:
         engine = EngineClient(settings, _private_directory(settings))
         ready = await engine.start()
         stack.push_async_callback(engine.close)
-        catalog = AdapterCatalog(settings, ready.linears, ready.base_id, time.monotonic)
+        names = GivenNames(treasury.ledger.transact)
+        catalog = AdapterCatalog(settings, ready.linears, ready.base_id, time.monotonic, names=names)
         stack.push_async_callback(catalog.close)
         await catalog.start()
+        await catalog.restore(tenancy.sees_of_owner)
         deriver = _deriver(settings, ready)
         stack.push_async_callback(deriver.close)
         services = _services(settings, engine, ready, catalog, deriver, treasury, tenancy, logger)

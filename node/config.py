@@ -143,6 +143,7 @@ class AdapterSettings(_Section):
     merge_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     fetch_timeout_s: Annotated[float, Field(gt=0)] = 120.0
     negative_cache_s: Annotated[float, Field(ge=0)] = 60.0
+    private_recheck_s: Annotated[float, Field(ge=0)] = 0.0  # 0: a private adapter's source is asked on every request
 
 
 Limit = Annotated[int, Field(ge=1)] | None

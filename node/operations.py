@@ -15,7 +15,7 @@ from node.adapters.catalog import AdapterCatalog
 from node.adapters.entry import CatalogEntry
 from node.adapters.locations import is_location, parse_location
 from node.adapters.names import parse_name
-from node.errors import ChainError, RequestError
+from node.errors import AdapterNotFoundError, ChainError, RequestError
 from node.settlement.claims import active_epoch, claimable, submit_claims
 from node.settlement.epochs import EpochSummary
 from node.settlement.treasury import Treasury
@@ -29,7 +29,7 @@ _CHAIN_TIMEOUT_S = 120.0
 def adapter_operations(
     catalog: AdapterCatalog, store: TenantStore, states: Callable[[], Callable[[str], str]]
 ) -> dict[str, Operation]:
-    """adapters.list, adapters.fetching, adapters.add, adapters.show, adapters.restrict, adapters.release.
+    """adapters.list, adapters.fetching, adapters.add, adapters.remove, adapters.show, adapters.restrict, adapters.release.
 
     Args:
         states: Where adapters are now, by content hash.
@@ -47,11 +47,20 @@ def adapter_operations(
 
     async def add(directory: str, name: str | None, owner: str | None = None, allowed: Sequence[str] = ()) -> dict[str, Any]:
         if owner is not None:  # before anybody can see it
-            await restrict(name if name is not None else Path(directory).name, owner, allowed)
+            await restrict(name if name is not None else Path(directory).name, owner, allowed, ahead=True)
         return _adapter(await catalog.add(Path(directory), name))
 
-    async def restrict(name: str, owner: str, allowed: Sequence[str]) -> dict[str, Any]:
+    async def remove(name: str) -> None:
+        await catalog.remove(name)
+
+    async def restrict(name: str, owner: str, allowed: Sequence[str], ahead: bool = False) -> dict[str, Any]:
         adapter = PrivateAdapter(_spelled(name), owner, frozenset(allowed))
+        if not ahead and not catalog.is_known(adapter.name):
+            raise AdapterNotFoundError(
+                f"no adapter {adapter.name} is known here, so nothing would be closed; check the spelling, or close the name "
+                "before its adapter comes: --ahead",
+                param="name",
+            )
         await store.restrict_adapter(adapter)
         return {"name": adapter.name, "owner": owner, "allowed": sorted(adapter.allowed)}
 
@@ -68,6 +77,7 @@ def adapter_operations(
         "adapters.list": list_all,
         "adapters.fetching": fetching,
         "adapters.add": add,
+        "adapters.remove": remove,
         "adapters.show": show,
         "adapters.restrict": restrict,
         "adapters.release": release,
@@ -184,8 +194,8 @@ def _owner(store: TenantStore, name: str) -> str | None:
 
 
 def _spelled(name: str) -> str:
-    """A name as the catalog lists it: a location, or a name of the grammar."""
-    return str(parse_location(name) if is_location(name) else parse_name(name))
+    """What a restriction is about: a location, or a name of the grammar in all its revisions."""
+    return str(parse_location(name)) if is_location(name) else parse_name(name).path
 
 
 def _adapter(entry: CatalogEntry) -> dict[str, Any]:

@@ -17,30 +17,34 @@ import argparse
 import asyncio
 import json
 import os
-import random
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import zlib
+import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import numpy as np
-from aiohttp import web
 from bench_engine import median_interval
 from safetensors.numpy import save_file
+from storm_figures import Phase, Round, compared, cpu_seconds
+from storm_load import Helper
 
 DEMO = Path(__file__).resolve().parents[1] / "config/demo/adapters"
 BASE = "smollm2-135m-instruct"
 HOT = ("lincoln", "reagan", "roosevelt")
 PROMPT_TOKENS = 16
+HOT_CLIENTS = 8
+LEAD_S = 0.3  # from the first hot requests of a phase to the cold ones
+STATS_S = 1.2  # the engine's counters are at most so old
+STORM_SETTINGS = "allow_hub = true"
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -179,62 +183,25 @@ async def _paired(session: aiohttp.ClientSession, few: str, many: str, count: in
 # ---- storm
 
 
-async def slow_hub(latency_s: float, failure: float, source: Path) -> tuple[web.AppRunner, str]:
-    """A server that speaks enough of the hub's protocol, slowly and with faults.
-
-    Every repository has the weights of `source` and an alpha of its own, so that all are different adapters.
-    """
-    draw = random.Random(11)  # noqa: S311 - faults to repeat, not secrets
-    weights = (source / "adapter_model.safetensors").read_bytes()
-    config = json.loads((source / "adapter_config.json").read_text())
-
-    def files_of(name: str) -> dict[str, bytes]:
-        alpha = 1 + zlib.crc32(name.encode()) % 100_000 / 100_000
-        return {"adapter_config.json": json.dumps({**config, "lora_alpha": alpha}).encode(), "adapter_model.safetensors": weights}
-
-    async def answer(request: web.Request) -> web.StreamResponse:
-        await asyncio.sleep(latency_s)
-        if draw.random() < failure:
-            return web.Response(status=503)
-        parts = request.path.strip("/").split("/")
-        if parts[0] == "api":
-            found = files_of("/".join(parts[2:4]))
-            siblings = [{"rfilename": name, "size": len(content)} for name, content in found.items()]
-            info = {"id": "/".join(parts[2:4]), "sha": "1" * 40, "private": False, "gated": False, "siblings": siblings}
-            return web.json_response(info)
-        content = files_of("/".join(parts[:2]))[parts[-1]]
-        return web.Response(body=content, headers={"ETag": f'"{zlib.crc32(content):08x}"', "X-Repo-Commit": "1" * 40})
-
-    application = web.Application()
-    application.router.add_route("*", "/{path:.*}", answer)
-    runner = web.AppRunner(application)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    return runner, f"http://127.0.0.1:{runner.addresses[0][1]}"
-
-
-async def storm(args: argparse.Namespace) -> dict[str, Any]:
-    """The hot load alone, then beside the storm, in turns."""
-    with tempfile.TemporaryDirectory(dir=args.files) as scratch:
+def storm(args: argparse.Namespace) -> dict[str, Any]:
+    """The hot load alone and beside the storm, in turns on one node; the hub is calm before each turn."""
+    with tempfile.TemporaryDirectory(dir=args.files) as scratch, ExitStack() as stack:
         (adapters := Path(scratch) / "adapters").mkdir()
         (Path(scratch) / "node").mkdir()
         (Path(scratch) / "model").mkdir()
         model, sources = prepare(args, Path(scratch) / "model")
-        for index in range(8):
+        for index in range(HOT_CLIENTS):
             shutil.copytree(sources[index % 3], adapters / f"hot-{index}")
-        runner, hub = await slow_hub(args.latency_s, args.failure, sources[0])
-        with node(Path(scratch) / "node", model, adapters, args.engine_cores, "allow_hub = true", HF_ENDPOINT=hub) as (url, pid):
-            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-                await _hot(session, url, 2, args.tokens, 0)
-                rounds = [await _round(session, url, pid, args, index) for index in range(args.rounds)]
-        await runner.cleanup()
-    alone, beside = ([item for found in rounds for item in found[side]["streams"]] for side in ("alone", "beside"))
-    cpu = [found["beside"]["cpu_s_per_token"] / found["alone"]["cpu_s_per_token"] for found in rounds]
-    statuses: dict[str, int] = {}
-    for found in rounds:
-        for status in found["statuses"]:
-            statuses[str(status)] = statuses.get(str(status), 0) + 1
+        cores = client_cores(args.client_cores)
+        hub = stack.enter_context(closing(Helper(cores[2], "hub", str(args.latency_s), str(args.failure), str(sources[0]))))
+        endpoint = hub.ask(start=True)["url"]
+        place = Path(scratch) / "node"
+        url, pid = stack.enter_context(node(place, model, adapters, args.engine_cores, STORM_SETTINGS, HF_ENDPOINT=endpoint))
+        host = url.removeprefix("http://")
+        hot = stack.enter_context(closing(Helper(cores[0], "hot", host, str(HOT_CLIENTS))))
+        cold = stack.enter_context(closing(Helper(cores[1], "cold", host)))
+        hot.ask(seconds=args.warm_up_s, tokens=args.tokens, seed=0)
+        rounds = [_round(hot, cold, hub, url, pid, args, index) for index in range(args.rounds)]
     return {
         "row": "storm",
         "model": args.shape or BASE,
@@ -242,80 +209,51 @@ async def storm(args: argparse.Namespace) -> dict[str, Any]:
         "cold": args.cold,
         "latency_s": args.latency_s,
         "failure": args.failure,
-        "shares_cores": not args.engine_cores,
-        "hot_requests": len(alone),
-        **{f"alone_{key}": value for key, value in latencies(alone).items()},
-        **{f"beside_{key}": value for key, value in latencies(beside).items()},
-        "ttft_p99_ratio": round(latencies(beside)["ttft_p99_ms"] / latencies(alone)["ttft_p99_ms"], 3),
-        "itl_p99_ratio": round(latencies(beside)["itl_p99_ms"] / latencies(alone)["itl_p99_ms"], 3),
-        "cpu_ratio": round(statistics.median(cpu), 3),
-        "cold_statuses": statuses,
+        "shares_cores": not (args.engine_cores and args.client_cores),
+        "rounds": args.rounds,
+        "phase_s": args.phase_s,
+        "lead_s": LEAD_S,
+        **compared(rounds),
     }
 
 
-async def _round(session: aiohttp.ClientSession, url: str, pid: int, args: argparse.Namespace, index: int) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for side in ("alone", "beside"):
-        count = args.cold if side == "beside" else 0
-        flood = [asyncio.create_task(_cold(session, url, index, number)) for number in range(count)]
-        before_s = cpu_seconds(pid)
-        streams = await _hot(session, url, args.requests, args.tokens, 1 + index)
-        tokens = sum(len(stream.event_s) for stream in streams)
-        result[side] = {"streams": streams, "cpu_s_per_token": (cpu_seconds(pid) - before_s) / tokens}
-        if flood:
-            result["statuses"] = await _outcomes(flood, args.cold_wait_s)
-    return result
+def client_cores(text: str) -> tuple[str, str, str]:
+    """Cores of the hot clients, of the cold ones and of the hub: a third of `text` ("10-15") each."""
+    if not text:
+        return "", "", ""
+    first, _, last = text.partition("-")
+    cores = list(range(int(first), int(last or first) + 1))
+    third = max(1, len(cores) // 3)
+    parts = [cores[index * third : (index + 1) * third] or cores[-1:] for index in range(3)]
+    return tuple(",".join(map(str, part)) for part in parts)  # type: ignore[return-value]
 
 
-async def _outcomes(flood: list[asyncio.Task[int]], wait_s: float) -> list[int | str]:
-    """How the cold requests ended; those still under way after `wait_s` hang up."""
-    done, pending = await asyncio.wait(flood, timeout=wait_s)
-    for task in pending:
-        task.cancel()
-    await asyncio.gather(*pending, return_exceptions=True)
-    return [*(task.result() for task in done), *("under way" for _ in pending)]
+def _round(hot: Helper, cold: Helper, hub: Helper, url: str, pid: int, args: argparse.Namespace, index: int) -> Round:
+    phases: dict[str, Phase] = {}
+    outcome: dict[str, Any] = {}
+    for side in ("alone", "beside") if index % 2 == 0 else ("beside", "alone"):
+        before_cpu, before_steps = cpu_seconds(pid), engine_steps(url)
+        hot.tell(seconds=args.phase_s, tokens=args.tokens, seed=1 + index)
+        if side == "beside":
+            before_hub = hub.ask(calm=False)
+            cold.ask(names=[f"cold{index}/name-{number}" for number in range(args.cold)], after_s=LEAD_S)
+        found = hot.hear()
+        spent = {name: seconds - before_cpu.get(name, 0.0) for name, seconds in cpu_seconds(pid).items()}
+        time.sleep(STATS_S)
+        steps = engine_steps(url) - before_steps
+        phases[side] = Phase(found["ttft_s"], found["gap_s"], found["tokens"], steps, spent)
+        if side == "beside":
+            outcome = cold.ask(wait_s=args.cold_wait_s)
+            after_hub = hub.ask(calm=True)
+            time.sleep(args.calm_s)
+    return Round(phases["alone"], phases["beside"], outcome, {key: after_hub[key] - before_hub[key] for key in after_hub})
 
 
-async def _hot(session: aiohttp.ClientSession, url: str, count: int, tokens: int, seed: int) -> list[Stream]:
-    """Eight clients, one adapter each, `count` answers one after another."""
-
-    async def client(number: int) -> list[Stream]:
-        return [await ask(session, url, f"hot-{number}", tokens, seed * 1000 + index) for index in range(count)]
-
-    streams = [stream for found in await asyncio.gather(*map(client, range(8))) for stream in found]
-    failed = next((stream.error for stream in streams if stream.error), None)
-    if failed:
-        raise SystemExit(f"a hot request failed: {failed}")
-    return streams
-
-
-async def _cold(session: aiohttp.ClientSession, url: str, index: int, number: int) -> int:
-    body = {"model": f"cold{index}/name-{number}", "prompt": [5, 6, 7], "max_tokens": 1}
-    async with session.post(f"{url}/v1/completions", json=body) as answer:
-        await answer.read()
-        return answer.status
-
-
-def latencies(streams: list[Stream]) -> dict[str, float]:
-    """Milliseconds."""
-    first = sorted(stream.event_s[0] for stream in streams)
-    gaps = sorted(
-        later - earlier for stream in streams for earlier, later in zip(stream.event_s, stream.event_s[1:], strict=False)
-    )
-    return {
-        "ttft_p50_ms": round(1000 * first[len(first) // 2], 2),
-        "ttft_p99_ms": round(1000 * first[int(len(first) * 0.99)], 2),
-        "itl_p50_ms": round(1000 * gaps[len(gaps) // 2], 2),
-        "itl_p99_ms": round(1000 * gaps[int(len(gaps) * 0.99)], 2),
-    }
-
-
-def cpu_seconds(pid: int) -> float:
-    """CPU time of the engine process, the node's child that holds the model."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    engine = next(child for child in children if b"node.engine" in Path(f"/proc/{child}/cmdline").read_bytes())
-    fields = Path(f"/proc/{engine}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def engine_steps(url: str) -> float:
+    """Steps of the engine so far."""
+    with urllib.request.urlopen(f"{url}/metrics") as answer:  # noqa: S310 - this node's own
+        lines = answer.read().decode().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("openlora_engine_steps_total"))
 
 
 def main() -> int:
@@ -326,9 +264,11 @@ def main() -> int:
     parser.add_argument("--cold", type=int, default=200)
     parser.add_argument("--latency-s", type=float, default=5.0)
     parser.add_argument("--failure", type=float, default=0.2)
-    parser.add_argument("--cold-wait-s", type=float, default=600.0, help="for the cold requests, after the hot ones are done")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--requests", type=int, default=12, help="hot answers a client and round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--phase-s", type=float, default=5.0, help="hot load of each side of a round")
+    parser.add_argument("--warm-up-s", type=float, default=3.0)
+    parser.add_argument("--cold-wait-s", type=float, default=0.0, help="for cold requests under way after the hot ones are done")
+    parser.add_argument("--calm-s", type=float, default=1.0, help="after a storm, for the fetches that the calm hub ends")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--engine-cores", default="", help="cores of the node, as taskset takes them")
     parser.add_argument("--client-cores", default="", help="cores of this process")
@@ -338,9 +278,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.client_cores:
-        first, _, last = args.client_cores.partition("-")
-        os.sched_setaffinity(0, range(int(first), int(last or first) + 1))
-    row = asyncio.run(catalogue(args) if args.row == "catalogue" else storm(args))
+        os.sched_setaffinity(0, {int(core) for cores in client_cores(args.client_cores) for core in cores.split(",")})
+    row = asyncio.run(catalogue(args)) if args.row == "catalogue" else storm(args)
     row |= {"cores": os.cpu_count(), "load_average": os.getloadavg()[0]}
     print(json.dumps(row))
     if args.out is not None:

@@ -35,8 +35,10 @@ from node.adapters.residency import READY, Residency
 from node.config import AdapterSettings, EngineSettings, ModelSettings
 from node.engine.blocks import BlockPool
 from node.engine.engine import Engine, open_engine
+from node.engine.limits import SchedulerLimits
 from node.engine.messages import SequenceEvent, Submit
-from node.engine.scheduler import Scheduler, SchedulerLimits, WorkResult
+from node.engine.scheduler import Scheduler
+from node.engine.step_plan import WorkResult
 from node.request import AdapterTerm, DrawnToken, Sampling
 
 CLOCKS = ("steps", "busy", "wall")

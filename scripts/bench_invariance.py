@@ -41,8 +41,8 @@ from node.config import AdapterSettings, EngineSettings, ModelSettings
 from node.engine.engine import Engine, open_engine
 from node.engine.messages import Ready, Stats, Submit
 from node.engine.runner import LogitsWatcher
-from node.engine.scheduler import Work
 from node.engine.sizing import memory_sizes
+from node.engine.step_plan import Work
 from node.request import AdapterTerm, Sampling
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -120,6 +120,19 @@ def time_us(calls: Sequence[Callable[[], None]], repetitions: int = 7) -> float:
     return statistics.median(times[1:])
 
 
+def _in_turn(groups: Sequence[Sequence[Callable[[], None]]]) -> list[Callable[[], None]]:
+    """One call for each group, which runs the group's calls one after another."""
+
+    def together(group: Sequence[Callable[[], None]]) -> Callable[[], None]:
+        def run() -> None:
+            for call in group:
+                call()
+
+        return run
+
+    return [together(group) for group in groups]
+
+
 class Layer:
     """The operations of a decode step on `rows` rows, with the adapters of a draw (None: no LoRA)."""
 
@@ -146,6 +159,7 @@ class Layer:
                 pairs = max(pairs, block.pair_count)
             self.used_ranks = sum(ranks[slot] for slot in set(slots))
         self.v = {name: torch.randn(pairs, len(parts), 16, device="cuda") for name, (_, parts) in LINEARS.items()}
+        self.arrivals = torch.zeros(pairs, dtype=torch.int32, device="cuda")
         bf16 = {"dtype": torch.bfloat16, "device": "cuda"}
         self.x = {name: torch.randn(rows, inputs, **bf16) for name, (inputs, _) in LINEARS.items()}
         self.y = {name: self._planes(name, y_type) for name in LINEARS}
@@ -195,25 +209,34 @@ class Layer:
             read = self.used_ranks * sum(size for _, size in parts) * 2
             yield self._row(f"{CONSUMERS[name]}_{name}", name, time_us(self.consumer(name, follow)), read)
 
-    def measure_layer(self, weights: dict[str, list[Tensor]]) -> dict[str, object]:
-        """Linears and what finishes them, in the order of a step; attention is left out. The shrink runs beside the GEMM."""
-        consumers = {name: self.consumer(name, Follow.WAIT_FIRST) for name in LINEARS}
-        shrinks = {name: self.shrink(name, Follow.WAIT_LAST) for name in LINEARS}
+    def linear(self, name: str, weights: dict[str, list[Tensor]]) -> list[Callable[[], None]]:
+        """The skinny GEMM of each layer, with the shrink in its launch where there are adapters."""
+        inputs, _ = LINEARS[name]
+        x, y, v = self.x[name], self.y[name], self.v[name]
+        partial = torch.empty(self.ops.shrink_chunks(inputs), *v.shape, device="cuda")
 
-        def call(layer: int) -> Callable[[], None]:
-            def run() -> None:
-                for name in LINEARS:
-                    self.ops.skinny_gemm(self.x[name], weights[name][layer], self.y[name])
-                    if self.draw is not None:
-                        shrinks[name][layer]()
-                    consumers[name][layer]()
+        def call(layer: int, tiles: DeviceTiles | None) -> Callable[[], None]:
+            weight = weights[name][layer]
+            if tiles is None:
+                return lambda: self.ops.skinny_gemm(x, weight, y)
+            spans = self.adapters.spans(layer, name)
+            return lambda: self.ops.skinny_gemm_shrink(x, weight, tiles, spans, partial, self.arrivals, v, y)
 
-            return run
+        return [call(layer, tiles) for tiles in (self.tiles or [None]) for layer in range(LAYERS)]
 
-        lora = sum(inputs * len(parts) + sum(size for _, size in parts) for inputs, parts in LINEARS.values())
+    def measure_layer(self, weights: dict[str, list[Tensor]]) -> Iterator[dict[str, object]]:
+        """Each linear by itself, all four, and all with what finishes them, in the order of a step. Attention is left out."""
+        linears = {name: self.linear(name, weights) for name in LINEARS}
+        for name, (inputs, parts) in LINEARS.items():
+            base, read = weights[name][0].numel() * 2, self.used_ranks * inputs * len(parts) * 2
+            yield self._row(f"gemm_{name}", name, time_us(linears[name]), read, base)
         base = sum(weight[0].numel() * 2 for weight in weights.values())
-        us = time_us([call(layer) for layer in range(LAYERS)])
-        return self._row("layer", None, us, self.used_ranks * lora * 2, base)
+        a = sum(inputs * len(parts) for inputs, parts in LINEARS.values())
+        b = sum(size for _, parts in LINEARS.values() for _, size in parts)
+        consumers = {name: self.consumer(name, Follow.WAIT_FIRST) for name in LINEARS}
+        whole = [*zip(*[operation[name] for name in LINEARS for operation in (linears, consumers)], strict=True)]
+        yield self._row("gemms", None, time_us(_in_turn([*zip(*linears.values(), strict=True)])), self.used_ranks * a * 2, base)
+        yield self._row("layer", None, time_us(_in_turn(whole)), self.used_ranks * (a + b) * 2, base)
 
     def _row(self, op: str, linear: str | None, us: float, adapters: int, base: int = 0) -> dict[str, object]:
         draw = self.draw
@@ -286,8 +309,8 @@ def _decode_rows(
 ) -> Iterator[dict[str, object]]:
     layer = Layer(adapters, draw, rows, tile_rows=16)
     yield from layer.measure()
-    if weights is not None and layer.ops.is_skinny_gemm_faster(HIDDEN, HIDDEN, rows):
-        yield layer.measure_layer(weights)
+    if weights is not None and layer.ops.skinny_gemm_planes(HIDDEN, HIDDEN, rows):
+        yield from layer.measure_layer(weights)
 
 
 def _emit(rows: Iterator[dict[str, object]], label: dict[str, object], out: Path | None) -> None:

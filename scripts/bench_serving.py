@@ -13,7 +13,8 @@ closed   --streams requests at once, each followed by the next: output tokens/s,
 open     Poisson arrivals at each of --rates requests/s for --seconds: time to first token, time between tokens, and goodput:
          requests/s whose first token came within --slo-ttft-ms and whose tokens came every --slo-itl-ms on average.
 
-The client is --clients processes, so that it is not the limit itself; `client_cpu_share` says how busy they were.
+The client is --clients processes, so that it is not the limit itself; `client_cpu_share` says how busy they were. Of a node of
+our own `api_us_per_token` says what the API process spent.
 """
 
 from __future__ import annotations
@@ -161,7 +162,9 @@ def send(loads: Sequence[Load]) -> tuple[list[Answer], float]:
 def closed(args: argparse.Namespace, target: Target) -> dict[str, Any]:
     """Every stream sends `--rounds` requests; the first round is a warm-up of its own."""
     send(_closed_loads(args, target, rounds=1))
+    begun_s = target.cpu_s()
     answers, share = send(_closed_loads(args, target, rounds=args.rounds))
+    spent_s = target.cpu_s() - begun_s
     total_s = max(answer.chunk_s[-1] for answer in answers) - min(answer.sent_s for answer in answers)
     tokens = sum(answer.count for answer in answers)
     row = {
@@ -173,6 +176,8 @@ def closed(args: argparse.Namespace, target: Target) -> dict[str, Any]:
     }
     if args.in_process_tok_s:
         row["share_of_in_process"] = row["out_tok_s"] / args.in_process_tok_s
+    if spent_s:
+        row |= {"api_cpu_share": spent_s / total_s, "api_us_per_token": 1e6 * spent_s / tokens}
     return {**row, "client_cpu_share": share}
 
 
@@ -235,6 +240,10 @@ class Target:
     def load(self, args: argparse.Namespace, seed: int, **more: Any) -> Load:
         return Load(self.url, self._models, args.prompt_tokens, args.new_tokens, self._vocab_size, self._banned, seed, **more)
 
+    def cpu_s(self) -> float:
+        """Processor time that the process which answers has taken; 0 where nobody can tell."""
+        return 0.0
+
     def close(self) -> None:
         pass
 
@@ -272,6 +281,10 @@ class OwnNode(Target):
         if answers[0].error:
             raise SystemExit(answers[0].error)
         return answers[0].chunk_s[0] - self._begun
+
+    def cpu_s(self) -> float:
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
         self._process.terminate()
@@ -398,7 +411,9 @@ def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     with tempfile.TemporaryDirectory(prefix="bench", dir=args.files) as directory:
         if args.own:
+            begun_s = time.monotonic()
             write_files(args, Path(directory))
+            print(f"files written in {time.monotonic() - begun_s:.1f} s", file=sys.stderr, flush=True)
         target = OwnNode(args, Path(directory)) if args.own else Target(args.url, args.models, args.vocab_size, args.eos_ids)
         try:
             for row in run(args, target, Path(directory)):

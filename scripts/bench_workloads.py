@@ -149,7 +149,7 @@ def turn_ms(trace: Trace) -> float:
 
 def graph_ms(bench: Bench, row: Row, requests: Sequence[Request], replays: int = 30) -> float | None:
     """Time of the row's decode graph alone, in the middle of a run, when its static memory holds one of the run's steps."""
-    graphs = getattr(bench.engine._runner, "_graphs", None)
+    graphs = getattr(bench.engine._runner, "graphs", None)
     key = None if graphs is None else GraphKey(graphs.bucket(row.batch), Adapted.LAYERS if row.adapters else Adapted.NOTHING)
     if key not in getattr(graphs, "_graphs", {}):
         return None

@@ -10,7 +10,6 @@ import asyncio
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from node.adapters.entry import CatalogEntry, NameFilter, sees_all
@@ -18,8 +17,9 @@ from node.adapters.failures import Failures
 from node.adapters.flights import Flights
 from node.adapters.linear_table import LinearTable
 from node.adapters.locations import SCHEMES, SOURCES, is_location
+from node.adapters.name_desk import NameDesk
 from node.adapters.names import AdapterName, parse_name
-from node.adapters.registrations import Registration, Registrations
+from node.adapters.registrations import NameStore
 from node.adapters.shelves import Shelves
 from node.adapters.sources.local import LocalSource
 from node.adapters.sources.web import Resolve, resolve_host
@@ -30,7 +30,6 @@ from node.errors import (
     AdapterChangedError,
     AdapterError,
     AdapterForbiddenError,
-    AdapterIdError,
     AdapterInvalidError,
     AdapterNotFoundError,
     ConfigError,
@@ -51,6 +50,7 @@ class AdapterCatalog:
         linears: The base's linear modules, from the engine's `Ready`.
         base_id: The base's content hash.
         clock: Monotonic seconds.
+        names: Where given names outlive the node; None: they do not.
         hub_endpoint: The hub's address; None: HF_ENDPOINT, else the public hub.
         resolve_host: Addresses of a web server's host.
 
@@ -65,6 +65,7 @@ class AdapterCatalog:
         base_id: str,
         clock: Callable[[], float],
         *,
+        names: NameStore | None = None,
         hub_endpoint: str | None = None,
         resolve_host: Resolve = resolve_host,
     ) -> None:
@@ -81,7 +82,7 @@ class AdapterCatalog:
         self._entries: OrderedDict[str, tuple[Fingerprint, CatalogEntry]] = OrderedDict()
         # By content hash, then name: a request by hash costs the same however many adapters there are.
         self._named_by_content: dict[str, dict[str, CatalogEntry]] = {}
-        self._registrations: Registrations[CatalogEntry] = Registrations()
+        self._names = NameDesk(self._find, names)
         self._problems: dict[str, AdapterError] = {}
         self._default_source = chosen.default_source
         self._shelves = Shelves(
@@ -111,18 +112,51 @@ class AdapterCatalog:
         except AdapterError as error:
             self._problems[name] = error
 
-    async def add(self, path: Path, name: str | None = None) -> CatalogEntry:
-        """Serve the adapter in `path`, chosen by the operator, under `name` (default: the directory's own).
+    async def restore(self, sees_of: Callable[[str], NameFilter]) -> None:
+        """Know the names again that were given before the node was last stopped. `sees_of` tells which of the operator's names
+        exist for an owner. A directory that cannot be served any more becomes a problem.
 
         Raises:
-            AdapterError: The name or the files are unusable; nothing is added.
+            LedgerError: The names cannot be read.
+        """
+        for given in await self._names.restore(sees_of):
+            directory = self._aliases[given.name] = Path(given.target or "")
+            try:
+                await self._serve(given.name, directory)
+            except AdapterError as error:
+                self._problems[given.name] = error
+
+    async def add(self, path: Path, name: str | None = None) -> CatalogEntry:
+        """Serve the adapter in `path`, chosen by the operator, under `name` (default: the directory's own), until `remove`.
+
+        Raises:
+            AdapterError: The name or the files are unusable; nothing is added. LedgerError: It is served until the node stops.
         """
         alias = parse_name(name if name is not None else path.name)
+        entry = await self._serve(str(alias), path)
+        await self._names.keep_for_everybody(str(alias), str(self._aliases[str(alias)]))
+        return entry
+
+    async def remove(self, name: str) -> None:
+        """Stop serving what `add` gave a name to; requests that run go on.
+
+        Raises:
+            AdapterNotFoundError: Nothing was added under it. LedgerError: Nothing changed.
+        """
+        alias = str(parse_name(name))
+        if alias not in self._aliases:
+            raise AdapterNotFoundError(f"no adapter was added as {name}; those of the adapters directory leave with their files")
+        await self._names.forget_for_everybody(alias)
+        del self._aliases[alias]
+        self._problems.pop(alias, None)
+        self._drop(alias)
+
+    async def _serve(self, alias: str, path: Path) -> CatalogEntry:
         if not path.is_dir():
             raise AdapterNotFoundError(f"{path} is not a directory; name one that holds adapter_config.json")
         directory = path.resolve()
-        entry = await self._from_directory(str(alias), directory)
-        self._aliases[str(alias)] = directory
+        entry = await self._from_directory(alias, directory)
+        self._aliases[alias] = directory
         return entry
 
     async def register(
@@ -140,45 +174,42 @@ class AdapterCatalog:
 
         Args:
             name: The new name. target: a name or location, see `resolve`.
-            source, token: Of the target; the token asks for it from now on.
+            source, token: Of the target; the token asks for it from now on, and is forgotten when the node stops.
             owner: Whose name it is.
             replaces: The name may stand for something already; the target is looked up anew.
             sees: Which of the operator's names exist for the owner.
 
         Returns:
-            What the name stands for now, and what it stood for before.
+            What the name stands for now, and what it stood for before, as far as that is known.
 
         Raises:
-            RequestError: adapter_exists. AdapterError: the target cannot be used; nothing changes.
+            RequestError: adapter_exists. AdapterError: the target cannot be used. LedgerError: it is not durable. Nothing
+                changes then.
         """
-        alias = parse_name(name)
-        if alias.revision is not None:
-            raise AdapterIdError(f"adapter name {name}: a name that is given has no revision", param="lora_name")
-        known = self._registrations.get(owner, alias.path)
-        if known is None or not replaces:
-            self._registrations.require_free(owner, alias.path)
         if replaces:
             self._shelves.expire(target)
-        entry = replace(await self._find(target, source, token, sees), name=alias.path)
-        self._registrations.give(owner, alias.path, Registration(target, source, token, entry))
-        return entry, None if known is None else known.entry
+        return await self._names.give(owner, name, target, source, token, sees, replaces=replaces)
 
-    async def unregister(self, name: str, *, owner: str, sees: NameFilter = sees_all) -> tuple[CatalogEntry, bool]:
+    async def unregister(self, name: str, *, owner: str, sees: NameFilter = sees_all) -> tuple[CatalogEntry | None, bool]:
         """Stop serving `name` to its owner; requests that run go on.
 
         Returns:
-            What it stood for, and whether it was the owner's own name (others may use what is not).
+            What it stood for, as far as that is known, and whether it was the owner's own name (others may use what is not).
 
         Raises:
-            AdapterNotFoundError: The name stands for nothing.
+            AdapterNotFoundError: The name stands for nothing. LedgerError: Nothing changed.
         """
-        alias = str(parse_name(name))
-        known = self._registrations.get(owner, alias)
-        entry = known.entry if known else next((item for item in self.entries(sees, owner) if item.name == alias), None)
-        if entry is None:
-            raise AdapterNotFoundError(f"the adapter {name} is not loaded here", param="lora_name")
-        self._registrations.take_back(owner, alias)
-        return entry, known is not None
+        return await self._names.take_back(owner, name, self.entries(sees, owner))
+
+    def is_known(self, name: str) -> bool:
+        """Whether a name stands for something here, for anybody: a directory, an adapter added, or one fetched before."""
+        if self._shelves.has(name):
+            return True
+        return not is_location(name) and self._find_directory(parse_name(name)) is not None
+
+    def target(self, name: str, owner: str) -> str | None:
+        """The name or location that an owner's name was given to, or None."""
+        return self._names.target(owner, name)
 
     async def resolve(
         self,
@@ -204,14 +235,8 @@ class AdapterCatalog:
         Raises:
             AdapterError: Every kind; the message names the adapter.
         """
-        given = self._registrations.get(owner, name) if source is None else None
-        if given is not None:
-            entry = replace(await self._find(given.target, given.source, given.token, sees), name=name)
-            self._registrations.refresh(owner, name, entry)
-        elif self._registrations.is_withdrawn(owner, name):
-            raise AdapterNotFoundError(f"the adapter {name} was unloaded; load it again first", param="model")
-        else:
-            entry = await self._find(name, source, token, sees)
+        given = await self._names.resolve(owner, name, source, token, sees)
+        entry = given if given is not None else await self._find(name, source, token, sees)
         if pin is not None and entry.adapter_id != pin:
             raise AdapterChangedError(f"adapter {name} is now {entry.adapter_id}; the request is pinned to {pin}", param="model")
         return entry
@@ -222,12 +247,12 @@ class AdapterCatalog:
         known = {entry.name: entry for _, entry in list(self._entries.values())}
         for entry in self._shelves.entries():
             known.setdefault(entry.name, entry)
-        shown = {name: entry for name, entry in known.items() if sees(name) and not self._registrations.is_withdrawn(owner, name)}
-        shown.update({entry.name: entry for entry in self._registrations.entries(owner)})
+        shown = self._names.shown(owner, {name: entry for name, entry in known.items() if sees(name)})
         return tuple(shown[name] for name in sorted(shown))
 
     async def close(self) -> None:
         """Stop fetching; adapters already verified stay valid for the requests that have them."""
+        await self._names.close()
         await self._flights.close()
 
     def fetching(self) -> list[Progress]:
@@ -241,7 +266,8 @@ class AdapterCatalog:
             )
         if is_location(text) or source in SCHEMES:
             return await self._shelves.at_location(text, source, sees)
-        name = parse_name(text)
+        name = self._local.name_of(text) if source in (None, "local") else None
+        name = name or parse_name(text)
         if source in (None, "local"):
             directory = self._find_directory(name)
             if directory is None:
@@ -255,7 +281,7 @@ class AdapterCatalog:
             return await self._shelves.at_location(text, chosen, sees)
         if chosen == "local" or not (name.is_hub_id or source is not None):
             raise AdapterNotFoundError(f"adapter {name}: this node has no adapter directory of that name", param="model")
-        return await self._shelves.by_name(chosen, name, token)
+        return await self._shelves.by_name(chosen, name, token, sees)
 
     async def _find_by_content(self, name: AdapterName, sees: NameFilter) -> CatalogEntry:
         """An adapter by what it is, through a name that exists for the caller. The files are looked at again: a moved alias must

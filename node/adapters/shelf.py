@@ -1,7 +1,7 @@
 """Adapters of one source that were fetched and verified, and who was found to be allowed to use them.
 
-Every (name, token) pair is checked with the source at its first use and again a minute later, so a token that loses its right, a
-repository that turns private and a branch that moves all take effect.
+Every (name, token) pair is checked with the source at its first use. What is private or gated there is asked for again on every
+request: a token that lost its right opens nothing. What is public is asked for after a minute: a branch that moved is followed.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class RemoteShelf(Generic[NameT]):
         source: Looks up and fetches. cache: where it fetches to, told of every use.
         verifier: Checks what was fetched. failures: the negative cache.
         clock: Monotonic seconds.
+        private_recheck_s: How long an answer about something private holds; 0: for the requests that waited for it.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class RemoteShelf(Generic[NameT]):
         flights: Flights,
         failures: Failures,
         clock: Callable[[], float],
+        private_recheck_s: float = 0.0,
     ) -> None:
         self._kind = kind
         self._source = source
@@ -65,6 +67,7 @@ class RemoteShelf(Generic[NameT]):
         self._flights = flights
         self._failures = failures
         self._clock = clock
+        self._private_recheck_s = private_recheck_s
         self._shelved: OrderedDict[Key, _Shelved] = OrderedDict()
         self._content: OrderedDict[Path, str] = OrderedDict()  # staged directory -> content hash
 
@@ -76,7 +79,7 @@ class RemoteShelf(Generic[NameT]):
         """
         key = (self._kind, str(name), _digest(token))
         known = self._shelved.get(key)
-        if known is not None and self._clock() - known.checked_s < RECHECK_S and self._is_unchanged(known):
+        if known is not None and self._is_fresh(known) and self._is_unchanged(known):
             self._shelved.move_to_end(key)
             return known.revision, known.verified
         self._failures.raise_known(key)
@@ -88,6 +91,10 @@ class RemoteShelf(Generic[NameT]):
         for key, item in self._shelved.items():
             if key[1] == name:
                 self._shelved[key] = replace(item, checked_s=-math.inf)
+
+    def has(self, name: str) -> bool:
+        """Whether anybody fetched the name, in any revision."""
+        return any(key[1].partition("@")[0] == name for key in self._shelved)
 
     def public(self) -> list[tuple[str, str, VerifiedAdapter]]:
         """(revision, name, adapter) of everything that is neither private nor gated."""
@@ -138,6 +145,9 @@ class RemoteShelf(Generic[NameT]):
             )
         while len(self._content) > MAX_SHELVED:
             self._content.popitem(last=False)
+
+    def _is_fresh(self, known: _Shelved) -> bool:
+        return self._clock() - known.checked_s < (self._private_recheck_s if known.is_private else RECHECK_S)
 
     def _shelve(self, key: Key, shelved: _Shelved) -> _Shelved:
         self._shelved[key] = shelved

@@ -54,7 +54,7 @@ class Shelves:
         self._staging = Staging(cache)
 
         def shelf(kind: str, source: RemoteSource[NameT]) -> RemoteShelf[NameT]:
-            return RemoteShelf(kind, source, cache, verifier, flights, failures, clock)
+            return RemoteShelf(kind, source, cache, verifier, flights, failures, clock, chosen.private_recheck_s)
 
         limits = {"max_bytes": chosen.max_adapter_bytes}
         self._stores = StoreSource(chosen.stores, cache, self._staging, **limits, timeout_s=STORE_TIMEOUT_S, resolve=resolve_host)
@@ -68,12 +68,14 @@ class Shelves:
         if pbase is not None:
             self._by_name["pbase"] = shelf("pbase", pbase)
 
-    async def by_name(self, source: str, name: AdapterName, token: str | None) -> CatalogEntry:
-        """An adapter of the hub or of pbase."""
+    async def by_name(self, source: str, name: AdapterName, token: str | None, sees: NameFilter) -> CatalogEntry:
+        """An adapter of the hub or of pbase. What the operator closed to the caller is absent, whatever its token may read."""
         shelf = self._by_name.get(source)
         if shelf is None:
             key = "adapters.allow_hub is false" if source == "hub" else "adapters.pbase_url is not set"
             raise AdapterForbiddenError(f"adapter {name}: this node fetches nothing from {source} ({key})", param="model")
+        if not sees(name.path) and "/" in name.path:
+            raise await _missing(shelf, name, _absent_name(source, name), token)
         revision, verified = await shelf.resolve(name, token)
         return CatalogEntry(str(name), source, revision, verified)
 
@@ -84,19 +86,9 @@ class Shelves:
             raise AdapterForbiddenError(f"adapter location {location} is not of source {source}", param="adapter_source")
         self._stores.require_allowed(location)
         if not sees(str(location)):
-            raise await self._missing(location)
+            raise await _missing(self._by_location, location, _absent_sibling(location), None)
         revision, verified = await self._by_location.resolve(location, None)
         return CatalogEntry(str(location), location.source, revision, verified)
-
-    async def _missing(self, location: Location) -> AdapterError:
-        """The answer for a location that does not exist for the caller, after the work for one that nobody has anything at."""
-        absent = _absent_sibling(location)
-        try:
-            await self._by_location.resolve(absent, None)
-        except AdapterError as error:
-            message = error.message.replace(str(absent), str(location))
-            return type(error)(message, code=error.error_code, param=error.param, retry_after_s=error.retry_after_s)
-        return AdapterNotFoundError(f"there is no adapter at {location}", param="model")
 
     def entries(self) -> Iterator[CatalogEntry]:
         """Everything fetched that is neither private nor gated at its source."""
@@ -110,6 +102,10 @@ class Shelves:
         """Those of `entries` that are one adapter by content."""
         return [entry for entry in self.entries() if entry.adapter_id == adapter_id]
 
+    def has(self, name: str) -> bool:
+        """Whether something was fetched under a name, private or not."""
+        return self._by_location.has(name) or any(shelf.has(name) for shelf in self._by_name.values())
+
     def expire(self, name: str) -> None:
         """Ask a name's source again at its next use, instead of after a while."""
         for shelf in self._by_name.values():
@@ -119,6 +115,23 @@ class Shelves:
     def fetching(self) -> list[Progress]:
         """The downloads under way now."""
         return self._staging.progress()
+
+
+async def _missing(shelf: RemoteShelf[NameT], name: NameT, absent: NameT, token: str | None) -> AdapterError:
+    """The answer for a name that does not exist for the caller, after the work for one that nobody has anything at."""
+    try:
+        await shelf.resolve(absent, token)
+    except AdapterError as error:
+        message = error.message.replace(str(absent), str(name))
+        return type(error)(message, code=error.error_code, param=error.param, retry_after_s=error.retry_after_s)
+    return AdapterNotFoundError(f"there is no adapter at {name}", param="model")
+
+
+def _absent_name(source: str, name: AdapterName) -> AdapterName:
+    """A name like this one that nobody has: of the same owner at the hub, of the same version at pbase."""
+    first, _, second = name.path.partition("/")
+    digest = hashlib.sha256(name.path.encode()).hexdigest()[:32]
+    return AdapterName(f"{digest}/{second}" if source == "pbase" else f"{first}/{digest}", name.revision)
 
 
 def _absent_sibling(location: Location) -> Location:

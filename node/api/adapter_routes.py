@@ -44,8 +44,8 @@ class AdapterRoutes:
     async def unload(self, request: web.Request) -> web.Response:
         """`POST /v1/unload_lora_adapter`."""
         fields = await self._fields(request)
-        entry = await self._unload(request, fields)
-        return web.Response(text=f"Success: LoRA adapter {entry.name!r} removed successfully.")
+        name = await self._unload(request, fields)
+        return web.Response(text=f"Success: LoRA adapter {name!r} removed successfully.")
 
     async def load_sglang(self, request: web.Request) -> web.Response:
         """`POST /load_lora_adapter`: success or failure is in the body, with status 200 or 400."""
@@ -92,24 +92,27 @@ class AdapterRoutes:
         self._engine.prefetch(AdapterTerm(entry.adapter_id, str(entry.directory), 1.0))
         return entry
 
-    async def _unload(self, request: web.Request, fields: Fields) -> CatalogEntry:
+    async def _unload(self, request: web.Request, fields: Fields) -> str:
         fields.ignore("lora_int_id")
-        tenancy, tenant = self._answering.tenancy, request[TENANT]
+        tenancy, tenant, name = self._answering.tenancy, request[TENANT], _required(fields, "lora_name")
         owner = tenancy.owner(tenant)
-        entry, was_own = await self._catalog.unregister(_required(fields, "lora_name"), owner=owner, sees=tenancy.sees(tenant))
+        entry, was_own = await self._catalog.unregister(name, owner=owner, sees=tenancy.sees(tenant))
+        if entry is None:  # given before a restart and not used since: nothing of it is in memory
+            return name
         # Other tenants may use the same adapter under a name that everybody has: one tenant's unload must not cost them a load.
         left = self._catalog.entries(tenancy.sees(tenant), owner)
         if not owner or (was_own and all(other.adapter_id != entry.adapter_id for other in left)):
             self._engine.evict(entry.adapter_id)
-        return entry
+        return name
 
     def _outcome(self, request: web.Request, error: NodeError | None) -> web.Response:
         tenancy, tenant = self._answering.tenancy, request[TENANT]
-        entries = self._catalog.entries(tenancy.sees(tenant), tenancy.owner(tenant))
+        owner = tenancy.owner(tenant)
+        entries = self._catalog.entries(tenancy.sees(tenant), owner)
         body: dict[str, Any] = {
             "success": error is None,
             "error_message": None if error is None else error.message,
-            "loaded_adapters": {entry.name: entry.adapter_id for entry in entries},
+            "loaded_adapters": {entry.name: self._catalog.target(entry.name, owner) or entry.name for entry in entries},
         }
         if error is not None:
             body["code"] = error.error_code

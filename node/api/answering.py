@@ -113,7 +113,7 @@ class Answering:
             headers["x-openlora-adapters"] = ",".join(item.entry.adapter_id for item in recipe)
             if len(recipe) > 1:
                 headers["x-openlora-recipe"] = exchange.opening.recipe_hash
-            headers["x-adapter-source"] = generation.adapter_source or "local"
+            headers["x-adapter-source"] = ",".join(dict.fromkeys(item.entry.source for item in recipe))
         headers.update(warning_headers(generation.warnings))
         return headers
 

@@ -64,7 +64,9 @@ class IncrementalDetokenizer:
         without any, a decoder would still strip the next token's space as the text's first.
         """
         recent = self._window[self._context_count :]
-        if self._decode(recent) or len(self._window) > _MAX_CONTEXT_TOKENS:
-            self._window = recent
+        text = self._decode(recent)
+        if text or len(self._window) > _MAX_CONTEXT_TOKENS:
+            self._window, self._given = recent, text
+        else:
+            self._given = self._decode(self._window)
         self._context_count = len(self._window)
-        self._given = self._decode(self._window)

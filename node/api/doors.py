@@ -62,6 +62,8 @@ class CatalogEntry(Protocol):
     @property
     def name(self) -> str: ...
     @property
+    def source(self) -> str: ...
+    @property
     def adapter_id(self) -> str: ...
     @property
     def directory(self) -> Path: ...
@@ -95,10 +97,15 @@ class Catalog(Protocol):
         replaces: bool,
         sees: NameFilter,
     ) -> tuple[CatalogEntry, CatalogEntry | None]:
-        """Give an adapter one more name; returns it and what the name stood for before; raises RequestError, AdapterError."""
+        """Give an adapter one more name; returns it and what the name stood for before; raises RequestError, AdapterError,
+        LedgerError."""
 
-    async def unregister(self, name: str, *, owner: str, sees: NameFilter) -> tuple[CatalogEntry, bool]:
-        """Take a name back; returns what it stood for and whether it was the owner's own; raises AdapterNotFoundError."""
+    async def unregister(self, name: str, *, owner: str, sees: NameFilter) -> tuple[CatalogEntry | None, bool]:
+        """Take a name back; returns what it stood for, as far as that is known, and whether it was the owner's own; raises
+        AdapterNotFoundError, LedgerError."""
+
+    def target(self, name: str, owner: str) -> str | None:
+        """The name or location that an owner's name was given to, or None."""
 
 
 class DerivedAdapter(Protocol):

@@ -105,7 +105,7 @@ class Exchange:
                 yield piece
                 if self._is_streamed:
                     choice.delivered_count = len(choice.token_ids)
-                if self.is_finished:
+                if piece.finish_reason is not None and self.is_finished:
                     return
         if not self.is_finished:
             raise EngineError("the engine ended the answer without a finish reason; send the request again", retry_after_s=1.0)

@@ -78,7 +78,7 @@ class OpenAiRoutes:
                 offsets[piece.choice_index] += len(piece.text)
                 if chunk is None:
                     continue
-                if exchange.is_finished:
+                if piece.finish_reason is not None and exchange.is_finished:
                     await self._send_last(stream, answers, exchange, chunk)
                 elif piece.text or piece.tokens or piece.finish_reason:
                     await stream.send(chunk)

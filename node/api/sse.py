@@ -13,6 +13,7 @@ import msgspec
 from aiohttp import web
 
 _SEND_BUFFER_BYTES = 64 << 10  # the kernel would take megabytes, and call delivered what nobody reads
+_SMALL_BYTES = 16 << 10  # a write of so much fits into an empty transport, which holds 64 KiB before it makes its writer wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,19 @@ class EventStream:
                 await self._write(b":\n\n")
 
     async def _write(self, data: bytes) -> None:
+        response = self._response
+        if response is not None and self._is_clear() and len(data) <= _SMALL_BYTES:
+            await response.write(data)  # cannot wait, so it needs neither lock nor timeout: they cost more than the event
+        else:
+            await self._write_patiently(data)
+        self._written_s = self._limits.clock()
+
+    def _is_clear(self) -> bool:
+        """Whether everything written before has been handed to the kernel, and nobody is writing now."""
+        transport = self._request.transport
+        return transport is not None and not self._writing.locked() and not transport.get_write_buffer_size()
+
+    async def _write_patiently(self, data: bytes) -> None:
         async with self._writing:
             response = await self._opened()
             try:
@@ -92,7 +106,6 @@ class EventStream:
             except TimeoutError as error:
                 self._hang_up()
                 raise ConnectionResetError("the client took nothing of the stream for too long") from error
-            self._written_s = self._limits.clock()
 
     def _hang_up(self) -> None:
         """Not a close: that would wait for the reader to take what is buffered."""

@@ -60,7 +60,7 @@ def add(
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
 ) -> None:
-    """Check an adapter and serve it from now on.
+    """Check an adapter and serve it from now on, also after a restart, until it is removed.
 
     Example: openlora-node adapters add ./my-adapter --name support-v2 --owner acme
     """
@@ -73,6 +73,16 @@ def add(
         allowed=allow or [],
     )
     typer.echo(f"serving {entry['name']} ({entry['adapter_id']})")
+
+
+@app.command()
+def remove(name: str, config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
+    """Stop serving an adapter that was added; its files stay where they are, and requests that run end as they would.
+
+    Example: openlora-node adapters remove support-v2
+    """
+    operate(settings_from(config, data_dir), "adapters.remove", name=name)
+    typer.echo(f"{name} is no longer served")
 
 
 @app.command()
@@ -121,6 +131,7 @@ def restrict(
     name: str,
     owner: Annotated[str, typer.Option(help="The tenant it belongs to.")],
     allow: Annotated[list[str] | None, typer.Option(help="Another tenant that may use it; may be repeated.")] = None,
+    ahead: Annotated[bool, typer.Option("--ahead", help="The adapter is not known here yet.")] = False,
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
 ) -> None:
@@ -128,7 +139,8 @@ def restrict(
 
     Example: openlora-node adapters restrict lincoln --owner acme --allow beta
     """
-    row = operate(settings_from(config, data_dir), "adapters.restrict", name=name, owner=owner, allowed=allow or [])
+    settings = settings_from(config, data_dir)
+    row = operate(settings, "adapters.restrict", name=name, owner=owner, allowed=allow or [], ahead=ahead)
     typer.echo(f"{row['name']} is for {', '.join([row['owner'], *row['allowed']])} alone")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from node.engine.scheduler import Work
+from node.engine.step_plan import Work
 from node.kernels.lora import LoraPool, LoraRows, lora_rows
 from node.kernels.side import SideGroup, side_rows
 from node.models.inputs import StepInputs

@@ -13,7 +13,7 @@ from node.config import EngineSettings
 from node.engine.grammar_masks import GrammarMasks
 from node.engine.graphs import buckets_for
 from node.engine.runner import LogitsWatcher, Runner
-from node.engine.sizing import StepSizes, step_bytes
+from node.engine.sizing import DeviceSizes, StepSizes, step_bytes
 from node.errors import ConfigError
 from node.kernels.attention.paged import AttentionShape
 from node.kernels.attention.registry import open_attention
@@ -137,7 +137,7 @@ def open_runner(
     """The runner of this device, ready for its first step."""
     if kernels.device.type == "cpu":
         return Runner(loaded.model, kv, adapters, grammars, watch_logits)
-    from node.engine.device_runner import DeviceRunner, DeviceSizes
+    from node.engine.device_runner import DeviceRunner
 
     has_graphs = kernels.takes_tiles
     if has_graphs:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from node.engine.scheduler import Work
 from node.engine.step_block import BlockLayout, Ints
+from node.engine.step_plan import Work
 from node.kernels.lora_tiles import Recipe
 
 

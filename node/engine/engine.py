@@ -15,11 +15,13 @@ from node.engine.blocks import BlockPool
 from node.engine.device import choose_device, device_memory, device_name, open_kernels, open_runner
 from node.engine.grammar import Vocabulary
 from node.engine.grammar_masks import GrammarMasks
+from node.engine.limits import SchedulerLimits
 from node.engine.memory import open_memory
 from node.engine.messages import Ready, SequenceEvent, Stats, Submit
 from node.engine.runner import LogitsWatcher
-from node.engine.scheduler import Scheduler, SchedulerLimits, StepPlan, Work, WorkResult
+from node.engine.scheduler import Scheduler
 from node.engine.sizing import memory_sizes, step_sizes
+from node.engine.step_plan import StepPlan, Work, WorkResult
 from node.models.load import DTYPES, ModelSource, load_model, open_source
 from node.models.source import resolve
 from node.request import AdapterTerm

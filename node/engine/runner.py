@@ -13,7 +13,7 @@ from torch import Tensor
 from node.engine.batch import build_inputs, side_groups
 from node.engine.grammar import mask_width
 from node.engine.sampler import DrawRow, RowMask, draw, next_token_logprobs
-from node.engine.scheduler import Work, WorkResult
+from node.engine.step_plan import Work, WorkResult
 from node.kernels.lora import LoraPool
 from node.models.inputs import CausalLM, KVCache
 from node.request import DrawnToken

@@ -29,6 +29,7 @@ class Sequence:
         chunk_count: Prefill chunks received since admission.
         cached_count: Prompt tokens found in the prefix cache at the first admission.
         prompt_logprobs: Collected so far when asked for; the first token has none.
+        holds_adapters: Whether adapter memory keeps its adapters for it.
         is_admitted: Whether it has ever been admitted (then `cached_count` is final).
         has_spoken: Whether its first event has left.
     """
@@ -42,6 +43,7 @@ class Sequence:
         "epoch",
         "fair_key",
         "has_spoken",
+        "holds_adapters",
         "is_admitted",
         "keys",
         "namespace",
@@ -69,6 +71,7 @@ class Sequence:
         self.chunk_count = 0
         self.cached_count = 0
         self.prompt_logprobs: list[float | None] = [None]
+        self.holds_adapters = False
         self.is_admitted = False
         self.has_spoken = False
 

@@ -47,6 +47,17 @@ class MemorySizes:
     adapter_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceSizes:
+    """Bounds of a GPU's step. `head_module`: the output projection's row in `LoraPool.ranks`."""
+
+    max_sequences: int
+    max_batch_tokens: int
+    max_model_len: int
+    vocab_size: int
+    head_module: int
+
+
 def step_sizes(settings: EngineSettings, adapters: AdapterSettings, device: DeviceKind) -> StepSizes:
     """What the settings say, else the table's value for this device."""
     is_gpu = device == "cuda"

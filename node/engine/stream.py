@@ -7,14 +7,16 @@ from collections import deque
 from collections.abc import Callable
 from typing import Self
 
+import msgspec
+
 from node.engine.messages import SequenceEvent
 
 
 class SequenceStream:
     """An async iterator over the events of one sequence; it ends after the one with a `finish_reason`.
 
-    A reader slower than the engine finds the events waiting. They are bounded: one a token, at most `max_new_tokens` tokens a
-    sequence, and the client bounds the sequences.
+    A reader slower than the engine finds the waiting events joined to one. They are bounded: one a token, at most
+    `max_new_tokens` tokens a sequence, and the client bounds the sequences.
 
     Args:
         on_abandon: Called once when the reader closes the stream before its end.
@@ -47,8 +49,19 @@ class SequenceStream:
             self._has_news.clear()
             await self._has_news.wait()
         event = self._events.popleft()
+        if self._events:
+            event = self._joined(event)
         self._is_closed = self._is_closed or event.finish_reason is not None
         return event
+
+    def _joined(self, first: SequenceEvent) -> SequenceEvent:
+        """An event and those waiting behind it that only have more tokens: a reader that is behind catches up at one go."""
+        tokens, finish_reason = list(first.tokens), first.finish_reason
+        while finish_reason is None and self._events and _only_adds_tokens(self._events[0]):
+            event = self._events.popleft()
+            tokens += event.tokens
+            finish_reason = event.finish_reason
+        return msgspec.structs.replace(first, tokens=tuple(tokens), finish_reason=finish_reason)
 
     async def aclose(self) -> None:
         """Stop reading. A sequence that still runs is cancelled."""
@@ -58,3 +71,8 @@ class SequenceStream:
             self._has_news.set()
             if not self.is_finished:
                 self._on_abandon(self.sequence_id)
+
+
+def _only_adds_tokens(event: SequenceEvent) -> bool:
+    is_whole = event.finish_reason in (None, "stop", "length")
+    return is_whole and event.prompt_logprobs is None and event.embedding is None and not event.cached_prompt_tokens

@@ -22,6 +22,7 @@ from node.kernels.lora import LoraPool, LoraRows
 from node.kernels.ops import Kernels
 from node.kernels.reference import lora_delta
 
+SHRINK_TILE_ROWS = 16  # of the largest tiles that a shrink inside the skinny GEMM reads
 EXACT_ROWS = 32  # of a product whose bits may not depend on the batch, where the skinny GEMM cannot run
 
 
@@ -67,6 +68,7 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         self.has_static_prefill = "fa3" in attention.name and not is_deterministic
         self._spans: dict[int, tuple[int, ...]] = {}
         self._planes: dict[tuple[int, int, int], int] = {}
+        self._arrivals: list[Tensor] = []
 
     @property
     def name(self) -> str:
@@ -103,7 +105,9 @@ class CudaKernels(Kernels[Product, DeviceRows]):
             return Product(self._multiply(x, weight, planes, out_dtype), bias)
         fields = self._span_list(spans)
         v = torch.empty((rows.pair_count, len(fields) // 6, 16), dtype=torch.float32, device=x.device)
-        if planes:
+        if planes and not self._is_deterministic and rows.tiles.tile_rows <= SHRINK_TILE_ROWS:
+            y = self._multiply_and_shrink(x, weight, planes, rows, fields, v)
+        elif planes:
             # Behind the GEMM, beside it: the shrink waits for it last, so whoever waits for the shrink has both.
             y = self._multiply(x, weight, planes, out_dtype)
             after = Follow.WAIT_LAST if self._follow is Follow.WAIT_FIRST else Follow.PLAIN
@@ -114,6 +118,25 @@ class CudaKernels(Kernels[Product, DeviceRows]):
             self._ops.lora_shrink(x, rows.tiles, fields, v, self._follow)
             y = self._multiply(x, weight, planes, out_dtype)
         return Product(y, bias, rows.tiles, v, fields)
+
+    def _multiply_and_shrink(
+        self, x: Tensor, weight: Tensor, planes: int, rows: DeviceRows, fields: tuple[int, ...], v: Tensor
+    ) -> Tensor:
+        """The product and the shrink in one launch. Its v has other bits than the shrink of longer steps."""
+        y = torch.empty((planes, x.shape[0], weight.shape[0]), dtype=torch.float32, device=x.device)
+        partial = torch.empty((self._ops.shrink_chunks(x.shape[1]), *v.shape), dtype=torch.float32, device=x.device)
+        self._ops.skinny_gemm_shrink(x, weight, rows.tiles, fields, partial, self._arrivals_of(v.shape[0]), v, y, self._follow)
+        return y
+
+    def _arrivals_of(self, pairs: int) -> Tensor:
+        """Zeros that every launch leaves zero, shared by all of a stream: each touches them after those before it have ended.
+
+        Made by a step's first launch, which is never a recorded one. What is outgrown stays, for the graphs that hold it.
+        """
+        if not self._arrivals or len(self._arrivals[-1]) < pairs:
+            size = max(pairs, 2 * len(self._arrivals[-1])) if self._arrivals else pairs
+            self._arrivals.append(torch.zeros(size, dtype=torch.int32, device=self._device))
+        return self._arrivals[-1]
 
     def _multiply_beside(
         self, x: Tensor, weight: Tensor, rows: DeviceRows, fields: tuple[int, ...], v: Tensor, out_dtype: torch.dtype | None

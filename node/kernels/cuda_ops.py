@@ -91,6 +91,8 @@ class CudaOps:
         self._rms_norm = ops.rms_norm_into.default
         self._embed_rms_norm = ops.embed_rms_norm.default
         self._skinny_gemm = ops.skinny_gemm.default
+        self._skinny_gemm_shrink = ops.skinny_gemm_shrink.default
+        self._shrink_chunks = ops.skinny_gemm_shrink_chunks.default
         self._skinny_gemm_planes = ops.skinny_gemm_planes.default
         self._is_skinny_gemm_faster = ops.is_skinny_gemm_faster.default
         self._pages = None if pool is None else pool.pages
@@ -196,6 +198,32 @@ class CudaOps:
     def skinny_gemm(self, x: Tensor, weight: Tensor, y: Tensor, follow: Follow = Follow.WAIT_FIRST) -> None:
         """y [S, T, N] float32 planes, or [1, T, N] bfloat16 where S is 1, of x [T, K] and weight [N, K]. Hopper only."""
         self._skinny_gemm(x, weight, follow != Follow.PLAIN, y)
+
+    def skinny_gemm_shrink(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        tiles: DeviceTiles,
+        spans: tuple[int, ...],
+        partial: Tensor,
+        arrivals: Tensor,
+        v: Tensor,
+        y: Tensor,
+        follow: Follow = Follow.WAIT_FIRST,
+    ) -> None:
+        """`skinny_gemm` and the shrink of the same x in one launch, whose v has other bits than `lora_shrink`'s.
+
+        Args:
+            tiles: Of at most 16 rows. partial: [C, V, G, 16] float32, scratch; C is `shrink_chunks`.
+            arrivals: [V or more] int32, zeros before and after. Launches that may run at the same time need one each.
+            v: [V, G, 16] float32, written. y: as for `skinny_gemm`.
+        """
+        adapters = self._pages, tiles.block, self._ranks, self._scales, spans, tiles.tile_rows
+        self._skinny_gemm_shrink(x, weight, follow != Follow.PLAIN, *adapters, partial, arrivals, v, y)
+
+    def shrink_chunks(self, inputs: int) -> int:
+        """C: ranges of the inputs whose sums `skinny_gemm_shrink` keeps apart, so that several blocks share an item."""
+        return int(self._shrink_chunks(inputs))
 
     def _lora(self, product: Product) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, tuple[int, ...], int]:
         tiles = product.tiles

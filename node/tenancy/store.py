@@ -74,8 +74,8 @@ class TenantStore:
         return self._terms.get(tenant) or TenantTerms(tenant)
 
     def private_adapter(self, name: str) -> PrivateAdapter | None:
-        """Who may use an adapter name; None for everybody."""
-        return self._private.get(name)
+        """Who may use an adapter name, in whatever revision; None for everybody."""
+        return self._private.get(name.partition("@")[0])
 
     async def create_key(self, terms: TenantTerms, scopes: Iterable[Scope], expires_ms: int | None = None) -> tuple[ApiKey, str]:
         """Make a key for a tenant, and the tenant where it is new.

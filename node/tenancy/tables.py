@@ -52,6 +52,19 @@ class PrivateAdapterRow(SQLModel, table=True):
     allowed: str = Field(sa_type=Text)
 
 
+class GivenNameRow(SQLModel, table=True):
+    """A name that somebody gave to an adapter, or took back. See `node.adapters.registrations.GivenName`."""
+
+    __tablename__ = "given_name"
+
+    owner: str = Field(primary_key=True, max_length=64)
+    name: str = Field(primary_key=True, max_length=300)
+    target: str | None = Field(default=None, sa_type=Text)
+    source: str | None = Field(default=None, max_length=32)
+    needs_token: bool
+
+
 TENANTS = SQLModel.metadata.tables["tenant"]
 KEYS = SQLModel.metadata.tables["api_key"]
 PRIVATE_ADAPTERS = SQLModel.metadata.tables["private_adapter"]
+GIVEN_NAMES = SQLModel.metadata.tables["given_name"]

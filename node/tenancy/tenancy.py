@@ -37,6 +37,10 @@ class Tenancy:
         """Whose registered adapter names a tenant uses; on a node without keys everybody shares the operator's."""
         return "" if tenant == ANONYMOUS else tenant
 
+    def sees_of_owner(self, owner: str) -> NameFilter:
+        """`sees` for whoever owns registered names."""
+        return self.sees(owner or ANONYMOUS)
+
     def is_public(self, name: str) -> bool:
         """Whether everybody may know of an adapter name."""
         return self.store.private_adapter(name) is None

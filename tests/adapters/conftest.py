@@ -111,10 +111,10 @@ def clock() -> Clock:
 def make_catalog(
     tmp_path: Path, writer: AdapterWriter, linears: tuple[LinearShape, ...], clock: Clock
 ) -> Callable[..., AdapterCatalog]:
-    def make(*, endpoint: str | None = None, resolve: Any = resolve_host, **changes: Any) -> AdapterCatalog:
+    def make(*, endpoint: str | None = None, resolve: Any = resolve_host, names: Any = None, **changes: Any) -> AdapterCatalog:
         adapters = AdapterSettings(directory=writer.root, **({"allow_hub": False, "max_rank": 64} | changes))
         settings = Settings(data_dir=tmp_path / "data", adapters=adapters)
-        return AdapterCatalog(settings, linears, BASE_ID, clock, hub_endpoint=endpoint, resolve_host=resolve)
+        return AdapterCatalog(settings, linears, BASE_ID, clock, names=names, hub_endpoint=endpoint, resolve_host=resolve)
 
     return make
 

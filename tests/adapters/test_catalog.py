@@ -10,6 +10,7 @@ from node.adapters.verify import AdapterVerifier
 from node.errors import (
     AdapterChangedError,
     AdapterForbiddenError,
+    AdapterIdError,
     AdapterInvalidError,
     AdapterNotFoundError,
     AdapterUnavailableError,
@@ -288,3 +289,57 @@ async def test_resolve_ludwig_directory_changed_inside_is_verified_again(catalog
         found = await catalog.resolve("ludwig")
 
         assert found.adapter_id == (await catalog.resolve("made")).adapter_id
+
+
+async def test_resolve_absolute_path_below_a_root_is_the_adapter_of_that_name(catalog, writer):
+    writer.write("good")
+    writer.write("team/other")
+    for name in ("good", "team/other"):
+        for source in (None, "local"):
+            entry = await catalog.resolve(f"{writer.root / name}/", source)
+            assert (entry.name, entry.source) == (name, "local")
+
+
+async def test_resolve_absolute_path_elsewhere_is_refused_the_same_whatever_is_there(catalog, writer, tmp_path):
+    writer.write("good")
+    type(writer)(tmp_path / "far").write("x")
+    (writer.root / "way-out").symlink_to(tmp_path / "far" / "x")
+    root, texts = writer.root, set()
+    for path in (
+        tmp_path / "far" / "x",
+        root / "absent",
+        root / "way-out",
+        root,
+        f"{root}/../far/x",
+        f"{root}-x/good",
+        "/etc",
+        "/",
+    ):
+        with pytest.raises(AdapterIdError) as caught:
+            await catalog.resolve(str(path), "local")
+        texts.add(caught.value.message.replace(ascii(str(path)[:96]), "PATH"))
+    assert len(texts) == 1
+
+
+async def test_resolve_absolute_path_that_an_earlier_root_hides_is_refused(make_catalog, writer, tmp_path):
+    writer.write("good")
+    second = type(writer)(tmp_path / "second")
+    second.write("good", second.tensors(seed=1))
+    second.write("only")
+    catalog = make_catalog(roots=(second.root,))
+    with pytest.raises(AdapterIdError):
+        await catalog.resolve(str(second.root / "good"))
+    assert (await catalog.resolve(str(second.root / "only"))).name == "only"
+    await catalog.close()
+
+
+async def test_is_known_what_lies_in_a_directory_was_added_or_fetched(catalog, writer, tmp_path):
+    writer.write("good")
+    await catalog.add(type(writer)(tmp_path / "far").write("x"), "support")
+    assert [catalog.is_known(name) for name in ("good", "support", "nobody", "owner/name", "s3://bucket/x")] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]

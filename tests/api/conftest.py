@@ -74,6 +74,7 @@ class FakeEntry:
     name: str
     adapter_id: str
     directory: Path = Path("/adapters")
+    source: str = "local"
     rank: int = 8
     manifest: Any = None
     manifest_hash: str | None = "c" * 64
@@ -84,6 +85,7 @@ class FakeCatalog:
         self.known = {"alice": FakeEntry("alice", "1" * 64), "org/bob": FakeEntry("org/bob", "2" * 64)}
         self.faults: dict[str, NodeError] = {}
         self.asked: list[tuple[str, str | None, str | None]] = []
+        self.targets: dict[str, str] = {}
 
     async def resolve(
         self, name: str, source: str | None = None, token: str | None = None, *, sees: Callable[[str], bool], owner: str
@@ -108,7 +110,11 @@ class FakeCatalog:
         if target not in self.known:
             raise AdapterNotFoundError(f"no source knows the adapter {target!r}")
         self.known[name] = FakeEntry(name, self.known[target].adapter_id)
+        self.targets[name] = target
         return self.known[name], before
+
+    def target(self, name, owner):
+        return self.targets.get(name)
 
     async def unregister(self, name, *, owner, sees):
         if name not in self.known:

@@ -62,7 +62,7 @@ async def test_sglang_spelling_answers_with_success_and_what_is_loaded(bench, cl
 
     assert (loaded.status, unloaded.status) == (200, 200)
     body = await loaded.json()
-    assert (body["success"], body["error_message"], body["loaded_adapters"]["poet"]) == (True, None, "1" * 64)
+    assert (body["success"], body["error_message"], body["loaded_adapters"]["poet"]) == (True, None, "alice")
     assert "poet" not in (await unloaded.json())["loaded_adapters"]
 
 
@@ -96,3 +96,14 @@ async def test_unload_of_one_tenants_name_leaves_what_everybody_has_in_memory(ma
 
     assert answer.status == 200
     assert [kind for kind, _ in bench.engine.wishes] == ["prefetch"]
+
+
+async def test_unload_of_a_name_that_was_not_found_again_since_a_restart_evicts_nothing(bench, client):
+    async def unregister(name, *, owner, sees):
+        return None, True
+
+    bench.catalog.unregister = unregister
+    answer = await client.post("/v1/unload_lora_adapter", json={"lora_name": "poet"})
+
+    assert (answer.status, await answer.text()) == (200, "Success: LoRA adapter 'poet' removed successfully.")
+    assert bench.engine.wishes == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,38 +30,44 @@ class World:
     adapters: dict[str, Path]
 
 
+Build = Callable[..., World]
+
+
 @pytest.fixture(scope="session")
-def world(tmp_path_factory) -> World:
-    root = tmp_path_factory.mktemp("world")
-    torch.manual_seed(7)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
+def build_world(tmp_path_factory) -> Build:
+    """Makes a world: `adapters` are (name, rank, target modules), their numbers drawn with deviation `adapter_std`."""
+
+    def build(adapters, adapter_std, **sizes) -> World:
+        root = tmp_path_factory.mktemp("world")
+        torch.manual_seed(7)
+        shape = {"vocab_size": VOCAB, "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+        LlamaForCausalLM(LlamaConfig(**shape, **sizes)).eval().save_pretrained(root / "model")
+        words = models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0")
+        Tokenizer(words).save(str(root / "model" / "tokenizer.json"))
+        for name, rank, targets in adapters:
+            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+            peft = get_peft_model(LlamaForCausalLM.from_pretrained(root / "model"), config)
+            generator = torch.Generator().manual_seed(rank)
+            for parameter_name, parameter in peft.named_parameters():
+                if "lora_" in parameter_name:
+                    parameter.data = torch.randn(parameter.shape, generator=generator) * adapter_std
+            peft.save_pretrained(root / name)
+        return World(root / "model", {name: root / name for name, _, _ in adapters})
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def world(build_world) -> World:
+    return build_world(
+        (("x", 4, ["q_proj", "v_proj"]), ("y", 8, "all-linear"), ("z", 20, ["down_proj", "o_proj"])),
+        0.15,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=256,
-        bos_token_id=1,
-        eos_token_id=2,
         initializer_range=0.2,
     )
-    model = LlamaForCausalLM(config).eval()
-    model.save_pretrained(root / "model")
-    Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0")).save(str(root / "model" / "tokenizer.json"))
-    adapters = {}
-    for name, rank, targets in (("x", 4, ["q_proj", "v_proj"]), ("y", 8, "all-linear"), ("z", 20, ["down_proj", "o_proj"])):
-        peft = get_peft_model(
-            LlamaForCausalLM.from_pretrained(root / "model"),
-            LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM"),
-        )
-        generator = torch.Generator().manual_seed(rank)
-        for parameter_name, parameter in peft.named_parameters():
-            if "lora_" in parameter_name:
-                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.15
-        peft.save_pretrained(root / name)
-        adapters[name] = root / name
-    return World(root / "model", adapters)
 
 
 class Driver:

@@ -6,8 +6,8 @@ import torch
 from node.engine.batch import build_inputs
 from node.engine.messages import Submit
 from node.engine.runner import sample
-from node.engine.scheduler import Work
 from node.engine.sequence import Sequence
+from node.engine.step_plan import Work
 from node.request import AdapterTerm, Sampling
 
 SLOTS = {"x": 3, "y": 0}

@@ -6,9 +6,9 @@ import torch
 
 from node.engine.device_batch import pending_places, step_shape, write_decode, write_rows
 from node.engine.messages import Submit
-from node.engine.scheduler import Work
 from node.engine.sequence import Sequence
 from node.engine.step_block import BlockLayout, StepBlock
+from node.engine.step_plan import Work
 from node.request import Sampling
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from node.engine.device_runner import DeviceRunner, DeviceSizes
+from node.engine.device_runner import DeviceRunner
 from node.engine.engine import FAILED_STEPS_LIMIT
+from node.engine.sizing import DeviceSizes
 from node.kernels.lora import LoraRows
 from node.kernels.reference_tiles import read_tiles
 from node.kernels.torch_kernels import TorchKernels
@@ -161,6 +162,10 @@ def test_cancel_between_two_steps_frees_everything(make_ahead):
     assert driver.engine.stats().kv_blocks_used == 0
 
 
+def make_fragile(runner, token_id):
+    runner._model = runner._recorded._model = Fragile(runner._model, token_id)
+
+
 class Fragile:
     """A model that cannot bear one token id."""
 
@@ -186,8 +191,7 @@ def test_step_that_fails_ends_only_the_sequence_at_fault(make_ahead):
     names = ["s0", "s3", "s4"]
     expected = answers(make_ahead(), names)
     driver = make_ahead()
-    runner = driver.engine._runner
-    runner._model = Fragile(runner._model, 99)
+    make_fragile(driver.engine._runner, 99)
     driver.add("bad", [1, 99, 7])
     assert answers(driver, names) == expected
     assert driver.last("bad").error_code == "engine_failed"
@@ -212,8 +216,7 @@ def test_draw_that_fails_is_repeated_with_known_tokens(make_ahead, monkeypatch):
 
 def test_engine_that_computes_nothing_any_more_gives_up(make_ahead):
     driver = make_ahead()
-    runner = driver.engine._runner
-    runner._model = Fragile(runner._model, 1)
+    make_fragile(driver.engine._runner, 1)
     for index in range(FAILED_STEPS_LIMIT - 1):
         driver.add(f"a{index}", [1, 5])
         driver.run()

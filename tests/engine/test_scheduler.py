@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from node.adapters.residency import LOADING, READY, Residency, ResidencyState
 from node.engine.blocks import BlockPool
+from node.engine.limits import SchedulerLimits
 from node.engine.messages import Submit
-from node.engine.scheduler import Scheduler, SchedulerLimits, WorkResult
+from node.engine.scheduler import Scheduler
+from node.engine.step_plan import WorkResult
 from node.request import AdapterTerm, DrawnToken, Sampling
 
 

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from node.adapters.residency import READY
 from node.engine.blocks import BlockPool
+from node.engine.limits import SchedulerLimits
 from node.engine.messages import Submit
-from node.engine.scheduler import Scheduler, SchedulerLimits, WorkResult
+from node.engine.scheduler import Scheduler
+from node.engine.step_plan import WorkResult
 from node.request import AdapterTerm, DrawnToken, Sampling
 
 STOP = 7
@@ -181,6 +183,23 @@ def test_cancel_between_launch_and_result_frees_everything():
     assert bench.adapters.pins == {"x": 0}
     bench.run()
     assert bench.ends == {"a": "cancelled"}
+
+
+def test_adapters_are_let_go_while_the_last_token_is_drawn():
+    bench = LateBench(lag=1)
+    bench.add("a", range(3), max_new_tokens=3, adapters=("x",))
+    bench.add("b", range(3), max_new_tokens=9)
+    for _ in range(3):
+        bench.step()
+    assert bench.adapters.pins == {"x": 1}
+    plan = bench.scheduler.plan()
+    assert bench.adapters.pins == {"x": 0}
+    assert [work.sequence.id for work in plan.work] == ["b"]
+    assert "a" not in bench.ends
+    bench.open.append((plan, bench.device.run(plan)))
+    bench.run()
+    assert bench.tokens["a"] == expected(range(3), 3)
+    assert bench.adapters.pins == {"x": 0}
 
 
 def test_preempted_sequence_waits_for_its_pending_token():

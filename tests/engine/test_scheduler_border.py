@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from node.adapters.residency import LOADING, READY
 from node.engine.blocks import BlockPool
 from node.engine.border import Border
+from node.engine.limits import SchedulerLimits
 from node.engine.messages import Submit
-from node.engine.scheduler import Scheduler, SchedulerLimits, WorkResult
+from node.engine.scheduler import Scheduler
+from node.engine.step_plan import WorkResult
 from node.request import AdapterTerm, DrawnToken, Sampling
 
 UNIT_BLOCKS, KV_UNITS, UNITS, BLOCK_SIZE = 2, 5, 8, 4

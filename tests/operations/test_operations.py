@@ -10,7 +10,7 @@ from attribution.record import RecipeTerm
 from attribution.signing import LocalSigner
 from attribution.voucher import Voucher, escrow_domain
 from node.adapters.staging import Progress
-from node.errors import ChainError, RequestError
+from node.errors import AdapterNotFoundError, ChainError, RequestError
 from node.operations import adapter_operations, settlement_operations
 from node.settlement.admission import Admission, Outcome, SignedVoucher
 from node.settlement.epochs import EpochCloser
@@ -278,7 +278,19 @@ async def test_adapters_are_described_with_and_without_a_manifest():
         return entry
 
     arriving = [Progress("org/large", 3, None)]
-    catalog = SimpleNamespace(entries=lambda: [entry], add=add, resolve=resolve, fetching=lambda: arriving)
+    removed = []
+
+    async def remove(name):
+        removed.append(name)
+
+    catalog = SimpleNamespace(
+        entries=lambda: [entry],
+        add=add,
+        remove=remove,
+        resolve=resolve,
+        fetching=lambda: arriving,
+        is_known=lambda name: name == "plain",
+    )
     restricted = []
 
     async def restrict(adapter):
@@ -291,6 +303,7 @@ async def test_adapters_are_described_with_and_without_a_manifest():
     shown = await operations["adapters.show"](name="plain")
     await operations["adapters.add"](directory="/d", name=None)
     await operations["adapters.add"](directory="/e", name=None, owner="acme", allowed=["beta"])
+    await operations["adapters.remove"](name="plain")
 
     assert await operations["adapters.fetching"]() == [{"name": "org/large", "done_bytes": 3, "total_bytes": None}]
     assert listed["state"] == "resident"
@@ -298,3 +311,21 @@ async def test_adapters_are_described_with_and_without_a_manifest():
     assert (listed["name"], listed["trainer"], listed["size"], listed["owner"]) == ("plain", "unknown", 5, None)
     assert (shown["manifest"], shown["manifest_hash"], shown["coverage"]) == (None, None, [])
     assert added == [("/d", None), ("/e", None)]
+    assert removed == ["plain"]
+
+
+async def test_restrict_of_a_name_nobody_knows_is_refused_unless_it_comes_ahead():
+    restricted = []
+
+    async def restrict(adapter):
+        restricted.append(adapter.name)
+
+    catalog = SimpleNamespace(is_known=lambda name: name == "org/known")
+    operations = adapter_operations(catalog, SimpleNamespace(restrict_adapter=restrict), lambda: {}.get)
+
+    with pytest.raises(AdapterNotFoundError, match="--ahead"):
+        await operations["adapters.restrict"](name="org/knwon", owner="acme", allowed=[])
+    await operations["adapters.restrict"](name="org/known@v2", owner="acme", allowed=[])
+    await operations["adapters.restrict"](name="org/later", owner="acme", allowed=[], ahead=True)
+
+    assert restricted == ["org/known", "org/later"]  # in all revisions

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from node.adapters.formats.layout import is_adapter
-from node.adapters.names import AdapterName
+from node.adapters.names import AdapterName, parse_name
+from node.errors import AdapterIdError
 
 MAX_LISTED = 100_000
 
@@ -22,6 +23,29 @@ class LocalSource:
 
     def __init__(self, roots: Sequence[Path]) -> None:
         self._roots = tuple(Path(os.path.realpath(root)) for root in roots)
+        self._spellings = tuple(dict.fromkeys((*(Path(os.path.abspath(root)) for root in roots), *self._roots)))
+
+    def name_of(self, text: str) -> AdapterName | None:
+        """The name of an absolute path below one of the roots, which is how users of other servers say it; None for other text.
+
+        Raises:
+            AdapterIdError: Not below a root, not spelled as a name there, nothing there, or hidden by an earlier root. The answer
+                is the same for all: it tells nobody what else is on the disk.
+        """
+        if not text.startswith("/"):
+            return None
+        for root in self._spellings:
+            below = text.removeprefix(f"{root}/")
+            if (
+                below != text
+                and (name := _as_name(below)) is not None
+                and self.find(name) == Path(os.path.realpath(root / name.path))
+            ):
+                return name
+        raise AdapterIdError(
+            f"adapter path {text[:96]!a} is no adapter directory below a root of this node; name it as it is named there",
+            param="model",
+        )
 
     def find(self, name: AdapterName) -> Path | None:
         """The adapter's directory with every link resolved, or None.
@@ -45,6 +69,14 @@ class LocalSource:
                 if len(names) < MAX_LISTED and is_adapter(Path(entry.path)):
                     names.append(entry.name)
         return sorted(names)
+
+
+def _as_name(text: str) -> AdapterName | None:
+    try:
+        name = parse_name(text.rstrip("/"))
+    except AdapterIdError:
+        return None
+    return name if name.revision is None else None
 
 
 def _is_directory(path: Path) -> bool:

@@ -153,14 +153,14 @@ def test_recorded_chunks_have_the_logits_of_launched_ones(make_gpu, monkeypatch)
                     row += 1
 
         driver = make_gpu(dtype="bfloat16", watch=watch, max_batch_tokens=128, prefix_cache=False)
-        recorded = driver.engine._runner._graphs.row_buckets
+        recorded = driver.engine._runner.graphs.row_buckets
         answers(driver)
         return found, recorded
 
     recorded, row_buckets = first_logits()
     if not row_buckets:
         pytest.skip("no attention here can be recorded with prompt chunks")
-    monkeypatch.setattr("node.engine.device_runner.ROW_BUCKETS", ())
+    monkeypatch.setattr("node.engine.recorded_steps.ROW_BUCKETS", ())
     launched, _ = first_logits()
     for name in PROMPTS:
         difference = (recorded[name] - launched[name]).abs().max() / launched[name].abs().max()

@@ -1,0 +1,143 @@
+"""The fetching process: `python -m node.adapters.fetching.process`, started by `node.adapters.fetching.client`.
+
+It holds the sources' client libraries and their threads, so that whatever they do, however long, the API process's event loop and
+interpreter lock are not theirs. Messages come on standard input, whose end is the order to stop; nobody but the parent has it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from node.adapters.fetching.messages import (
+    Answer,
+    Downloads,
+    Event,
+    Failed,
+    FetchConfig,
+    Fetched,
+    Job,
+    ListProgress,
+    Resolve,
+    Started,
+    StartFailed,
+    Verified,
+    Verify,
+    job_decoder,
+    packed,
+    read_from,
+)
+from node.adapters.fetching.work import FetchWork
+from node.config import AdapterSettings, Settings
+from node.errors import NodeError
+
+NICENESS = 5  # whoever is served now comes first
+VERIFY_THREADS = 4  # adapters on this disk never wait for distant sources
+DRAIN_S = 1.0  # at the end, for what is nearly done; a broken download goes on where it stopped
+EXIT_START_FAILED = 3
+
+logger = logging.getLogger(__name__)
+
+
+class Answers:
+    """The way up. Any thread may send."""
+
+    def __init__(self, pipe: IO[bytes]) -> None:
+        self._pipe = pipe
+        self._lock = threading.Lock()
+
+    def send(self, event: Event) -> None:
+        """Send one message, whole. A parent that is gone hears nothing, and its end of the input stops this process."""
+        content = packed(event)
+        with self._lock:
+            try:
+                self._pipe.write(content)
+                self._pipe.flush()
+            except BrokenPipeError:
+                return
+
+
+class JobDesk:
+    """Gives each job a thread and sends its answer."""
+
+    def __init__(self, work: FetchWork, answers: Answers, fetch_workers: int) -> None:
+        self._work = work
+        self._answers = answers
+        self._fetching = ThreadPoolExecutor(fetch_workers, thread_name_prefix="fetch")
+        self._verifying = ThreadPoolExecutor(VERIFY_THREADS, thread_name_prefix="verify")
+        self._running: set[Future[None]] = set()
+
+    def take(self, job: Job) -> None:
+        """Begin a job. Called by one thread."""
+        if isinstance(job, ListProgress):
+            self._answers.send(Downloads(job.job_id, self._work.progress()))
+            return
+        pool = self._fetching if isinstance(job, Resolve) else self._verifying
+        future = pool.submit(self._run, job)
+        self._running.add(future)
+        future.add_done_callback(self._running.discard)
+
+    def close(self) -> None:
+        """Begin nothing more, and let what is nearly done end."""
+        for pool in (self._fetching, self._verifying):
+            pool.shutdown(wait=False, cancel_futures=True)
+        wait(tuple(self._running), DRAIN_S)
+
+    def _run(self, job: Resolve | Verify) -> None:
+        self._answers.send(self._answer(job))
+
+    def _answer(self, job: Resolve | Verify) -> Answer:
+        try:
+            if isinstance(job, Resolve):
+                return Fetched(job.job_id, self._work.resolve(job.source, job.name, job.token))
+            return Verified(job.job_id, self._work.verify(Path(job.directory)))
+        except NodeError as error:
+            return Failed(job.job_id, error.to_json())
+        except Exception:  # a defect must reach its caller as an answer, and end neither this thread nor the others
+            logger.exception("a job failed inside the node: %r", job)
+            return Failed(job.job_id, NodeError("fetching the adapter failed inside the node; its log says why").to_json())
+
+
+def main() -> int:
+    """Serve until the input ends; returns the exit status."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its warnings quote addresses, which may be signed
+    answers = Answers(os.fdopen(os.dup(1), "wb"))
+    os.dup2(2, 1)  # a library that prints must not speak in our name
+    content = read_from(sys.stdin.buffer)
+    if content is None:
+        return EXIT_START_FAILED
+    os.nice(NICENESS)
+    try:
+        config = msgspec.msgpack.decode(content, type=FetchConfig)
+        desk = _open_desk(config, answers)
+    except NodeError as error:
+        answers.send(StartFailed(error.to_json()))
+        return EXIT_START_FAILED
+    answers.send(Started())
+    decoder = job_decoder()
+    while (content := read_from(sys.stdin.buffer)) is not None:
+        desk.take(decoder.decode(content))
+    desk.close()
+    sys.stderr.flush()
+    os._exit(0)  # without waiting for a source that is slow to answer
+
+
+def _open_desk(config: FetchConfig, answers: Answers) -> JobDesk:
+    adapters = AdapterSettings.model_validate(config.adapters)
+    settings = Settings(data_dir=Path(config.data_dir)).model_copy(
+        update={"data_dir": Path(config.data_dir), "adapters": adapters}
+    )  # as the parent has them: the environment has been read already
+    work = FetchWork(settings, config.linears, config.base_id, hub_endpoint=config.hub_endpoint)
+    return JobDesk(work, answers, adapters.fetch_workers)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

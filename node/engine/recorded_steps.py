@@ -1,0 +1,196 @@
+"""Steps of fixed shapes over static memory, recorded once: decode batches, and small steps with prompt chunks.
+
+A decode step is one copy of metadata and one graph. A small step with prompt chunks is a graph of its layers; its output
+projection is launched, for the rows that want logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from node.engine.device_batch import StepShape, pad_rows, pending_places, write_decode, write_rows
+from node.engine.graphs import ROW_BUCKETS, Adapted, GraphKey, StepGraphs, buckets_for
+from node.engine.sizing import DeviceSizes
+from node.engine.step_adapters import DECODE_TILE_ROWS, PREFILL_TILE_ROWS, RECORDED_TILE_ROWS, Members, StepAdapters, static_rows
+from node.engine.step_block import BlockLayout, StepBlock
+from node.engine.step_plan import Work
+from node.kernels.lora_tiles import block_ints
+from node.kernels.ops import Kernels
+from node.models.inputs import CausalLM, KVCache, StepInputs
+
+GRAPH_ENTRIES = 16  # pages of one row's recipe that a graph has room for; a batch with more is launched without one
+EAGER_ENTRIES = 64
+WARM_TILE_INTS = 16  # a header that counts no tiles
+
+
+class RecordedSteps:
+    """See above.
+
+    Args:
+        model: The decoder. kernels: what it runs on. kv: its paged cache. adapters: their tiles.
+        sizes: Bounds of a step.
+        choose: Called with the logits [W, V] of a decode step, inside its graph.
+        is_recording: Record steps. False on devices that cannot, and for tests.
+
+    Attributes:
+        block: The static memory, which steps that are not recorded use as well.
+        width: KV blocks of one sequence at most.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        kernels: Kernels[Any, Any],
+        kv: KVCache,
+        adapters: StepAdapters,
+        sizes: DeviceSizes,
+        choose: Callable[[Tensor], None],
+        *,
+        is_recording: bool,
+    ) -> None:
+        self._model = model
+        self._kv = kv
+        self._adapters = adapters
+        self._sizes = sizes
+        self._choose = choose
+        self.width = -(-sizes.max_model_len // kv.block_size)
+        buckets = buckets_for(sizes.max_sequences)
+        row_buckets = [rows for rows in ROW_BUCKETS if rows <= sizes.max_batch_tokens] if kernels.has_static_prefill else []
+        self.graphs = StepGraphs(self._run, buckets, row_buckets, is_recording=is_recording)
+        self._layouts = {bucket: BlockLayout.of(bucket, bucket, 0, self.width) for bucket in buckets}
+        self._row_layouts = {rows: BlockLayout.of(rows, buckets[-1], buckets[-1], self.width) for rows in row_buckets}
+        self.block = StepBlock(buckets[-1], self._capacity(), kernels.device)
+        self._members: Members | None = None  # of the decode batch whose tiles are on the device
+
+    def _capacity(self) -> int:
+        """int32 of the largest step: a prefill in which every row wants logits, with the tiles of its rows and of its head."""
+        rows, sequences = self._sizes.max_batch_tokens, max(self._layouts)
+        tiles = block_ints(rows, sequences, EAGER_ENTRIES, PREFILL_TILE_ROWS)
+        return BlockLayout.of(max(rows, sequences), sequences, rows, self.width).tiles + 2 * tiles
+
+    def forget_tiles(self) -> None:
+        """Another step's tiles are on the device now."""
+        self._members = None
+
+    def warm_up(self) -> None:
+        """Record every step, largest first, so that the smaller ones find their memory in its pool."""
+        for bucket in reversed(self.graphs.buckets):
+            layout = self._layouts[bucket]
+            host = self._blank(layout)
+            host[layout.kv_slots : layout.kv_slots + bucket] = -1
+            host[layout.sources : layout.sources + bucket] = self.block.source_of_own(layout.tokens)
+            self._record(layout, bucket, is_decode=True)
+        for rows in reversed(self.graphs.row_buckets):
+            layout = self._row_layouts[rows]
+            pad_rows(self._blank(layout), layout, 0, 0, self.block.source_of_own(layout.tokens))
+            self._record(layout, rows, is_decode=False)
+
+    def _blank(self, layout: BlockLayout) -> Any:
+        host = self.block.begin(layout.tiles + WARM_TILE_INTS)
+        host[: layout.tiles + WARM_TILE_INTS] = 0
+        return host
+
+    def _record(self, layout: BlockLayout, rows: int, *, is_decode: bool) -> None:
+        self.block.send(layout.tiles + WARM_TILE_INTS)
+        for adapted in (Adapted.NOTHING, Adapted.LAYERS):
+            self.graphs.step(GraphKey(rows, adapted, is_decode))
+
+    def _run(self, key: GraphKey) -> Tensor:
+        """Launch a step over the static memory of its bucket."""
+        return self._run_decode(key.rows, key.adapted) if key.is_decode else self._run_rows(key.rows, key.adapted)
+
+    # ---- one row a sequence
+
+    def decode(self, work: list[Work], places: Mapping[str, int]) -> Tensor | None:
+        """Logits [W, V]; None where the adapters have more pages than a graph has room for.
+
+        Args:
+            places: Sequence id -> its place among the tokens of the last draw.
+        """
+        bucket = self.graphs.bucket(len(work))
+        members = self._members_of(work, bucket)
+        if members is None:
+            return None
+        layout = self._layouts[bucket]
+        tiles = members.tiles.data if members is not self._members and members.tiles is not None else None
+        end = layout.tiles + (0 if tiles is None else len(tiles))
+        host = self.block.begin(end)
+        own = self.block.source_of_own(layout.tokens)
+        write_decode(host, layout, work, self._kv.block_size, pending_places(work, places), own)
+        if tiles is not None:
+            host[layout.tiles : end] = tiles
+        self.block.send(end)
+        self._members = members
+        return self.graphs.step(GraphKey(bucket, members.adapted))[: len(work)]
+
+    def _members_of(self, work: Sequence[Work], bucket: int) -> Members | None:
+        key = (bucket, *[item.sequence.arrival_index for item in work])
+        if self._members is not None and self._members.key == key:
+            return self._members
+        members = self._adapters.members(work, key)
+        tiles = members.tiles
+        if tiles is None:
+            return members
+        fits = self._layouts[bucket].tiles + len(tiles.data) <= self.block.capacity
+        return members if fits and tiles.pair_count <= GRAPH_ENTRIES * bucket else None
+
+    def _run_decode(self, bucket: int, adapted: Adapted) -> Tensor:
+        layout, view = self._layouts[bucket], self.block.view
+        inputs = StepInputs(
+            token_ids=self.block.gather(view(layout.sources, bucket)),
+            positions=view(layout.positions, bucket),
+            kv_slots=view(layout.kv_slots, bucket),
+            query_start=view(layout.query_start, bucket + 1),
+            context_lens=view(layout.context_lens, bucket),
+            block_tables=view(layout.tables, bucket * self.width).view(bucket, self.width),
+            logit_rows=None,
+            lora=static_rows(self.block, layout, adapted, DECODE_TILE_ROWS, GRAPH_ENTRIES * bucket),
+            max_query=1,
+            max_context=self._sizes.max_model_len,
+        )
+        logits = self._model.forward(inputs, self._kv, self._adapters.tensors)
+        self._choose(logits)
+        return logits
+
+    # ---- prompt chunks
+
+    def chunks(self, work: list[Work], shape: StepShape, places: Mapping[str, int]) -> Tensor | None:
+        """Logits [W, V] of a small step with prompt chunks; None where it is not one or asks for more than next tokens."""
+        rows = self.graphs.row_bucket(shape.rows)
+        if rows is None or shape.logit_rows is None or any(item.wants_prompt_logprobs or item.embeds for item in work):
+            return None
+        layout, tiles = self._row_layouts[rows], self._adapters.row_tiles(work, RECORDED_TILE_ROWS)
+        end = layout.tiles + sum(len(block.data) for block in tiles)
+        if len(tiles) > 1 or end > self.block.capacity or any(block.pair_count > GRAPH_ENTRIES * rows for block in tiles):
+            return None
+        host = self.block.begin(end)
+        own = self.block.source_of_own(layout.tokens)
+        write_rows(host, layout, work, shape, self._kv.block_size, pending_places(work, places), own)
+        for block in tiles:
+            host[layout.tiles : end] = block.data
+        self.forget_tiles()
+        self.block.send(end)
+        h = self.graphs.step(GraphKey(rows, Adapted.LAYERS if tiles else Adapted.NOTHING, is_decode=False))
+        return self._model.logits(h, self._inputs(layout, Adapted.NOTHING, len(shape.logit_rows)), self._adapters.tensors)
+
+    def _run_rows(self, rows: int, adapted: Adapted) -> Tensor:
+        layout = self._row_layouts[rows]
+        return self._model.hidden(self._inputs(layout, adapted, layout.logit_rows), self._kv, self._adapters.tensors)
+
+    def _inputs(self, layout: BlockLayout, adapted: Adapted, logit_rows: int) -> StepInputs:
+        view, rows, sequences = self.block.view, layout.rows, layout.sequences
+        return StepInputs(
+            token_ids=self.block.gather(view(layout.sources, rows)),
+            positions=view(layout.positions, rows),
+            kv_slots=view(layout.kv_slots, rows),
+            query_start=view(layout.query_start, sequences + 1),
+            context_lens=view(layout.context_lens, sequences),
+            block_tables=view(layout.tables, sequences * self.width).view(sequences, self.width),
+            logit_rows=view(layout.logits, logit_rows),
+            lora=static_rows(self.block, layout, adapted, RECORDED_TILE_ROWS, GRAPH_ENTRIES * rows),
+            max_query=rows,
+            max_context=self._sizes.max_model_len,
+        )

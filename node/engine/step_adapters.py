@@ -1,0 +1,111 @@
+"""The adapters of a GPU's step, as tiles of rows that share a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from node.engine.device_batch import StepShape, recipes_of
+from node.engine.graphs import Adapted
+from node.engine.runner import SlotTable
+from node.engine.step_block import BlockLayout, StepBlock
+from node.engine.step_plan import Work
+from node.kernels.cuda_ops import DeviceTiles
+from node.kernels.device_rows import DeviceRows
+from node.kernels.lora import LoraPool, LoraRows, lora_rows
+from node.kernels.lora_tiles import Recipe, TileBlock, build_tiles
+
+DECODE_TILE_ROWS, PREFILL_TILE_ROWS = 16, 64
+RECORDED_TILE_ROWS = 16  # of small steps with prompt chunks: larger tiles would leave most of the GPU idle
+
+
+class DeviceSlots(SlotTable, Protocol):
+    """Where resident adapters are, and what the host knows of them."""
+
+    def adapts(self, adapter_id: str, module: int) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """The adapters of a decode batch, which stay the same as long as its members do. `tiles`: None where it names none."""
+
+    key: tuple[int, ...]
+    tiles: TileBlock | None
+    adapted: Adapted
+
+
+class StepAdapters:
+    """Builds tiles on the host and finds them on the device.
+
+    Args:
+        slots: adapter memory. head_module: the output projection's row in `LoraPool.ranks`.
+    """
+
+    def __init__(self, slots: DeviceSlots, head_module: int) -> None:
+        self._slots = slots
+        self._head_module = head_module
+
+    @property
+    def tensors(self) -> LoraPool:
+        """What kernels read."""
+        return self._slots.tensors
+
+    def slot_of(self, adapter_id: str) -> int:
+        return self._slots.slot_of(adapter_id)
+
+    def members(self, work: Sequence[Work], key: tuple[int, ...]) -> Members:
+        """Of a decode batch, one row a sequence."""
+        recipes = recipes_of(work, self.slot_of)
+        if not any(recipes):
+            return Members(key, None, Adapted.NOTHING)
+        tiles = build_tiles(recipes, [1] * len(work), self._slot_pages(), DECODE_TILE_ROWS)
+        return Members(key, tiles, Adapted.LAYERS_AND_HEAD if self._has_head(work) else Adapted.LAYERS)
+
+    def row_tiles(self, work: Sequence[Work], tile_rows: int) -> list[TileBlock]:
+        """The tiles of a step's rows, and of its rows that want logits where an adapter changes the output projection."""
+        recipes = recipes_of(work, self.slot_of)
+        if not any(recipes):
+            return []
+        blocks = [build_tiles(recipes, [item.count for item in work], self._slot_pages(), tile_rows)]
+        if self._has_head(work):
+            counts = [item.count if item.wants_prompt_logprobs else int(item.draws_token) for item in work]
+            heads: list[Recipe] = [recipe for recipe, count in zip(recipes, counts, strict=True) if count]
+            blocks.append(build_tiles(heads, [count for count in counts if count], self._slot_pages(), DECODE_TILE_ROWS))
+        return blocks
+
+    def plain_rows(self, work: Sequence[Work]) -> LoraRows | None:
+        """The same for kernels that take no tiles."""
+        return lora_rows(recipes_of(work, self.slot_of), [item.count for item in work])
+
+    def _slot_pages(self) -> Any:
+        return self.tensors.slot_pages.numpy()
+
+    def _has_head(self, work: Sequence[Work]) -> bool:
+        named = {term.adapter_id for item in work for term in item.sequence.terms}
+        return any(self._slots.adapts(adapter_id, self._head_module) for adapter_id in named)
+
+
+def tile_rows_of(shape: StepShape) -> int:
+    """Rows of a tile in a step that is launched operation by operation."""
+    return DECODE_TILE_ROWS if shape.max_query == 1 else PREFILL_TILE_ROWS
+
+
+def sent_rows(block: StepBlock, layout: BlockLayout, tile_rows: int, tiles: list[TileBlock]) -> DeviceRows | None:
+    """Tiles that were sent behind a step's other metadata, one block after another."""
+    if not tiles:
+        return None
+    first = block.view(layout.tiles, len(tiles[0].data))
+    head = None
+    if len(tiles) > 1:
+        second = block.view(layout.tiles + len(tiles[0].data), len(tiles[1].data))
+        head = DeviceRows(DeviceTiles(second, DECODE_TILE_ROWS), tiles[1].pair_count)
+    return DeviceRows(DeviceTiles(first, tile_rows), tiles[0].pair_count, head)
+
+
+def static_rows(block: StepBlock, layout: BlockLayout, adapted: Adapted, tile_rows: int, pairs: int) -> DeviceRows | None:
+    """Tiles of a recorded step, whatever they will be: all the memory behind its other metadata, and room for `pairs` pairs."""
+    if adapted is Adapted.NOTHING:
+        return None
+    rows = DeviceRows(DeviceTiles(block.view(layout.tiles, block.capacity - layout.tiles), tile_rows), pairs)
+    return rows if adapted is Adapted.LAYERS else DeviceRows(rows.tiles, rows.pair_count, rows)

@@ -1,0 +1,72 @@
+"""What one step computes, and what came of it: the scheduler plans `Work`, a runner answers with `WorkResult`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from node.engine.messages import SequenceEvent
+from node.engine.sequence import Sequence
+from node.request import DrawnToken
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Rows of one sequence in one step: tokens `start` .. `start + count - 1`, the last of which may still be being drawn.
+
+    Attributes:
+        draws_token: The last row's logits give the next token.
+        wants_prompt_logprobs: The logits of every row are wanted.
+        epoch: Of the sequence's blocks; another one means that they were taken away meanwhile.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    draws_token: bool
+    wants_prompt_logprobs: bool
+    epoch: int
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the last row's hidden state is wanted."""
+        return self.draws_token and self.sequence.submit.embeds
+
+    @classmethod
+    def of(cls, sequence: Sequence, start: int, count: int) -> Work:
+        """The work of these rows, as things stand."""
+        end, total = start + count, sequence.token_count
+        wants_logprobs = sequence.wants_prompt_logprobs and start + 1 < sequence.prompt_count
+        return cls(
+            sequence,
+            start,
+            count,
+            draws_token=end == total,
+            wants_prompt_logprobs=wants_logprobs,
+            epoch=sequence.epoch,
+        )
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """The rows of one step, and what became of sequences that will not run at all."""
+
+    work: list[Work] = field(default_factory=list)
+    events: list[SequenceEvent] = field(default_factory=list)
+    row_count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkResult:
+    """What a step computed for one `Work`.
+
+    Attributes:
+        drawn: The next token when the work draws one; None when it does not, or when the logits were not finite.
+        prompt_logprobs: Log-probability of the token after each row, for works that want them.
+        has_failed: Nothing could be computed for this work.
+        embedding: Hidden state of the last row, float32 bytes, for works that embed.
+    """
+
+    drawn: DrawnToken | None = None
+    prompt_logprobs: tuple[float, ...] = ()
+    has_failed: bool = False
+    embedding: bytes | None = None

@@ -1,0 +1,279 @@
+"""The programs around a node in a storm, each a process of its own, so that none delays another's clock.
+
+hot    eight clients, one adapter each, stream one completion after another and note when events arrive;
+cold   asks for many adapters that the node does not know, all at once;
+hub    speaks enough of the hub's protocol, slowly and with faults, until it is told to be calm.
+
+Each reads one JSON object a line on standard input and answers with one a line on standard output. `Helper` is the other end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Coroutine
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, Any, cast
+
+import uvloop
+from aiohttp import web
+
+PROMPT_TOKENS = 16
+_EVENT = b"data: {"
+_END = b"0\r\n\r\n"
+Answer = Callable[[dict[str, Any]], Coroutine[Any, Any, Any]]
+
+
+class Helper:
+    """One of the programs, started on some cores. `ask` sends a line and waits for the answer."""
+
+    def __init__(self, cores: str, *arguments: str) -> None:
+        command = [sys.executable, __file__, *arguments]
+        self._process = subprocess.Popen(
+            ["taskset", "-c", cores, *command] if cores else command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        self._input, self._output = cast(IO[bytes], self._process.stdin), cast(IO[bytes], self._process.stdout)
+
+    def tell(self, **values: Any) -> None:
+        """Send a line; `hear` reads its answer."""
+        self._input.write(json.dumps(values).encode() + b"\n")
+        self._input.flush()
+
+    def hear(self) -> Any:
+        """Wait for the answer to the oldest line that has none."""
+        line = self._output.readline()
+        if not line:
+            raise SystemExit("a helper process died; its own lines say why")
+        return json.loads(line)
+
+    def ask(self, **values: Any) -> Any:
+        """Send a line and wait for its answer."""
+        self.tell(**values)
+        return self.hear()
+
+    def close(self) -> None:
+        """End it."""
+        self._process.terminate()
+        self._process.communicate()
+
+
+def serve(answer: Answer) -> None:
+    """Answer lines until the input ends; several may be under way, so answers to a slow line come later."""
+
+    async def run() -> None:
+        loop, lines = asyncio.get_running_loop(), asyncio.StreamReader()
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+        gc.freeze()
+        gc.disable()
+        while line := await lines.readline():
+            found = await answer(json.loads(line))
+            gc.collect()
+            print(json.dumps(found), flush=True)
+
+    uvloop.run(run())
+
+
+# ---- hot
+
+
+class HotClient(asyncio.Protocol):
+    """One connection that streams one answer after another. Events are timed where their bytes arrive."""
+
+    def __init__(self, host: str, model: str) -> None:
+        self._host = host
+        self._model = model
+        self._rest = b""
+        self._event_s: list[float] = []
+        self._done: asyncio.Future[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._fail("the node closed the connection")
+
+    def data_received(self, data: bytes) -> None:
+        now_s = time.perf_counter()
+        data = self._rest + data
+        end = data.rfind(b"\n") + 1
+        data, self._rest = data[:end], data[end:]
+        self._event_s += [now_s] * data.count(_EVENT)
+        if b'data: {"error"' in data or (data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 200")):
+            self._fail(data.decode()[:300])
+        if (data.endswith(b"\r\n" + _END) or data == _END) and self._done is not None and not self._done.done():
+            self._done.set_result(None)
+
+    async def ask(self, tokens: int, seed: int) -> tuple[float, list[float]]:
+        """When the request was sent, and when each of its events arrived (seconds of one clock)."""
+        body = {
+            "model": self._model,
+            "prompt": [3 + (seed + number) % 500 for number in range(PROMPT_TOKENS)],
+            "max_tokens": tokens,
+            "temperature": 0,
+            "stream": True,
+            "ignore_eos": True,
+        }
+        self._done = asyncio.get_running_loop().create_future()
+        self._event_s = []
+        started_s = time.perf_counter()
+        self._transport.write(http_post(self._host, body))
+        await self._done
+        return started_s, self._event_s
+
+    def _fail(self, what: str) -> None:
+        if self._done is not None and not self._done.done():
+            self._done.set_exception(RuntimeError(f"a hot request failed: {what}"))
+
+
+def http_post(host: str, body: dict[str, Any]) -> bytes:
+    content = json.dumps(body).encode()
+    lines = (
+        "POST /v1/completions HTTP/1.1",
+        f"Host: {host}",
+        "Content-Type: application/json",
+        f"Content-Length: {len(content)}",
+    )
+    return "\r\n".join((*lines, "", "")).encode() + content
+
+
+def hot(host: str, count: int) -> None:
+    """{"seconds", "tokens", "seed"} -> {"ttft_s", "gap_s", "tokens"}: `count` clients stream until the time is over."""
+    clients: list[HotClient] = []
+
+    async def answer(line: dict[str, Any]) -> dict[str, Any]:
+        address, _, port = host.rpartition(":")
+        for number in range(len(clients), count):
+            made = await asyncio.get_running_loop().create_connection(
+                lambda n=number: HotClient(host, f"hot-{n}"), address, int(port)
+            )
+            clients.append(made[1])
+        end_s = time.perf_counter() + line["seconds"]
+        found: list[tuple[float, list[float]]] = []
+
+        async def run(client: HotClient, seed: int) -> None:
+            while time.perf_counter() < end_s:
+                found.append(await client.ask(line["tokens"], seed))
+                seed += 1
+
+        await asyncio.gather(*(run(client, line["seed"] + 1000 * number) for number, client in enumerate(clients)))
+        return {
+            "ttft_s": [event_s[0] - started_s for started_s, event_s in found],
+            "gap_s": [late - early for _, event_s in found for early, late in pairwise(event_s)],
+            "tokens": sum(len(event_s) for _, event_s in found),
+        }
+
+    serve(answer)
+
+
+# ---- cold
+
+
+def cold(host: str) -> None:
+    """{"names"} -> how long the burst took; {"wait_s"} -> the statuses, "under way" for those that hang up after `wait_s`."""
+    flood: list[asyncio.Task[tuple[int, float]]] = []
+
+    async def one(name: str) -> tuple[int, float]:
+        address, _, port = host.rpartition(":")
+        begun_s = time.perf_counter()
+        reader, writer = await asyncio.open_connection(address, int(port))
+        try:
+            writer.write(http_post(host, {"model": name, "prompt": [5, 6, 7], "max_tokens": 1}))
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = re.search(rb"content-length: (\d+)", head.lower())
+            await reader.readexactly(int(length[1]) if length else 0)
+            return int(head[9:12]), time.perf_counter() - begun_s
+        finally:
+            writer.close()
+
+    async def answer(line: dict[str, Any]) -> dict[str, Any]:
+        if "names" in line:
+            await asyncio.sleep(line["after_s"])
+            flood.extend(asyncio.create_task(one(name)) for name in line["names"])
+            await asyncio.sleep(0)
+            return {"sent": len(flood)}
+        done, pending = await asyncio.wait(flood, timeout=line["wait_s"])
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        flood.clear()
+        statuses: dict[str, int] = {"under way": len(pending)} if pending else {}
+        for task in done:
+            statuses[str(task.result()[0])] = statuses.get(str(task.result()[0]), 0) + 1
+        refused_s = sorted(seconds for status, seconds in (task.result() for task in done) if status == 429)
+        return {"statuses": statuses, "refused_ms": round(1000 * refused_s[-1], 1) if refused_s else None}
+
+    serve(answer)
+
+
+# ---- hub
+
+
+def hub(latency_s: float, failure: float, source: Path) -> None:
+    """First line out: its URL. {"calm": true} answers 404 to whoever waits, and at once from then on; {"calm": false} ends that.
+
+    Every repository has the weights of `source` and an alpha of its own, so that all are different adapters.
+    """
+    draw = random.Random(11)  # noqa: S311 - faults to repeat, not secrets
+    weights = (source / "adapter_model.safetensors").read_bytes()
+    config = json.loads((source / "adapter_config.json").read_text())
+    calm = asyncio.Event()
+    counts = {"asked": 0, "failed": 0, "weights": 0}
+
+    def files_of(name: str) -> dict[str, bytes]:
+        alpha = 1 + zlib.crc32(name.encode()) % 100_000 / 100_000
+        return {"adapter_config.json": json.dumps({**config, "lora_alpha": alpha}).encode(), "adapter_model.safetensors": weights}
+
+    async def respond(request: web.Request) -> web.StreamResponse:
+        counts["asked"] += 1
+        try:
+            await asyncio.wait_for(calm.wait(), latency_s)
+            return web.Response(status=404)
+        except TimeoutError:
+            pass
+        if draw.random() < failure:
+            counts["failed"] += 1
+            return web.Response(status=503)
+        parts = request.path.strip("/").split("/")
+        if parts[0] == "api":
+            found = files_of("/".join(parts[2:4]))
+            siblings = [{"rfilename": name, "size": len(content)} for name, content in found.items()]
+            info = {"id": "/".join(parts[2:4]), "sha": "1" * 40, "private": False, "gated": False, "siblings": siblings}
+            return web.json_response(info)
+        content = files_of("/".join(parts[:2]))[parts[-1]]
+        counts["weights"] += request.method == "GET" and content is weights
+        return web.Response(body=content, headers={"ETag": f'"{zlib.crc32(content):08x}"', "X-Repo-Commit": "1" * 40})
+
+    async def answer(line: dict[str, Any]) -> dict[str, Any]:
+        if "start" in line:
+            application = web.Application()
+            application.router.add_route("*", "/{path:.*}", respond)
+            runner = web.AppRunner(application, access_log=None)
+            await runner.setup()
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            return {"url": f"http://127.0.0.1:{runner.addresses[0][1]}"}
+        if line["calm"]:
+            calm.set()
+        else:
+            calm.clear()
+        return counts
+
+    serve(answer)
+
+
+if __name__ == "__main__":
+    os.setpgid(0, 0)
+    if sys.argv[1] == "hot":
+        hot(sys.argv[2], int(sys.argv[3]))
+    elif sys.argv[1] == "cold":
+        cold(sys.argv[2])
+    else:
+        hub(float(sys.argv[2]), float(sys.argv[3]), Path(sys.argv[4]))
