@@ -27,26 +27,27 @@ struct SkinnyGemmPlan {
   int row_blocks;   // 2 or 4: m64 blocks of the accumulators
   int tile_tokens;  // wgmma n: 8, 16, 32, 64, 96, 128, 192 or 256
   int planes;       // S
-  int stages;       // pipeline depth
+  int stages;       // pipeline depth of W
   int cluster;      // 1, 2 from 64 tokens on or 4 from 128 on: blocks that load one tile of x together (TMA multicast)
   int early;        // stages of W asked for before the kernels ahead have ended; 0: all
-  bool is_summed = false;  // planes are added up inside a cluster: one [T, N] leaves; every block has at most one item
-  int store = 1;
+  int x_stages;     // of them with a tile of x; W runs the others ahead
 };
 
-// Bytes of one stage: a tile of W and a tile of x.
-constexpr int gemm_stage_bytes(const SkinnyGemmPlan& plan) {
-  return (plan.tile_rows + plan.tile_tokens) * kGemmBlockK * 2;
+// The stages of x. The last stage of W's wgmma reads whole m64 blocks, past tile_rows: that must lie inside.
+GEMM_ANYWHERE constexpr int gemm_x_bytes(int tile_tokens, int row_blocks, int tile_rows, int x_stages) {
+  const int rows = tile_tokens * x_stages, overrun = 64 * row_blocks - tile_rows;
+  return (rows > overrun ? rows : overrun) * kGemmBlockK * 2;
 }
 
 // Where a warpgroup puts down a part of its block on the way to y: 64 tokens of 64 bf16, or 32 of 64 float32, rows padded.
-GEMM_ANYWHERE constexpr int gemm_line_bytes(int tile_tokens) { return tile_tokens % 64 == 0 ? 64 * 144 : (tile_tokens < 32 ? tile_tokens : 32) * 272; }
+GEMM_ANYWHERE constexpr int gemm_line_bytes(int tile_tokens) {
+  return tile_tokens % 64 == 0 ? 64 * 144 : (tile_tokens < 32 ? tile_tokens : 32) * 272;
+}
 
-// Dynamic shared memory. The last stage's wgmma reads whole m64 blocks, past tile_rows: the slack keeps that inside.
+// Dynamic shared memory.
 constexpr int gemm_shared_bytes(const SkinnyGemmPlan& plan) {
-  const int overrun = (64 * plan.row_blocks - plan.tile_rows - plan.tile_tokens) * kGemmBlockK * 2;
-  return 1024 + plan.stages * gemm_stage_bytes(plan) + (overrun > 0 ? overrun : 0) + kGemmBarrierBytes +
-         (plan.is_summed || plan.store != 1 ? 0 : 2 * gemm_line_bytes(plan.tile_tokens));
+  return 1024 + plan.stages * plan.tile_rows * kGemmBlockK * 2 + gemm_x_bytes(plan.tile_tokens, plan.row_blocks, plan.tile_rows, plan.x_stages) +
+         kGemmBarrierBytes + 2 * gemm_line_bytes(plan.tile_tokens);
 }
 
 // The smallest n of the kernel's templates that holds T tokens; 0 if none does.
@@ -74,10 +75,10 @@ constexpr bool gemm_can_run(int64_t tokens, int64_t outputs, int64_t inputs) {
 // Chunks of k that the shrink inside a GEMM cuts an item into: about 24 steps of 32 each, eight a warp.
 GEMM_ANYWHERE constexpr int gemm_shrink_chunks(int inputs) { return (inputs / 32 + 23) / 24; }
 
-// Stages that fit into `bytes` of shared memory, at least 2, at most 24.
+// Stages of W that fit into `bytes` of shared memory beside those of x, at least as many as of x, at most 24.
 constexpr int gemm_stages_that_fit(SkinnyGemmPlan plan, int bytes) {
-  int stages = 2;
-  for (plan.stages = 3; plan.stages <= 24 && gemm_shared_bytes(plan) <= bytes; ++plan.stages) stages = plan.stages;
+  int stages = plan.x_stages;
+  for (plan.stages = stages + 1; plan.stages <= 24 && gemm_shared_bytes(plan) <= bytes; ++plan.stages) stages = plan.stages;
   return stages;
 }
 
@@ -105,6 +106,7 @@ constexpr SkinnyGemmPlan gemm_plan(int64_t tokens, int64_t outputs, int64_t inpu
   plan.row_blocks = is_tall ? 4 : 2;
   plan.tile_rows = is_tall ? fair : fair < 128 ? fair : 128;
   plan.cluster = 1;
+  plan.x_stages = 3;
   plan.stages = gemm_stages_that_fit(plan, kGemmUsedBytes);
   return plan;
 }

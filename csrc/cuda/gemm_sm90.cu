@@ -25,6 +25,9 @@
 namespace openlora {
 namespace {
 
+#ifndef EARLY
+#define EARLY 1
+#endif
 #ifndef STORE
 #define STORE 1
 #endif
@@ -37,9 +40,8 @@ constexpr int kRowBytes = kGemmBlockK * 2;  // one swizzle row
 struct Work {
   void* y;
   int tokens, outputs;
-  int k_blocks, planes, row_tiles, tile_rows, stages, early;
-  bool is_bfloat16, is_summed;
-  int store;
+  int k_blocks, planes, row_tiles, tile_rows, stages, x_stages, early;
+  bool is_bfloat16, is_silu_mul;
 };
 
 // The shrink's share of a launch.
@@ -53,15 +55,17 @@ struct Shrink {
   int32_t* arrivals;
 };
 
-// Where stage buffers and barriers lie; the same in every block of a cluster.
+// Where the stages of W and of x and their barriers lie; the same in every block of a cluster. A step of k has a stage of each; W,
+// whose way is longer, runs stages - x_stages steps ahead of x, so that the two are free again at the same moment.
 struct Ring {
-  uint32_t buffers, barriers, lines;
-  int stage_bytes, w_bytes, stages;
+  uint32_t w_buffers, x_buffers, barriers, lines;
+  int w_bytes, x_bytes;
 
-  __device__ uint32_t w(int stage) const { return buffers + stage * stage_bytes; }
-  __device__ uint32_t x(int stage) const { return w(stage) + w_bytes; }
-  __device__ uint32_t full(int stage) const { return barriers + stage * 16; }
-  __device__ uint32_t empty(int stage) const { return barriers + stage * 16 + 8; }
+  __device__ uint32_t w(int stage) const { return w_buffers + stage * w_bytes; }
+  __device__ uint32_t x(int stage) const { return x_buffers + stage * x_bytes; }
+  __device__ uint32_t w_full(int stage) const { return barriers + stage * 8; }
+  __device__ uint32_t x_full(int stage) const { return barriers + 256 + stage * 16; }
+  __device__ uint32_t empty(int stage) const { return barriers + 264 + stage * 16; }  // of x and of the W that was used with it
 };
 
 struct RingPosition {
@@ -96,21 +100,41 @@ struct Items {
   }
 };
 
+// The stages of W of one block, in order.
 template <int kCluster>
-__device__ void load_w(const Ring& ring, const CUtensorMap* map, const Items<kCluster>& at, int k, int stage, int tile_rows, int bytes,
-                       uint64_t policy) {
-  barrier_expect(ring.full(stage), bytes);
-  tensor_load(ring.w(stage), map, k * kGemmBlockK, at.row_tile * tile_rows, ring.full(stage), policy);
-}
+struct WStream {
+  const Work& work;
+  const Ring& ring;
+  const CUtensorMap* map;
+  Items<kCluster> items;
+  int k, stage = 0;
+
+  __device__ WStream(const Work& w, const Ring& r, const CUtensorMap* m) : work(w), ring(r), map(m), items(w), k(items.first_k) {}
+  __device__ void skip() {
+    if (++stage == work.stages) stage = 0;
+    if (++k < items.end_k) return;
+    items.next();
+    k = items.first_k;
+  }
+  __device__ void load(uint64_t policy) {
+    if (items.is_done()) return;
+    barrier_expect(ring.w_full(stage), ring.w_bytes);
+    const int row = items.row_tile * work.tile_rows;
+    if (work.is_silu_mul) tensor_load_pairs(ring.w(stage), map, k * kGemmBlockK, row / 16, ring.w_full(stage), policy);
+    else tensor_load(ring.w(stage), map, k * kGemmBlockK, row, ring.w_full(stage), policy);
+    skip();
+  }
+};
 
 // With a cluster each block loads its share of the tokens and sends it to all.
 template <int kTokens, int kCluster>
 __device__ void load_x(const Ring& ring, const CUtensorMap* map, int k, int stage, uint64_t policy) {
+  barrier_expect(ring.x_full(stage), ring.x_bytes);
   if constexpr (kCluster == 1) {
-    tensor_load(ring.x(stage), map, k * kGemmBlockK, 0, ring.full(stage), policy);
+    tensor_load(ring.x(stage), map, k * kGemmBlockK, 0, ring.x_full(stage), policy);
   } else {
     const int first = static_cast<int>(cluster_rank()) * (kTokens / kCluster);
-    tensor_load_multicast(ring.x(stage) + first * kRowBytes, map, k * kGemmBlockK, first, ring.full(stage), policy,
+    tensor_load_multicast(ring.x(stage) + first * kRowBytes, map, k * kGemmBlockK, first, ring.x_full(stage), policy,
                           (1u << kCluster) - 1);
   }
 }
@@ -118,28 +142,27 @@ __device__ void load_x(const Ring& ring, const CUtensorMap* map, int k, int stag
 // One thread: the first `early` stages of W, which no kernel in flight writes.
 template <int kCluster>
 __device__ void load_early(const Work& work, const Ring& ring, const CUtensorMap* w_map) {
-  int stage = 0;
-  for (Items<kCluster> items(work); !items.is_done(); items.next()) {
-    for (int k = items.first_k; k < items.end_k; ++k, ++stage) {
-      if (stage == work.early) return;
-      load_w(ring, w_map, items, k, stage, work.tile_rows, ring.stage_bytes, policy_evict_first());
-    }
-  }
+  const uint64_t once = policy_evict_first();
+  WStream<kCluster> w(work, ring, w_map);
+  for (int i = 0; i < work.early; ++i) w.load(once);
 }
 
-// One thread: once the kernels ahead have ended, keeps the ring full.
+// One thread: once the kernels ahead have ended, keeps the rings full.
 template <int kTokens, int kCluster>
 __device__ void produce(const Work& work, const Ring& ring, const CUtensorMap* w_map, const CUtensorMap* x_map) {
   const uint64_t once = policy_evict_first();
   const uint64_t keep = policy_evict_last();
+  WStream<kCluster> w(work, ring, w_map);
+  for (int i = 0; i < work.early && !w.items.is_done(); ++i) w.skip();
   wait_for_dependencies();
   launch_dependents();  // not before the wait: whoever starts now may read the same x (lora_work.h, Follow::kWaitLast)
+  for (int i = work.early; i < work.stages - work.x_stages; ++i) w.load(once);
   RingPosition at;
-  Items<kCluster> items(work);
-  for (; !items.is_done(); items.next()) {
-    for (int k = items.first_k; k < items.end_k; ++k, at.advance(work.stages)) {
+  int step = work.stages - work.x_stages;
+  for (Items<kCluster> items(work); !items.is_done(); items.next()) {
+    for (int k = items.first_k; k < items.end_k; ++k, ++step, at.advance(work.x_stages)) {
       if (at.round > 0) barrier_wait(ring.empty(at.stage), (at.round - 1) & 1);
-      if (at.round > 0 || at.stage >= work.early) load_w(ring, w_map, items, k, at.stage, work.tile_rows, ring.stage_bytes, once);
+      if (step >= work.early) w.load(once);
       load_x<kTokens, kCluster>(ring, x_map, k, at.stage, keep);
     }
   }
@@ -182,15 +205,6 @@ __device__ __forceinline__ void store_item_as(const Work& work, const Ring& ring
   const int first_row = row_tile * work.tile_rows, first_block = warp / 4 * kBlocks;
   const int row_end = min(first_row + work.tile_rows, work.outputs);
   Out* y = static_cast<Out*>(work.y);
-  if (work.is_summed) {
-    const int pitch = (128 * kBlocks + 4) * 4;
-    sync_threads(2, kConsumerWarps * 32);  // nobody reads the ring any more: the tile takes its place
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block) put_down<kTokens>(d[block], work.tokens, ring.buffers, pitch, (first_block + block) * 64 + warp % 4 * 16);
-    cluster_sync();
-    sum_cluster(work.planes, y, work.tokens, work.outputs, first_row, row_end, ring.buffers, pitch, kConsumerWarps * 32);
-    return;
-  }
   y += static_cast<int64_t>(plane) * work.tokens * work.outputs;
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block) {
@@ -212,6 +226,16 @@ __device__ __forceinline__ void store_item_as(const Work& work, const Ring& ring
 
 template <int kTokens, int kBlocks>
 __device__ __forceinline__ void store_item(const Work& work, const Ring& ring, const float (&d)[kBlocks][kTokens / 2], int row_tile, int plane) {
+  if (work.is_silu_mul) {
+    const int group = static_cast<int>(threadIdx.x) / 128, first = row_tile * work.tile_rows / 2;
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+      if (STORE == 2 && d[block][0] != 1234.5f) continue;
+      store_silu_mul<kTokens>(d[block], static_cast<__nv_bfloat16*>(work.y), work.tokens, work.outputs / 2, first + (group * kBlocks + block) * 32,
+                              min(first + work.tile_rows / 2, work.outputs / 2), ring.lines + group * gemm_line_bytes(kTokens), 2 + group);
+    }
+    return;
+  }
   if (work.is_bfloat16) store_item_as<__nv_bfloat16, kTokens, kBlocks>(work, ring, d, row_tile, plane);
   else store_item_as<float, kTokens, kBlocks>(work, ring, d, row_tile, plane);
 }
@@ -227,7 +251,7 @@ __device__ void consume(const Work& work, const Ring& ring) {
       if (lane < kCluster) barrier_arrive_at(ring.empty(stage), lane);
     }
   };
-  RingPosition at;
+  RingPosition at, w_at;
   Items<kCluster> items(work);
   for (; !items.is_done(); items.next()) {
     float d[kBlocks][kTokens / 2];
@@ -238,14 +262,22 @@ __device__ void consume(const Work& work, const Ring& ring) {
       wgmma_results<kTokens / 2>(d[block]);
     }
     int previous = -1;
-    for (int k = items.first_k; k < items.end_k; ++k, at.advance(work.stages)) {
-      barrier_wait(ring.full(at.stage), at.round & 1);
+    for (int k = items.first_k; k < items.end_k; ++k, at.advance(work.x_stages), w_at.advance(work.stages)) {
+#if EARLY
+      if (previous >= 0 && !__all_sync(0xFFFFFFFF, barrier_test(ring.w_full(w_at.stage), w_at.round & 1) && barrier_test(ring.x_full(at.stage), at.round & 1))) {
+        wgmma_wait<0>();
+        release(previous);
+        previous = -1;
+      }
+#endif
+      barrier_wait(ring.w_full(w_at.stage), w_at.round & 1);
+      barrier_wait(ring.x_full(at.stage), at.round & 1);
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < kGemmBlockK / 16; ++step) {
 #pragma unroll
         for (int block = 0; block < kBlocks; ++block) {
-          Wgmma<kTokens>::add(d[block], wgmma_descriptor(ring.w(at.stage) + (first_block + block) * 64 * kRowBytes + step * 32),
+          Wgmma<kTokens>::add(d[block], wgmma_descriptor(ring.w(w_at.stage) + (first_block + block) * 64 * kRowBytes + step * 32),
                               wgmma_descriptor(ring.x(at.stage) + step * 32));
         }
       }
@@ -411,18 +443,17 @@ __global__ __launch_bounds__(kLora ? kShrinkThreads : kThreads, 1) void skinny_g
   __shared__ ShrinkSums<kLora> sums;
   Ring ring;
   ring.w_bytes = work.tile_rows * kRowBytes;
-  ring.stage_bytes = ring.w_bytes + kTokens * kRowBytes;
-  ring.stages = work.stages;
-  ring.buffers = (shared_address(shared) + 1023) & ~1023u;
-  const int overrun = max(0, 128 * kBlocks - work.tile_rows - kTokens) * kRowBytes;
-  ring.barriers = ring.buffers + work.stages * ring.stage_bytes + overrun;
+  ring.x_bytes = kTokens * kRowBytes;
+  ring.w_buffers = (shared_address(shared) + 1023) & ~1023u;
+  ring.x_buffers = ring.w_buffers + work.stages * ring.w_bytes;
+  ring.barriers = ring.x_buffers + gemm_x_bytes(kTokens, 2 * kBlocks, work.tile_rows, work.x_stages);
   ring.lines = ring.barriers + kGemmBarrierBytes;
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  const bool is_idle = Items<kCluster>(work).is_done();
   if (warp == kConsumerWarps) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    if (lane < work.stages) {
-      barrier_init(ring.full(lane), 1);
+    if (lane < work.stages) barrier_init(ring.w_full(lane), 1);
+    if (lane < work.x_stages) {
+      barrier_init(ring.x_full(lane), 1);
       barrier_init(ring.empty(lane), kConsumerWarps * kCluster);
     }
     barrier_init_fence();
@@ -444,8 +475,7 @@ __global__ __launch_bounds__(kLora ? kShrinkThreads : kThreads, 1) void skinny_g
     wait_for_dependencies();  // y may still be read by a kernel ahead
     consume<kTokens, kBlocks, kCluster>(work, ring);
   }
-  if (work.is_summed && (warp >= kConsumerWarps || is_idle)) cluster_sync();
-  if (kCluster > 1 || work.is_summed) cluster_sync();  // nobody leaves while others still write to its shared memory
+  if constexpr (kCluster > 1) cluster_sync();  // nobody leaves while others still write to its shared memory
 #endif
 }
 
@@ -504,6 +534,18 @@ bool encode_map(EncodeTiled encode, CUtensorMap* map, const void* matrix, int64_
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+// W of gate and up, [2][rows / 2, columns], in boxes that take 8 rows of each in turn.
+bool encode_pairs(EncodeTiled encode, CUtensorMap* map, const void* matrix, int64_t rows, int64_t columns, int box_rows) {
+  const cuuint64_t row_bytes = static_cast<cuuint64_t>(columns) * 2;
+  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(columns), 8, 2, static_cast<cuuint64_t>(rows / 16)};
+  const cuuint64_t strides[3] = {row_bytes, row_bytes * static_cast<cuuint64_t>(rows / 2), row_bytes * 8};
+  const cuuint32_t box[4] = {kGemmBlockK, 8, 2, static_cast<cuuint32_t>(box_rows / 16)};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(matrix), sizes, strides, box, steps,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
 // Whether the shrink can ride along: the planes' sums have a place, and the copy engine can address the pages.
 bool has_valid_lora(const SkinnyGemmArgs& args, const SkinnyGemmPlan& plan) {
   if (args.lora == nullptr) return true;
@@ -539,13 +581,16 @@ cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPl
                         plan.tile_rows % 8 == 0 && plan.tile_rows <= std::min(64 * plan.row_blocks, 256) &&
                         gemm_shared_bytes(plan) <= kGemmSharedBytes && args.x_stride % 8 == 0 && args.x_stride >= args.inputs &&
                         is_aligned(args.x) && is_aligned(args.w) && is_aligned(args.y) &&
-                        (args.output == GemmOutput::kFloatPlanes || plan.planes == 1 || plan.is_summed) && (!plan.is_summed || (plan.cluster == 1 && plan.planes > 1)) && has_valid_lora(args, plan);
+                        plan.x_stages >= 2 && plan.x_stages <= 16 && plan.x_stages <= plan.stages && plan.stages <= 24 && has_valid_lora(args, plan);
   const Kernel kernel = !is_valid ? nullptr : args.lora != nullptr ? find_kernel<true>(plan) : find_kernel<false>(plan);
   if (kernel == nullptr) return cudaErrorInvalidValue;
   static const EncodeTiled encode = find_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
   CUtensorMap w_map, x_map;
-  if (!encode_map(encode, &w_map, args.w, args.outputs, args.inputs, args.inputs, plan.tile_rows) ||
+  const bool is_silu_mul = args.output == GemmOutput::kSiluMul;
+  if (is_silu_mul && (plan.planes != 1 || args.outputs % 16 != 0 || plan.tile_rows % 16 != 0)) return cudaErrorInvalidValue;
+  if (!(is_silu_mul ? encode_pairs(encode, &w_map, args.w, args.outputs, args.inputs, plan.tile_rows)
+                    : encode_map(encode, &w_map, args.w, args.outputs, args.inputs, args.inputs, plan.tile_rows)) ||
       !encode_map(encode, &x_map, args.x, args.tokens, args.inputs, args.x_stride, plan.tile_tokens / plan.cluster)) {
     return cudaErrorInvalidValue;
   }
@@ -565,28 +610,25 @@ cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPl
   work.tile_rows = plan.tile_rows;
   work.stages = plan.stages;
   work.early = plan.early > 0 ? std::min(plan.early, plan.stages) : plan.stages;
+  work.is_silu_mul = is_silu_mul;
   work.is_bfloat16 = args.output == GemmOutput::kBfloat16;
-  work.is_summed = plan.is_summed;
-  work.store = plan.store;
+  work.x_stages = plan.x_stages;
   const int groups = (work.row_tiles + plan.cluster - 1) / plan.cluster * plan.planes;
   Shrink shrink = {};
   if (args.lora != nullptr) {
     shrink = {*args.lora, args.x, args.x_stride, args.inputs, args.lora_pairs, args.lora_partial, args.lora_arrivals};
   }
-  const int cluster = plan.is_summed ? plan.planes : plan.cluster;
   const int resident = sm_count * (2 * shared_bytes <= kGemmSharedBytes - 2048 ? 2 : 1);
-
-  if (plan.is_summed && groups > resident / cluster * cluster) return cudaErrorInvalidValue;
 
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = args.use_pdl ? 1 : 0;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = cluster;
+  attributes[1].val.clusterDim.x = plan.cluster;
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   // With a shrink, whose items only the device counts, every SM has a block.
-  config.gridDim = dim3((args.lora != nullptr ? resident : std::min(groups * plan.cluster, resident)) / cluster * cluster);
+  config.gridDim = dim3((args.lora != nullptr ? resident : std::min(groups * plan.cluster, resident)) / plan.cluster * plan.cluster);
   config.blockDim = dim3(args.lora != nullptr ? kShrinkThreads : kThreads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;

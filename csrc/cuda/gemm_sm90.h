@@ -18,7 +18,8 @@ struct SkinnyGemmPlan;  // gemm_plan.h
 
 enum class GemmOutput : int {
   kFloatPlanes = 0,  // [S, T, N] float32; every element is written, nothing has to be cleared first
-  kBfloat16 = 1,     // [T, N] bfloat16, only where S is 1
+  kBfloat16 = 1,     // [S, T, N] bfloat16, each plane rounded once
+  kSiluMul = 2,      // [T, N / 2] bfloat16: silu(y[:, i]) * y[:, N / 2 + i], rounded once; where S is 1 and N a multiple of 16
 };
 
 struct SkinnyGemmArgs {

@@ -13,6 +13,13 @@
 
 namespace openlora {
 
+// threadIdx.x, read anew: what is computed from it does not take up registers between the stores.
+__device__ __forceinline__ int fresh_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 __device__ __forceinline__ void sync_threads(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
 
 __device__ __forceinline__ void store_shared(uint32_t address, float value) {
@@ -23,6 +30,18 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
   return v;
+}
+
+#ifndef HINT
+#define HINT 0
+#endif
+__device__ __forceinline__ void store_kept(uint4* target, const uint4& v) {
+  if constexpr (HINT == 0) *target = v;
+  if constexpr (HINT == 1) {
+    asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1,%2,%3,%4}, %5;" ::"l"(target), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "l"(policy_evict_last()) : "memory");
+  }
+  if constexpr (HINT == 2) __stcg(target, v);
+  if constexpr (HINT == 3) __stcs(target, v);
 }
 
 // Four (two) 8 x 8 blocks of bf16, transposed: lane l names the place of row l % 8 of block l / 8.
@@ -42,7 +61,7 @@ __device__ __forceinline__ void store_lines(const float (&d)[kTokens / 2], Out* 
   constexpr int kChunk = kHalf && kTokens % 64 == 0 ? 64 : kTokens < 32 ? kTokens : 32;  // tokens at a time
   constexpr int kPitch = 64 * sizeof(Out) + 16;                                           // no two rows of a store in one bank
   constexpr int kPieces = 64 * sizeof(Out) / 16;
-  const int thread = static_cast<int>(threadIdx.x) % 128, warp = thread / 32, lane = thread % 32;
+  const int thread = fresh_thread() % 128, warp = thread / 32, lane = thread % 32;
 #pragma unroll
   for (int first = 0; first < kTokens; first += kChunk) {
     if (first >= tokens) break;
@@ -70,75 +89,51 @@ __device__ __forceinline__ void store_lines(const float (&d)[kTokens / 2], Out* 
       const int at = i * 128 + thread, token = first + at / kPieces, piece = at % kPieces;
       if (at < kChunk * kPieces && token < tokens && column + piece * 16 / static_cast<int>(sizeof(Out)) < column_end) {
         uint4* target = reinterpret_cast<uint4*>(y + static_cast<int64_t>(token) * outputs + column) + piece;
-        *target = load_shared(buffer + at / kPieces * kPitch + piece * 16);
+        store_kept(target, load_shared(buffer + at / kPieces * kPitch + piece * 16));
       }
     }
   }
 }
 
-// ---- planes summed inside a cluster: block r holds plane r of one row tile
-
-__device__ __forceinline__ uint32_t block_address(uint32_t local, int rank) {
-  uint32_t address;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(local), "r"(rank));
-  return address;
+__device__ __forceinline__ void store_blocks(uint32_t address, uint32_t a) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(address), "r"(a) : "memory");
 }
 
-__device__ __forceinline__ float4 load_block(uint32_t address) {
-  float4 v;
-  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
-  return v;
-}
+__device__ __forceinline__ float silu_times(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
 
-// The block's accumulators as [tokens][columns] float32 rows of `pitch` bytes.
+// A warpgroup's m64 block, whose rows are 8 of gate, the same 8 of up, and so on, as silu(gate) * up to y[:, column .. + 32]: a
+// thread holds both factors of each product. `buffer` and `barrier` as in store_lines.
 template <int kTokens>
-__device__ __forceinline__ void put_down(const float (&d)[kTokens / 2], int tokens, uint32_t tile, int pitch, int column) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const uint32_t place = tile + lane % 4 * 2 * pitch + (column + lane / 4) * 4;
+__device__ __forceinline__ void store_silu_mul(const float (&d)[kTokens / 2], __nv_bfloat16* y, int tokens, int outputs, int column,
+                                               int column_end, uint32_t buffer, int barrier) {
+  constexpr int kChunk = kTokens % 64 == 0 ? 64 : kTokens < 32 ? kTokens : 32;
+  constexpr int kPitch = 32 * 2 + 16, kPieces = 4;
+  const int thread = fresh_thread() % 128, warp = thread / 32, lane = thread % 32;
 #pragma unroll
-  for (int j = 0; j < kTokens / 8; ++j) {
-    if (8 * j >= tokens) break;
+  for (int first = 0; first < kTokens; first += kChunk) {
+    if (first >= tokens) break;
+    sync_threads(barrier, 128);  // the chunk before has been picked up
+    uint32_t pairs[kChunk / 8];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) store_shared(place + (j * 8 + i % 2) * pitch + i / 2 * 32, d[j * 4 + i]);
-  }
-}
-
-__device__ __forceinline__ void store_quad(float* y, const float4& v) { *reinterpret_cast<float4*>(y) = v; }
-__device__ __forceinline__ void store_quad(__nv_bfloat16* y, const float4& v) {
-  *reinterpret_cast<uint2*>(y) = make_uint2(pack_bf16(v.x, v.y), pack_bf16(v.z, v.w));
-}
-
-// This block's share of the tokens: the planes' sum, plane by plane in order, to y[token, column .. column_end].
-template <typename Out>
-__device__ __forceinline__ void sum_cluster(int planes, Out* y, int tokens, int outputs, int column, int column_end, uint32_t tile, int pitch,
-                                            int threads) {
-  constexpr int kAhead = 4;
-  const int rank = static_cast<int>(cluster_rank());
-  const int begin = tokens * rank / planes, quads = (column_end - column) / 4;
-  const int count = (tokens * (rank + 1) / planes - begin) * quads;
-#pragma unroll 1
-  for (int first = static_cast<int>(threadIdx.x); first < count; first += kAhead * threads) {
-    float4 sum[kAhead];
-    uint32_t place[kAhead];
-    Out* target[kAhead];
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      const int at = min(first + u * threads, count - 1), token = begin + at / quads, quad = at % quads;
-      place[u] = tile + token * pitch + quad * 16;
-      target[u] = y + static_cast<int64_t>(token) * outputs + column + quad * 4;
-      sum[u] = load_block(block_address(place[u], 0));
+    for (int j = 0; j < kChunk / 8; ++j) {
+      const int at = (first / 8 + j) * 4;
+      pairs[j] = pack_bf16(silu_times(d[at], d[at + 2]), silu_times(d[at + 1], d[at + 3]));
     }
-#pragma unroll 1
-    for (int p = 1; p < planes; ++p) {
+    const uint32_t place = buffer + lane % kChunk * kPitch + warp * 16;
+    if constexpr (kChunk == 8) store_blocks(place, pairs[0]);
+    else if constexpr (kChunk == 16) store_blocks(place, pairs[0], pairs[1]);
+    else {
 #pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        const float4 v = load_block(block_address(place[u], p));
-        sum[u] = make_float4(sum[u].x + v.x, sum[u].y + v.y, sum[u].z + v.z, sum[u].w + v.w);
+      for (int j = 0; j < kChunk / 8; j += 4) store_blocks(place + j * 8 * kPitch, pairs[j], pairs[j + 1], pairs[j + 2], pairs[j + 3]);
+    }
+    sync_threads(barrier, 128);
+#pragma unroll
+    for (int i = 0; i < (kChunk * kPieces + 127) / 128; ++i) {
+      const int at = i * 128 + thread, token = first + at / kPieces, piece = at % kPieces;
+      if (at < kChunk * kPieces && token < tokens && column + piece * 8 < column_end) {
+        store_kept(reinterpret_cast<uint4*>(y + static_cast<int64_t>(token) * outputs + column) + piece,
+                   load_shared(buffer + at / kPieces * kPitch + piece * 16));
       }
-    }
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      if (first + u * threads < count) store_quad(target[u], sum[u]);
     }
   }
 }
