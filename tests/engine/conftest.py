@@ -99,9 +99,9 @@ def make_sequence():
     def make(index, prompt_count=6, new=4, tenant="t", **sampling) -> Sequence:
         terms = (AdapterTerm("x", "/x", 1.0),)
         prompt = tuple(range(1, prompt_count + 1))
-        return Sequence(
-            Submit(sequence_id=f"s{index}", tenant=tenant, prompt_ids=prompt, terms=terms, sampling=sampling), index, b""
-        )
+        asked = Sampling(max_new_tokens=new, **sampling)
+        submit = Submit(sequence_id=f"s{index}", tenant=tenant, prompt_ids=prompt, terms=terms, sampling=asked)
+        return Sequence(submit, index, b"")
 
     return make
 
