@@ -316,7 +316,9 @@ int64_t skinny_gemm_planes(int64_t outputs, int64_t inputs, int64_t tokens) {
   return openlora::can_run_skinny_gemm(tokens, outputs, inputs) ? openlora::skinny_gemm_planes(outputs, inputs) : 0;
 }
 
-bool is_skinny_gemm_faster(int64_t outputs, int64_t inputs, int64_t tokens) { return openlora::is_skinny_gemm_faster(tokens, outputs, inputs); }
+bool is_skinny_gemm_faster(int64_t outputs, int64_t inputs, int64_t tokens, bool has_adapters) {
+  return openlora::is_skinny_gemm_faster(tokens, outputs, inputs, has_adapters);
+}
 
 // What both forms of the skinny GEMM take.
 openlora::SkinnyGemmArgs skinny_gemm_args(const Place& place, const Tensor& x, const Tensor& weight, bool use_pdl, const Tensor& y) {
@@ -471,7 +473,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(openlora, m) {
       "int tile_rows, Tensor(a!) partial, Tensor(b!) arrivals, Tensor(c!) v, Tensor(d!) y) -> ()");
   m.def("skinny_gemm_shrink_chunks(int inputs) -> int");
   m.def("skinny_gemm_planes(int outputs, int inputs, int tokens) -> int");
-  m.def("is_skinny_gemm_faster(int outputs, int inputs, int tokens) -> bool");
+  m.def("is_skinny_gemm_faster(int outputs, int inputs, int tokens, bool has_adapters) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(openlora, CompositeExplicitAutograd, m) {

@@ -19,11 +19,10 @@ from structlog.typing import FilteringBoundLogger
 
 from attribution.fees import Price, SplitPolicy
 from node import __version__
-from node.adapters.binding import LinearTable
 from node.adapters.catalog import AdapterCatalog
 from node.adapters.disk_cache import open_disk_cache
+from node.adapters.fetching.client import FetchClient
 from node.adapters.merges.derived import Deriver
-from node.adapters.verify import AdapterVerifier
 from node.api.admin import ADMIN_HOST, AdminListener
 from node.api.application import build_application
 from node.api.doors import Services
@@ -103,11 +102,14 @@ async def open_node(settings: Settings) -> AsyncIterator[Node]:
         ready = await engine.start()
         stack.push_async_callback(engine.close)
         names = GivenNames(treasury.ledger.transact)
-        catalog = AdapterCatalog(settings, ready.linears, ready.base_id, time.monotonic, names=names)
+        fetcher = FetchClient(settings, ready.linears, ready.base_id)
+        await fetcher.start()
+        stack.push_async_callback(fetcher.close)
+        catalog = AdapterCatalog(settings, fetcher, time.monotonic, names=names)
         stack.push_async_callback(catalog.close)
         await catalog.start()
         await catalog.restore(tenancy.sees_of_owner)
-        deriver = _deriver(settings, ready)
+        deriver = _deriver(settings, ready, fetcher)
         stack.push_async_callback(deriver.close)
         services = _services(settings, engine, ready, catalog, deriver, treasury, tenancy, logger)
         listener = Listener(build_application(services))
@@ -171,14 +173,14 @@ def _services(
     )
 
 
-def _deriver(settings: Settings, ready: Ready) -> Deriver:
+def _deriver(settings: Settings, ready: Ready, fetcher: FetchClient) -> Deriver:
     adapters = settings.adapters
-    limits = {"max_rank": adapters.max_rank, "max_bytes": adapters.max_adapter_bytes}
     return Deriver(
         open_disk_cache(settings),
-        AdapterVerifier(LinearTable(ready.linears), ready.base_id, **limits),
+        fetcher.verify,
         ready.linears,
-        **limits,
+        max_rank=adapters.max_rank,
+        max_bytes=adapters.max_adapter_bytes,
         memory_bytes=adapters.merge_memory_bytes,
         timeout_s=adapters.merge_timeout_s,
     )

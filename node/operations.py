@@ -43,7 +43,7 @@ def adapter_operations(
         ]
 
     async def fetching() -> list[dict[str, Any]]:
-        return [asdict(progress) for progress in catalog.fetching()]
+        return [asdict(progress) for progress in await catalog.fetching()]
 
     async def add(directory: str, name: str | None, owner: str | None = None, allowed: Sequence[str] = ()) -> dict[str, Any]:
         if owner is not None:  # before anybody can see it

@@ -3,12 +3,14 @@
 catalogue: time to first token of a resident adapter's request on a node that knows 10 adapters, and on one that knows 10,000;
 requests alternate between the two nodes, so the machine's moods fall on both.
 
-storm: eight resident adapters are served while 200 unknown ones are asked for from a hub that takes 5 s to answer and fails one
-time in five; time to first token and inter-token latency of the hot requests, beside the same load without the storm. Where
-client, hub and node share cores the wall-clock ratio says little; `cpu_ratio` compares the engine process's CPU time a token.
+storm: eight clients stream from resident adapters, for some seconds alone and for as many beside 200 requests for unknown
+adapters, which all come at once, from a hub that takes 5 s for each answer and fails one time in five; --rounds such pairs on
+one node. Every hot request counts, those of the storm's first instant too. Ratios of quantiles over all rounds have bootstrap
+intervals. Clients and hub are processes of their own (`storm_load`); where they and the node share cores, wall-clock ratios say
+little: the row also has the engine process's CPU time and steps a token on both sides, and the API process's.
 
-    .venv/bin/python scripts/bench_adapter_sources.py catalogue --pairs 200
-    .venv/bin/python scripts/bench_adapter_sources.py storm --engine-cores 0-7 --client-cores 8-15 --shape llama-3.1-8b --layers 8
+    python scripts/bench_adapter_sources.py catalogue --pairs 200
+    python scripts/bench_adapter_sources.py storm --shape llama-3.1-8b --layers 4 --engine-cores 0-9 --client-cores 10-15
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ HOT = ("lincoln", "reagan", "roosevelt")
 PROMPT_TOKENS = 16
 HOT_CLIENTS = 8
 LEAD_S = 0.3  # from the first hot requests of a phase to the cold ones
-STATS_S = 1.2  # the engine's counters are at most so old
+STATS_S = 0.7  # the engine sends its counters twice a second
 STORM_SETTINGS = "allow_hub = true"
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -211,7 +213,7 @@ def storm(args: argparse.Namespace) -> dict[str, Any]:
         "failure": args.failure,
         "shares_cores": not (args.engine_cores and args.client_cores),
         "rounds": args.rounds,
-        "phase_s": args.phase_s,
+        "phase_s": [args.alone_s or args.phase_s, args.phase_s],
         "lead_s": LEAD_S,
         **compared(rounds),
     }
@@ -233,7 +235,7 @@ def _round(hot: Helper, cold: Helper, hub: Helper, url: str, pid: int, args: arg
     outcome: dict[str, Any] = {}
     for side in ("alone", "beside") if index % 2 == 0 else ("beside", "alone"):
         before_cpu, before_steps = cpu_seconds(pid), engine_steps(url)
-        hot.tell(seconds=args.phase_s, tokens=args.tokens, seed=1 + index)
+        hot.tell(seconds=args.phase_s if side == "beside" else args.alone_s or args.phase_s, tokens=args.tokens, seed=1 + index)
         if side == "beside":
             before_hub = hub.ask(calm=False)
             cold.ask(names=[f"cold{index}/name-{number}" for number in range(args.cold)], after_s=LEAD_S)
@@ -266,6 +268,7 @@ def main() -> int:
     parser.add_argument("--failure", type=float, default=0.2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--phase-s", type=float, default=5.0, help="hot load of each side of a round")
+    parser.add_argument("--alone-s", type=float, help="the side alone, where it is to be shorter")
     parser.add_argument("--warm-up-s", type=float, default=3.0)
     parser.add_argument("--cold-wait-s", type=float, default=0.0, help="for cold requests under way after the hot ones are done")
     parser.add_argument("--calm-s", type=float, default=1.0, help="after a storm, for the fetches that the calm hub ends")

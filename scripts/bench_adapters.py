@@ -20,11 +20,9 @@ import argparse
 import gc
 import itertools
 import json
-import math
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -37,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_report import commit, gpu_facts, ratio_of, report
 from random_model import random_source
 
 from node.adapters.binding import LinearTable
@@ -268,12 +267,12 @@ def beside(
             before = bench.engine.stats().adapter_file_loads_total
             turns[kind].append(_gaps_ms(bench, [residents[i % len(residents)] for i in range(count)], shorts, new))
             load_count += bench.engine.stats().adapter_file_loads_total - before
-    ratios = [
-        float(np.percentile(loading, 99) / np.percentile(quiet, 99))
-        for quiet, loading in zip(turns["resident"], turns["loading"], strict=True)
-    ]
-    figures: dict[str, Any] = {"pairs": pairs, "file_loads": load_count, "p99_ratio": statistics.median(ratios)}
-    figures["p99_ratio_interval"] = interval(ratios)
+    figures: dict[str, Any] = {"pairs": pairs, "file_loads": load_count}
+    for percent in (50, 99):
+        both = zip(turns["loading"], turns["resident"], strict=True)
+        figures |= ratio_of(
+            [(float(np.percentile(a, percent)), float(np.percentile(b, percent))) for a, b in both], f"p{percent}"
+        )
     for kind, gaps in turns.items():
         joined = np.concatenate(gaps)
         figures |= {f"{kind}_p50_ms": float(np.median(joined)), f"{kind}_p99_ms": float(np.percentile(joined, 99))}
@@ -297,17 +296,6 @@ def _gaps_ms(
     while bench.engine.has_work:
         bench.step(trace, started)
     return [float(gap) * 1e3 for name in names for gap in np.diff(trace.token_s[name][skipped:])]
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Order statistics that cover the median with at least 95 %; all of them where there are fewer than six."""
-    ordered, count = sorted(values), len(values)
-    tail = 0.0
-    for cut in range(count // 2):
-        tail += math.comb(count, cut) / 2**count  # that the median lies below the cut-th value
-        if tail > 0.025:
-            return ordered[max(cut - 1, 0)], ordered[count - 1 - max(cut - 1, 0)]
-    return ordered[0], ordered[-1]
 
 
 def zipf(bench: Bench, terms: Sequence[AdapterTerm], request_count: int, seed: int = 1) -> dict[str, Any]:
@@ -420,9 +408,6 @@ def large_pool(args: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]
 
 def machine(stage: Stage, args: argparse.Namespace) -> dict[str, Any]:
     """What the figures were taken on."""
-    from bench_workloads import gpu_facts
-
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
     return {
         "row": "machine",
         "model": stage.engine.ready.model_id,
@@ -435,7 +420,7 @@ def machine(stage: Stage, args: argparse.Namespace) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "cores": os.cpu_count(),
-        "commit": os.environ.get("COMMIT") or commit.stdout.strip(),
+        "commit": commit(),
         **gpu_facts(),
     }
 
@@ -461,6 +446,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--kv-bytes", type=int, default=4 << 30)
     parser.add_argument("--files", type=Path, default=Path("/dev/shm"), help="where adapter files go")  # noqa: S108
+    parser.add_argument("--brief", action="store_true", help="print short lines; the file has everything")
     parser.add_argument("--out", type=Path, help="append the rows as JSON lines")
     return parser.parse_args(argv)
 
@@ -468,12 +454,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     with tempfile.TemporaryDirectory(prefix="bench-adapters", dir=args.files) as root:
-        for row in rows(args, Path(root)):
-            line = json.dumps(row)
-            print(line, flush=True)
-            if args.out is not None:
-                with args.out.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+        report(rows(args, Path(root)), args.out, is_brief=args.brief)
     return 0
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import os
 import platform
 import statistics
@@ -36,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_report import median_interval
 
 from node.adapters.binding import LinearTable
 from node.adapters.verify import AdapterVerifier
@@ -366,16 +366,6 @@ class OwnNode:
 
 
 # ---- pairs
-
-
-def median_interval(values: list[float]) -> tuple[float, float, float]:
-    """Median and the order statistics that cover the true median with at least 95 %; the extremes when values are few."""
-    ordered, n = sorted(values), len(values)
-    low, tail = 0, 2.0**-n
-    while low + 1 < n // 2 and tail + math.comb(n, low + 1) * 2.0**-n <= 0.025:
-        low += 1
-        tail += math.comb(n, low) * 2.0**-n
-    return statistics.median(ordered), ordered[low], ordered[n - 1 - low]
 
 
 Side = Callable[[int], Timing]

@@ -1,15 +1,19 @@
 #!/usr/bin/env python3
-"""Measure what a JSON schema costs a decode step, in one process, in interleaved pairs.
+"""Measure what a JSON schema costs a decode step, in one process, in adjacent steps.
 
-    .venv/bin/python scripts/bench_structured.py --batch 8 16 --pairs 9 --out figures.jsonl
+    .venv/bin/python scripts/bench_structured.py --batch 8 16 --rounds 9 --out figures.jsonl
 
-Work: a batch of sequences of one prompt, 64 random tokens and 64 new ones, end-of-sequence off, no prefix cache. One side is
-free; every row of the other follows a JSON schema of ten fields whose list is too long to end before the last token. A step's
-time is the median over the steps in which every row decodes; a pair runs both sides, and the other way round in the next pair.
-The figure is the median of the pairs' ratios, with the range of order statistics that covers it with >= 95 %. On a machine with
-other work that range is wide; `added_ms` is then the better figure: the CPU time that drawing and advancing take more than on the
-free side, and `added_share` that over the fastest free run's step. `compile_ms`: the first compilation of the schema. Row
-structured is greedy with one schema for all, -distinct has a schema for every sequence, -sampled has temperature 1.
+Work: a batch of sequences of one prompt, 64 random tokens and 64 new ones, end-of-sequence off, no prefix cache. Two engines with
+the same weights hold the same batch: on the free one nothing is asked of the answers, on the other each row follows a JSON schema
+of ten fields whose list is too long to end before the last token. Once all rows of both decode, the engines step in turns, the
+other one first in the next turn: the two steps of a pair are milliseconds apart, and what else the machine does slows both. A
+round's figure is the median of its pairs' ratios; `ratio` is the median of the rounds, `ratio_95` the range of order statistics
+that covers it with >= 95 %. Where steps overlap on a device (the runner works ahead), pairs of whole runs take the place of pairs
+of steps, and a run's step time is the median over its steps in which every row decoded.
+
+`added_ms` is the CPU time of drawing and of advancing grammars beyond the free side's, a step; `compile_ms` the schema's first
+compilation. Row structured is greedy with one schema for all, -distinct has a schema for each sequence, -sampled has temperature
+1. With --shape the weights are random: hardly a token that the model wants is allowed, so every row of every step needs its mask.
 """
 
 from __future__ import annotations
@@ -22,10 +26,13 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from random_model import random_source
 
 from node.config import AdapterSettings, EngineSettings, ModelSettings
 from node.engine.engine import Engine, open_engine
@@ -85,32 +92,78 @@ class CallClock:
         return statistics.mean(kept) * 1000 if kept else 0.0
 
 
-def run(engine: Engine, batch: int, texts: list[str | None], new_tokens: int, temperature: float, run_id: str) -> list[float]:
-    """Decode one batch; returns the seconds of every step in which all rows decoded."""
-    generator = torch.Generator().manual_seed(7)
-    prompt = tuple(torch.randint(10, engine.ready.vocab_size - 10, (64,), generator=generator).tolist())
-    for index in range(batch):
-        sampling = Sampling(max_new_tokens=new_tokens, temperature=temperature, seed=index)
-        submit = Submit(
-            sequence_id=f"{run_id}-{index}",
-            tenant="bench",
-            prompt_ids=prompt,
-            terms=(),
-            sampling=sampling,
-            grammar=texts[index],
-        )
-        engine.add(submit)
-    times: list[float] = []
-    while engine.has_work:
+class Side:
+    """One of the two engines. `texts`: what its answers must follow, None for anything."""
+
+    def __init__(self, engine: Engine, texts: list[str | None], args: argparse.Namespace, temperature: float) -> None:
+        self.engine = engine
+        self.texts = texts
+        self.new_tokens: int = args.new_tokens
+        self.temperature = temperature
+        self.clocks = [CallClock(engine._runner, "draw"), CallClock(engine._grammars, "observe")]
+
+    def add(self, run_id: str) -> None:
+        """Hand the batch to the engine."""
+        generator = torch.Generator().manual_seed(7)
+        prompt = tuple(torch.randint(10, self.engine.ready.vocab_size - 10, (64,), generator=generator).tolist())
+        for index, text in enumerate(self.texts):
+            sampling = Sampling(max_new_tokens=self.new_tokens, temperature=self.temperature, seed=index)
+            name = f"{run_id}-{index}"
+            self.engine.add(
+                Submit(sequence_id=name, tenant="bench", prompt_ids=prompt, terms=(), sampling=sampling, grammar=text)
+            )
+
+    def step(self) -> tuple[float, bool]:
+        """Seconds of one step, and whether every row drew a token in it."""
         started_s = time.perf_counter()
-        events, _ = engine.step()
+        events, _ = self.engine.step()
         elapsed_s = time.perf_counter() - started_s
         failed = [event for event in events if event.finish_reason == "error"]
         if failed:
             raise SystemExit(f"the engine failed: {failed[0].error_message}")
-        if sum(len(event.tokens) for event in events) == batch:
-            times.append(elapsed_s)
-    return times[1:]  # the first of them ends the prompts
+        return elapsed_s, sum(len(event.tokens) for event in events) == len(self.texts)
+
+    def until_all_decode(self) -> None:
+        """Compute the prompts."""
+        while not self.step()[1]:
+            continue
+
+    def run(self, run_id: str) -> float:
+        """Decode the batch; returns the median milliseconds of a step."""
+        self.add(run_id)
+        steps = []
+        while self.engine.has_work:
+            steps.append(self.step())
+        return statistics.median([elapsed_s for elapsed_s, is_full in steps if is_full][1:]) * 1000
+
+    def take_ms(self) -> float:
+        return sum(clock.take_ms() for clock in self.clocks)
+
+
+def round_of_steps(free: Side, bound: Side, run_id: str) -> tuple[float, float, float]:
+    """One batch on each engine, step by step in turns: the median ratio, and each side's median milliseconds."""
+    for side in (free, bound):
+        side.add(run_id)
+        side.until_all_decode()
+    times: dict[Side, list[float]] = {free: [], bound: []}
+    turn = 0
+    while free.engine.has_work and bound.engine.has_work:
+        for side in (free, bound) if turn % 2 == 0 else (bound, free):
+            elapsed_s, is_full = side.step()
+            times[side].append(elapsed_s if is_full else math.nan)
+        turn += 1
+    for side in (free, bound):
+        while side.engine.has_work:
+            side.step()
+    pairs = [(a, b) for a, b in zip(times[free], times[bound], strict=True) if not math.isnan(a + b)]
+    ratio = statistics.median(b / a for a, b in pairs)
+    return ratio, statistics.median(a for a, _ in pairs) * 1000, statistics.median(b for _, b in pairs) * 1000
+
+
+def round_of_runs(free: Side, bound: Side, run_id: str, *, is_odd: bool) -> tuple[float, float, float]:
+    """One batch on each engine, one after the other."""
+    found = {side: side.run(run_id) for side in ((bound, free) if is_odd else (free, bound))}
+    return found[bound] / found[free], found[free], found[bound]
 
 
 def interval(ratios: list[float]) -> tuple[float, float]:
@@ -129,37 +182,63 @@ ROWS = {
 }  # row: whether every sequence has a schema of its own, temperature
 
 
-def measure(args: argparse.Namespace, engine: Engine, clocks: list[CallClock], batch: int, row: str) -> dict[str, Any]:
+def measure(args: argparse.Namespace, engines: tuple[Engine, Engine], batch: int, row: str) -> dict[str, Any]:
     is_distinct, temperature = ROWS[row]
     texts: list[str | None] = [grammar(index if is_distinct else 0) for index in range(batch)]
-    sides = {"plain": [None] * batch, "schema": texts}
-    medians: dict[str, list[float]] = {name: [] for name in sides}
-    for name in sides:
-        run(engine, batch, sides[name], args.new_tokens, temperature, f"warm-{batch}-{row}-{name}")
-    added: dict[str, list[float]] = {name: [] for name in sides}
-    for clock in clocks:
-        clock.seconds.clear()
-    for pair in range(args.pairs):
-        for name in list(sides)[:: 1 if pair % 2 == 0 else -1]:
-            times = run(engine, batch, sides[name], args.new_tokens, temperature, f"{batch}-{row}-{pair}-{name}")
-            medians[name].append(statistics.median(times) * 1000)
-            added[name].append(sum(clock.take_ms() for clock in clocks))
-    ratios = [ours / plain for ours, plain in zip(medians["schema"], medians["plain"], strict=True)]
+    free = Side(engines[0], [None] * batch, args, temperature)
+    bound = Side(engines[1], texts, args, temperature)
+    is_ahead = engines[0]._runner.is_ahead
+    rounds: list[tuple[float, float, float]] = []
+    added: list[float] = []
+    for index in range(args.rounds + 1):
+        name = f"{batch}-{row}-{index}"
+        found = round_of_runs(free, bound, name, is_odd=index % 2 == 1) if is_ahead else round_of_steps(free, bound, name)
+        extra_ms = bound.take_ms() - free.take_ms()
+        if index:  # the first warms caches and automata up
+            rounds.append(found)
+            added.append(extra_ms)
+    ratios = [ratio for ratio, _, _ in rounds]
     low, high = interval(ratios)
     return {
         "row": row,
         "batch": batch,
-        "pairs": args.pairs,
-        "plain_step_ms": round(statistics.median(medians["plain"]), 3),
-        "schema_step_ms": round(statistics.median(medians["schema"]), 3),
+        "rounds": args.rounds,
+        "pairs_of": "runs" if is_ahead else "steps",
+        "plain_step_ms": round(statistics.median(plain for _, plain, _ in rounds), 3),
+        "schema_step_ms": round(statistics.median(schema for _, _, schema in rounds), 3),
         "ratio": round(statistics.median(ratios), 4),
         "ratio_95": [round(low, 4), round(high, 4)],
-        "added_ms": round(extra_ms := statistics.median(added["schema"]) - statistics.median(added["plain"]), 3),
-        "added_share": round(extra_ms / min(medians["plain"]), 4),
-        "dtype": args.dtype,
-        "kernels": engine.ready.kernels,
+        "added_ms": round(statistics.median(added), 3),
+        "added_share": round(statistics.median(added) / min(plain for _, plain, _ in rounds), 4),
+        "model": engines[0].ready.model_id,
+        "dtype": engines[0].ready.dtype,
+        "device": engines[0].ready.device,
+        "kernels": engines[0].ready.kernels,
         "threads": args.threads or os.cpu_count(),
     }
+
+
+def opened(args: argparse.Namespace, directory: Path) -> Engine:
+    """An engine; one of a random model keeps half of what it may of the device's memory to the other."""
+    settings = EngineSettings(threads=args.threads, prefix_cache=False, kv_cache_bytes=args.kv_bytes or None)
+    model, source = ModelSettings(path=args.model, dtype=args.dtype), None
+    if args.shape:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        source = random_source(args.shape, device, 2048)
+        if args.tokenizer:
+            source = replace(source, write_tokenizer=with_tokenizer(source.write_tokenizer, args.tokenizer))
+    return open_engine(model, settings, AdapterSettings(memory_bytes=256 << 20), directory, source=source)
+
+
+def with_tokenizer(write: Callable[[Path], Path], file: Path) -> Callable[[Path], Path]:
+    """`write`, with the tokens of a real model in place of invented words."""
+
+    def write_both(directory: Path) -> Path:
+        target = write(directory)
+        (target / "tokenizer.json").write_bytes(file.read_bytes())
+        return target
+
+    return write_both
 
 
 def compile_ms(engine: Engine) -> float:
@@ -175,28 +254,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--shape", help="random weights of this shape instead, see random_model")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json for the random model")
+    parser.add_argument("--kv-bytes", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as state_dir:
-        settings = EngineSettings(threads=args.threads, prefix_cache=False)
-        engine = open_engine(ModelSettings(path=args.model, dtype=args.dtype), settings, AdapterSettings(), Path(state_dir))
-        clocks = [CallClock(engine._runner, "draw"), CallClock(engine._grammars, "observe")]
-        first_ms = round(compile_ms(engine), 2)
+        engines = (opened(args, Path(state_dir) / "free"), opened(args, Path(state_dir) / "bound"))
+        first_ms = round(compile_ms(engines[1]), 2)
         try:
             for batch in args.batch:
                 for row in args.rows:
-                    line = json.dumps({**measure(args, engine, clocks, batch, row), "compile_ms": first_ms})
+                    line = json.dumps({**measure(args, engines, batch, row), "compile_ms": first_ms})
                     print(line, flush=True)
                     if args.out:
                         with args.out.open("a", encoding="utf-8") as file:
                             file.write(line + "\n")
         finally:
-            engine.close()
+            for engine in engines:
+                engine.close()
     return 0
 
 

@@ -7,22 +7,20 @@ step_ms = (total - prefill) / 127, the best of --repeat runs after a warm-up. fl
 turn_ms: the median time between the tokens of two steps, once all requests decode. graph_ms: such a step's graph alone, replayed
 without a host in between.
 
-The table lora-engine compares, in turns, an engine that holds 64 adapters with one that has room for a single page, on requests
-that name no adapter: what it costs to be able to serve adapters.
+Two tables compare engines that do the same work in turns. lora-engine: requests that name no adapter, on an engine that holds 64
+adapters and on one that has room for a single page: what it costs to be able to serve adapters. deterministic: an engine whose
+answers do not depend on the batch, against one without that promise.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import platform
-import shutil
-import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_adapters import AdapterFiles, Bell, Bench, Request, Trace
+from bench_report import commit, gpu_facts, ratio_of, report
 from random_model import random_source
 
 from node.config import AdapterSettings, EngineSettings, ModelSettings
@@ -54,17 +53,18 @@ class Row:
     rank: str = "16"
 
 
-def table(name: str) -> list[Row]:
-    """The rows of a named table, the most telling ones first."""
-    anchors = [(64, 0), (64, 64), (64, 1), (64, 8), (256, 64), (256, 0), (1, 0), (1, 1), (128, 64), (16, 8), (16, 1), (16, 0)]
-    anchors += [(128, 0), (128, 1), (128, 8), (256, 1), (256, 8)]
-    tables = {
-        "anchors": [Row(batch, adapters) for batch, adapters in anchors],
-        "musts": [Row(batch, adapters) for batch, adapters in anchors[:8]],
-        "draws": [Row(64, 64, draw) for draw in ("distinct", "uniform", "zipf", "identical")],
-        "ranks": [Row(64, 64, "round robin", rank) for rank in RANKS],
-    }
-    return tables[name]
+def _anchors() -> list[Row]:
+    """The most telling ones first."""
+    pairs = [(64, 0), (64, 64), (64, 1), (64, 8), (256, 64), (256, 0), (1, 0), (1, 1), (128, 64), (16, 8), (16, 1), (16, 0)]
+    return [Row(batch, adapters) for batch, adapters in [*pairs, (128, 0), (128, 1), (128, 8), (256, 1), (256, 8)]]
+
+
+TABLES = {
+    "anchors": _anchors(),
+    "musts": _anchors()[:8],
+    "draws": [Row(64, 64, draw) for draw in ("distinct", "uniform", "zipf", "identical")],
+    "ranks": [Row(64, 64, "round robin", rank) for rank in RANKS],
+}
 
 
 class Pools:
@@ -169,17 +169,7 @@ def graph_ms(bench: Bench, row: Row, requests: Sequence[Request], replays: int =
     return found
 
 
-def gpu_facts() -> dict[str, Any]:
-    """Name, driver and clocks of the GPU."""
-    if not torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
-        return {}
-    query = "name,driver_version,clocks.sm,clocks.mem,power.draw"
-    done = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True)
-    return dict(zip(query.split(","), [part.strip() for part in done.stdout.splitlines()[0].split(",")], strict=False))
-
-
 def facts(engine: Engine, args: argparse.Namespace, start_s: float) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
     return {
         "row": "machine",
         "workload": "W1",
@@ -195,7 +185,7 @@ def facts(engine: Engine, args: argparse.Namespace, start_s: float) -> dict[str,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "cores": os.cpu_count(),
-        "commit": os.environ.get("COMMIT") or commit.stdout.strip(),
+        "commit": commit(),
         **gpu_facts(),
     }
 
@@ -228,10 +218,33 @@ class OpenedEngine:
         self.start_s = time.perf_counter() - started
 
 
-def lora_engine_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Pairs of runs of the same work on the two engines."""
-    from bench_engine import median_interval
+@dataclass
+class Paired:
+    """Two engines that do the same work in turns. `terms`: adapters that the requests of a row name, none where it is empty."""
 
+    name: str
+    first: Bench
+    second: Bench
+    terms: Sequence[AdapterTerm] = ()
+
+    def row(self, row: Row, args: argparse.Namespace) -> dict[str, Any]:
+        """Ratios of the whole run and of the time between tokens once all decode; the first turn of each does not count."""
+        terms = [(self.terms[index % row.adapters],) if row.adapters else () for index in range(row.batch)]
+        requests = [Request(item, args.prompt_tokens, args.pair_tokens) for item in terms]
+        traces: list[tuple[Trace, Trace]] = []
+        for index in range(args.pairs + 1):
+            benches = {0: self.first, 1: self.second}
+            found = {side: benches[side].run(requests) for side in ((0, 1) if index % 2 else (1, 0))}
+            traces += [(found[0], found[1])] if index else []
+        turns = [(turn_ms(a), turn_ms(b)) for a, b in traces]
+        totals = [(a.total_s, b.total_s) for a, b in traces]
+        figures = {"pairs": args.pairs, "first_turn_ms": min(a for a, _ in turns), "second_turn_ms": min(b for _, b in turns)}
+        figures |= ratio_of(turns, "turn") | ratio_of(totals, "total")
+        return {"row": self.name, "batch": row.batch, "adapters": row.adapters, **figures}
+
+
+def lora_engine_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Requests that name no adapter, on an engine that holds 64 and on one that has room for a single page."""
     with tempfile.TemporaryDirectory(prefix="bench", dir=args.files) as directory:
         able = OpenedEngine(args, Path(directory) / "able", args.adapter_bytes)
         page_bytes = 2 * PageLayout(able.source.spec.linears, able.page_rank).page_elements
@@ -239,24 +252,35 @@ def lora_engine_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield facts(able.engine, args, able.start_s)
         pools = Pools(Path(directory), able.engine, able.source.spec, able.page_rank)
         able.bench.run([Request((term,), 16, 2) for term, _ in pools.terms("16", 64)])
-        gc.freeze()
-        for batch in (1, 64, 256):
-            sides = [[], []]
-            for index in range(args.pairs + 1):
-                for side in (0, 1) if index % 2 else (1, 0):
-                    row = measure((able, bare)[side].bench, Row(batch, 0), [None] * batch, args)
-                    sides[side].append(row["step_ms"])
-            ratios = [a / b for a, b in zip(sides[0][1:], sides[1][1:], strict=True)]
-            median, low, high = median_interval(ratios)
-            values = {"able_step_ms": min(sides[0]), "bare_step_ms": min(sides[1]), "ratio": median, "low": low, "high": high}
-            yield {
-                "row": "lora engine on / off",
-                "batch": batch,
-                "pairs": args.pairs,
-                **{k: round(v, 5) for k, v in values.items()},
-            }
+        yield from _paired_rows(Paired("lora engine on / off", able.bench, bare.bench), (Row(b, 0) for b in (64, 256, 1)), args)
         able.engine.close()
         bare.engine.close()
+
+
+def deterministic_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The same requests on an engine whose answers do not depend on the batch, and on one that does as it likes."""
+    with tempfile.TemporaryDirectory(prefix="bench", dir=args.files) as directory:
+        free = OpenedEngine(args, Path(directory) / "free", args.adapter_bytes)
+        exact_args = argparse.Namespace(**{**vars(args), "deterministic": True})
+        exact = OpenedEngine(exact_args, Path(directory) / "exact", args.adapter_bytes)
+        yield facts(exact.engine, exact_args, exact.start_s)
+        pools = Pools(Path(directory), free.engine, free.source.spec, free.page_rank)
+        terms = [term for term, _ in pools.terms("16", 64)]
+        for opened in (free, exact):
+            opened.bench.run([Request((term,), 16, 2) for term in terms])
+        paired = Paired("deterministic / not", exact.bench, free.bench, terms)
+        yield from _paired_rows(paired, (Row(64, 64), Row(64, 0), Row(256, 64), Row(1, 1)), args)
+        free.engine.close()
+        exact.engine.close()
+
+
+def _paired_rows(paired: Paired, table: Iterable[Row], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    started = time.perf_counter()
+    gc.collect()
+    gc.freeze()
+    for row in table:
+        if time.perf_counter() - started < args.budget_s:
+            yield paired.row(row, args)
 
 
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -271,7 +295,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         gc.collect()
         gc.freeze()
         try:
-            for row in table(args.table):
+            for row in TABLES[args.table]:
                 if time.perf_counter() - started > args.budget_s:
                     return
                 yield _guarded(bench, row, pools, source.spec, args)
@@ -292,12 +316,12 @@ def _guarded(bench: Bench, row: Row, pools: Pools, spec: ModelSpec, args: argpar
         bench, row, [Request(() if item is None else (item[0],), args.prompt_tokens, 12) for item in chosen]
     )
     values["step_over_floor"] = found["step_ms"] / floor
-    return {"row": "W1", **{k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}, "peak_bytes": peak}
+    return {"row": "W1", **values, "peak_bytes": peak}
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", choices=("anchors", "musts", "draws", "ranks", "lora-engine"), default="anchors")
+    parser.add_argument("--table", choices=(*TABLES, *PAIRED), default="anchors")
     parser.add_argument("--shape", default="llama-3.1-8b")
     parser.add_argument("--layers", type=int, help="another number of layers")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -310,22 +334,22 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--adapter-bytes", type=int, default=8 << 30)
     parser.add_argument("--host-bytes", type=int, default=2 << 30)
     parser.add_argument("--kv-bytes", type=int, default=0, help="0: what is left")
-    parser.add_argument("--pairs", type=int, default=6, help="of the table lora-engine")
+    parser.add_argument("--pairs", type=int, default=6, help="of the tables lora-engine and deterministic")
+    parser.add_argument("--pair-tokens", type=int, default=48, help="new tokens of a request of those tables")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--budget-s", type=float, default=600.0, help="begin no row after this")
     parser.add_argument("--files", help="where adapter files go")
+    parser.add_argument("--brief", action="store_true", help="print short lines; the file has everything")
     parser.add_argument("--out", type=Path, help="append the rows as JSON lines")
     return parser.parse_args(argv)
 
 
+PAIRED = {"lora-engine": lora_engine_rows, "deterministic": deterministic_rows}
+
+
 def main(argv: Sequence[str]) -> int:
     args = parse(argv)
-    for row in lora_engine_rows(args) if args.table == "lora-engine" else rows(args):
-        line = json.dumps(row)
-        print(line, flush=True)
-        if args.out is not None:
-            with args.out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+    report(PAIRED.get(args.table, rows)(args), args.out, is_brief=args.brief)
     return 0

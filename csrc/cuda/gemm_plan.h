@@ -111,8 +111,9 @@ constexpr SkinnyGemmPlan gemm_plan(int64_t tokens, int64_t outputs, int64_t inpu
   return plan;
 }
 
-constexpr bool gemm_is_faster(int64_t tokens, int64_t outputs, int64_t inputs) {
-  return gemm_can_run(tokens, outputs, inputs) && tokens <= 128;
+// Above 128 tokens only where a row of W is long, or W is too large for cuBLAS to gain anything; beside a shrink not even there.
+constexpr bool gemm_is_faster(int64_t tokens, int64_t outputs, int64_t inputs, bool has_adapters) {
+  return gemm_can_run(tokens, outputs, inputs) && (tokens <= 128 || (!has_adapters && (inputs > outputs || outputs > 65536)));
 }
 
 }  // namespace openlora

@@ -564,7 +564,9 @@ bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointe
 
 bool can_run_skinny_gemm(int64_t tokens, int64_t outputs, int64_t inputs) { return gemm_can_run(tokens, outputs, inputs); }
 
-bool is_skinny_gemm_faster(int64_t tokens, int64_t outputs, int64_t inputs) { return gemm_is_faster(tokens, outputs, inputs); }
+bool is_skinny_gemm_faster(int64_t tokens, int64_t outputs, int64_t inputs, bool has_adapters) {
+  return gemm_is_faster(tokens, outputs, inputs, has_adapters);
+}
 
 int skinny_gemm_planes(int64_t outputs, int64_t inputs) { return gemm_planes(outputs, inputs); }
 

@@ -49,7 +49,8 @@ bool can_run_skinny_gemm(int64_t tokens, int64_t outputs, int64_t inputs);
 
 // Whether it was also measured to be at least as fast as cuBLAS (csrc/README.md). Deterministic logits need the kernel even
 // where it is not, because cuBLAS chooses its order of summation by T.
-bool is_skinny_gemm_faster(int64_t tokens, int64_t outputs, int64_t inputs);
+// has_adapters: the linear has a shrink, which runs beside it.
+bool is_skinny_gemm_faster(int64_t tokens, int64_t outputs, int64_t inputs, bool has_adapters);
 
 // S of the planes for these outputs and inputs; 1 to 8, the same for every T and every device.
 int skinny_gemm_planes(int64_t outputs, int64_t inputs);

@@ -14,17 +14,16 @@ from pathlib import Path
 
 from node.adapters.entry import CatalogEntry, NameFilter, sees_all
 from node.adapters.failures import Failures
+from node.adapters.fetching.door import Fetcher
 from node.adapters.flights import Flights
-from node.adapters.linear_table import LinearTable
 from node.adapters.locations import SCHEMES, SOURCES, is_location
 from node.adapters.name_desk import NameDesk
 from node.adapters.names import AdapterName, parse_name
 from node.adapters.registrations import NameStore
 from node.adapters.shelves import Shelves
 from node.adapters.sources.local import LocalSource
-from node.adapters.sources.web import Resolve, resolve_host
 from node.adapters.staging import Progress
-from node.adapters.verify import AdapterVerifier, Fingerprint, fingerprint
+from node.adapters.verify import Fingerprint, fingerprint
 from node.config import Settings
 from node.errors import (
     AdapterChangedError,
@@ -34,7 +33,6 @@ from node.errors import (
     AdapterNotFoundError,
     ConfigError,
 )
-from node.request import LinearShape
 from node.resources import data_path
 
 STARTUP_CHECKS = 4  # at once; the engine loads its model meanwhile
@@ -47,12 +45,9 @@ class AdapterCatalog:
 
     Args:
         settings: The node's settings; `adapters` and `data_dir` are used.
-        linears: The base's linear modules, from the engine's `Ready`.
-        base_id: The base's content hash.
+        fetcher: Does what blocks: asks sources, fetches, verifies.
         clock: Monotonic seconds.
         names: Where given names outlive the node; None: they do not.
-        hub_endpoint: The hub's address; None: HF_ENDPOINT, else the public hub.
-        resolve_host: Addresses of a web server's host.
 
     Raises:
         ConfigError: A directory of the settings does not exist, or a store's settings make no sense.
@@ -61,22 +56,16 @@ class AdapterCatalog:
     def __init__(
         self,
         settings: Settings,
-        linears: Sequence[LinearShape],
-        base_id: str,
+        fetcher: Fetcher,
         clock: Callable[[], float],
         *,
         names: NameStore | None = None,
-        hub_endpoint: str | None = None,
-        resolve_host: Resolve = resolve_host,
     ) -> None:
         chosen = settings.adapters
         self._local = LocalSource(_roots(chosen.directory, chosen.roots))
-        self._verifier = AdapterVerifier(
-            LinearTable(linears), base_id, max_rank=chosen.max_rank, max_bytes=chosen.max_adapter_bytes
-        )
-        self._flights = Flights(
-            worker_count=chosen.fetch_workers, limit=chosen.fetch_queue_limit, timeout_s=chosen.fetch_timeout_s
-        )
+        self._fetcher = fetcher
+        # Of directories alone: fetches from elsewhere have flights of their own, so that a storm of them closes nothing here.
+        self._flights = Flights(limit=chosen.fetch_queue_limit, timeout_s=chosen.fetch_timeout_s)
         self._failures = Failures(chosen.negative_cache_s, clock)
         self._aliases: dict[str, Path] = {}
         self._entries: OrderedDict[str, tuple[Fingerprint, CatalogEntry]] = OrderedDict()
@@ -85,15 +74,7 @@ class AdapterCatalog:
         self._names = NameDesk(self._find, names)
         self._problems: dict[str, AdapterError] = {}
         self._default_source = chosen.default_source
-        self._shelves = Shelves(
-            settings,
-            self._verifier,
-            self._flights,
-            self._failures,
-            clock,
-            hub_endpoint=hub_endpoint,
-            resolve_host=resolve_host,
-        )
+        self._shelves = Shelves(chosen, fetcher, self._failures, clock)
 
     @property
     def problems(self) -> Mapping[str, AdapterError]:
@@ -253,11 +234,12 @@ class AdapterCatalog:
     async def close(self) -> None:
         """Stop fetching; adapters already verified stay valid for the requests that have them."""
         await self._names.close()
+        await self._shelves.close()
         await self._flights.close()
 
-    def fetching(self) -> list[Progress]:
+    async def fetching(self) -> Sequence[Progress]:
         """The downloads under way now."""
-        return self._shelves.fetching()
+        return await self._shelves.fetching()
 
     async def _find(self, text: str, source: str | None, token: str | None, sees: NameFilter) -> CatalogEntry:
         if source is not None and source not in SOURCES:
@@ -309,7 +291,7 @@ class AdapterCatalog:
 
     async def _verify_directory(self, name: str, directory: Path, key: tuple[str, str, Path], state: Fingerprint) -> CatalogEntry:
         try:
-            verified = await self._flights.call(self._verifier.verify, directory)
+            verified = await self._fetcher.verify(directory)
         except AdapterInvalidError as error:
             self._drop(name)
             named = AdapterInvalidError(f"adapter {name}: {error.message}", code=error.error_code, param="model")

@@ -1,10 +1,9 @@
-"""Slow work about adapters, off the event loop: one run for all who wait for the same thing, a bounded number of runs at once."""
+"""Slow work about adapters: one run for all who wait for the same thing, a bounded number of runs at once."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Hashable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, TypeVar
 
 from node.errors import AdapterUnavailableError
@@ -16,13 +15,11 @@ class Flights:
     """Runs work once per key. Belongs to one event loop.
 
     Args:
-        worker_count: Threads for blocking calls.
-        limit: Runs that may be under way or waiting for a thread; one more is refused.
+        limit: Runs that may be under way; one more is refused.
         timeout_s: How long a caller waits. The run itself goes on and its result serves the next caller.
     """
 
-    def __init__(self, *, worker_count: int, limit: int, timeout_s: float) -> None:
-        self._executor = ThreadPoolExecutor(max_workers=worker_count, thread_name_prefix="adapters")
+    def __init__(self, *, limit: int, timeout_s: float) -> None:
         self._limit = limit
         self._timeout_s = timeout_s
         self._running: dict[Hashable, asyncio.Task[Any]] = {}
@@ -47,16 +44,11 @@ class Flights:
                 retry_after_s=self._timeout_s,
             ) from error
 
-    def call(self, work: Callable[..., _Result], *arguments: Any) -> Awaitable[_Result]:
-        """Run a blocking function on a worker thread."""
-        return asyncio.get_running_loop().run_in_executor(self._executor, work, *arguments)
-
     async def close(self) -> None:
-        """Cancel what waits, and let what blocks a thread end on its own."""
+        """Cancel what is under way."""
         for task in tuple(self._running.values()):
             task.cancel()
         await asyncio.gather(*self._running.values(), return_exceptions=True)
-        self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self, key: Hashable, start: Callable[[], Coroutine[Any, Any, _Result]]) -> asyncio.Task[_Result]:
         if len(self._running) >= self._limit:

@@ -10,9 +10,10 @@ empty part, so that no two programs can read two different hosts or paths out of
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from node.errors import AdapterForbiddenError, AdapterIdError
+from node.errors import AdapterError, AdapterForbiddenError, AdapterIdError, ConfigError
 
 MAX_LOCATION_CHARACTERS = 1024
 MAX_PARTS = 16
@@ -85,6 +86,32 @@ def parse_location(text: str, source: str | None = None, *, may_be_root: bool = 
     if not parts and not may_be_root:
         raise _forbidden(text, "it names no adapter below the host or bucket")
     return Location(scheme, authority, parts)
+
+
+def parse_store_root(url: str) -> Location:
+    """The URL of a store in the settings.
+
+    Raises:
+        ConfigError: It makes no sense.
+    """
+    try:
+        return parse_location(url, may_be_root=True)
+    except AdapterError as error:
+        raise ConfigError(f"adapters.stores: {error.message}") from error
+
+
+def require_below(location: Location, roots: Iterable[Location]) -> Location:
+    """The root that a location lies under.
+
+    Raises:
+        AdapterForbiddenError: source_forbidden. It lies outside every store.
+    """
+    for root in roots:
+        if location.is_under(root):
+            return root
+    raise AdapterForbiddenError(
+        f"adapter location {location} is outside the stores this node serves from (adapters.stores)", param="model"
+    )
 
 
 def _forbidden(text: str, why: str) -> AdapterForbiddenError:

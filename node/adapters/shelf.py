@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic
 
-from node.adapters.disk_cache import DiskCache
 from node.adapters.failures import Failures
+from node.adapters.fetching.door import Fetcher
 from node.adapters.flights import Flights
-from node.adapters.remote import NameT, RemoteSource, RemoteVersion
-from node.adapters.verify import AdapterVerifier, Fingerprint, VerifiedAdapter, fingerprint
-from node.errors import AdapterChangedError, AdapterError, AdapterInvalidError, AdapterUnavailableError
+from node.adapters.remote import NameT
+from node.adapters.verify import Fingerprint, VerifiedAdapter, fingerprint
+from node.errors import AdapterChangedError, AdapterError, AdapterUnavailableError
 
 RECHECK_S = 60.0
 MAX_SHELVED = 4096
@@ -39,12 +39,11 @@ class _Shelved:
 
 
 class RemoteShelf(Generic[NameT]):
-    """Resolves the names of one source. Belongs to the catalog's event loop; blocking work goes through `flights`.
+    """Resolves the names of one source. Belongs to the catalog's event loop; what blocks is the fetcher's.
 
     Args:
-        kind: Keeps the keys of different sources apart.
-        source: Looks up and fetches. cache: where it fetches to, told of every use.
-        verifier: Checks what was fetched. failures: the negative cache.
+        kind: The source, as the fetcher calls it.
+        fetcher: Looks up, fetches and checks. flights: one run for all who wait. failures: the negative cache.
         clock: Monotonic seconds.
         private_recheck_s: How long an answer about something private holds; 0: for the requests that waited for it.
     """
@@ -52,18 +51,14 @@ class RemoteShelf(Generic[NameT]):
     def __init__(
         self,
         kind: str,
-        source: RemoteSource[NameT],
-        cache: DiskCache,
-        verifier: AdapterVerifier,
+        fetcher: Fetcher,
         flights: Flights,
         failures: Failures,
         clock: Callable[[], float],
         private_recheck_s: float = 0.0,
     ) -> None:
         self._kind = kind
-        self._source = source
-        self._cache = cache
-        self._verifier = verifier
+        self._fetcher = fetcher
         self._flights = flights
         self._failures = failures
         self._clock = clock
@@ -117,22 +112,9 @@ class RemoteShelf(Generic[NameT]):
         return self._shelve(key, shelved)
 
     async def _fetch(self, name: NameT, token: str | None) -> _Shelved:
-        found = await self._flights.call(self._look_up, name, token)
-        directory = await self._flights.call(self._source.fetch, name, found, token)
-        await self._flights.call(self._cache.touch, directory)
-        state = fingerprint(directory)
-        try:
-            verified = await self._flights.call(self._verifier.verify, directory)
-        except AdapterInvalidError as error:
-            raise _named(error, name) from error
-        self._check_content(directory, verified.adapter_id, name)
-        return _Shelved(found.revision, found.is_private, verified, state, self._clock())
-
-    def _look_up(self, name: NameT, token: str | None) -> RemoteVersion:
-        try:
-            return self._source.look_up(name, token)
-        except AdapterInvalidError as error:
-            raise _named(error, name) from error
+        found = await self._fetcher.resolve(self._kind, str(name), token)
+        self._check_content(found.verified.directory, found.verified.adapter_id, name)
+        return _Shelved(found.revision, found.is_private, found.verified, found.state, self._clock())
 
     def _check_content(self, directory: Path, adapter_id: str, name: NameT) -> None:
         """A revision's content never changes; if its files do, somebody changed them here."""
@@ -159,10 +141,6 @@ class RemoteShelf(Generic[NameT]):
     @staticmethod
     def _is_unchanged(known: _Shelved) -> bool:
         return fingerprint(known.verified.directory) == known.state
-
-
-def _named(error: AdapterInvalidError, name: NameT) -> AdapterInvalidError:
-    return AdapterInvalidError(f"adapter {name}: {error.message}", code=error.error_code, param="model")
 
 
 def _digest(token: str | None) -> str:

@@ -3,70 +3,48 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
-from node.adapters.disk_cache import open_disk_cache
 from node.adapters.entry import CatalogEntry, NameFilter
 from node.adapters.failures import Failures
+from node.adapters.fetching.door import Fetcher
 from node.adapters.flights import Flights
-from node.adapters.locations import SCHEMES, Location, parse_location
+from node.adapters.locations import SCHEMES, Location, parse_location, parse_store_root, require_below
 from node.adapters.names import AdapterName
-from node.adapters.remote import NameT, RemoteSource
+from node.adapters.remote import NameT
 from node.adapters.shelf import RemoteShelf
-from node.adapters.sources.hub import HubSource
-from node.adapters.sources.pbase import PbaseSource
-from node.adapters.sources.stores import StoreSource
-from node.adapters.sources.web import Resolve, WebDoor
-from node.adapters.staging import Progress, Staging
-from node.adapters.verify import AdapterVerifier
-from node.config import AdapterSettings, Settings
-from node.errors import AdapterError, AdapterForbiddenError, AdapterNotFoundError, ConfigError
-
-STORE_TIMEOUT_S = 10.0  # on connecting and on every single read
-HUB_TIMEOUT_S = 10.0  # on one answer about a repository
+from node.adapters.staging import Progress
+from node.config import AdapterSettings
+from node.errors import AdapterError, AdapterForbiddenError, AdapterNotFoundError
 
 
 class Shelves:
     """Finds adapters at the sources of the settings. Belongs to the catalog's event loop.
 
     Args:
-        hub_endpoint: The hub's address; None: HF_ENDPOINT, else the public hub.
-        resolve_host: Addresses of a web server's host.
+        fetcher: Asks the sources. failures: the negative cache.
+        clock: Monotonic seconds.
 
     Raises:
-        ConfigError: A store's settings make no sense.
+        ConfigError: A store's URL makes no sense.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        verifier: AdapterVerifier,
-        flights: Flights,
-        failures: Failures,
-        clock: Callable[[], float],
-        *,
-        hub_endpoint: str | None,
-        resolve_host: Resolve,
-    ) -> None:
-        chosen = settings.adapters
-        cache = open_disk_cache(settings)
-        self._staging = Staging(cache)
+    def __init__(self, settings: AdapterSettings, fetcher: Fetcher, failures: Failures, clock: Callable[[], float]) -> None:
+        flights = Flights(limit=settings.fetch_queue_limit, timeout_s=settings.fetch_timeout_s)
 
-        def shelf(kind: str, source: RemoteSource[NameT]) -> RemoteShelf[NameT]:
-            return RemoteShelf(kind, source, cache, verifier, flights, failures, clock, chosen.private_recheck_s)
+        def shelf(kind: str) -> RemoteShelf[Any]:
+            return RemoteShelf(kind, fetcher, flights, failures, clock, settings.private_recheck_s)
 
-        limits = {"max_bytes": chosen.max_adapter_bytes}
-        self._stores = StoreSource(chosen.stores, cache, self._staging, **limits, timeout_s=STORE_TIMEOUT_S, resolve=resolve_host)
-        self._by_location: RemoteShelf[Location] = shelf("store", self._stores)
-        self._by_name: dict[str, RemoteShelf[AdapterName]] = {}
-        if chosen.allow_hub:
-            timeout_s = min(chosen.fetch_timeout_s, HUB_TIMEOUT_S)
-            hub = HubSource(cache, self._staging, **limits, timeout_s=timeout_s, endpoint=hub_endpoint)
-            self._by_name["hub"] = shelf("hub", hub)
-        pbase = _pbase(chosen, self._stores, resolve_host)
-        if pbase is not None:
-            self._by_name["pbase"] = shelf("pbase", pbase)
+        self._flights = flights
+        self._fetcher = fetcher
+        self._roots = tuple(parse_store_root(store.url) for store in settings.stores)
+        self._by_location: RemoteShelf[Location] = shelf("store")
+        offered = {"hub": settings.allow_hub, "pbase": settings.pbase_url is not None}
+        self._by_name: dict[str, RemoteShelf[AdapterName]] = {
+            kind: shelf(kind) for kind, is_offered in offered.items() if is_offered
+        }
 
     async def by_name(self, source: str, name: AdapterName, token: str | None, sees: NameFilter) -> CatalogEntry:
         """An adapter of the hub or of pbase. What the operator closed to the caller is absent, whatever its token may read."""
@@ -84,7 +62,7 @@ class Shelves:
         location = parse_location(text, source if source in SCHEMES else None)
         if source not in (None, location.source):
             raise AdapterForbiddenError(f"adapter location {location} is not of source {source}", param="adapter_source")
-        self._stores.require_allowed(location)
+        require_below(location, self._roots)
         if not sees(str(location)):
             raise await _missing(self._by_location, location, _absent_sibling(location), None)
         revision, verified = await self._by_location.resolve(location, None)
@@ -112,9 +90,13 @@ class Shelves:
             shelf.expire(name)
         self._by_location.expire(name)
 
-    def fetching(self) -> list[Progress]:
+    async def fetching(self) -> Sequence[Progress]:
         """The downloads under way now."""
-        return self._staging.progress()
+        return await self._fetcher.progress()
+
+    async def close(self) -> None:
+        """Wait for nothing that is under way."""
+        await self._flights.close()
 
 
 async def _missing(shelf: RemoteShelf[NameT], name: NameT, absent: NameT, token: str | None) -> AdapterError:
@@ -138,13 +120,3 @@ def _absent_sibling(location: Location) -> Location:
     """A location beside this one that nothing is at."""
     digest = hashlib.sha256(str(location).encode()).hexdigest()[:32]
     return replace(location, parts=(*location.parts[:-1], f"{location.parts[-1][:80]}.{digest}"))
-
-
-def _pbase(settings: AdapterSettings, stores: StoreSource, resolve: Resolve) -> PbaseSource | None:
-    if settings.pbase_url is None:
-        return None
-    if settings.pbase_store is None:
-        raise ConfigError("adapters.pbase_url needs adapters.pbase_store, the store that its adapter paths lie in")
-    # The endpoint is the operator's own choice, so it may be on a private network.
-    door = WebDoor(STORE_TIMEOUT_S, allows_private=True, resolve=resolve)
-    return PbaseSource(settings.pbase_url, settings.pbase_store, stores, door)

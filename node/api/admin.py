@@ -20,6 +20,7 @@ from structlog.typing import FilteringBoundLogger
 
 from node.api.errors import error_headers, meaning_of
 from node.api.listener import listen
+from node.api.turnstile import Turnstile
 from node.errors import AuthError, NodeError, RequestError
 from node.tenancy.api_key import Scope
 from node.tenancy.door import Door, check_scope
@@ -64,7 +65,7 @@ class AdminListener:
             ConfigError: port_in_use.
         """
         self._port_runner = self._make_runner(_for_admins(door))
-        return await listen(self._port_runner, ADMIN_HOST, port, _MAX_CONNECTIONS)
+        return await listen(self._port_runner, ADMIN_HOST, port, _MAX_CONNECTIONS, Turnstile())
 
     async def close(self) -> None:
         """Stop listening and remove the socket file, which tells the command line that no node runs."""

@@ -10,6 +10,7 @@ from aiohttp import web
 from node.api.adapter_routes import AdapterRoutes
 from node.api.answering import Answering
 from node.api.chat_template import ChatTemplate
+from node.api.connections import take_turns
 from node.api.doors import Services
 from node.api.embedding_routes import EmbeddingRoutes
 from node.api.engine_gauges import read_gauges
@@ -30,9 +31,11 @@ from node.api.serve import RequestPath
 from node.api.sse import StreamLimits
 from node.api.status_routes import StatusRoutes
 from node.api.tokenizer import TextTokenizer
+from node.api.turnstile import Turnstile
 from node.config import ServerSettings
 
 GATE = web.AppKey("gate", Gate)
+TURNSTILE = web.AppKey("turnstile", Turnstile)
 SERVER = web.AppKey("server", ServerSettings)
 _TOKENIZER_THREADS = 2
 
@@ -43,8 +46,10 @@ def build_application(services: Services) -> web.Application:
     Raises:
         ModelLoadError: The tokenizer or chat template in `Ready.tokenizer_dir` cannot be read.
     """
+    turnstile = Turnstile()
     application = web.Application(
         middlewares=[
+            take_turns(turnstile),
             identify(services.new_id),
             answer_errors(services.metrics, services.logger, services.clock),
             authenticate(services.tenancy),
@@ -53,6 +58,7 @@ def build_application(services: Services) -> web.Application:
     )
     gate = Gate(services.server.max_concurrent_requests, services.server.drain_timeout_s)
     application[GATE] = gate
+    application[TURNSTILE] = turnstile
     application[SERVER] = services.server
     application.on_response_prepare.append(announce_limits(services.tenancy))
     answering = _answering(services, gate, application)

@@ -8,8 +8,10 @@ from typing import Any, cast
 
 import msgspec
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 from node.api.errors import openai_body
+from node.api.turnstile import KNOWN, NEW, Turnstile
 from node.errors import RequestError
 
 _REFUSAL = (
@@ -19,9 +21,23 @@ _REFUSAL = (
 
 
 class Connection(web.RequestHandler):
-    """aiohttp's answers malformed requests with its parser's text, and logs a traceback of each: strangers could fill the log."""
+    """aiohttp's answers malformed requests with its parser's text, and logs a traceback of each: strangers could fill the log.
 
-    __slots__ = ()
+    Attributes:
+        is_known: Whether a request has come through it before.
+    """
+
+    __slots__ = ("_left", "is_known")
+
+    def __init__(self, manager: web.Server, left: Callable[[], None], **options: Any) -> None:
+        super().__init__(manager, **options)
+        self._left = left
+        self.is_known = False
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """It is gone."""
+        self._left()
+        super().connection_lost(exc)
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
@@ -35,8 +51,25 @@ class Connection(web.RequestHandler):
         return response
 
 
+def take_turns(turnstile: Turnstile) -> Middleware:
+    """Let requests on connections that were here before begin one at a time. A connection's first one had its turn when the
+    connection came in."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        connection = request.protocol
+        if isinstance(connection, Connection):
+            if connection.is_known:
+                await turnstile.passed(KNOWN)
+            connection.is_known = True
+        return await handler(request)
+
+    return middleware
+
+
 class BoundedSite(web.BaseSite):
-    """A TCP site. Beyond the limit a connection is answered 429 and closed before anything of it is read.
+    """A TCP site. Beyond the limit a connection is answered 429 and closed before anything of it is read; the others come in one
+    at a time.
 
     An address that holds idle connections open would otherwise hold the process's descriptors, which belong to everybody.
 
@@ -45,13 +78,21 @@ class BoundedSite(web.BaseSite):
     """
 
     def __init__(
-        self, runner: web.AppRunner, host: str, port: int, max_per_address: int, options: Mapping[str, Any] | None = None
+        self,
+        runner: web.AppRunner,
+        host: str,
+        port: int,
+        max_per_address: int,
+        turnstile: Turnstile,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(runner)
         self._options: dict[str, Any] = {"access_log": None, **(options or {})}
         self._host = host
         self._port = port
         self._max_per_address = max_per_address
+        self._turnstile = turnstile
+        self._held: dict[str, int] = {}
 
     @property
     def name(self) -> str:
@@ -62,37 +103,81 @@ class BoundedSite(web.BaseSite):
         """Listen; raises OSError where that is not possible."""
         await super().start()
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _Doorkeeper(self._admit), self._host, self._port, backlog=self._backlog)
+        self._server = await loop.create_server(lambda: _Doorkeeper(self), self._host, self._port, backlog=self._backlog)
 
-    def _admit(self, transport: asyncio.Transport) -> asyncio.Protocol | None:
+    def take_place(self, address: str) -> bool:
+        """Count a connection of an address, where it may have one more."""
+        held = self._held.get(address, 0)
+        if held >= self._max_per_address or self._runner.server is None:
+            return False
+        self._held[address] = held + 1
+        return True
+
+    def leave_place(self, address: str) -> None:
+        """Give a place back."""
+        self._held[address] -= 1
+        if not self._held[address]:
+            del self._held[address]
+
+    def let_in(self, begin: Callable[[], bool]) -> None:
+        """Call `begin` when it is a new connection's turn."""
+        self._turnstile.enter(NEW, begin)
+
+    def connection(self, left: Callable[[], None]) -> asyncio.Protocol | None:
+        """The server's own protocol for a connection; None while it stops."""
         server = self._runner.server
-        if server is None:
-            return None
-        address = _address(transport)
-        count = sum(1 for connection in server.connections if _address(connection.transport) == address)
-        if count >= self._max_per_address:
-            return None
-        return Connection(server, loop=asyncio.get_running_loop(), **self._options)
+        return None if server is None else Connection(server, left, loop=asyncio.get_running_loop(), **self._options)
 
 
 class _Doorkeeper(asyncio.Protocol):
-    """A connection's first protocol: hands it to the server's own, or refuses it."""
+    """A connection's first protocol: refuses it, or hands it to the server's own when its turn comes, with what it has said."""
 
-    def __init__(self, admit: Callable[[asyncio.Transport], asyncio.Protocol | None]) -> None:
-        self._admit = admit
+    def __init__(self, site: BoundedSite) -> None:
+        self._site = site
+        self._transport: asyncio.Transport | None = None
+        self._address = ""
+        self._heard = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Decide."""
         tcp = cast(asyncio.Transport, transport)
-        protocol = self._admit(tcp)
-        if protocol is None:
+        peer = tcp.get_extra_info("peername")
+        self._address = str(peer[0]) if peer else ""
+        if not self._site.take_place(self._address):
+            self._address = ""
             tcp.write(_REFUSAL)
             tcp.close()
             return
+        self._transport = tcp
+        self._site.let_in(self._hand_over)
+
+    def data_received(self, data: bytes) -> None:
+        """Keep what comes before its turn, and read no more until then."""
+        if self._transport is not None:
+            self._heard += data
+            self._transport.pause_reading()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """It hung up while it waited."""
+        if self._transport is not None:
+            self._transport = None
+            self._leave()
+
+    def _leave(self) -> None:
+        self._site.leave_place(self._address)
+
+    def _hand_over(self) -> bool:
+        tcp, self._transport = self._transport, None
+        if tcp is None:
+            return False
+        protocol = self._site.connection(self._leave)
+        if protocol is None or tcp.is_closing():
+            self._leave()
+            tcp.abort()
+            return False
         tcp.set_protocol(protocol)
         protocol.connection_made(tcp)
-
-
-def _address(transport: asyncio.BaseTransport | None) -> str | None:
-    peer = transport.get_extra_info("peername") if transport is not None else None
-    return peer[0] if peer else None
+        if self._heard:
+            tcp.resume_reading()
+            protocol.data_received(self._heard)
+        return True

@@ -6,6 +6,7 @@ types "validation", "generation", "overloaded" and "incomplete_generation", any 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,7 @@ def meaning_of(error: NodeError) -> HttpMeaning:
 _INTERNAL = HttpMeaning(500, "server_error", 500, "internal_error")
 
 
+@functools.cache
 def _by_code() -> dict[str, HttpMeaning]:
     return {
         "not_found": HttpMeaning(404, "not_found_error", 404, "not_found"),
@@ -89,6 +91,7 @@ def _by_code() -> dict[str, HttpMeaning]:
     }
 
 
+@functools.cache
 def _by_class() -> dict[type[NodeError], HttpMeaning]:
     return {
         RequestError: _request(400),

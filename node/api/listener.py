@@ -8,8 +8,9 @@ from typing import Any
 
 from aiohttp import web
 
-from node.api.application import GATE, SERVER
+from node.api.application import GATE, SERVER, TURNSTILE
 from node.api.connections import BoundedSite
+from node.api.turnstile import Turnstile
 from node.errors import ConfigError
 
 _MAX_HEADER_BYTES = 8190
@@ -52,7 +53,8 @@ class Listener:
             "lingering_time": _LINGER_S,
             "keepalive_timeout": self._server.idle_timeout_s,
         }
-        return await listen(self._runner, host, port, self._server.max_connections_per_address, options)
+        turnstile = self._application[TURNSTILE]
+        return await listen(self._runner, host, port, self._server.max_connections_per_address, turnstile, options)
 
     async def close(self, drain_timeout_s: float) -> bool:
         """Refuse new requests, let those inside finish, cancel what is left (it is recorded as cancelled), stop listening.
@@ -69,7 +71,12 @@ class Listener:
 
 
 async def listen(
-    runner: web.AppRunner, host: str, port: int, max_per_address: int, options: Mapping[str, Any] | None = None
+    runner: web.AppRunner,
+    host: str,
+    port: int,
+    max_per_address: int,
+    turnstile: Turnstile,
+    options: Mapping[str, Any] | None = None,
 ) -> int:
     """Set a runner up on an address; returns the port in use.
 
@@ -78,7 +85,7 @@ async def listen(
     """
     await runner.setup()
     try:
-        await BoundedSite(runner, host, port, max_per_address, options).start()
+        await BoundedSite(runner, host, port, max_per_address, turnstile, options).start()
     except OSError as error:
         await runner.cleanup()
         if error.errno == errno.EADDRINUSE:

@@ -98,7 +98,7 @@ class StartFailed(msgspec.Struct, frozen=True, tag="start_failed"):
     message: str
 
 
-class SequenceEvent(msgspec.Struct, frozen=True, kw_only=True):
+class SequenceEvent(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """What one step produced for one sequence.
 
     `finish_reason` is None while it runs, else "stop" (end-of-sequence id), "length", "cancelled" or "error" (then `error_code`
@@ -115,7 +115,7 @@ class SequenceEvent(msgspec.Struct, frozen=True, kw_only=True):
     error_message: str | None = None
 
 
-class Step(msgspec.Struct, frozen=True, tag="step"):
+class Step(msgspec.Struct, frozen=True, tag="step", gc=False):
     """All sequence events of one engine step, in one message."""
 
     events: tuple[SequenceEvent, ...]

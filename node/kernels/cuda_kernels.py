@@ -22,7 +22,8 @@ from node.kernels.lora import LoraPool, LoraRows
 from node.kernels.ops import Kernels
 from node.kernels.reference import lora_delta
 
-SHRINK_TILE_ROWS = 16  # of the largest tiles that a shrink inside the skinny GEMM reads
+SHRINK_TILE_ROWS = 0  # of the largest tiles whose shrink is inside the skinny GEMM: none while its pages wait behind W's stream
+BRANCH_ROWS = 512  # of the longest step whose shrinks run on a branch beside cuBLAS
 EXACT_ROWS = 32  # of a product whose bits may not depend on the batch, where the skinny GEMM cannot run
 
 
@@ -42,7 +43,7 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         attention: Backend of paged attention.
         is_deterministic: Rows have the same bits in every batch: fixed splits and products of fixed shapes, several times slower
             in prefill.
-        has_side_branch: Shrink beside the products of cuBLAS instead of before them.
+        has_side_branch: Shrink beside the products of cuBLAS in short steps, instead of before them.
         has_follow: Launch our kernels before those before them have ended (programmatic dependent launch).
     """
 
@@ -55,7 +56,7 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         *,
         is_deterministic: bool = False,
         has_follow: bool = True,
-        has_side_branch: bool = False,
+        has_side_branch: bool = True,
     ) -> None:
         self._device = device
         self._attention = attention
@@ -67,7 +68,7 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         # FA3 schedules its work on the device; the others launch a block for every row that there might be.
         self.has_static_prefill = "fa3" in attention.name and not is_deterministic
         self._spans: dict[int, tuple[int, ...]] = {}
-        self._planes: dict[tuple[int, int, int], int] = {}
+        self._planes: dict[tuple[int, int, int, bool], int] = {}
         self._arrivals: list[Tensor] = []
 
     @property
@@ -100,7 +101,7 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         out_dtype: torch.dtype | None = None,
     ) -> Product:
         weight = packed.data
-        planes = self._skinny_planes(x, weight)
+        planes = self._skinny_planes(x, weight, rows is not None and spans is not None)
         if rows is None or spans is None:
             return Product(self._multiply(x, weight, planes, out_dtype), bias)
         fields = self._span_list(spans)
@@ -112,7 +113,7 @@ class CudaKernels(Kernels[Product, DeviceRows]):
             y = self._multiply(x, weight, planes, out_dtype)
             after = Follow.WAIT_LAST if self._follow is Follow.WAIT_FIRST else Follow.PLAIN
             self._ops.lora_shrink(x, rows.tiles, fields, v, after)
-        elif self._side is not None:
+        elif self._side is not None and x.shape[0] <= BRANCH_ROWS:
             y = self._multiply_beside(x, weight, rows, fields, v, out_dtype)
         else:
             self._ops.lora_shrink(x, rows.tiles, fields, v, self._follow)
@@ -161,15 +162,17 @@ class CudaKernels(Kernels[Product, DeviceRows]):
     def unfinish(self, y: Tensor) -> Product:
         return Product(y[None])
 
-    def _skinny_planes(self, x: Tensor, weight: Tensor) -> int:
+    def _skinny_planes(self, x: Tensor, weight: Tensor, has_adapters: bool) -> int:
         """Planes of the skinny GEMM for this product; 0 where cuBLAS runs it."""
         if x.dtype != torch.bfloat16 or not self._is_hopper:
             return 0
         rows = min(x.shape[0], 256) if self._is_deterministic else x.shape[0]
-        key = (rows, *weight.shape)
+        key = (rows, *weight.shape, has_adapters)
         planes = self._planes.get(key)
         if planes is None:
-            planes = self._planes[key] = self._ops.skinny_gemm_planes(weight.shape[0], weight.shape[1], rows)
+            outputs, inputs = weight.shape
+            wanted = self._is_deterministic or self._ops.is_skinny_gemm_faster(outputs, inputs, rows, has_adapters=has_adapters)
+            planes = self._planes[key] = self._ops.skinny_gemm_planes(outputs, inputs, rows) if wanted else 0
         return planes
 
     def _multiply(self, x: Tensor, weight: Tensor, planes: int, out_dtype: torch.dtype | None) -> Tensor:

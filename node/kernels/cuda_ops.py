@@ -191,9 +191,9 @@ class CudaOps:
         """S of the planes that `skinny_gemm` writes for these shapes; 0 where it cannot run them."""
         return int(self._skinny_gemm_planes(outputs, inputs, tokens))
 
-    def is_skinny_gemm_faster(self, outputs: int, inputs: int, tokens: int) -> bool:
-        """Whether `skinny_gemm` beats cuBLAS for these shapes on an H100, as measured; it may still be able to run where not."""
-        return bool(self._is_skinny_gemm_faster(outputs, inputs, tokens))
+    def is_skinny_gemm_faster(self, outputs: int, inputs: int, tokens: int, *, has_adapters: bool = False) -> bool:
+        """Whether `skinny_gemm` beats cuBLAS in a step on an H100, as measured; it may still be able to run where not."""
+        return bool(self._is_skinny_gemm_faster(outputs, inputs, tokens, has_adapters))
 
     def skinny_gemm(self, x: Tensor, weight: Tensor, y: Tensor, follow: Follow = Follow.WAIT_FIRST) -> None:
         """y [S, T, N] float32 planes, or [1, T, N] bfloat16 where S is 1, of x [T, K] and weight [N, K]. Hopper only."""

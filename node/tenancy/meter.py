@@ -204,7 +204,7 @@ class Meter:
                     )
 
     def _account(self, tenant: Tenant) -> _Account:
-        day = self._now().strftime("%Y-%m-%d")
+        day = self._now().date().isoformat()
         account = self._accounts.get(tenant.name)
         if account is None:
             account = self._accounts[tenant.name] = _Account(self._used(tenant.name) or Usage(day))

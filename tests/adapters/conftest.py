@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -11,7 +12,11 @@ import numpy as np
 import pytest
 
 from node.adapters.catalog import AdapterCatalog
+from node.adapters.fetching.door import FetchedAdapter
+from node.adapters.fetching.work import FetchWork
 from node.adapters.sources.web import resolve_host
+from node.adapters.staging import Progress
+from node.adapters.verify import VerifiedAdapter
 from node.config import AdapterSettings, Settings
 from node.request import LinearShape
 
@@ -91,6 +96,22 @@ def _encode(values: np.ndarray, dtype: str) -> bytes:
     return values.astype({"F32": np.float32, "F16": np.float16}[dtype]).tobytes()
 
 
+class ThreadFetcher:
+    """The fetching process's work on threads of this one, so that a test can hold it up and look inside."""
+
+    def __init__(self, work: FetchWork) -> None:
+        self._work = work
+
+    async def resolve(self, source: str, name: str, token: str | None) -> FetchedAdapter:
+        return await asyncio.to_thread(self._work.resolve, source, name, token)
+
+    async def verify(self, directory: Path) -> VerifiedAdapter:
+        return await asyncio.to_thread(self._work.verify, directory)
+
+    async def progress(self) -> tuple[Progress, ...]:
+        return self._work.progress()
+
+
 @pytest.fixture
 def linears() -> tuple[LinearShape, ...]:
     return tuple(LinearShape(f"model.layers.{{layer}}.{name}", *shape, LAYERS) for name, shape in SHAPES.items())
@@ -114,7 +135,8 @@ def make_catalog(
     def make(*, endpoint: str | None = None, resolve: Any = resolve_host, names: Any = None, **changes: Any) -> AdapterCatalog:
         adapters = AdapterSettings(directory=writer.root, **({"allow_hub": False, "max_rank": 64} | changes))
         settings = Settings(data_dir=tmp_path / "data", adapters=adapters)
-        return AdapterCatalog(settings, linears, BASE_ID, clock, names=names, hub_endpoint=endpoint, resolve_host=resolve)
+        work = FetchWork(settings, linears, BASE_ID, hub_endpoint=endpoint, resolve_host=resolve)
+        return AdapterCatalog(settings, ThreadFetcher(work), clock, names=names)
 
     return make
 

@@ -32,6 +32,7 @@ class Hub:
         self.repositories = {}
         self.status = None
         self.is_damaging = False
+        self.hides_private = False  # as the public hub answers those who show a token of their own
         self.requests = []
         hub = self
 
@@ -66,6 +67,8 @@ class Hub:
             return send(handler, 404, b"{}", {"X-Error-Code": "RepoNotFound"})
         commit, needed, files = self.repositories[name]
         if needed is not None and token != needed:
+            if self.hides_private:
+                return send(handler, 404, b"{}", {"X-Error-Code": "RepoNotFound"})
             return send(handler, 401, b"{}", {"X-Error-Code": "GatedRepo"})
         if parts[0] == "api":
             siblings = [described(file, content) for file, content in files.items()]

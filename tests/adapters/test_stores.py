@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import threading
@@ -240,11 +241,11 @@ async def test_resolve_host_is_looked_up_once_for_every_connection(web, make_cat
 
 async def test_resolve_progress_of_a_download_is_shown_while_it_runs(web, web_catalog, far, location):
     web.publish("team/adapter", far)
-    seen, go_on = [], threading.Event()
+    seen, go_on, loop = [], threading.Event(), asyncio.get_running_loop()
 
     def hold(handler, path, body):
         if path.endswith(WEIGHTS) and handler.headers.get("Range") is None:
-            seen.extend(web_catalog.fetching())
+            seen.extend(asyncio.run_coroutine_threadsafe(web_catalog.fetching(), loop).result())
             go_on.set()
         return False
 
@@ -255,7 +256,7 @@ async def test_resolve_progress_of_a_download_is_shown_while_it_runs(web, web_ca
     assert go_on.is_set()
     assert [(item.name, item.total_bytes) for item in seen] == [(location, total)]
     assert seen[0].done_bytes == (far / "adapter_config.json").stat().st_size
-    assert web_catalog.fetching() == []
+    assert await web_catalog.fetching() == ()
 
 
 @pytest.mark.parametrize(

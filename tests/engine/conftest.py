@@ -13,10 +13,14 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from node.adapters.binding import LinearTable
+from node.adapters.residency import READY, Residency
 from node.adapters.verify import AdapterVerifier
 from node.config import AdapterSettings, EngineSettings, ModelSettings
+from node.engine.blocks import BlockPool
 from node.engine.engine import Engine, open_engine
 from node.engine.messages import Submit
+from node.engine.running import Running
+from node.engine.sequence import Sequence
 from node.request import AdapterTerm, Sampling
 
 VOCAB = 101
@@ -68,6 +72,48 @@ def world(build_world) -> World:
         max_position_embeddings=256,
         initializer_range=0.2,
     )
+
+
+class Pins:
+    """Adapter memory in which everything is loaded; counts pins."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def begin_step(self) -> None: ...
+
+    def ensure(self, terms) -> Residency:
+        return READY
+
+    def pin(self, terms) -> None:
+        self.count += len(terms)
+
+    def unpin(self, terms) -> None:
+        self.count -= len(terms)
+
+
+@pytest.fixture
+def make_sequence():
+    """Sequences of adapter x, as the scheduler keeps them."""
+
+    def make(index, prompt_count=6, new=4, tenant="t", **sampling) -> Sequence:
+        terms = (AdapterTerm("x", "/x", 1.0),)
+        prompt = tuple(range(1, prompt_count + 1))
+        asked = Sampling(max_new_tokens=new, **sampling)
+        submit = Submit(sequence_id=f"s{index}", tenant=tenant, prompt_ids=prompt, terms=terms, sampling=asked)
+        return Sequence(submit, index, b"")
+
+    return make
+
+
+@pytest.fixture
+def make_running():
+    """Places over blocks of four tokens, and adapter memory that counts pins."""
+
+    def make(block_count, place_count) -> Running:
+        return Running(BlockPool(block_count, 4, False), Pins(), place_count)
+
+    return make
 
 
 class Driver:

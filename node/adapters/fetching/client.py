@@ -90,6 +90,11 @@ class FetchClient:
         """Process id of the child, for the doctor and for tests."""
         return None if self._process is None else self._process.pid
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether a child takes jobs now."""
+        return self._input is not None
+
     # ---- life
 
     async def start(self) -> None:

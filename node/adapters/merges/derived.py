@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,9 +20,11 @@ import msgspec
 from node.adapters.disk_cache import DiskCache
 from node.adapters.flights import Flights
 from node.adapters.merges.recipe import MergeRecipe
-from node.adapters.verify import AdapterVerifier, VerifiedAdapter
+from node.adapters.verify import VerifiedAdapter
 from node.errors import AdapterError, AdapterInvalidError, AdapterUnavailableError, error_from_json
 from node.request import LinearShape
+
+Verify = Callable[[Path], Awaitable[VerifiedAdapter]]
 
 MAX_WAITING = 16  # recipes under way; one more is refused
 MAX_OUTPUT_BYTES = 1 << 16
@@ -35,7 +37,7 @@ class Deriver:
 
     Args:
         cache: Of adapters; bounds derived ones together with everything fetched.
-        verifier: Of the base.
+        verify: Checks a directory against the base, off the event loop.
         linears: The base's linear modules.
         max_rank: Limit on ranks. max_bytes: limit on an adapter's file.
         memory_bytes: Address space of the process that merges.
@@ -45,7 +47,7 @@ class Deriver:
     def __init__(
         self,
         cache: DiskCache,
-        verifier: AdapterVerifier,
+        verify: Verify,
         linears: Sequence[LinearShape],
         *,
         max_rank: int,
@@ -54,14 +56,14 @@ class Deriver:
         timeout_s: float,
     ) -> None:
         self._cache = cache
-        self._verifier = verifier
+        self._verify = verify
         self._linears = [msgspec.to_builtins(linear) for linear in linears]
         self._max_rank = max_rank
         self._max_bytes = max_bytes
         self._memory_bytes = memory_bytes
         self._timeout_s = timeout_s
         # A caller also waits for the merge before its own, and for the hashing of what was made.
-        self._flights = Flights(worker_count=1, limit=MAX_WAITING, timeout_s=2 * timeout_s + VERIFY_S)
+        self._flights = Flights(limit=MAX_WAITING, timeout_s=2 * timeout_s + VERIFY_S)
         self._turn = asyncio.Lock()  # one merge at a time: it takes a core from whoever serves
 
     async def derive(self, recipe: MergeRecipe) -> VerifiedAdapter:
@@ -87,12 +89,12 @@ class Deriver:
             async with self._turn:
                 await self._make(recipe, directory)
             self._cache.touch(directory)
-        return await self._flights.call(self._verifier.verify, directory)
+        return await self._verify(directory)
 
     async def _make(self, recipe: MergeRecipe, directory: Path) -> None:
         """Fill a directory beside the final one and show it complete, so that a crash leaves half a merge to nobody."""
         try:
-            await self._flights.call(lambda: self._cache.make_room(self._largest_bytes(recipe)))
+            await asyncio.to_thread(self._cache.make_room, await self._largest_bytes(recipe))
             directory.parent.mkdir(parents=True, exist_ok=True)
             scratch = Path(tempfile.mkdtemp(prefix=".merging-", dir=directory.parent))
         except OSError as error:
@@ -107,9 +109,9 @@ class Deriver:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def _largest_bytes(self, recipe: MergeRecipe) -> int:
+    async def _largest_bytes(self, recipe: MergeRecipe) -> int:
         """A bound on the result: it has the modules of all sources at the largest rank, in float32."""
-        verified = [self._verifier.verify(source.directory) for source in recipe.sources]
+        verified = [await self._verify(source.directory) for source in recipe.sources]
         rank = max(item.rank for item in verified)
         modules = {(part.module, part.adapted_count) for item in verified for part in item.coverage}
         kinds = {values["name"]: values["in_features"] + values["out_features"] for values in self._linears}

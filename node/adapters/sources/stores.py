@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,12 +18,11 @@ from obstore.store import AzureStore, GCSStore, S3Store
 
 from node.adapters.disk_cache import DiskCache
 from node.adapters.formats.layout import CONFIG_FILE, MANIFEST_FILE, MAX_DIRECTORY_ENTRIES, WEIGHTS_FILE, wanted_files
-from node.adapters.locations import Location, parse_location
+from node.adapters.locations import Location, parse_store_root, require_below
 from node.adapters.remote import RemoteFile, RemoteVersion, file_limit, refuse_oversized
 from node.adapters.sources.web import Resolve, WebAnswer, WebDoor, resolve_host
 from node.adapters.staging import Staging, discard
 from node.errors import (
-    AdapterError,
     AdapterForbiddenError,
     AdapterInvalidError,
     AdapterNotFoundError,
@@ -64,12 +62,6 @@ class _Reader(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Store:
-    root: Location
-    reader: _Reader
-
-
 class StoreSource:
     """Fetches adapters from the operator's stores. Every method blocks: call them on a worker thread.
 
@@ -97,15 +89,16 @@ class StoreSource:
         self._cache = cache
         self._staging = staging
         self._max_bytes = max_bytes
-        self._stores = tuple(_open_store(store, timeout_s, resolve) for store in stores)
+        self._readers = dict(_open_store(store, timeout_s, resolve) for store in reversed(stores))  # the first of equals counts
+        self._roots = tuple(dict.fromkeys(parse_store_root(store.url) for store in stores))
 
     def require_allowed(self, location: Location) -> None:
         """Raises AdapterForbiddenError (source_forbidden) for a location outside every store."""
-        self._store(location)
+        require_below(location, self._roots)
 
     def look_up(self, name: Location, token: str | None) -> RemoteVersion:
         """List the files at a location. The token is not used: a store has its operator's credentials."""
-        listed = self._store(name).reader.files(name)
+        listed = self._reader(name).files(name)
         wanted = wanted_files([file.name for file in listed])
         files = [file for file in listed if file.name in wanted]
         refuse_oversized(files, self._max_bytes, "at its source")
@@ -113,7 +106,7 @@ class StoreSource:
 
     def fetch(self, name: Location, found: RemoteVersion, token: str | None) -> Path:
         """Download the adapter's files; a broken download goes on where it stopped."""
-        reader = self._store(name).reader
+        reader = self._reader(name)
         final = self._cache.place(name.source, _entry_name(name), found.revision)
         with self._staging.filling(final, str(name), found.files) as part:
             for file in found.files if part is not None else ():
@@ -130,31 +123,23 @@ class StoreSource:
                     raise AdapterUnavailableError(f"{name} changed while it was fetched; try again", retry_after_s=1.0) from error
         return final
 
-    def _store(self, location: Location) -> _Store:
-        for store in self._stores:
-            if location.is_under(store.root):
-                return store
-        raise AdapterForbiddenError(
-            f"adapter location {location} is outside the stores this node serves from (adapters.stores)", param="model"
-        )
+    def _reader(self, location: Location) -> _Reader:
+        return self._readers[require_below(location, self._roots)]
 
 
 class _VersionMovedError(Exception):
     """The file is no longer the one that was listed."""
 
 
-def _open_store(settings: StoreSettings, timeout_s: float, resolve: Resolve) -> _Store:
-    try:
-        root = parse_location(settings.url, may_be_root=True)
-    except AdapterError as error:
-        raise ConfigError(f"adapters.stores: {error.message}") from error
+def _open_store(settings: StoreSettings, timeout_s: float, resolve: Resolve) -> tuple[Location, _Reader]:
+    root = parse_store_root(settings.url)
     if root.source == "http":
         if root.scheme == "http" and not settings.allow_private:
             raise ConfigError(
                 f"adapters.stores: {settings.url} is not encrypted; use https, or allow_private = true for a server of your own"
             )
-        return _Store(root, _WebReader(WebDoor(timeout_s, allows_private=settings.allow_private, resolve=resolve)))
-    return _Store(root, _ObjectReader(_object_store(root, settings.options, timeout_s)))
+        return root, _WebReader(WebDoor(timeout_s, allows_private=settings.allow_private, resolve=resolve))
+    return root, _ObjectReader(_object_store(root, settings.options, timeout_s))
 
 
 def _object_store(root: Location, options: Mapping[str, str], timeout_s: float) -> Any:

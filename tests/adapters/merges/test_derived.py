@@ -22,6 +22,10 @@ from node.request import LinearShape
 TIES = Merge("ties", "0.5", "total")
 
 
+def in_thread(verifier):
+    return lambda directory: asyncio.to_thread(verifier.verify, directory)
+
+
 @pytest.fixture
 def verifier(linears, base_id):
     return AdapterVerifier(LinearTable(linears), base_id, max_rank=64, max_bytes=1 << 20)
@@ -34,7 +38,7 @@ async def make_deriver(tmp_path, linears, verifier):
     def make(**changes):
         limits = {"max_rank": 64, "max_bytes": 1 << 20, "memory_bytes": 4 << 30, "timeout_s": 60.0} | changes
         cache = DiskCache(tmp_path / "cache", limits.pop("cache_bytes", 1 << 20))
-        made.append(Deriver(cache, verifier, linears, **limits))
+        made.append(Deriver(cache, in_thread(verifier), linears, **limits))
         return made[-1]
 
     yield make
@@ -124,7 +128,7 @@ async def test_derive_beyond_its_memory_is_refused(tmp_path, writer, base_id):
         directory = writer.write(f"wide{seed}", tensors, r=64, target_modules=["down_proj"])
         sources.append(MergeSource(verifier.verify(directory).adapter_id, directory, "1"))
     cache = DiskCache(tmp_path / "cache", 1 << 26)
-    deriver = Deriver(cache, verifier, wide, max_rank=64, max_bytes=1 << 24, memory_bytes=1 << 26, timeout_s=60.0)
+    deriver = Deriver(cache, in_thread(verifier), wide, max_rank=64, max_bytes=1 << 24, memory_bytes=1 << 26, timeout_s=60.0)
 
     with pytest.raises(AdapterInvalidError, match="merge_memory_bytes") as caught:
         await deriver.derive(MergeRecipe(TIES, tuple(sources)))
