@@ -151,7 +151,7 @@ struct ProductArguments {
     product.y_is_float = is_float(y, "y");
     product.is_float = model == ScalarType::Float;
     check(place, y, "y", 3, y.scalar_type());
-    STD_TORCH_CHECK(product.y_is_float || (!product.is_float && y.size(0) == 1), "openlora: a bfloat16 y has one plane and a bfloat16 model");
+    STD_TORCH_CHECK(product.y_is_float || !product.is_float, "openlora: a bfloat16 y has a bfloat16 model");
     product.y = y.data_ptr();
     product.planes = as_int(y.size(0), "planes");
     product.rows = as_int(y.size(1), "rows");
@@ -320,29 +320,44 @@ bool is_skinny_gemm_faster(int64_t outputs, int64_t inputs, int64_t tokens, bool
   return openlora::is_skinny_gemm_faster(tokens, outputs, inputs, has_adapters);
 }
 
-// What both forms of the skinny GEMM take.
-openlora::SkinnyGemmArgs skinny_gemm_args(const Place& place, const Tensor& x, const Tensor& weight, bool use_pdl, const Tensor& y) {
+// What all forms of the skinny GEMM take; y is the caller's to check.
+openlora::SkinnyGemmArgs skinny_gemm_inputs(const Place& place, const Tensor& x, const Tensor& weight, bool use_pdl) {
   STD_TORCH_CHECK(x.dim() == 2 && x.scalar_type() == ScalarType::BFloat16 && x.stride(1) == 1, "openlora: x must be [T, K] bfloat16, K dense");
   check(place, weight, "weight", 2, ScalarType::BFloat16);
   check_size(weight, "weight", 1, x.size(1));
-  const bool wide = is_float(y, "y");
-  check(place, y, "y", 3, y.scalar_type());
-  const int64_t planes = skinny_gemm_planes(weight.size(0), weight.size(1), x.size(0));
-  STD_TORCH_CHECK(planes > 0, "openlora: skinny_gemm cannot run ", x.size(0), " rows of ", weight.size(0), " x ", weight.size(1));
-  check_size(y, "y", 0, planes);
-  check_size(y, "y", 1, x.size(0));
-  check_size(y, "y", 2, weight.size(0));
+  STD_TORCH_CHECK(skinny_gemm_planes(weight.size(0), weight.size(1), x.size(0)) > 0, "openlora: skinny_gemm cannot run ", x.size(0), " rows of ", weight.size(0), " x ", weight.size(1));
   openlora::SkinnyGemmArgs a{};
   a.x = x.data_ptr();
   a.x_stride = x.stride(0);
   a.w = weight.data_ptr();
-  a.y = y.data_ptr();
-  a.output = wide ? openlora::GemmOutput::kFloatPlanes : openlora::GemmOutput::kBfloat16;
   a.tokens = as_int(x.size(0), "rows");
   a.outputs = as_int(weight.size(0), "outputs");
   a.inputs = as_int(weight.size(1), "inputs");
   a.use_pdl = use_pdl;
   return a;
+}
+
+openlora::SkinnyGemmArgs skinny_gemm_args(const Place& place, const Tensor& x, const Tensor& weight, bool use_pdl, const Tensor& y) {
+  openlora::SkinnyGemmArgs a = skinny_gemm_inputs(place, x, weight, use_pdl);
+  a.output = is_float(y, "y") ? openlora::GemmOutput::kFloatPlanes : openlora::GemmOutput::kBfloat16;
+  check(place, y, "y", 3, y.scalar_type());
+  check_size(y, "y", 0, skinny_gemm_planes(weight.size(0), weight.size(1), x.size(0)));
+  check_size(y, "y", 1, x.size(0));
+  check_size(y, "y", 2, weight.size(0));
+  a.y = y.data_ptr();
+  return a;
+}
+
+// out = silu(gate) * up, where weight is gate and up one after the other and their product has one plane.
+void skinny_gemm_silu_mul(const Tensor& x, const Tensor& weight, bool use_pdl, Tensor out) {
+  const Place place(x);
+  openlora::SkinnyGemmArgs a = skinny_gemm_inputs(place, x, weight, use_pdl);
+  STD_TORCH_CHECK(weight.size(0) % 16 == 0 && skinny_gemm_planes(weight.size(0), weight.size(1), x.size(0)) == 1,
+                  "openlora: skinny_gemm_silu_mul cannot run ", weight.size(0), " x ", weight.size(1));
+  check_output(place, out, "out", x.size(0), weight.size(0) / 2, ScalarType::BFloat16);
+  a.output = openlora::GemmOutput::kSiluMul;
+  a.y = out.data_ptr();
+  check_launch(openlora::launch_skinny_gemm(a, place.stream()), "skinny_gemm_silu_mul");
 }
 
 void skinny_gemm(const Tensor& x, const Tensor& weight, bool use_pdl, Tensor y) {
@@ -471,6 +486,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(openlora, m) {
   m.def(
       "skinny_gemm_shrink(Tensor x, Tensor weight, bool use_pdl, Tensor pages, Tensor tiles, Tensor ranks, Tensor scales, int[] spans, "
       "int tile_rows, Tensor(a!) partial, Tensor(b!) arrivals, Tensor(c!) v, Tensor(d!) y) -> ()");
+  m.def("skinny_gemm_silu_mul(Tensor x, Tensor weight, bool use_pdl, Tensor(a!) out) -> ()");
   m.def("skinny_gemm_shrink_chunks(int inputs) -> int");
   m.def("skinny_gemm_planes(int outputs, int inputs, int tokens) -> int");
   m.def("is_skinny_gemm_faster(int outputs, int inputs, int tokens, bool has_adapters) -> bool");
@@ -492,5 +508,6 @@ STABLE_TORCH_LIBRARY_IMPL(openlora, CUDA, m) {
   m.impl("embed_rms_norm", TORCH_BOX(&embed_rms_norm));
   m.impl("attention_decode", TORCH_BOX(&attention_decode));
   m.impl("skinny_gemm", TORCH_BOX(&skinny_gemm));
+  m.impl("skinny_gemm_silu_mul", TORCH_BOX(&skinny_gemm_silu_mul));
   m.impl("skinny_gemm_shrink", TORCH_BOX(&skinny_gemm_shrink));
 }

@@ -13,7 +13,7 @@ namespace openlora {
 
 // y = sum over s of planes[s] + bias + sum over the row's entries of v B.
 struct Product {
-  const void* y;       // [S, T, N] float32, or [T, N] bfloat16 with planes 1; contiguous, 16-byte aligned
+  const void* y;       // [S, T, N] float32, or bfloat16 where the model is; contiguous, 16-byte aligned
   bool y_is_float;
   bool is_float;       // the model's type (bias, pages, norms, outputs): float32, else bfloat16
   int planes;          // S

@@ -234,8 +234,18 @@ __device__ __forceinline__ void load_quad(float (&y)[kQuad], const ProductView& 
     }
     y[0] = sum.x, y[1] = sum.y, y[2] = sum.z, y[3] = sum.w;
   } else {
-    const uint2 raw = __ldcg(reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(p.y) + at));
+    const auto* from = static_cast<const __nv_bfloat16*>(p.y) + at;
+    const uint2 raw = __ldcg(reinterpret_cast<const uint2*>(from));
     y[0] = low_half(raw.x), y[1] = high_half(raw.x), y[2] = low_half(raw.y), y[3] = high_half(raw.y);
+    for (int first = 1; first < p.planes; first += 3) {
+      uint2 more[3];
+#pragma unroll
+      for (int s = 0; s < 3; ++s)
+        if (first + s < p.planes) more[s] = __ldcg(reinterpret_cast<const uint2*>(from + (first + s) * p.plane_stride));
+#pragma unroll
+      for (int s = 0; s < 3; ++s)
+        if (first + s < p.planes) y[0] += low_half(more[s].x), y[1] += high_half(more[s].x), y[2] += low_half(more[s].y), y[3] += high_half(more[s].y);
+    }
   }
   if (p.bias == nullptr) return;
   const uint2 raw = __ldg(reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(p.bias) + column));
@@ -350,10 +360,9 @@ __device__ __forceinline__ float product_at(const ProductView& p, const RowParts
   const int row = parts.row(span, place);
   const int64_t at = static_cast<int64_t>(row) * p.columns + column;
   float sum = 0.f;
-  if (has_float_planes) {
-    for (int s = 0; s < p.planes; ++s) sum += __ldcg(static_cast<const float*>(p.y) + at + s * p.plane_stride);
-  } else {
-    sum = __bfloat162float(static_cast<const __nv_bfloat16*>(p.y)[at]);
+  for (int s = 0; s < p.planes; ++s) {
+    const int64_t plane = at + s * p.plane_stride;
+    sum += has_float_planes ? __ldcg(static_cast<const float*>(p.y) + plane) : __bfloat162float(static_cast<const __nv_bfloat16*>(p.y)[plane]);
   }
   if (p.bias != nullptr) sum += to_float(static_cast<const T*>(p.bias)[column]);
   if constexpr (kLora) {
@@ -377,7 +386,7 @@ __device__ __forceinline__ float product_at(const ProductView& p, const RowParts
 // Whether the fast path can run: bf16, quads that no module's border cuts, everything aligned.
 inline bool fits_quads(const Product& product) {
   bool fits = !product.is_float && product.columns % kQuad == 0 && reinterpret_cast<uintptr_t>(product.y) % 16 == 0 &&
-              reinterpret_cast<uintptr_t>(product.bias) % 8 == 0 && (product.y_is_float || product.planes == 1);
+              reinterpret_cast<uintptr_t>(product.bias) % 8 == 0;
   if (product.lora == nullptr) return fits;
   const LoraWork& work = *product.lora;
   fits = fits && reinterpret_cast<uintptr_t>(work.pages) % 8 == 0 && work.page_elements % kQuad == 0 && reinterpret_cast<uintptr_t>(work.v) % 16 == 0;
@@ -388,7 +397,7 @@ inline bool fits_quads(const Product& product) {
 
 inline bool is_valid(const Product& product) {
   const LoraWork* work = product.lora;
-  return product.rows >= 0 && product.columns > 0 && product.planes >= 1 && (product.y_is_float || product.planes == 1) &&
+  return product.rows >= 0 && product.columns > 0 && product.planes >= 1 && (product.y_is_float || !product.is_float) &&
          (work == nullptr || (work->span_count >= 1 && work->span_count <= kMaxLoraSpans && work->tile_rows >= 1));
 }
 

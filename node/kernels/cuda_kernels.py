@@ -102,32 +102,32 @@ class CudaKernels(Kernels[Product, DeviceRows]):
     ) -> Product:
         weight = packed.data
         planes = self._skinny_planes(x, weight, rows is not None and spans is not None)
+        wide = torch.float32 if x.dtype == torch.float32 else out_dtype or x.dtype
         if rows is None or spans is None:
-            return Product(self._multiply(x, weight, planes, out_dtype), bias)
+            return Product(self._multiply(x, weight, planes, wide), bias)
         fields = self._span_list(spans)
         v = torch.empty((rows.pair_count, len(fields) // 6, 16), dtype=torch.float32, device=x.device)
         if planes and not self._is_deterministic and rows.tiles.tile_rows <= SHRINK_TILE_ROWS:
-            y = self._multiply_and_shrink(x, weight, planes, rows, fields, v)
+            y = torch.empty((planes, x.shape[0], weight.shape[0]), dtype=wide, device=x.device)
+            self._multiply_and_shrink(x, weight, rows, fields, v, y)
         elif planes:
             # Behind the GEMM, beside it: the shrink waits for it last, so whoever waits for the shrink has both.
-            y = self._multiply(x, weight, planes, out_dtype)
+            y = self._multiply(x, weight, planes, wide)
             after = Follow.WAIT_LAST if self._follow is Follow.WAIT_FIRST else Follow.PLAIN
             self._ops.lora_shrink(x, rows.tiles, fields, v, after)
         elif self._side is not None and x.shape[0] <= BRANCH_ROWS:
-            y = self._multiply_beside(x, weight, rows, fields, v, out_dtype)
+            y = self._multiply_beside(x, weight, rows, fields, v, wide)
         else:
             self._ops.lora_shrink(x, rows.tiles, fields, v, self._follow)
-            y = self._multiply(x, weight, planes, out_dtype)
+            y = self._multiply(x, weight, planes, wide)
         return Product(y, bias, rows.tiles, v, fields)
 
     def _multiply_and_shrink(
-        self, x: Tensor, weight: Tensor, planes: int, rows: DeviceRows, fields: tuple[int, ...], v: Tensor
-    ) -> Tensor:
+        self, x: Tensor, weight: Tensor, rows: DeviceRows, fields: tuple[int, ...], v: Tensor, y: Tensor
+    ) -> None:
         """The product and the shrink in one launch. Its v has other bits than the shrink of longer steps."""
-        y = torch.empty((planes, x.shape[0], weight.shape[0]), dtype=torch.float32, device=x.device)
         partial = torch.empty((self._ops.shrink_chunks(x.shape[1]), *v.shape), dtype=torch.float32, device=x.device)
         self._ops.skinny_gemm_shrink(x, weight, rows.tiles, fields, partial, self._arrivals_of(v.shape[0]), v, y, self._follow)
-        return y
 
     def _arrivals_of(self, pairs: int) -> Tensor:
         """Zeros that every launch leaves zero, shared by all of a stream: each touches them after those before it have ended.
@@ -140,7 +140,7 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         return self._arrivals[-1]
 
     def _multiply_beside(
-        self, x: Tensor, weight: Tensor, rows: DeviceRows, fields: tuple[int, ...], v: Tensor, out_dtype: torch.dtype | None
+        self, x: Tensor, weight: Tensor, rows: DeviceRows, fields: tuple[int, ...], v: Tensor, out_dtype: torch.dtype
     ) -> Tensor:
         """The product by cuBLAS, and the shrink on a branch beside it; what follows waits for both."""
         main, side = torch.cuda.current_stream(self._device), self._side
@@ -175,27 +175,46 @@ class CudaKernels(Kernels[Product, DeviceRows]):
             planes = self._planes[key] = self._ops.skinny_gemm_planes(outputs, inputs, rows) if wanted else 0
         return planes
 
-    def _multiply(self, x: Tensor, weight: Tensor, planes: int, out_dtype: torch.dtype | None) -> Tensor:
-        """x W^T as [P, T, N] float32 or [1, T, N] of x's dtype."""
+    def _multiply(self, x: Tensor, weight: Tensor, planes: int, out_dtype: torch.dtype) -> Tensor:
+        """x W^T as [P, T, N] of `out_dtype`, or of float32 where rows are multiplied in pieces."""
         if planes:
-            return self._multiply_skinny(x, weight, planes)
-        wide = torch.float32 if x.dtype == torch.float32 else out_dtype or x.dtype
+            return self._multiply_skinny(x, weight, planes, out_dtype)
         if self._is_deterministic:
-            return self._multiply_exactly(x, weight, wide)
-        return _mm(x, weight, wide)[None]
+            return self._multiply_exactly(x, weight, out_dtype)
+        return _mm(x, weight, out_dtype)[None]
 
-    def _multiply_skinny(self, x: Tensor, weight: Tensor, planes: int) -> Tensor:
+    def _multiply_skinny(self, x: Tensor, weight: Tensor, planes: int, out_dtype: torch.dtype) -> Tensor:
         """Rows in pieces of at most 256; there is more than one piece only where bits may not depend on the batch."""
         count = x.shape[0]
         if count <= 256:
-            y = torch.empty((planes, count, weight.shape[0]), dtype=torch.float32, device=x.device)
+            y = torch.empty((planes, count, weight.shape[0]), dtype=out_dtype, device=x.device)
             self._ops.skinny_gemm(x, weight, y, self._follow)
             return y
         whole = torch.empty((1, count, weight.shape[0]), dtype=torch.float32, device=x.device)
         for first in range(0, count, 256):
-            piece = self._multiply_skinny(x[first : first + 256], weight, planes)
+            piece = self._multiply_skinny(x[first : first + 256], weight, planes, out_dtype)
             self._ops.materialize(Product(piece), whole[0, first : first + 256], self._follow)
         return whole
+
+    def linear_silu_mul(
+        self,
+        x: Tensor,
+        packed: PackedLinear,
+        bias: Tensor | None = None,
+        *,
+        pool: LoraPool | None = None,
+        rows: DeviceRows | None = None,
+        spans: LoraSpans | None = None,
+    ) -> Tensor:
+        weight = packed.data
+        has_adapters = rows is not None and spans is not None
+        # Where bits may not depend on the batch, they may not depend on its adapters either.
+        is_plain = not has_adapters and bias is None and not self._is_deterministic and weight.shape[0] % 16 == 0
+        if not is_plain or self._skinny_planes(x, weight, has_adapters) != 1:
+            return super().linear_silu_mul(x, packed, bias, pool=pool, rows=rows, spans=spans)
+        out = torch.empty((x.shape[0], weight.shape[0] // 2), dtype=x.dtype, device=x.device)
+        self._ops.skinny_gemm_silu_mul(x, weight, out, self._follow)
+        return out
 
     def _multiply_exactly(self, x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
         """Products of `EXACT_ROWS` rows each, the last one padded: cuBLAS sums in an order that follows the shape."""

@@ -91,6 +91,7 @@ class CudaOps:
         self._rms_norm = ops.rms_norm_into.default
         self._embed_rms_norm = ops.embed_rms_norm.default
         self._skinny_gemm = ops.skinny_gemm.default
+        self._skinny_gemm_silu_mul = ops.skinny_gemm_silu_mul.default
         self._skinny_gemm_shrink = ops.skinny_gemm_shrink.default
         self._shrink_chunks = ops.skinny_gemm_shrink_chunks.default
         self._skinny_gemm_planes = ops.skinny_gemm_planes.default
@@ -196,8 +197,12 @@ class CudaOps:
         return bool(self._is_skinny_gemm_faster(outputs, inputs, tokens, has_adapters))
 
     def skinny_gemm(self, x: Tensor, weight: Tensor, y: Tensor, follow: Follow = Follow.WAIT_FIRST) -> None:
-        """y [S, T, N] float32 planes, or [1, T, N] bfloat16 where S is 1, of x [T, K] and weight [N, K]. Hopper only."""
+        """y [S, T, N] of x [T, K] and weight [N, K], float32, or bfloat16, every plane rounded. Hopper only."""
         self._skinny_gemm(x, weight, follow != Follow.PLAIN, y)
+
+    def skinny_gemm_silu_mul(self, x: Tensor, weight: Tensor, out: Tensor, follow: Follow = Follow.WAIT_FIRST) -> None:
+        """out [T, N / 2] bfloat16 = silu(gate) * up of x [T, K] and weight [N, K], gate first; S must be 1. Hopper only."""
+        self._skinny_gemm_silu_mul(x, weight, follow != Follow.PLAIN, out)
 
     def skinny_gemm_shrink(
         self,

@@ -61,6 +61,7 @@ CUDA_OPS = (
     "rms_norm_into",
     "embed_rms_norm",
     "skinny_gemm",
+    "skinny_gemm_silu_mul",
     "skinny_gemm_shrink",
     "attention_decode",
 )

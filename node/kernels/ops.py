@@ -142,6 +142,19 @@ class Kernels(ABC, Generic[ProductT, RowsT]):
     def silu_mul(self, gate_up: ProductT) -> Tensor:
         """silu(gate) * up. gate_up: [T, 2 I], gate first; returns [T, I]."""
 
+    def linear_silu_mul(
+        self,
+        x: Tensor,
+        packed: PackedLinear,
+        bias: Tensor | None = None,
+        *,
+        pool: LoraPool | None = None,
+        rows: RowsT | None = None,
+        spans: LoraSpans | None = None,
+    ) -> Tensor:
+        """`silu_mul` of `linear`, arguments as there. Returns [T, I]."""
+        return self.silu_mul(self.linear(x, packed, bias, pool=pool, rows=rows, spans=spans))
+
     @abstractmethod
     def rope_kv_write(
         self,

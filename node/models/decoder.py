@@ -106,6 +106,11 @@ class Decoder:
                 return kernels.unfinish(self._side_linear(rows, module, pool, lora, inputs.side))
             return linear(rows, module.packed, module.bias, pool=pool, rows=lora, spans=module.spans)
 
+        def multiply_gate(rows: Tensor, module: FusedLinear) -> Tensor:
+            if inputs.side is not None and pool is not None:
+                return kernels.silu_mul(project(rows, module))
+            return kernels.linear_silu_mul(rows, module.packed, module.bias, pool=pool, rows=lora, spans=module.spans)
+
         plan = kernels.plan_attention(
             inputs.block_tables, inputs.query_start, inputs.context_lens, inputs.max_query, inputs.max_context
         )
@@ -130,7 +135,7 @@ class Decoder:
                 q, keys, values, inputs.block_tables, inputs.query_start, inputs.context_lens, weights.scale, layer.window, plan
             )
             h = add_rms_norm(project(h, layer.o), x, layer.post_attention_norm, eps)  # x += W_o attention
-            h = kernels.silu_mul(project(h, layer.gate_up))
+            h = multiply_gate(h, layer.gate_up)
             h = add_rms_norm(project(h, layer.down), x, layer.next_norm, eps)  # x += W_down (...)
         return h
 

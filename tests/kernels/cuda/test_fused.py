@@ -14,8 +14,8 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available()
 RANKS = [1, 8, 16, 24, 64]
 BF16, F32 = torch.bfloat16, torch.float32
 LIMIT = {BF16: 1e-2, F32: 1e-5}
-KINDS = [(BF16, 4, F32), (BF16, 1, F32), (BF16, 1, BF16), (F32, 3, F32)]  # model, planes, type of the product
-KIND_IDS = ["planes", "plane", "bf16", "f32"]
+KINDS = [(BF16, 4, F32), (BF16, 1, F32), (BF16, 1, BF16), (BF16, 4, BF16), (F32, 3, F32)]  # model, planes, type of the product
+KIND_IDS = ["planes", "plane", "bf16", "bf16-planes", "f32"]
 ROWS = [1, 9, 64, 130, 300]
 
 

@@ -59,12 +59,31 @@ def test_planes_of_a_layer_sum_to_the_product(ops, outputs, inputs, tokens):
     assert _error(_planes(ops, x, weight), x, weight) < 1e-4
 
 
-@pytest.mark.parametrize("tokens", [1, 33, 64, 256])
-def test_bfloat16_output_is_the_product_rounded_once(ops, tokens):
-    x, weight = _random(tokens, 4096), _random(28672, 4096)
-    y = torch.full((1, tokens, 28672), float("nan"), device="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize("tokens", [1, 16, 33, 64, 100, 192, 256])
+@pytest.mark.parametrize(("outputs", "inputs"), [(28672, 4096), (4096, 4096), (960, 576), (1000, 640)])
+def test_bfloat16_planes_are_the_planes_rounded_once(ops, outputs, inputs, tokens):
+    x, weight = _random(tokens, inputs), _random(outputs, inputs)
+    expected = _planes(ops, x, weight).to(torch.bfloat16)
+    y = torch.full_like(expected, float("nan"))
     ops.skinny_gemm(x, weight, y, Follow.PLAIN)
-    assert torch.equal(y, _planes(ops, x, weight).to(torch.bfloat16))
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(("outputs", "inputs"), [(28672, 4096), (17024, 64)])
+def test_silu_mul_is_that_of_the_plane(ops, outputs, inputs, tokens):
+    x, weight = _random(tokens, inputs), _random(outputs, inputs) / inputs**0.5
+    gate, up = _planes(ops, x, weight)[0].double().chunk(2, dim=1)
+    out = torch.full((tokens, outputs // 2), float("nan"), device="cuda", dtype=torch.bfloat16)
+    ops.skinny_gemm_silu_mul(x, weight, out, Follow.PLAIN)
+    expected = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=2**-8)
+
+
+def test_silu_mul_of_more_than_one_plane_is_refused(ops):
+    x, weight = _random(1, 4096), _random(4096, 4096)
+    with pytest.raises(RuntimeError, match="skinny_gemm_silu_mul cannot run"):
+        ops.skinny_gemm_silu_mul(x, weight, torch.empty(1, 2048, device="cuda", dtype=torch.bfloat16), Follow.PLAIN)
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(960, 576), (576, 1536), *LAYER_SHAPES])
