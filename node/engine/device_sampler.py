@@ -20,7 +20,7 @@ from torch import Tensor
 
 from node.engine.noise import uniforms
 from node.engine.sampler import DrawRow, RowMask, draw_random, is_plain, is_shifted
-from node.request import DrawnToken, TokenLogprob
+from node.request import DrawnToken, Sampling, TokenLogprob
 
 _PARTS = 8  # programs that share a row of the greedy kernel: 64 rows then fill the GPU four times over
 _GREEDY_BLOCK = 2048
@@ -108,6 +108,7 @@ class DeviceSampler:
     def __init__(self, vocab_size: int, max_rows: int, device: torch.device) -> None:
         self._vocab = vocab_size
         self._device = device
+        self._again = self.new_choice(max_rows)  # of logits that were shifted
         self._spans = 1 << (-(-vocab_size // _DRAW_BLOCK) - 1).bit_length()
         if device.type == "cuda":
             self._part_values = torch.empty((max_rows, _PARTS), dtype=torch.float32, device=device)
@@ -156,7 +157,8 @@ class DeviceSampler:
         """Draw for the rows that ask for more than `greedy` chose, and send everything to the host.
 
         Args:
-            logits: [W, V] float32, unmodified. Those that `greedy` filled `choice` from.
+            logits: [W, V] float32, those that `greedy` filled `choice` from. Rows that are greedy but for penalties or a bias, and
+                want no log-probabilities, are shifted in place.
             rows: W of them; their `tokens` are what the host knows.
             choice: read, and overwritten for the rows that ask for more.
             mask: Tokens allowed, words on the CPU or this device; None allows all.
@@ -167,10 +169,23 @@ class DeviceSampler:
             What `read` waits for. Log-probabilities are those of the unmasked, unmodified distribution.
         """
         masked = set(mask.rows) if mask is not None else set()
-        special = [index for index, row in enumerate(rows) if index in masked or not is_plain(row.sampling)]
+        shifted = [index for index, row in enumerate(rows) if index not in masked and _is_shifted_only(row.sampling)]
+        if shifted:
+            self._choose_again(logits, [rows[index] for index in shifted], shifted, choice, unseen)
+        done = set(shifted)
+        special = [index for index, row in enumerate(rows) if index in masked or not (index in done or is_plain(row.sampling))]
         if special:
             self._draw_special(logits, [rows[index] for index in special], special, choice, mask, unseen)
         return DeviceDraw(choice, rows, _logprobs(logits, rows, choice))
+
+    def _choose_again(
+        self, logits: Tensor, rows: list[DrawRow], indexes: list[int], choice: Choice, unseen: Tensor | None
+    ) -> None:
+        """The greedy choice of rows that penalties or a bias change: no row is copied, none is searched more than once."""
+        where = _to_device(np.array(indexes, dtype=np.int64), self._device)
+        shift(logits, rows, None if unseen is None else unseen[where], indexes)
+        self.greedy(logits, self._again)
+        choice.next_tokens[where] = self._again.next_tokens[where]
 
     def _draw_special(
         self,
@@ -211,6 +226,12 @@ class DeviceSampler:
         )  # fmt: skip
 
 
+def _is_shifted_only(sampling: Sampling) -> bool:
+    """Greedy after penalties or a bias that touch few tokens, with nothing else wanted of the row."""
+    counts_tokens = sampling.frequency_penalty != 0 or sampling.presence_penalty != 0  # in memory as large as the logits
+    return sampling.temperature == 0 and sampling.logprobs < 0 and is_shifted(sampling) and not counts_tokens
+
+
 def _asked(rows: Sequence[DrawRow], ahead: int) -> npt.NDArray[np.float64]:
     """[n, 6] parameters of `draw_kernel`. Greedy is temperature 0 without filters and without noise."""
     samplings = [row.sampling for row in rows]
@@ -222,28 +243,29 @@ def _asked(rows: Sequence[DrawRow], ahead: int) -> npt.NDArray[np.float64]:
     return asked
 
 
-def shift(x: Tensor, rows: Sequence[DrawRow], unseen: Tensor | None) -> None:
-    """Apply penalties and bias to x [n, V] in place, all rows at once.
+def shift(x: Tensor, rows: Sequence[DrawRow], unseen: Tensor | None, at: Sequence[int] | None = None) -> None:
+    """Apply penalties and bias to rows of x [W, V] in place, all at once.
 
     Semantics: `filters.penalise_repetition`, `penalise_output`, `add_bias`, row by row. unseen: [n] int64 on x's device, one more
-    token of every row's output, or None.
+    token of every row's output, or None. at: where in x the n rows are; None: they are all of it.
     """
     if not any(is_shifted(row.sampling) for row in rows):
         return
-    _penalise_repetition(x, rows, unseen)
-    _penalise_output(x, rows, unseen)
-    biases = [(place, *pair) for place, row in enumerate(rows) for pair in row.sampling.logit_bias]
+    at = range(len(rows)) if at is None else at
+    _penalise_repetition(x, rows, unseen, at)
+    _penalise_output(x, rows, unseen, at)
+    biases = [(place, *pair) for place, row in zip(at, rows, strict=True) for pair in row.sampling.logit_bias]
     if biases:
         places, ids, values = zip(*biases, strict=True)
         flat = _to_device(np.array(places, dtype=np.int64) * x.shape[1] + np.array(ids, dtype=np.int64), x.device)
         x.view(-1).index_add_(0, flat, _to_device(np.array(values, dtype=np.float32), x.device))
 
 
-def _penalise_repetition(x: Tensor, rows: Sequence[DrawRow], unseen: Tensor | None) -> None:
+def _penalise_repetition(x: Tensor, rows: Sequence[DrawRow], unseen: Tensor | None, at: Sequence[int]) -> None:
     asking = [place for place, row in enumerate(rows) if row.sampling.repetition_penalty != 1]
     if not asking:
         return
-    flat, owners = _history(x, asking, [np.frombuffer(rows[place].tokens, dtype=np.int64) for place in asking], unseen)
+    flat, owners = _history(x, asking, [np.frombuffer(rows[place].tokens, dtype=np.int64) for place in asking], unseen, at)
     penalties = np.array([rows[place].sampling.repetition_penalty for place in asking], dtype=np.float64)
     penalty = _to_device(penalties.astype(np.float32), x.device)[owners]
     values = x.view(-1)[flat]
@@ -251,12 +273,12 @@ def _penalise_repetition(x: Tensor, rows: Sequence[DrawRow], unseen: Tensor | No
     x.view(-1)[flat] = torch.where(values > 0, values / penalty, values * penalty).clamp(max=_LARGEST)
 
 
-def _penalise_output(x: Tensor, rows: Sequence[DrawRow], unseen: Tensor | None) -> None:
+def _penalise_output(x: Tensor, rows: Sequence[DrawRow], unseen: Tensor | None, at: Sequence[int]) -> None:
     asking = [p for p, row in enumerate(rows) if row.sampling.frequency_penalty != 0 or row.sampling.presence_penalty != 0]
     if not asking:
         return
     outputs = [np.frombuffer(rows[place].tokens, dtype=np.int64)[rows[place].prompt_count :] for place in asking]
-    flat, owners = _history(x, asking, outputs, unseen)
+    flat, owners = _history(x, asking, outputs, unseen, at)
     counts = torch.zeros_like(x).view(-1)
     counts.index_add_(0, flat, torch.ones_like(flat, dtype=x.dtype))
     sampling = [rows[place].sampling for place in asking]
@@ -265,10 +287,12 @@ def _penalise_output(x: Tensor, rows: Sequence[DrawRow], unseen: Tensor | None) 
     x.view(-1)[flat] = x.view(-1)[flat] - (counts[flat] * frequency + presence)
 
 
-def _history(x: Tensor, asking: list[int], tokens: list[npt.NDArray[Any]], unseen: Tensor | None) -> tuple[Tensor, Tensor]:
+def _history(
+    x: Tensor, asking: list[int], tokens: list[npt.NDArray[Any]], unseen: Tensor | None, at: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     """Every token of the asking rows as (place in the flattened x, index into `asking`), the unseen ones last."""
     lengths = [len(row) for row in tokens]
-    starts = np.array(asking, dtype=np.int64) * x.shape[1]
+    starts = np.array([at[place] for place in asking], dtype=np.int64) * x.shape[1]
     flat = np.concatenate(tokens) + np.repeat(starts, lengths)
     both = _to_device(np.stack((flat, np.repeat(np.arange(len(asking), dtype=np.int64), lengths))), x.device)
     places, owners = both.unbind(0)
