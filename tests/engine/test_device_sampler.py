@@ -5,7 +5,8 @@ from array import array
 import pytest
 import torch
 
-from node.engine.device_sampler import DeviceSampler, forbid_rows, shift
+from node.engine.device_sampler import DeviceSampler
+from node.engine.device_shift import forbid_rows, shift
 from node.engine.sampler import DrawRow, RowMask, draw
 from node.request import Sampling
 
