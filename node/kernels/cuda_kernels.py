@@ -22,7 +22,7 @@ from node.kernels.lora import LoraPool, LoraRows
 from node.kernels.ops import Kernels
 from node.kernels.reference import lora_delta
 
-SHRINK_TILE_ROWS = 16  # of the largest tiles whose shrink is inside the skinny GEMM
+SHRINK_TILE_ROWS = 0  # of the largest tiles whose shrink is inside the skinny GEMM: none until it has been measured again
 BRANCH_ROWS = 512  # of the longest step whose shrinks run on a branch beside cuBLAS
 EXACT_ROWS = 32  # of a product whose bits may not depend on the batch, where the skinny GEMM cannot run
 
@@ -126,7 +126,8 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         """The product and the shrink in one launch. Its v has other bits than the shrink of longer steps."""
         y = torch.empty((planes, x.shape[0], weight.shape[0]), dtype=torch.float32, device=x.device)
         partial = torch.empty((self._ops.shrink_chunks(x.shape[1]), *v.shape), dtype=torch.float32, device=x.device)
-        self._ops.skinny_gemm_shrink(x, weight, rows.tiles, fields, partial, self._arrivals_of(v.shape[0] * v.shape[1]), v, y, self._follow)
+        arrivals = self._arrivals_of(v.shape[0] * v.shape[1])
+        self._ops.skinny_gemm_shrink(x, weight, rows.tiles, fields, partial, arrivals, v, y, self._follow)
         return y
 
     def _arrivals_of(self, count: int) -> Tensor:
