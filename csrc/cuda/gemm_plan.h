@@ -22,6 +22,12 @@ constexpr int kGemmUsedBytes = 212992;    // what it takes: 24 KB stay for a sma
 constexpr int kGemmProcessors = 132;       // of every H100 and H200 SXM; a number, not the device's, so that bits travel
 constexpr int kGemmBarrierBytes = 512;    // two mbarriers a stage
 
+// A stage of the shrink inside a GEMM: 16 ranks of so many inputs, one rank behind the other. With 64 bytes between them 8 lanes that
+// read 16 bytes each of two ranks meet no bank twice.
+constexpr int kGemmShrinkColumns = 512;
+constexpr int kGemmShrinkPitch = kGemmShrinkColumns * 2 + 64;
+constexpr int kGemmShrinkStageBytes = 16 * kGemmShrinkPitch;
+
 struct SkinnyGemmPlan {
   int tile_rows;    // rows of W a block holds per stage; a multiple of 8, at most 64 * row_blocks
   int row_blocks;   // 2 or 4: m64 blocks of the accumulators
@@ -30,16 +36,18 @@ struct SkinnyGemmPlan {
   int stages;       // pipeline depth
   int cluster;      // 1, 2 from 64 tokens on or 4 from 128 on: blocks that load one tile of x together (TMA multicast)
   int early;        // stages of W asked for before the kernels ahead have ended; 0: all
+  int least_stage;  // bytes of a stage at least: with a shrink kGemmShrinkStageBytes
 };
 
-// Bytes of one stage: a tile of W and a tile of x.
+// Bytes of one stage: a tile of W and a tile of x, or one of the shrink's pages.
 constexpr int gemm_stage_bytes(const SkinnyGemmPlan& plan) {
-  return (plan.tile_rows + plan.tile_tokens) * kGemmBlockK * 2;
+  const int bytes = (plan.tile_rows + plan.tile_tokens) * kGemmBlockK * 2;
+  return bytes > plan.least_stage ? bytes : plan.least_stage;
 }
 
 // Dynamic shared memory. The last stage's wgmma reads whole m64 blocks, past tile_rows: the slack keeps that inside.
 constexpr int gemm_shared_bytes(const SkinnyGemmPlan& plan) {
-  const int overrun = (64 * plan.row_blocks - plan.tile_rows - plan.tile_tokens) * kGemmBlockK * 2;
+  const int overrun = 64 * plan.row_blocks * kGemmBlockK * 2 - gemm_stage_bytes(plan);
   return 1024 + plan.stages * gemm_stage_bytes(plan) + (overrun > 0 ? overrun : 0) + kGemmBarrierBytes;
 }
 
@@ -65,8 +73,8 @@ constexpr bool gemm_can_run(int64_t tokens, int64_t outputs, int64_t inputs) {
          outputs >= 8 && outputs % 8 == 0 && outputs < kLimit;
 }
 
-// Chunks of k that the shrink inside a GEMM cuts an item into: about 24 steps of 32 each, eight a warp.
-GEMM_ANYWHERE constexpr int gemm_shrink_chunks(int inputs) { return (inputs / 32 + 23) / 24; }
+// Chunks of k that the shrink inside a GEMM cuts an item into.
+GEMM_ANYWHERE constexpr int gemm_shrink_chunks(int inputs) { return (inputs + kGemmShrinkColumns - 1) / kGemmShrinkColumns; }
 
 // Stages that fit into `bytes` of shared memory, at least 2, at most 24.
 constexpr int gemm_stages_that_fit(SkinnyGemmPlan plan, int bytes) {
@@ -90,7 +98,7 @@ constexpr int gemm_fair_rows(int64_t outputs, int planes) {
   return rows <= 32 ? 32 : rows > 256 ? 256 : static_cast<int>((rows + 15) / 16 * 16);
 }
 
-constexpr SkinnyGemmPlan gemm_plan(int64_t tokens, int64_t outputs, int64_t inputs) {
+constexpr SkinnyGemmPlan gemm_plan(int64_t tokens, int64_t outputs, int64_t inputs, bool has_shrink = false) {
   SkinnyGemmPlan plan{};
   plan.planes = gemm_planes(outputs, inputs);
   plan.tile_tokens = gemm_tile_tokens(tokens);
@@ -99,6 +107,7 @@ constexpr SkinnyGemmPlan gemm_plan(int64_t tokens, int64_t outputs, int64_t inpu
   plan.row_blocks = is_tall ? 4 : 2;
   plan.tile_rows = is_tall ? fair : fair < 128 ? fair : 128;
   plan.cluster = 1;
+  plan.least_stage = has_shrink ? kGemmShrinkStageBytes : 0;
   plan.stages = gemm_stages_that_fit(plan, kGemmUsedBytes);
   return plan;
 }

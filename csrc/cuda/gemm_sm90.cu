@@ -18,6 +18,7 @@
 
 #include "device.cuh"
 #include "gemm_plan.h"
+#include "gemm_shrink.cuh"
 #include "gemm_tma.cuh"
 #include "gemm_wgmma.cuh"
 
@@ -26,37 +27,29 @@ namespace {
 
 constexpr int kConsumerWarps = 8;
 constexpr int kThreads = (kConsumerWarps + 1) * 32;
-constexpr int kShrinkWarps = 3;  // beside the producer: together they fill a third warpgroup
 constexpr int kShrinkThreads = kThreads + kShrinkWarps * 32;
+constexpr int kNarrowThreads = 512;  // as if there were so many, where accumulators are few: registers are left for the kernel behind
 constexpr int kRowBytes = kGemmBlockK * 2;  // one swizzle row
 
 struct Work {
   void* y;
   int tokens, outputs;
   int k_blocks, planes, row_tiles, tile_rows, stages, early;
+  int stage_bytes;  // of W and x
   bool is_bfloat16;
-};
-
-// The shrink's share of a launch.
-struct Shrink {
-  LoraWork lora;
-  const void* x;
-  int64_t x_stride;
-  int inputs;
-  int64_t pairs;
-  float* partial;
-  int32_t* arrivals;
 };
 
 // Where stage buffers and barriers lie; the same in every block of a cluster.
 struct Ring {
-  uint32_t buffers, barriers;
+  uint32_t buffers, barriers, shrink_barriers;
   int stage_bytes, w_bytes, stages;
 
   __device__ uint32_t w(int stage) const { return buffers + stage * stage_bytes; }
   __device__ uint32_t x(int stage) const { return w(stage) + w_bytes; }
   __device__ uint32_t full(int stage) const { return barriers + stage * 16; }
   __device__ uint32_t empty(int stage) const { return barriers + stage * 16 + 8; }
+  // Of a block's task j of the shrink: its pages are there.
+  __device__ uint32_t a_full(int j) const { return shrink_barriers + j % kShrinkBarriers * 8; }
 };
 
 struct RingPosition {
@@ -117,27 +110,77 @@ __device__ void load_early(const Work& work, const Ring& ring, const CUtensorMap
   for (Items<kCluster> items(work); !items.is_done(); items.next()) {
     for (int k = items.first_k; k < items.end_k; ++k, ++stage) {
       if (stage == work.early) return;
-      load_w(ring, w_map, items, k, stage, work.tile_rows, ring.stage_bytes, policy_evict_first());
+      load_w(ring, w_map, items, k, stage, work.tile_rows, work.stage_bytes, policy_evict_first());
     }
   }
 }
 
-// One thread: once the kernels ahead have ended, keeps the ring full.
-template <int kTokens, int kCluster>
-__device__ void produce(const Work& work, const Ring& ring, const CUtensorMap* w_map, const CUtensorMap* x_map) {
+// Of the block whose work items these are, none of which has been left yet.
+template <int kCluster>
+__device__ __forceinline__ ShrinkSchedule schedule_of(const Items<kCluster>& items, const Shrink& shrink) {
+  return shrink_schedule(shrink, items.work.early, items.is_done() ? 0 : items.end_k - items.first_k);
+}
+
+// One warp: what the ring still has room for of the first work item and of A, before the kernels ahead have ended. Returns the
+// number of stages asked for.
+template <int kCluster>
+__device__ int load_ahead(const Work& work, const Ring& ring, const CUtensorMap* w_map, const Items<kCluster>& items, const Shrink& shrink,
+                          const ShrinkSchedule& ahead, ShrinkSource& source, uint64_t policy) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  int stage = min(ahead.start, ahead.k_stages), i = stage, passed = 0;
+  for (; stage < work.stages; ++stage) {
+    if (ahead.is_due(i, passed) || (i == ahead.k_stages && passed < ahead.count)) {
+      load_shrink_stage(shrink, ahead, source, passed++, ring, stage, policy);
+    } else if (i < ahead.k_stages) {
+      if (lane == 0) load_w(ring, w_map, items, items.first_k + i, stage, work.tile_rows, work.stage_bytes, policy);
+      ++i;
+    } else {
+      break;
+    }
+  }
+  return stage;
+}
+
+// One thread, with a shrink one warp, of which the first lane does all but the looking up of pages: once the kernels ahead have ended,
+// keeps the ring full.
+template <int kTokens, int kCluster, bool kLora>
+__device__ void produce(const Work& work, const Ring& ring, const CUtensorMap* w_map, const CUtensorMap* x_map, const Shrink& shrink) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
   const uint64_t once = policy_evict_first();
   const uint64_t keep = policy_evict_last();
+  Items<kCluster> items(work);
+  ShrinkSchedule ahead{};
+  ShrinkSource source{};
+  int early = work.early;
+  if constexpr (kLora) {
+    ahead = schedule_of(items, shrink);
+    source = read_shrink_source(shrink, ahead, lane);
+    early = load_ahead(work, ring, w_map, items, shrink, ahead, source, once);
+  }
   wait_for_dependencies();
   launch_dependents();  // not before the wait: whoever starts now may read the same x (lora_work.h, Follow::kWaitLast)
   RingPosition at;
-  Items<kCluster> items(work);
+  int passed = 0;  // stages of A
+  const auto is_asked_for = [&] { return at.round == 0 && at.stage < early; };
+  const auto load_a = [&] {
+    if (!is_asked_for()) {
+      if (lane == 0 && at.round > 0) barrier_wait(ring.empty(at.stage), (at.round - 1) & 1);
+      load_shrink_stage(shrink, ahead, source, passed, ring, at.stage, once);
+    }
+    ++passed;
+    at.advance(work.stages);
+  };
   for (; !items.is_done(); items.next()) {
     for (int k = items.first_k; k < items.end_k; ++k, at.advance(work.stages)) {
+      if (kLora && ahead.is_due(k - items.first_k, passed)) load_a();
+      if (lane != 0) continue;
       if (at.round > 0) barrier_wait(ring.empty(at.stage), (at.round - 1) & 1);
-      if (at.round > 0 || at.stage >= work.early) load_w(ring, w_map, items, k, at.stage, work.tile_rows, ring.stage_bytes, once);
+      if (!is_asked_for()) load_w(ring, w_map, items, k, at.stage, work.tile_rows, work.stage_bytes, once);
       load_x<kTokens, kCluster>(ring, x_map, k, at.stage, keep);
     }
+    while (passed < ahead.count) load_a();
   }
+  while (passed < ahead.count) load_a();  // a block without rows of W
 }
 
 template <typename Pair>
@@ -171,8 +214,8 @@ __device__ __forceinline__ void store_block(const float (&d)[kTokens / 2], Pair*
   }
 }
 
-template <int kTokens, int kBlocks, int kCluster>
-__device__ void consume(const Work& work, const Ring& ring) {
+template <int kTokens, int kBlocks, int kCluster, bool kLora>
+__device__ void consume(const Work& work, const Ring& ring, const ShrinkSchedule& ahead) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int first_block = warp / 4 * kBlocks;
   const auto release = [&](int stage) {
@@ -184,6 +227,12 @@ __device__ void consume(const Work& work, const Ring& ring) {
   };
   RingPosition at;
   Items<kCluster> items(work);
+  int passed = 0;  // stages of A
+  const auto pass = [&] {
+    barrier_wait(ring.full(at.stage), at.round & 1);  // no phase may go by unseen
+    ++passed;
+    at.advance(work.stages);
+  };
   for (; !items.is_done(); items.next()) {
     float d[kBlocks][kTokens / 2];
 #pragma unroll
@@ -194,6 +243,7 @@ __device__ void consume(const Work& work, const Ring& ring) {
     }
     int previous = -1;
     for (int k = items.first_k; k < items.end_k; ++k, at.advance(work.stages)) {
+      if (kLora && ahead.is_due(k - items.first_k, passed)) pass();
       barrier_wait(ring.full(at.stage), at.round & 1);
       wgmma_fence();
 #pragma unroll
@@ -213,6 +263,9 @@ __device__ void consume(const Work& work, const Ring& ring) {
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) wgmma_results<kTokens / 2>(d[block]);
     if (previous >= 0) release(previous);
+    if constexpr (kLora) {
+      while (passed < ahead.count) pass();
+    }
     const int first_row = items.row_tile * work.tile_rows;
     const int row_end = min(first_row + work.tile_rows, work.outputs);
     const int64_t offset = static_cast<int64_t>(items.plane) * work.tokens * work.outputs;
@@ -229,159 +282,20 @@ __device__ void consume(const Work& work, const Ring& ring) {
   }
 }
 
-// Sums of a task of the shrink, by warp: [G][16 rows][16 ranks].
-template <bool kLora>
-struct ShrinkSums {
-  float of_warp[kLora ? kShrinkWarps : 1][kLora ? kMaxLoraSpans * 16 * kPageRank : 1];
-  int arrived;
-};
-
-__device__ __forceinline__ void sync_shrink_warps() { asm volatile("bar.sync 1, %0;" ::"n"(kShrinkWarps * 32) : "memory"); }
-
-// A task: one item (16 ranks of a page, all G modules, up to 16 rows) and one chunk of k, a third a warp. Ranks are the m side of
-// mma.m16n8k16. Lane (g, t) takes 8 neighbouring k of ranks g and g + 8 and of row g: a permutation of k that both sides share.
-template <int G>
-__device__ __forceinline__ void shrink_items(const Shrink& shrink, ShrinkSums<true>& sums) {
-  constexpr int kStep = 32, kDepth = G == 1 ? 4 : 2;
-  const LoraWork& lora = shrink.lora;
-  const int32_t* tiles = lora.tiles;
-  const int thread = static_cast<int>(threadIdx.x) - kThreads, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
-  const int steps = shrink.inputs / kStep, chunks = gemm_shrink_chunks(shrink.inputs);
-  const int count = __ldg(tiles + 1) * chunks;
-  const int4* items = reinterpret_cast<const int4*>(tiles + __ldg(tiles + 7));
-  const int32_t* row_list = tiles + __ldg(tiles + 5);
-  bool has_waited = false;
-  for (int task = static_cast<int>(blockIdx.x); task < count; task += static_cast<int>(gridDim.x)) {
-    const int item = task / chunks, chunk = task % chunks;
-    const int4 tile = __ldg(items + 2 * item), entry = __ldg(items + 2 * item + 1);  // lora_work.h
-    const int rows = tile.y & 0xffff, entries = tile.y >> 16;
-    const int begin = gemm_plane_start(steps, chunks, chunk), size = gemm_plane_start(steps, chunks, chunk + 1) - begin;
-    const int first = begin + size * warp / kShrinkWarps, last = begin + size * (warp + 1) / kShrinkWarps;
-    int ranks[G];
-    const __nv_bfloat16* a[G];
-#pragma unroll
-    for (int m = 0; m < G; ++m) {
-      ranks[m] = max(0, min(kPageRank, __ldg(lora.ranks + static_cast<int64_t>(lora.spans[m].module) * lora.slots + entry.y) - entry.z * kPageRank));
-      a[m] = static_cast<const __nv_bfloat16*>(lora.pages) + entry.x * lora.page_elements + lora.spans[m].a_offset +
-             static_cast<int64_t>(g) * shrink.inputs + t * 8;
-    }
-    const __nv_bfloat16* x[2];
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const int r = n * 8 + g;
-      x[n] = r < rows ? static_cast<const __nv_bfloat16*>(shrink.x) + __ldg(row_list + tile.x + r) * shrink.x_stride + t * 8 : nullptr;
-    }
-    float acc[G][2][4] = {};
-    for (int step = first; step < last; step += kDepth) {
-      uint4 page[kDepth][G][2], row[kDepth][2];
-#pragma unroll
-      for (int u = 0; u < kDepth; ++u) {
-#pragma unroll
-        for (int m = 0; m < G; ++m) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            page[u][m][half] = step + u < last && g + 8 * half < ranks[m]
-                                   ? load_stream(reinterpret_cast<const uint4*>(a[m] + static_cast<int64_t>(8 * half) * shrink.inputs + (step + u) * kStep))
-                                   : make_uint4(0, 0, 0, 0);
-          }
-        }
-      }
-      if (!has_waited) {
-        has_waited = true;
-        wait_for_dependencies();
-      }
-#pragma unroll
-      for (int u = 0; u < kDepth; ++u) {
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          row[u][n] = step + u < last && x[n] != nullptr ? __ldcg(reinterpret_cast<const uint4*>(x[n] + (step + u) * kStep)) : make_uint4(0, 0, 0, 0);
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < kDepth; ++u) {
-#pragma unroll
-        for (int m = 0; m < G; ++m) {
-#pragma unroll
-          for (int n = 0; n < 2; ++n) {
-            const uint4 &lo = page[u][m][0], &hi = page[u][m][1], &b = row[u][n];
-            mma_bf16(acc[m][n], lo.x, hi.x, lo.y, hi.y, b.x, b.y);
-            mma_bf16(acc[m][n], lo.z, hi.z, lo.w, hi.w, b.z, b.w);
-          }
-        }
-      }
-    }
-    if (!has_waited) {  // a warp without steps
-      has_waited = true;
-      wait_for_dependencies();
-    }
-#pragma unroll
-    for (int m = 0; m < G; ++m) {
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          sums.of_warp[warp][(m * 16 + n * 8 + 2 * t + i % 2) * kPageRank + g + 8 * (i / 2)] = acc[m][n][i];
-        }
-      }
-    }
-    sync_shrink_warps();
-    const int64_t plane = shrink.pairs * G * kPageRank;
-    const auto place = [&](int i) {  // of value i of the item, [rows][G][16], in v
-      const int64_t pair = tile.z + static_cast<int64_t>(i / (G * kPageRank)) * entries + tile.w;
-      return pair * G * kPageRank + i % (G * kPageRank);
-    };
-    const int values = rows * G * kPageRank;
-    for (int i = thread; i < values; i += kShrinkWarps * 32) {
-      const int at = (i / kPageRank % G * 16 + i / (G * kPageRank)) * kPageRank + i % kPageRank;
-      float sum = sums.of_warp[0][at];
-#pragma unroll
-      for (int w = 1; w < kShrinkWarps; ++w) sum += sums.of_warp[w][at];
-      shrink.partial[chunk * plane + place(i)] = sum;
-    }
-    __threadfence();
-    sync_shrink_warps();
-    if (thread == 0) sums.arrived = atomicAdd(shrink.arrivals + item, 1);
-    sync_shrink_warps();
-    if (sums.arrived + 1 < chunks) continue;  // whoever is last adds the chunks up, in order
-    __threadfence();
-    if (thread == 0) shrink.arrivals[item] = 0;
-    for (int i = thread; i < values; i += kShrinkWarps * 32) {
-      const int m = i / kPageRank % G;
-      const int64_t at = place(i);
-      float sum = 0.0f;
-#pragma unroll 4
-      for (int c = 0; c < chunks; ++c) sum += __ldcg(shrink.partial + c * plane + at);
-      const float scale = __ldg(lora.scales + static_cast<int64_t>(lora.spans[m].module) * lora.slots + entry.y);
-      lora.v[at] = sum * (scale * __int_as_float(entry.w));
-    }
-  }
-}
-
-// Three warps: v of every pair of the tiles, beside the stream of W and not after it.
-__device__ __forceinline__ void shrink_all(const Shrink& shrink, ShrinkSums<true>& sums) {
-  switch (shrink.lora.span_count) {
-    case 1: return shrink_items<1>(shrink, sums);
-    case 2: return shrink_items<2>(shrink, sums);
-    default: return shrink_items<3>(shrink, sums);
-  }
-}
-__device__ __forceinline__ void shrink_all(const Shrink&, ShrinkSums<false>&) {}
-
 // kBlocks: m64 blocks of each of the two consumer warpgroups.
 template <int kTokens, int kBlocks, int kCluster, bool kLora>
-__global__ __launch_bounds__(kLora ? kShrinkThreads : kThreads, 1) void skinny_gemm(const __grid_constant__ CUtensorMap w_map,
-                                                           const __grid_constant__ CUtensorMap x_map,
-                                                           const Work work,
-                                                           const __grid_constant__ Shrink shrink) {
+__global__ __launch_bounds__(kLora ? (kTokens * kBlocks <= 96 ? kNarrowThreads : kShrinkThreads) : kThreads, 1) void skinny_gemm(
+    const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_map, const Work work, const __grid_constant__ Shrink shrink) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere the body is empty and the launcher refuses
   extern __shared__ uint8_t shared[];
-  __shared__ ShrinkSums<kLora> sums;
+  __shared__ uint64_t shrink_barriers[kLora ? kShrinkBarriers : 1];
   Ring ring;
   ring.w_bytes = work.tile_rows * kRowBytes;
-  ring.stage_bytes = ring.w_bytes + kTokens * kRowBytes;
+  ring.stage_bytes = max(ring.w_bytes + kTokens * kRowBytes, kLora ? kGemmShrinkStageBytes : 0);
   ring.stages = work.stages;
+  ring.shrink_barriers = shared_address(shrink_barriers);
   ring.buffers = (shared_address(shared) + 1023) & ~1023u;
-  const int overrun = max(0, 128 * kBlocks - work.tile_rows - kTokens) * kRowBytes;
+  const int overrun = max(0, 128 * kBlocks * kRowBytes - ring.stage_bytes);
   ring.barriers = ring.buffers + work.stages * ring.stage_bytes + overrun;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (warp == kConsumerWarps) {
@@ -390,6 +304,7 @@ __global__ __launch_bounds__(kLora ? kShrinkThreads : kThreads, 1) void skinny_g
       barrier_init(ring.full(lane), 1);
       barrier_init(ring.empty(lane), kConsumerWarps * kCluster);
     }
+    if (kLora && lane < kShrinkBarriers) barrier_init(ring.a_full(lane), 1);
     barrier_init_fence();
     __syncwarp();
     if (lane == 0) load_early<kCluster>(work, ring, &w_map);  // its own barriers: no need to wait for the block
@@ -401,13 +316,16 @@ __global__ __launch_bounds__(kLora ? kShrinkThreads : kThreads, 1) void skinny_g
     cluster_sync();
   }
   if (warp == kConsumerWarps) {
-    if (threadIdx.x % 32 == 0) produce<kTokens, kCluster>(work, ring, &w_map, &x_map);
+    if (kLora || threadIdx.x % 32 == 0) produce<kTokens, kCluster, kLora>(work, ring, &w_map, &x_map, shrink);
     __syncwarp();
   } else if (kLora && warp > kConsumerWarps) {
-    shrink_all(shrink, sums);
+    const ShrinkSchedule ahead = schedule_of(Items<kCluster>(work), shrink);
+    shrink_tasks(shrink, ahead, ring, warp - kConsumerWarps - 1, static_cast<int>(threadIdx.x) % 32);
   } else {
+    ShrinkSchedule ahead{};
+    if constexpr (kLora) ahead = schedule_of(Items<kCluster>(work), shrink);
     wait_for_dependencies();  // y may still be read by a kernel ahead
-    consume<kTokens, kBlocks, kCluster>(work, ring);
+    consume<kTokens, kBlocks, kCluster, kLora>(work, ring, ahead);
   }
   if constexpr (kCluster > 1) cluster_sync();  // nobody leaves while others still write to its shared memory
 #endif
@@ -472,7 +390,7 @@ bool encode_map(EncodeTiled encode, CUtensorMap* map, const void* matrix, int64_
 bool has_valid_lora(const SkinnyGemmArgs& args, const SkinnyGemmPlan& plan) {
   if (args.lora == nullptr) return true;
   bool is_valid = args.lora->span_count >= 1 && args.lora->span_count <= kMaxLoraSpans && args.lora->page_elements % 8 == 0 &&
-                  reinterpret_cast<uintptr_t>(args.lora->pages) % 16 == 0 && plan.cluster == 1 && args.lora->tile_rows <= 16 &&
+                  reinterpret_cast<uintptr_t>(args.lora->pages) % 16 == 0 && plan.cluster == 1 && args.lora->tile_rows <= 16 && plan.least_stage >= kGemmShrinkStageBytes &&
                   args.lora_partial != nullptr && args.lora_arrivals != nullptr;
   for (int m = 0; is_valid && m < args.lora->span_count; ++m) {
     is_valid = args.lora->spans[m].inputs == args.inputs && args.lora->spans[m].a_offset % 8 == 0;
@@ -496,7 +414,7 @@ int skinny_gemm_shrink_chunks(int64_t inputs) { return gemm_shrink_chunks(static
 
 cudaError_t launch_skinny_gemm(const SkinnyGemmArgs& args, cudaStream_t stream) {
   if (!can_run_skinny_gemm(args.tokens, args.outputs, args.inputs)) return cudaErrorInvalidValue;
-  const SkinnyGemmPlan plan = gemm_plan(args.tokens, args.outputs, args.inputs);
+  const SkinnyGemmPlan plan = gemm_plan(args.tokens, args.outputs, args.inputs, args.lora != nullptr);
   return launch_skinny_gemm_as(args, plan, stream);
 }
 
@@ -529,12 +447,14 @@ cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPl
   work.planes = plan.planes;
   work.row_tiles = gemm_row_tiles(args.outputs, plan.tile_rows);
   work.tile_rows = plan.tile_rows;
+  work.stage_bytes = (plan.tile_rows + plan.tile_tokens) * kRowBytes;
   work.stages = plan.stages;
   work.early = plan.early > 0 ? std::min(plan.early, plan.stages) : plan.stages;
   work.is_bfloat16 = args.output == GemmOutput::kBfloat16;
   const int groups = (work.row_tiles + plan.cluster - 1) / plan.cluster * plan.planes;
   Shrink shrink = {};
   if (args.lora != nullptr) {
+    work.early = std::min(plan.stages / 2, work.k_blocks / plan.planes);  // none of A is among the first stages
     shrink = {*args.lora, args.x, args.x_stride, args.inputs, args.lora_pairs, args.lora_partial, args.lora_arrivals};
   }
   const int resident = sm_count * (2 * shared_bytes <= kGemmSharedBytes - 2048 ? 2 : 1) / plan.cluster;

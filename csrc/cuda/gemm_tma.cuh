@@ -26,6 +26,10 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier, int count) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
 // Arrives on the barrier at the same place in block `rank` of the cluster. No scope is named on purpose: `.release.cluster`
 // puts a fence of all memory before each arrival (MEMBAR.ALL.GPU, measured: half the bandwidth), and what it would order,
 // wgmma's reads, has ended by then.
@@ -66,6 +70,13 @@ __device__ __forceinline__ void tensor_load(uint32_t target, const CUtensorMap* 
           target),
       "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
       : "memory");
+}
+
+// Copies a run of bytes, a multiple of 16 as both its ends are, to shared memory.
+__device__ __forceinline__ void bulk_load(uint32_t target, const void* source, int bytes, uint32_t barrier, uint64_t policy) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(target),
+               "l"(source), "r"(bytes), "r"(barrier), "l"(policy)
+               : "memory");
 }
 
 // Copies a box to the same place in every block of `mask`, completing on the barrier at the same place in each.

@@ -45,7 +45,7 @@ class Launch:
         planes = work.ops.skinny_gemm_planes(work.columns, inputs, rows)
         y, v = torch.empty(planes, rows, work.columns, device="cuda"), work.poisoned_v()
         partial = torch.empty(work.ops.shrink_chunks(inputs), *v.shape, device="cuda")
-        return cls(work, weight, y, v, partial, torch.zeros(len(v), dtype=torch.int32, device="cuda"))
+        return cls(work, weight, y, v, partial, torch.zeros(v.shape[:2].numel(), dtype=torch.int32, device="cuda"))
 
     def poison(self) -> None:
         for memory in (self.y, self.v, self.partial):
@@ -199,7 +199,7 @@ def test_wrong_arguments_say_what_is_wrong(make_work):
     x = torch.randn(8, 576, device="cuda").to(BF16)
     launch = _launched(make_work, _terms(8), 576, THREE, x)
     launch.arrivals = launch.arrivals[:1]
-    with pytest.raises(RuntimeError, match="arrivals has 1 counters, fewer than v has pairs"):
+    with pytest.raises(RuntimeError, match="arrivals has 1 counters, fewer than v has rows"):
         launch.run(x)
     launch.partial = launch.partial[:, :-1].contiguous()
     with pytest.raises(RuntimeError, match="partial has size"):
