@@ -95,11 +95,13 @@ def prepare(args: argparse.Namespace, place: Path) -> tuple[str, list[Path]]:
 
 
 @contextmanager
-def node(place: Path, model: str, adapters: Path, cores: str, settings: str, **environment: str) -> Iterator[tuple[str, int]]:
+def node(
+    place: Path, model: str, adapters: Path, cores: str, settings: str, server: str = "", **environment: str
+) -> Iterator[tuple[str, int]]:
     """A node of its own; yields its URL and process id."""
     config = place / "node.toml"
     config.write_text(
-        f'data_dir = "{place}"\n[server]\nport = 0\nmax_concurrent_requests = 1024\n[model]\npath = "{model}"\n'
+        f'data_dir = "{place}"\n[server]\nport = 0\nmax_concurrent_requests = 1024\n{server}\n[model]\npath = "{model}"\n'
         f'[adapters]\ndirectory = "{adapters}"\n{settings}\n'
         '[chain]\nprofile = "none"\n[telemetry]\nlog_level = "error"\n'
     )
