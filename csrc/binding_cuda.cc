@@ -380,7 +380,7 @@ void skinny_gemm_shrink(const Tensor& x, const Tensor& weight, bool use_pdl, con
   check_size(partial, "partial", 0, openlora::skinny_gemm_shrink_chunks(x.size(1)));
   for (int64_t dim = 0; dim < 3; ++dim) check_size(partial, "partial", dim + 1, v.size(dim));
   check(place, arrivals, "arrivals", 1, ScalarType::Int);
-  STD_TORCH_CHECK(arrivals.size(0) >= v.size(0), "openlora: arrivals has ", arrivals.size(0), " counters, fewer than v has pairs");
+  STD_TORCH_CHECK(arrivals.size(0) >= v.size(0) * v.size(1), "openlora: arrivals has ", arrivals.size(0), " counters, fewer than v has rows");
   work.scales = as<float>(scales);
   a.lora = &work;
   a.lora_pairs = v.size(0);

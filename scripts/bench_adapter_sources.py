@@ -46,7 +46,9 @@ PROMPT_TOKENS = 16
 HOT_CLIENTS = 8
 LEAD_S = 0.3  # from the first hot requests of a phase to the cold ones
 STATS_S = 0.7  # the engine sends its counters twice a second
-STORM_SETTINGS = "allow_hub = true"
+RESIDENT = "resident"
+TWO_ON_ONE = 'memory_bytes = "1GiB"\n[engine]\nkv_cache_bytes = "512MiB"\nprefix_cache = false'  # two nodes share the device
+STORM_SETTINGS = "allow_hub = true\n[engine]\nprefix_cache = false"
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -58,7 +60,7 @@ class Stream:
     error: str = ""
 
 
-def write_small_adapters(directory: Path, count: int, hidden: int = 576) -> None:
+def write_small_adapters(directory: Path, count: int, hidden: int) -> None:
     """Rank-1 adapters of one module with distinct numbers: the catalogue reads and hashes every byte of them."""
     generator = np.random.default_rng(7)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]}
@@ -94,13 +96,13 @@ def prepare(args: argparse.Namespace, place: Path) -> tuple[str, list[Path]]:
 
 @contextmanager
 def node(
-    place: Path, model: str, adapters: Path, cores: str, settings: str = "", **environment: str
+    place: Path, model: str, adapters: Path, cores: str, settings: str, server: str = "", **environment: str
 ) -> Iterator[tuple[str, int]]:
     """A node of its own; yields its URL and process id."""
     config = place / "node.toml"
     config.write_text(
-        f'data_dir = "{place}"\n[server]\nport = 0\nmax_concurrent_requests = 1024\n[model]\npath = "{model}"\n'
-        f'[engine]\nprefix_cache = false\n[adapters]\ndirectory = "{adapters}"\n{settings}\n'
+        f'data_dir = "{place}"\n[server]\nport = 0\nmax_concurrent_requests = 1024\n{server}\n[model]\npath = "{model}"\n'
+        f'[adapters]\ndirectory = "{adapters}"\n{settings}\n'
         '[chain]\nprofile = "none"\n[telemetry]\nlog_level = "error"\n'
     )
     command = [sys.executable, "-m", "node.cli.main", "start", "--config", str(config)]
@@ -141,17 +143,20 @@ async def ask(session: aiohttp.ClientSession, url: str, model: str, tokens: int,
 
 async def catalogue(args: argparse.Namespace) -> dict[str, Any]:
     """Alternate requests between a small and a large catalogue."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=args.files) as scratch:
+        (Path(scratch) / "model").mkdir()
+        model, sources = prepare(args, Path(scratch) / "model")
+        hidden = 576 if model == BASE else json.loads((Path(model) / "config.json").read_text())["hidden_size"]
         small, large = Path(scratch) / "small", Path(scratch) / "large"
         for directory, count in ((small, 10), (large, args.adapters)):
             (directory / "adapters").mkdir(parents=True)
             (directory / "node").mkdir()
-            shutil.copytree(DEMO / "lincoln", directory / "adapters" / "lincoln")
-            write_small_adapters(directory / "adapters", count - 1)
+            shutil.copytree(sources[0], directory / "adapters" / RESIDENT)
+            write_small_adapters(directory / "adapters", count - 1, hidden)
         begun_s = time.monotonic()
-        with node(small / "node", BASE, small / "adapters", "") as (few, _):
+        with node(small / "node", model, small / "adapters", args.engine_cores, TWO_ON_ONE) as (few, _):
             begun_s = time.monotonic()
-            with node(large / "node", BASE, large / "adapters", "") as (many, _):
+            with node(large / "node", model, large / "adapters", args.engine_cores, TWO_ON_ONE) as (many, _):
                 start_s = time.monotonic() - begun_s
                 async with aiohttp.ClientSession() as session:
                     pairs = await _paired(session, few, many, args.pairs)
@@ -159,6 +164,8 @@ async def catalogue(args: argparse.Namespace) -> dict[str, Any]:
     median, low, high = median_interval(ratios)
     return {
         "row": "catalogue",
+        "model": args.shape or BASE,
+        "layers": args.layers,
         "adapters": args.adapters,
         "pairs": len(pairs),
         "few_ttft_ms": round(1000 * statistics.median(few_s for few_s, _ in pairs), 3),
@@ -174,7 +181,7 @@ async def _paired(session: aiohttp.ClientSession, few: str, many: str, count: in
     pairs = []
     for index in range(count + 5):
         order = (few, many) if index % 2 else (many, few)
-        found = {url: await ask(session, url, "lincoln", 1, index) for url in order}
+        found = {url: await ask(session, url, RESIDENT, 1, index) for url in order}
         if found[few].error or found[many].error:
             raise SystemExit(found[few].error or found[many].error)
         if index >= 5:

@@ -159,7 +159,7 @@ class Layer:
                 pairs = max(pairs, block.pair_count)
             self.used_ranks = sum(ranks[slot] for slot in set(slots))
         self.v = {name: torch.randn(pairs, len(parts), 16, device="cuda") for name, (_, parts) in LINEARS.items()}
-        self.arrivals = torch.zeros(pairs, dtype=torch.int32, device="cuda")
+        self.arrivals = torch.zeros(3 * pairs, dtype=torch.int32, device="cuda")
         bf16 = {"dtype": torch.bfloat16, "device": "cuda"}
         self.x = {name: torch.randn(rows, inputs, **bf16) for name, (inputs, _) in LINEARS.items()}
         self.y = {name: self._planes(name, y_type) for name in LINEARS}

@@ -7,11 +7,14 @@
 Any server of OpenAI's completions interface, or a node that this script starts on random weights of a known shape (--own).
 Prompts are random token ids, answers have a fixed length: end-of-sequence ids are banned by logit_bias.
 
-start    Seconds from starting the process to its first token, with the weights in the page cache (only --own).
-books    The closed loop with and without records and receipts, on two nodes in turns (only --own).
-closed   --streams requests at once, each followed by the next: output tokens/s, and their share of --in-process-tok-s.
-open     Poisson arrivals at each of --rates requests/s for --seconds: time to first token, time between tokens, and goodput:
-         requests/s whose first token came within --slo-ttft-ms and whose tokens came every --slo-itl-ms on average.
+start       Seconds from starting the process to its first token, with the weights in the page cache (only --own).
+closed      --streams requests at once, each followed by the next: output tokens/s, and their share of --in-process-tok-s.
+in-process  The same requests in the same closed loop on an engine in this process, once the node is gone: what HTTP could reach,
+            and which share of it the row closed reached (only --own).
+books       The closed loop with and without records and receipts in turns, on one node whose books this script can switch off;
+            the product cannot (only --own).
+open        Poisson arrivals at each of --rates requests/s for --seconds: time to first token, time between tokens, and goodput:
+            requests/s whose first token came within --slo-ttft-ms and whose tokens came every --slo-itl-ms on average.
 
 The client is --clients processes, so that it is not the limit itself; `client_cpu_share` says how busy they were. Of a node of
 our own `api_us_per_token` says what the API process spent.
@@ -21,21 +24,27 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import multiprocessing
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 REQUEST_TIMEOUT_S = 600
+ROWS = ("start", "closed", "in-process", "books", "open")
+SERVE_WITH_SWITCH = "--serve-with-switch"  # this file again, as the node of the row books
 
 
 @dataclass
@@ -148,7 +157,7 @@ def _note(answer: Answer, line: bytes) -> None:
 def send(loads: Sequence[Load]) -> tuple[list[Answer], float]:
     """Run every load in a process of its own; returns all answers and the busiest client's share of a core."""
     start_s = time.monotonic() + 1.0 + 0.05 * len(loads)
-    timed = [Load(**{**vars(load), "start_s": start_s}) for load in loads]
+    timed = [replace(load, start_s=start_s) for load in loads]
     with multiprocessing.get_context("spawn").Pool(len(timed)) as pool:
         found = pool.map(run_client, timed, chunksize=1)
     answers = [answer for part, _ in found for answer in part]
@@ -159,9 +168,13 @@ def send(loads: Sequence[Load]) -> tuple[list[Answer], float]:
     return answers, max(cpu_s for _, cpu_s in found) / wall_s
 
 
+def warm_up(args: argparse.Namespace, target: Target) -> None:
+    """A short round, which brings every adapter into memory."""
+    send([replace(load, new_tokens=4) for load in _closed_loads(args, target, rounds=1)])
+
+
 def closed(args: argparse.Namespace, target: Target) -> dict[str, Any]:
-    """Every stream sends `--rounds` requests; the first round is a warm-up of its own."""
-    send(_closed_loads(args, target, rounds=1))
+    """Every stream sends `--rounds` requests."""
     begun_s = target.cpu_s()
     answers, share = send(_closed_loads(args, target, rounds=args.rounds))
     spent_s = target.cpu_s() - begun_s
@@ -251,18 +264,20 @@ class Target:
 class OwnNode(Target):
     """A node with random weights and random adapters, both in files."""
 
-    def __init__(self, args: argparse.Namespace, directory: Path, has_books: bool = True) -> None:
+    def __init__(self, args: argparse.Namespace, directory: Path) -> None:
         from random_model import SHAPES
 
         vocab = SHAPES[args.shape]["vocab_size"]
         self._begun = time.monotonic()
-        place = directory / ("node" if has_books else "node-without-books")
+        place = directory / "node"
         place.mkdir()
+        self.config = write_config(args, directory, place)
+        self._switch = _switch(self.config)
         self._log = (place / "node.log").open("w")
-        config = str(write_config(args, directory, place))
-        command = [sys.executable, "-m", "node.cli.main", "start", "--config", config]
-        if not has_books:
-            command = [sys.executable, str(Path(__file__).with_name("bench_engine.py")), "--serve-without-books", config]
+        command = [sys.executable, "-m", "node.cli.main", "start", "--config"]
+        if "books" in args.rows:
+            command = [sys.executable, str(Path(__file__).resolve()), SERVE_WITH_SWITCH]
+        command.append(str(self.config))
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log, text=True)
         url = self._read_url(place)
         self.ready_s = time.monotonic() - self._begun
@@ -282,6 +297,12 @@ class OwnNode(Target):
             raise SystemExit(answers[0].error)
         return answers[0].chunk_s[0] - self._begun
 
+    def switch_books(self, is_on: bool) -> None:
+        if is_on:
+            self._switch.unlink(missing_ok=True)
+        else:
+            self._switch.touch()
+
     def cpu_s(self) -> float:
         fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -293,8 +314,6 @@ class OwnNode(Target):
 
 def write_files(args: argparse.Namespace, directory: Path) -> None:
     """The checkpoint and the adapters, written once into --files."""
-    from concurrent.futures import ThreadPoolExecutor
-
     import torch
     from bench_adapters import write_adapter
     from random_model import shape_config, write_checkpoint
@@ -315,6 +334,8 @@ def write_files(args: argparse.Namespace, directory: Path) -> None:
                 lambda i: write_adapter(directory / "adapters" / f"adapter-{i}", linears, args.rank, i), range(args.adapters)
             )
         )
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the node sizes itself by what is free
 
 
 def write_config(args: argparse.Namespace, directory: Path, place: Path) -> Path:
@@ -335,47 +356,152 @@ def write_config(args: argparse.Namespace, directory: Path, place: Path) -> Path
     return config
 
 
-def books(args: argparse.Namespace, target: Target, directory: Path) -> dict[str, Any]:
+def _switch(config: Path) -> Path:
+    """The file whose existence turns the books off."""
+    return config.with_name("books-off")
+
+
+def serve_with_switch(config: Path) -> None:
+    """Run `openlora-node start` with books that pass over requests while the switch is off."""
+    import node.app
+    from node.api.doors import Closing, Opening
+    from node.api.settlement_books import SettlementBooks
+    from node.cli.start import start
+
+    off, passed_over = _switch(config), set()
+
+    class SwitchedBooks(SettlementBooks):
+        async def open(self, opening: Opening) -> None:
+            if off.exists():
+                passed_over.add(opening.request_id)
+            else:
+                await super().open(opening)
+
+        async def close(self, closing: Closing) -> dict[str, Any]:
+            if closing.request_id not in passed_over:
+                return await super().close(closing)
+            passed_over.remove(closing.request_id)
+            return {}
+
+    node.app.SettlementBooks = SwitchedBooks  # type: ignore[misc]
+    start(config=config)
+
+
+def books(args: argparse.Namespace, node: OwnNode) -> dict[str, Any]:
     """Pairs of closed loops."""
     from bench_engine import median_interval
 
-    bare = OwnNode(args, directory, has_books=False)
+    rows: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    for index in range(args.pairs):
+        for is_on in (True, False) if index % 2 else (False, True):
+            node.switch_books(is_on)
+            rows[is_on].append(closed(args, node))
+    ratios = [on["out_tok_s"] / off["out_tok_s"] for off, on in zip(*rows, strict=True)]
+    median, low, high = median_interval(ratios)
+    row: dict[str, Any] = {"row": "books on / off", "streams": args.streams, "pairs": args.pairs, "ratio": median}
+    row |= {"low": low, "high": high, "least": min(ratios), "most": max(ratios)}
+    for name, side in (("off", rows[0]), ("on", rows[1])):
+        row |= {f"{name}_{key}": statistics.median(found[key] for found in side) for key in ("out_tok_s", "api_us_per_token")}
+    return row
+
+
+def in_process(args: argparse.Namespace, directory: Path, config: Path, http_tok_s: float) -> dict[str, Any]:
+    """The closed loop without HTTP, API process and books."""
+    from node.config import load_settings
+    from node.engine.engine import open_engine
+
+    settings = load_settings(config)
+    engine = open_engine(settings.model, settings.engine, settings.adapters, settings.data_dir / "engine")
     try:
-        sides: list[list[float]] = [[], []]
-        for index in range(args.pairs):
-            for side in (0, 1) if index % 2 else (1, 0):
-                sides[side].append(closed(args, (target, bare)[side])["out_tok_s"])
+        gc.collect()
+        gc.freeze()
+        submits = _submits(args, directory, engine.ready)
+        _loop_in_process(engine, [msgspec.structs.replace(item, sampling=_sampling(4)) for item in submits(1)], args.streams)
+        tokens, total_s = _loop_in_process(engine, submits(args.rounds), args.streams)
     finally:
-        bare.close()
-    median, low, high = median_interval([with_books / without for with_books, without in zip(*sides, strict=True)])
-    return {
-        "row": "books on / off",
-        "pairs": args.pairs,
-        "on_tok_s": max(sides[0]),
-        "off_tok_s": max(sides[1]),
-        "ratio": median,
-        "low": low,
-        "high": high,
-    }
+        engine.close()
+    row = {"row": "in-process", "streams": args.streams, "adapters": args.adapters, "out_tok_s": tokens / total_s}
+    return {**row, "http_share": http_tok_s / row["out_tok_s"]} if http_tok_s else row
+
+
+def _submits(args: argparse.Namespace, directory: Path, ready: Any) -> Callable[[int], list[Any]]:
+    """Makes what the API process would send for so many rounds."""
+    from node.adapters.binding import LinearTable
+    from node.adapters.verify import AdapterVerifier
+    from node.engine.messages import Submit
+    from node.request import AdapterTerm
+
+    verifier = AdapterVerifier(LinearTable(ready.linears), ready.base_id, max_rank=256, max_bytes=1 << 30)
+    paths = [directory / "adapters" / f"adapter-{index}" for index in range(args.adapters)]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        names = list(threads.map(lambda path: verifier.verify(path).adapter_id, paths))
+    terms = [(AdapterTerm(name, str(path), 1.0),) for name, path in zip(names, paths, strict=True)] or [()]
+    random = np.random.default_rng(0)
+
+    def made(rounds: int) -> list[Any]:
+        prompts = random.integers(10, ready.vocab_size - 10, (rounds * args.streams, args.prompt_tokens)).tolist()
+        return [
+            Submit(
+                sequence_id=f"{rounds}-{index}",
+                tenant="bench",
+                prompt_ids=tuple(prompt),
+                terms=terms[index % len(terms)],
+                sampling=_sampling(args.new_tokens),
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+
+    return made
+
+
+def _sampling(new_tokens: int) -> Any:
+    from node.request import Sampling
+
+    return Sampling(max_new_tokens=new_tokens, logit_bias=((2, -100.0),), stop_token_ids=(2,))
+
+
+def _loop_in_process(engine: Any, submits: list[Any], streams: int) -> tuple[int, float]:
+    """Tokens and seconds; whoever ends is followed by the next at once."""
+    waiting, tokens = iter(submits[streams:]), 0
+    begun_s = time.perf_counter()
+    for submit in submits[:streams]:
+        engine.add(submit)
+    while engine.has_work:
+        for event in engine.step()[0]:
+            if event.finish_reason == "error":
+                raise SystemExit(f"{event.error_code}: {event.error_message}")
+            tokens += len(event.tokens)
+            follower = next(waiting, None) if event.finish_reason else None
+            if follower is not None:
+                engine.add(follower)
+    return tokens, time.perf_counter() - begun_s
 
 
 def run(args: argparse.Namespace, target: Target, directory: Path) -> Iterator[dict[str, Any]]:
+    http_tok_s = 0.0
     if isinstance(target, OwnNode):
         first_s = target.first_token_s(args)
         if "start" in args.rows:
             yield {"row": "start", "ready_s": target.ready_s, "first_token_s": first_s, "shape": args.shape}
+    if {"closed", "books"} & set(args.rows):
+        warm_up(args, target)
     if "closed" in args.rows:
-        yield closed(args, target)
-    if "books" in args.rows:
-        yield books(args, target, directory)
+        row = closed(args, target)
+        http_tok_s = row["out_tok_s"]
+        yield row
+    if "books" in args.rows and isinstance(target, OwnNode):
+        yield books(args, target)
     if "open" in args.rows:
         for rate in args.rates:
             yield open_loop(args, target, rate)
+    if "in-process" in args.rows and isinstance(target, OwnNode):
+        target.close()
+        yield in_process(args, directory, target.config, http_tok_s)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=("start", "closed", "books", "open"), default=["start", "closed", "open"])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="default: closed open, and start with --own")
     parser.add_argument("--url", help="a running server; default: a node of our own")
     parser.add_argument("--models", nargs="+", default=["base"], help="names that the requests use in turn, with --url")
     parser.add_argument("--vocab-size", type=int, default=32000, help="of the server's model, with --url")
@@ -402,6 +528,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--in-process-tok-s", type=float, default=0.0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
+    args.rows = args.rows or (["start"] if args.own else []) + ["closed", "open"]
+    if args.url and {"start", "in-process", "books"} & set(args.rows):
+        parser.error("the rows start, in-process and books need a node of our own: --own")
     if bool(args.url) == args.own:
         parser.error("name a server with --url, or start a node with --own")
     return args
@@ -428,4 +557,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    if sys.argv[1:2] == [SERVE_WITH_SWITCH]:
+        serve_with_switch(Path(sys.argv[2]))
+    else:
+        sys.exit(main(sys.argv[1:]))

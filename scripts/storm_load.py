@@ -1,7 +1,8 @@
-"""The programs around a node in a storm, each a process of its own, so that none delays another's clock.
+"""The programs around a node under load, each a process of its own, so that none delays another's clock.
 
 hot    eight clients, one adapter each, stream one completion after another and note when events arrive;
 cold   asks for many adapters that the node does not know, all at once;
+tenant clients with one API key, each of which streams a completion, thinks, and streams another;
 hub    speaks enough of the hub's protocol, slowly and with faults, until it is told to be calm.
 
 Each reads one JSON object a line on standard input and answers with one a line on standard output. `Helper` is the other end.
@@ -88,9 +89,10 @@ def serve(answer: Answer) -> None:
 class HotClient(asyncio.Protocol):
     """One connection that streams one answer after another. Events are timed where their bytes arrive."""
 
-    def __init__(self, host: str, model: str) -> None:
+    def __init__(self, host: str, model: str, key: str = "") -> None:
         self._host = host
         self._model = model
+        self._key = key
         self._rest = b""
         self._event_s: list[float] = []
         self._done: asyncio.Future[None] | None = None
@@ -112,11 +114,11 @@ class HotClient(asyncio.Protocol):
         if (data.endswith(b"\r\n" + _END) or data == _END) and self._done is not None and not self._done.done():
             self._done.set_result(None)
 
-    async def ask(self, tokens: int, seed: int) -> tuple[float, list[float]]:
+    async def ask(self, tokens: int, seed: int, prompt_tokens: int = PROMPT_TOKENS) -> tuple[float, list[float]]:
         """When the request was sent, and when each of its events arrived (seconds of one clock)."""
         body = {
             "model": self._model,
-            "prompt": [3 + (seed + number) % 500 for number in range(PROMPT_TOKENS)],
+            "prompt": [3 + (seed + number) % 500 for number in range(prompt_tokens)],
             "max_tokens": tokens,
             "temperature": 0,
             "stream": True,
@@ -125,7 +127,7 @@ class HotClient(asyncio.Protocol):
         self._done = asyncio.get_running_loop().create_future()
         self._event_s = []
         started_s = time.perf_counter()
-        self._transport.write(http_post(self._host, body))
+        self._transport.write(http_post(self._host, body, self._key))
         await self._done
         return started_s, self._event_s
 
@@ -134,7 +136,14 @@ class HotClient(asyncio.Protocol):
             self._done.set_exception(RuntimeError(f"a hot request failed: {what}"))
 
 
-def http_post(host: str, body: dict[str, Any]) -> bytes:
+async def connected(host: str, model: str, key: str = "") -> HotClient:
+    """A client with its connection."""
+    address, _, port = host.rpartition(":")
+    _, client = await asyncio.get_running_loop().create_connection(lambda: HotClient(host, model, key), address, int(port))
+    return client
+
+
+def http_post(host: str, body: dict[str, Any], key: str = "") -> bytes:
     content = json.dumps(body).encode()
     lines = (
         "POST /v1/completions HTTP/1.1",
@@ -142,7 +151,8 @@ def http_post(host: str, body: dict[str, Any]) -> bytes:
         "Content-Type: application/json",
         f"Content-Length: {len(content)}",
     )
-    return "\r\n".join((*lines, "", "")).encode() + content
+    keys = (f"Authorization: Bearer {key}",) if key else ()
+    return "\r\n".join((*lines, *keys, "", "")).encode() + content
 
 
 def hot(host: str, count: int) -> None:
@@ -150,12 +160,8 @@ def hot(host: str, count: int) -> None:
     clients: list[HotClient] = []
 
     async def answer(line: dict[str, Any]) -> dict[str, Any]:
-        address, _, port = host.rpartition(":")
         for number in range(len(clients), count):
-            made = await asyncio.get_running_loop().create_connection(
-                lambda n=number: HotClient(host, f"hot-{n}"), address, int(port)
-            )
-            clients.append(made[1])
+            clients.append(await connected(host, f"hot-{number}"))
         end_s = time.perf_counter() + line["seconds"]
         found: list[tuple[float, list[float]]] = []
 
@@ -170,6 +176,35 @@ def hot(host: str, count: int) -> None:
             "gap_s": [late - early for _, event_s in found for early, late in pairwise(event_s)],
             "tokens": sum(len(event_s) for _, event_s in found),
         }
+
+    serve(answer)
+
+
+# ---- tenant
+
+
+def tenant(host: str, key: str, model: str, count: int) -> None:
+    """{"seconds", "warm_up_s", "tokens", "prompt", "think_s", "seed"} -> {"ttft_s"} of requests sent after the warm-up."""
+    clients: list[HotClient] = []
+
+    async def run(client: HotClient, line: dict[str, Any], draw: random.Random) -> list[tuple[float, float]]:
+        found: list[tuple[float, float]] = []
+        begun_s = time.perf_counter()
+        await asyncio.sleep(draw.uniform(0, 2 * line["think_s"]))
+        while time.perf_counter() < begun_s + line["seconds"]:
+            length = draw.randint(*line["prompt"])
+            started_s, event_s = await client.ask(line["tokens"], draw.randrange(1 << 30), length)
+            if started_s > begun_s + line["warm_up_s"]:
+                found.append((started_s, event_s[0] - started_s))
+            await asyncio.sleep(draw.uniform(0, 2 * line["think_s"]))
+        return found
+
+    async def answer(line: dict[str, Any]) -> dict[str, Any]:
+        while len(clients) < count:
+            clients.append(await connected(host, model, key))
+        draws = [random.Random(line["seed"] + number) for number in range(count)]  # noqa: S311 - a workload
+        found = await asyncio.gather(*(run(client, line, draw) for client, draw in zip(clients, draws, strict=True)))
+        return {"ttft_s": [seconds for own in found for _, seconds in own]}
 
     serve(answer)
 
@@ -273,6 +308,8 @@ if __name__ == "__main__":
     os.setpgid(0, 0)
     if sys.argv[1] == "hot":
         hot(sys.argv[2], int(sys.argv[3]))
+    elif sys.argv[1] == "tenant":
+        tenant(sys.argv[2], sys.argv[3], sys.argv[4], int(sys.argv[5]))
     elif sys.argv[1] == "cold":
         cold(sys.argv[2])
     else:

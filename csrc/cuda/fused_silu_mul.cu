@@ -12,8 +12,6 @@ namespace {
 constexpr int kLoraBlocks = 4;  // a processor
 constexpr int kBaseBlocks = 8;
 
-__device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
-
 template <bool kLora, bool kFloatPlanes, int G, int R>
 __global__ void __launch_bounds__(kUnitWarps* kWarp, kLora ? kLoraBlocks : kBaseBlocks)
     silu_mul_kernel(const __grid_constant__ ProductView p, __nv_bfloat16* out) {

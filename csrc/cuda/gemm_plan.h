@@ -22,32 +22,44 @@ constexpr int kGemmUsedBytes = 212992;    // what it takes: 24 KB stay for a sma
 constexpr int kGemmProcessors = 132;       // of every H100 and H200 SXM; a number, not the device's, so that bits travel
 constexpr int kGemmBarrierBytes = 512;    // two mbarriers a stage
 
+// A stage of the shrink inside a GEMM: 16 ranks of so many inputs, one rank behind the other. With 64 bytes between them 8 lanes that
+// read 16 bytes each of two ranks meet no bank twice.
+constexpr int kGemmShrinkColumns = 512;
+constexpr int kGemmShrinkPitch = kGemmShrinkColumns * 2 + 64;
+constexpr int kGemmShrinkStageBytes = 16 * kGemmShrinkPitch;
+
 struct SkinnyGemmPlan {
   int tile_rows;    // rows of W a block holds per stage; a multiple of 8, at most 64 * row_blocks
   int row_blocks;   // 2 or 4: m64 blocks of the accumulators
   int tile_tokens;  // wgmma n: 8, 16, 32, 64, 96, 128, 192 or 256
   int planes;       // S
-  int stages;       // pipeline depth of W
+  int stages;       // pipeline depth
   int cluster;      // 1, 2 from 64 tokens on or 4 from 128 on: blocks that load one tile of x together (TMA multicast)
   int early;        // stages of W asked for before the kernels ahead have ended; 0: all
-  int x_stages;     // of them with a tile of x; W runs the others ahead
+  int least_stage;  // bytes of a stage at least: with a shrink kGemmShrinkStageBytes
 };
 
-// The stages of x. The last stage of W's wgmma reads whole m64 blocks, past tile_rows: that must lie inside.
-GEMM_ANYWHERE constexpr int gemm_x_bytes(int tile_tokens, int row_blocks, int tile_rows, int x_stages) {
-  const int rows = tile_tokens * x_stages, overrun = 64 * row_blocks - tile_rows;
-  return (rows > overrun ? rows : overrun) * kGemmBlockK * 2;
+// Bytes of one stage: a tile of W and a tile of x, or one of the shrink's pages.
+constexpr int gemm_stage_bytes(const SkinnyGemmPlan& plan) {
+  const int bytes = (plan.tile_rows + plan.tile_tokens) * kGemmBlockK * 2;
+  return bytes > plan.least_stage ? bytes : plan.least_stage;
 }
 
-// Where a warpgroup puts down a part of its block on the way to y: 64 tokens of 64 bf16, or 32 of 64 float32, rows padded.
+// Where a warpgroup puts down a part of its block on the way to y: so many tokens of 64 columns at a time, rows padded.
+GEMM_ANYWHERE constexpr int gemm_line_tokens(int tile_tokens, bool is_half) {
+  const int most = is_half ? 32 : 16;
+  return tile_tokens < most ? tile_tokens : most;
+}
 GEMM_ANYWHERE constexpr int gemm_line_bytes(int tile_tokens) {
-  return tile_tokens % 64 == 0 ? 64 * 144 : (tile_tokens < 32 ? tile_tokens : 32) * 272;
+  const int half = gemm_line_tokens(tile_tokens, true) * (64 * 2 + 16), full = gemm_line_tokens(tile_tokens, false) * (64 * 4 + 16);
+  return half > full ? half : full;
 }
 
-// Dynamic shared memory.
+// Dynamic shared memory. The last stage's wgmma reads whole m64 blocks, past tile_rows: the slack keeps that inside.
 constexpr int gemm_shared_bytes(const SkinnyGemmPlan& plan) {
-  return 1024 + plan.stages * plan.tile_rows * kGemmBlockK * 2 + gemm_x_bytes(plan.tile_tokens, plan.row_blocks, plan.tile_rows, plan.x_stages) +
-         kGemmBarrierBytes + 2 * gemm_line_bytes(plan.tile_tokens);
+  const int overrun = 64 * plan.row_blocks * kGemmBlockK * 2 - gemm_stage_bytes(plan);
+  return 1024 + plan.stages * gemm_stage_bytes(plan) + (overrun > 0 ? overrun : 0) + kGemmBarrierBytes +
+         2 * gemm_line_bytes(plan.tile_tokens);
 }
 
 // The smallest n of the kernel's templates that holds T tokens; 0 if none does.
@@ -72,13 +84,13 @@ constexpr bool gemm_can_run(int64_t tokens, int64_t outputs, int64_t inputs) {
          outputs >= 8 && outputs % 8 == 0 && outputs < kLimit;
 }
 
-// Chunks of k that the shrink inside a GEMM cuts an item into: about 24 steps of 32 each, eight a warp.
-GEMM_ANYWHERE constexpr int gemm_shrink_chunks(int inputs) { return (inputs / 32 + 23) / 24; }
+// Chunks of k that the shrink inside a GEMM cuts an item into.
+GEMM_ANYWHERE constexpr int gemm_shrink_chunks(int inputs) { return (inputs + kGemmShrinkColumns - 1) / kGemmShrinkColumns; }
 
-// Stages of W that fit into `bytes` of shared memory beside those of x, at least as many as of x, at most 24.
+// Stages that fit into `bytes` of shared memory, at least 2, at most 24.
 constexpr int gemm_stages_that_fit(SkinnyGemmPlan plan, int bytes) {
-  int stages = plan.x_stages;
-  for (plan.stages = stages + 1; plan.stages <= 24 && gemm_shared_bytes(plan) <= bytes; ++plan.stages) stages = plan.stages;
+  int stages = 2;
+  for (plan.stages = 3; plan.stages <= 24 && gemm_shared_bytes(plan) <= bytes; ++plan.stages) stages = plan.stages;
   return stages;
 }
 
@@ -97,16 +109,23 @@ constexpr int gemm_fair_rows(int64_t outputs, int planes) {
   return rows <= 32 ? 32 : rows > 256 ? 256 : static_cast<int>((rows + 15) / 16 * 16);
 }
 
-constexpr SkinnyGemmPlan gemm_plan(int64_t tokens, int64_t outputs, int64_t inputs) {
+// Rows of a tile of at most 128 where W has more tiles than there are SMs: as many as let every SM have the same number of tiles.
+constexpr int gemm_even_rows(int64_t outputs) {
+  const int64_t rounds = (gemm_row_tiles(outputs, 128) + kGemmProcessors - 1) / kGemmProcessors;
+  const int64_t rows = (outputs + rounds * kGemmProcessors - 1) / (rounds * kGemmProcessors);
+  return rows > 112 ? 128 : static_cast<int>((rows + 15) / 16 * 16);
+}
+
+constexpr SkinnyGemmPlan gemm_plan(int64_t tokens, int64_t outputs, int64_t inputs, bool has_shrink = false) {
   SkinnyGemmPlan plan{};
   plan.planes = gemm_planes(outputs, inputs);
   plan.tile_tokens = gemm_tile_tokens(tokens);
   const int fair = gemm_fair_rows(outputs, plan.planes);
   const bool is_tall = tokens <= 32 && fair > 128 && fair < 256;  // one item a block, where the accumulators are small
   plan.row_blocks = is_tall ? 4 : 2;
-  plan.tile_rows = is_tall ? fair : fair < 128 ? fair : 128;
+  plan.tile_rows = is_tall || fair < 128 ? fair : gemm_even_rows(outputs);
   plan.cluster = 1;
-  plan.x_stages = 3;
+  plan.least_stage = has_shrink ? kGemmShrinkStageBytes : 0;
   plan.stages = gemm_stages_that_fit(plan, kGemmUsedBytes);
   return plan;
 }

@@ -18,6 +18,7 @@
 
 #include "device.cuh"
 #include "gemm_plan.h"
+#include "gemm_shrink.cuh"
 #include "gemm_store.cuh"
 #include "gemm_tma.cuh"
 #include "gemm_wgmma.cuh"
@@ -25,47 +26,32 @@
 namespace openlora {
 namespace {
 
-#ifndef EARLY
-#define EARLY 1
-#endif
-#ifndef STORE
-#define STORE 1
-#endif
 constexpr int kConsumerWarps = 8;
 constexpr int kThreads = (kConsumerWarps + 1) * 32;
-constexpr int kShrinkWarps = 3;  // beside the producer: together they fill a third warpgroup
 constexpr int kShrinkThreads = kThreads + kShrinkWarps * 32;
+constexpr int kNarrowThreads = 512;  // as if there were so many, where accumulators are few: registers are left for the kernel behind
+constexpr int kStoreBarrier = 2;  // and 3: named barriers of the two consumer warpgroups; the shrink has 1
 constexpr int kRowBytes = kGemmBlockK * 2;  // one swizzle row
 
 struct Work {
   void* y;
   int tokens, outputs;
-  int k_blocks, planes, row_tiles, tile_rows, stages, x_stages, early;
-  bool is_bfloat16, is_silu_mul;
+  int k_blocks, planes, row_tiles, tile_rows, stages, early;
+  int stage_bytes;  // of W and x
+  GemmOutput output;
 };
 
-// The shrink's share of a launch.
-struct Shrink {
-  LoraWork lora;
-  const void* x;
-  int64_t x_stride;
-  int inputs;
-  int64_t pairs;
-  float* partial;
-  int32_t* arrivals;
-};
-
-// Where the stages of W and of x and their barriers lie; the same in every block of a cluster. A step of k has a stage of each; W,
-// whose way is longer, runs stages - x_stages steps ahead of x, so that the two are free again at the same moment.
+// Where stage buffers and barriers lie; the same in every block of a cluster.
 struct Ring {
-  uint32_t w_buffers, x_buffers, barriers, lines;
-  int w_bytes, x_bytes;
+  uint32_t buffers, barriers, shrink_barriers, lines;
+  int stage_bytes, w_bytes, stages;
 
-  __device__ uint32_t w(int stage) const { return w_buffers + stage * w_bytes; }
-  __device__ uint32_t x(int stage) const { return x_buffers + stage * x_bytes; }
-  __device__ uint32_t w_full(int stage) const { return barriers + stage * 8; }
-  __device__ uint32_t x_full(int stage) const { return barriers + 256 + stage * 16; }
-  __device__ uint32_t empty(int stage) const { return barriers + 264 + stage * 16; }  // of x and of the W that was used with it
+  __device__ uint32_t w(int stage) const { return buffers + stage * stage_bytes; }
+  __device__ uint32_t x(int stage) const { return w(stage) + w_bytes; }
+  __device__ uint32_t full(int stage) const { return barriers + stage * 16; }
+  __device__ uint32_t empty(int stage) const { return barriers + stage * 16 + 8; }
+  // Of a block's task j of the shrink: its pages are there.
+  __device__ uint32_t a_full(int j) const { return shrink_barriers + j % kShrinkBarriers * 8; }
 };
 
 struct RingPosition {
@@ -100,41 +86,26 @@ struct Items {
   }
 };
 
-// The stages of W of one block, in order.
 template <int kCluster>
-struct WStream {
-  const Work& work;
-  const Ring& ring;
-  const CUtensorMap* map;
-  Items<kCluster> items;
-  int k, stage = 0;
-
-  __device__ WStream(const Work& w, const Ring& r, const CUtensorMap* m) : work(w), ring(r), map(m), items(w), k(items.first_k) {}
-  __device__ void skip() {
-    if (++stage == work.stages) stage = 0;
-    if (++k < items.end_k) return;
-    items.next();
-    k = items.first_k;
+__device__ void load_w(const Ring& ring, const CUtensorMap* map, const Items<kCluster>& at, int k, int stage, int tile_rows, int bytes,
+                       uint64_t policy) {
+  barrier_expect(ring.full(stage), bytes);
+  const int row = at.row_tile * tile_rows;
+  if (at.work.output == GemmOutput::kSiluMul) {
+    tensor_load_pairs(ring.w(stage), map, k * kGemmBlockK, row / 16, ring.full(stage), policy);
+  } else {
+    tensor_load(ring.w(stage), map, k * kGemmBlockK, row, ring.full(stage), policy);
   }
-  __device__ void load(uint64_t policy) {
-    if (items.is_done()) return;
-    barrier_expect(ring.w_full(stage), ring.w_bytes);
-    const int row = items.row_tile * work.tile_rows;
-    if (work.is_silu_mul) tensor_load_pairs(ring.w(stage), map, k * kGemmBlockK, row / 16, ring.w_full(stage), policy);
-    else tensor_load(ring.w(stage), map, k * kGemmBlockK, row, ring.w_full(stage), policy);
-    skip();
-  }
-};
+}
 
 // With a cluster each block loads its share of the tokens and sends it to all.
 template <int kTokens, int kCluster>
 __device__ void load_x(const Ring& ring, const CUtensorMap* map, int k, int stage, uint64_t policy) {
-  barrier_expect(ring.x_full(stage), ring.x_bytes);
   if constexpr (kCluster == 1) {
-    tensor_load(ring.x(stage), map, k * kGemmBlockK, 0, ring.x_full(stage), policy);
+    tensor_load(ring.x(stage), map, k * kGemmBlockK, 0, ring.full(stage), policy);
   } else {
     const int first = static_cast<int>(cluster_rank()) * (kTokens / kCluster);
-    tensor_load_multicast(ring.x(stage) + first * kRowBytes, map, k * kGemmBlockK, first, ring.x_full(stage), policy,
+    tensor_load_multicast(ring.x(stage) + first * kRowBytes, map, k * kGemmBlockK, first, ring.full(stage), policy,
                           (1u << kCluster) - 1);
   }
 }
@@ -142,106 +113,105 @@ __device__ void load_x(const Ring& ring, const CUtensorMap* map, int k, int stag
 // One thread: the first `early` stages of W, which no kernel in flight writes.
 template <int kCluster>
 __device__ void load_early(const Work& work, const Ring& ring, const CUtensorMap* w_map) {
-  const uint64_t once = policy_evict_first();
-  WStream<kCluster> w(work, ring, w_map);
-  for (int i = 0; i < work.early; ++i) w.load(once);
+  int stage = 0;
+  for (Items<kCluster> items(work); !items.is_done(); items.next()) {
+    for (int k = items.first_k; k < items.end_k; ++k, ++stage) {
+      if (stage == work.early) return;
+      load_w(ring, w_map, items, k, stage, work.tile_rows, work.stage_bytes, policy_evict_first());
+    }
+  }
 }
 
-// One thread: once the kernels ahead have ended, keeps the rings full.
-template <int kTokens, int kCluster>
-__device__ void produce(const Work& work, const Ring& ring, const CUtensorMap* w_map, const CUtensorMap* x_map) {
+// Of the block whose work items these are, none of which has been left yet.
+template <int kCluster>
+__device__ __forceinline__ ShrinkSchedule schedule_of(const Items<kCluster>& items, const Shrink& shrink) {
+  return shrink_schedule(shrink, items.work.early, items.is_done() ? 0 : items.end_k - items.first_k);
+}
+
+// One warp: what the ring still has room for of the first work item and of A, before the kernels ahead have ended. Returns the
+// number of stages asked for.
+template <int kCluster>
+__device__ int load_ahead(const Work& work, const Ring& ring, const CUtensorMap* w_map, const Items<kCluster>& items, const Shrink& shrink,
+                          const ShrinkSchedule& ahead, ShrinkSource& source, uint64_t policy) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  int stage = min(ahead.start, ahead.k_stages), i = stage, passed = 0;
+  for (; stage < work.stages; ++stage) {
+    if (ahead.is_due(i, passed) || (i == ahead.k_stages && passed < ahead.count)) {
+      load_shrink_stage(shrink, ahead, source, passed++, ring, stage, policy);
+    } else if (i < ahead.k_stages) {
+      if (lane == 0) load_w(ring, w_map, items, items.first_k + i, stage, work.tile_rows, work.stage_bytes, policy);
+      ++i;
+    } else {
+      break;
+    }
+  }
+  return stage;
+}
+
+// One thread, with a shrink one warp, of which the first lane does all but the looking up of pages: once the kernels ahead have ended,
+// keeps the ring full.
+template <int kTokens, int kCluster, bool kLora>
+__device__ void produce(const Work& work, const Ring& ring, const CUtensorMap* w_map, const CUtensorMap* x_map, const Shrink& shrink) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
   const uint64_t once = policy_evict_first();
   const uint64_t keep = policy_evict_last();
-  WStream<kCluster> w(work, ring, w_map);
-  for (int i = 0; i < work.early && !w.items.is_done(); ++i) w.skip();
+  Items<kCluster> items(work);
+  ShrinkSchedule ahead{};
+  ShrinkSource source{};
+  int early = work.early;
+  if constexpr (kLora) {
+    ahead = schedule_of(items, shrink);
+    source = read_shrink_source(shrink, ahead, lane);
+    early = load_ahead(work, ring, w_map, items, shrink, ahead, source, once);
+  }
   wait_for_dependencies();
   launch_dependents();  // not before the wait: whoever starts now may read the same x (lora_work.h, Follow::kWaitLast)
-  for (int i = work.early; i < work.stages - work.x_stages; ++i) w.load(once);
   RingPosition at;
-  int step = work.stages - work.x_stages;
-  for (Items<kCluster> items(work); !items.is_done(); items.next()) {
-    for (int k = items.first_k; k < items.end_k; ++k, ++step, at.advance(work.x_stages)) {
+  int passed = 0;  // stages of A
+  const auto is_asked_for = [&] { return at.round == 0 && at.stage < early; };
+  const auto load_a = [&] {
+    if (!is_asked_for()) {
+      if (lane == 0 && at.round > 0) barrier_wait(ring.empty(at.stage), (at.round - 1) & 1);
+      load_shrink_stage(shrink, ahead, source, passed, ring, at.stage, once);
+    }
+    ++passed;
+    at.advance(work.stages);
+  };
+  for (; !items.is_done(); items.next()) {
+    for (int k = items.first_k; k < items.end_k; ++k, at.advance(work.stages)) {
+      if (kLora && ahead.is_due(k - items.first_k, passed)) load_a();
+      if (lane != 0) continue;
       if (at.round > 0) barrier_wait(ring.empty(at.stage), (at.round - 1) & 1);
-      if (step >= work.early) w.load(once);
+      if (!is_asked_for()) load_w(ring, w_map, items, k, at.stage, work.tile_rows, work.stage_bytes, once);
       load_x<kTokens, kCluster>(ring, x_map, k, at.stage, keep);
     }
+    while (passed < ahead.count) load_a();
   }
+  while (passed < ahead.count) load_a();  // a block without rows of W
 }
 
-template <typename Pair>
-__device__ __forceinline__ Pair pack(float first, float second);
-template <>
-__device__ __forceinline__ float2 pack<float2>(float first, float second) {
-  return make_float2(first, second);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat162 pack<__nv_bfloat162>(float first, float second) {
-  return __floats2bfloat162_rn(first, second);
-}
-
-// Stores an m64 block transposed. Lanes l and l ^ 4 hold neighbouring rows of W, which are neighbours in y: they swap halves
-// so that each stores pairs.
-template <typename Pair, int kTokens>
-__device__ __forceinline__ void store_block(const float (&d)[kTokens / 2], Pair* y, int tokens, int row_pairs, int row, int row_end) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int odd = lane / 4 % 2;
-  int token = 2 * (lane % 4) + odd;
-  Pair* at = y + static_cast<int64_t>(token) * row_pairs + (row - odd) / 2;
-  const bool has_low = row - odd < row_end, has_high = row - odd + 8 < row_end;
-#pragma unroll
-  for (int j = 0; j < kTokens / 8; ++j, token += 8, at += 8 * row_pairs) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float first = d[4 * j + 2 * half], second = d[4 * j + 2 * half + 1];
-      const float swapped = __shfl_xor_sync(0xFFFFFFFF, odd ? first : second, 4);
-      if (token < tokens && (half ? has_high : has_low)) at[4 * half] = odd ? pack<Pair>(swapped, second) : pack<Pair>(first, swapped);
-    }
-  }
-}
-
-template <typename Out, int kTokens, int kBlocks>
-__device__ __forceinline__ void store_item_as(const Work& work, const Ring& ring, const float (&d)[kBlocks][kTokens / 2], int row_tile, int plane) {
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int first_row = row_tile * work.tile_rows, first_block = warp / 4 * kBlocks;
-  const int row_end = min(first_row + work.tile_rows, work.outputs);
-  Out* y = static_cast<Out*>(work.y);
-  y += static_cast<int64_t>(plane) * work.tokens * work.outputs;
-#pragma unroll
-  for (int block = 0; block < kBlocks; ++block) {
-    if (STORE == 0) {
-      const int row = first_row + (first_block + block) * 64 + warp % 4 * 16 + lane / 4;
-      using Pair = std::conditional_t<sizeof(Out) == 2, __nv_bfloat162, float2>;
-      store_block<Pair, kTokens>(d[block], reinterpret_cast<Pair*>(y), work.tokens, work.outputs / 2, row, row_end);
-    } else if (STORE == 1) {
-      store_lines<Out, kTokens>(d[block], y, work.tokens, work.outputs, first_row + (first_block + block) * 64, row_end,
-                                ring.lines + warp / 4 * gemm_line_bytes(kTokens), 2 + warp / 4);
-    } else {
-      float sum = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kTokens / 2; ++i) sum += d[block][i];
-      if (sum == 1234.5f) *y = Out(sum);
-    }
-  }
-}
-
+// An item's accumulators to y, in the form that was asked for.
 template <int kTokens, int kBlocks>
 __device__ __forceinline__ void store_item(const Work& work, const Ring& ring, const float (&d)[kBlocks][kTokens / 2], int row_tile, int plane) {
-  if (work.is_silu_mul) {
-    const int group = static_cast<int>(threadIdx.x) / 128, first = row_tile * work.tile_rows / 2;
+  const int group = static_cast<int>(threadIdx.x) / 128;
+  const int first_row = row_tile * work.tile_rows, row_end = min(first_row + work.tile_rows, work.outputs);
+  const int64_t offset = static_cast<int64_t>(plane) * work.tokens * work.outputs;
+  const LineBuffer lines{ring.lines + group * gemm_line_bytes(kTokens), kStoreBarrier + group};
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      if (STORE == 2 && d[block][0] != 1234.5f) continue;
-      store_silu_mul<kTokens>(d[block], static_cast<__nv_bfloat16*>(work.y), work.tokens, work.outputs / 2, first + (group * kBlocks + block) * 32,
-                              min(first + work.tile_rows / 2, work.outputs / 2), ring.lines + group * gemm_line_bytes(kTokens), 2 + group);
+  for (int block = 0; block < kBlocks; ++block) {
+    const int row = first_row + (group * kBlocks + block) * 64;
+    if (work.output == GemmOutput::kFloatPlanes) {
+      store_lines<float, kTokens>(d[block], static_cast<float*>(work.y) + offset, work.tokens, work.outputs, row, row_end, lines);
+    } else if (work.output == GemmOutput::kBfloat16) {
+      store_lines<__nv_bfloat16, kTokens>(d[block], static_cast<__nv_bfloat16*>(work.y) + offset, work.tokens, work.outputs, row, row_end, lines);
+    } else {
+      store_silu_mul<kTokens>(d[block], static_cast<__nv_bfloat16*>(work.y), work.tokens, work.outputs / 2, row / 2, row_end / 2, lines);
     }
-    return;
   }
-  if (work.is_bfloat16) store_item_as<__nv_bfloat16, kTokens, kBlocks>(work, ring, d, row_tile, plane);
-  else store_item_as<float, kTokens, kBlocks>(work, ring, d, row_tile, plane);
 }
 
-template <int kTokens, int kBlocks, int kCluster>
-__device__ void consume(const Work& work, const Ring& ring) {
+template <int kTokens, int kBlocks, int kCluster, bool kLora>
+__device__ void consume(const Work& work, const Ring& ring, const ShrinkSchedule& ahead) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int first_block = warp / 4 * kBlocks;
   const auto release = [&](int stage) {
@@ -251,8 +221,14 @@ __device__ void consume(const Work& work, const Ring& ring) {
       if (lane < kCluster) barrier_arrive_at(ring.empty(stage), lane);
     }
   };
-  RingPosition at, w_at;
+  RingPosition at;
   Items<kCluster> items(work);
+  int passed = 0;  // stages of A
+  const auto pass = [&] {
+    barrier_wait(ring.full(at.stage), at.round & 1);  // no phase may go by unseen
+    ++passed;
+    at.advance(work.stages);
+  };
   for (; !items.is_done(); items.next()) {
     float d[kBlocks][kTokens / 2];
 #pragma unroll
@@ -262,22 +238,15 @@ __device__ void consume(const Work& work, const Ring& ring) {
       wgmma_results<kTokens / 2>(d[block]);
     }
     int previous = -1;
-    for (int k = items.first_k; k < items.end_k; ++k, at.advance(work.x_stages), w_at.advance(work.stages)) {
-#if EARLY
-      if (previous >= 0 && !__all_sync(0xFFFFFFFF, barrier_test(ring.w_full(w_at.stage), w_at.round & 1) && barrier_test(ring.x_full(at.stage), at.round & 1))) {
-        wgmma_wait<0>();
-        release(previous);
-        previous = -1;
-      }
-#endif
-      barrier_wait(ring.w_full(w_at.stage), w_at.round & 1);
-      barrier_wait(ring.x_full(at.stage), at.round & 1);
+    for (int k = items.first_k; k < items.end_k; ++k, at.advance(work.stages)) {
+      if (kLora && ahead.is_due(k - items.first_k, passed)) pass();
+      barrier_wait(ring.full(at.stage), at.round & 1);
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < kGemmBlockK / 16; ++step) {
 #pragma unroll
         for (int block = 0; block < kBlocks; ++block) {
-          Wgmma<kTokens>::add(d[block], wgmma_descriptor(ring.w(w_at.stage) + (first_block + block) * 64 * kRowBytes + step * 32),
+          Wgmma<kTokens>::add(d[block], wgmma_descriptor(ring.w(at.stage) + (first_block + block) * 64 * kRowBytes + step * 32),
                               wgmma_descriptor(ring.x(at.stage) + step * 32));
         }
       }
@@ -290,172 +259,37 @@ __device__ void consume(const Work& work, const Ring& ring) {
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) wgmma_results<kTokens / 2>(d[block]);
     if (previous >= 0) release(previous);
+    if constexpr (kLora) {
+      while (passed < ahead.count) pass();
+    }
     store_item<kTokens, kBlocks>(work, ring, d, items.row_tile, items.plane);
   }
 }
 
-// Sums of a task of the shrink, by warp: [G][16 rows][16 ranks].
-template <bool kLora>
-struct ShrinkSums {
-  float of_warp[kLora ? kShrinkWarps : 1][kLora ? kMaxLoraSpans * 16 * kPageRank : 1];
-  int arrived;
-};
-
-__device__ __forceinline__ void sync_shrink_warps() { asm volatile("bar.sync 1, %0;" ::"n"(kShrinkWarps * 32) : "memory"); }
-
-// A task: one item (16 ranks of a page, all G modules, up to 16 rows) and one chunk of k, a third a warp. Ranks are the m side of
-// mma.m16n8k16. Lane (g, t) takes 8 neighbouring k of ranks g and g + 8 and of row g: a permutation of k that both sides share.
-template <int G>
-__device__ __forceinline__ void shrink_items(const Shrink& shrink, ShrinkSums<true>& sums) {
-  constexpr int kStep = 32, kDepth = G == 1 ? 4 : 2;
-  const LoraWork& lora = shrink.lora;
-  const int32_t* tiles = lora.tiles;
-  const int thread = static_cast<int>(threadIdx.x) - kThreads, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
-  const int steps = shrink.inputs / kStep, chunks = gemm_shrink_chunks(shrink.inputs);
-  const int count = __ldg(tiles + 1) * chunks;
-  const int4* items = reinterpret_cast<const int4*>(tiles + __ldg(tiles + 7));
-  const int32_t* row_list = tiles + __ldg(tiles + 5);
-  bool has_waited = false;
-  for (int task = static_cast<int>(blockIdx.x); task < count; task += static_cast<int>(gridDim.x)) {
-    const int item = task / chunks, chunk = task % chunks;
-    const int4 tile = __ldg(items + 2 * item), entry = __ldg(items + 2 * item + 1);  // lora_work.h
-    const int rows = tile.y & 0xffff, entries = tile.y >> 16;
-    const int begin = gemm_plane_start(steps, chunks, chunk), size = gemm_plane_start(steps, chunks, chunk + 1) - begin;
-    const int first = begin + size * warp / kShrinkWarps, last = begin + size * (warp + 1) / kShrinkWarps;
-    int ranks[G];
-    const __nv_bfloat16* a[G];
-#pragma unroll
-    for (int m = 0; m < G; ++m) {
-      ranks[m] = max(0, min(kPageRank, __ldg(lora.ranks + static_cast<int64_t>(lora.spans[m].module) * lora.slots + entry.y) - entry.z * kPageRank));
-      a[m] = static_cast<const __nv_bfloat16*>(lora.pages) + entry.x * lora.page_elements + lora.spans[m].a_offset +
-             static_cast<int64_t>(g) * shrink.inputs + t * 8;
-    }
-    const __nv_bfloat16* x[2];
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const int r = n * 8 + g;
-      x[n] = r < rows ? static_cast<const __nv_bfloat16*>(shrink.x) + __ldg(row_list + tile.x + r) * shrink.x_stride + t * 8 : nullptr;
-    }
-    float acc[G][2][4] = {};
-    for (int step = first; step < last; step += kDepth) {
-      uint4 page[kDepth][G][2], row[kDepth][2];
-#pragma unroll
-      for (int u = 0; u < kDepth; ++u) {
-#pragma unroll
-        for (int m = 0; m < G; ++m) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            page[u][m][half] = step + u < last && g + 8 * half < ranks[m]
-                                   ? load_stream(reinterpret_cast<const uint4*>(a[m] + static_cast<int64_t>(8 * half) * shrink.inputs + (step + u) * kStep))
-                                   : make_uint4(0, 0, 0, 0);
-          }
-        }
-      }
-      if (!has_waited) {
-        has_waited = true;
-        wait_for_dependencies();
-      }
-#pragma unroll
-      for (int u = 0; u < kDepth; ++u) {
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          row[u][n] = step + u < last && x[n] != nullptr ? __ldcg(reinterpret_cast<const uint4*>(x[n] + (step + u) * kStep)) : make_uint4(0, 0, 0, 0);
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < kDepth; ++u) {
-#pragma unroll
-        for (int m = 0; m < G; ++m) {
-#pragma unroll
-          for (int n = 0; n < 2; ++n) {
-            const uint4 &lo = page[u][m][0], &hi = page[u][m][1], &b = row[u][n];
-            mma_bf16(acc[m][n], lo.x, hi.x, lo.y, hi.y, b.x, b.y);
-            mma_bf16(acc[m][n], lo.z, hi.z, lo.w, hi.w, b.z, b.w);
-          }
-        }
-      }
-    }
-    if (!has_waited) {  // a warp without steps
-      has_waited = true;
-      wait_for_dependencies();
-    }
-#pragma unroll
-    for (int m = 0; m < G; ++m) {
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          sums.of_warp[warp][(m * 16 + n * 8 + 2 * t + i % 2) * kPageRank + g + 8 * (i / 2)] = acc[m][n][i];
-        }
-      }
-    }
-    sync_shrink_warps();
-    const int64_t plane = shrink.pairs * G * kPageRank;
-    const auto place = [&](int i) {  // of value i of the item, [rows][G][16], in v
-      const int64_t pair = tile.z + static_cast<int64_t>(i / (G * kPageRank)) * entries + tile.w;
-      return pair * G * kPageRank + i % (G * kPageRank);
-    };
-    const int values = rows * G * kPageRank;
-    for (int i = thread; i < values; i += kShrinkWarps * 32) {
-      const int at = (i / kPageRank % G * 16 + i / (G * kPageRank)) * kPageRank + i % kPageRank;
-      float sum = sums.of_warp[0][at];
-#pragma unroll
-      for (int w = 1; w < kShrinkWarps; ++w) sum += sums.of_warp[w][at];
-      shrink.partial[chunk * plane + place(i)] = sum;
-    }
-    __threadfence();
-    sync_shrink_warps();
-    if (thread == 0) sums.arrived = atomicAdd(shrink.arrivals + item, 1);
-    sync_shrink_warps();
-    if (sums.arrived + 1 < chunks) continue;  // whoever is last adds the chunks up, in order
-    __threadfence();
-    if (thread == 0) shrink.arrivals[item] = 0;
-    for (int i = thread; i < values; i += kShrinkWarps * 32) {
-      const int m = i / kPageRank % G;
-      const int64_t at = place(i);
-      float sum = 0.0f;
-#pragma unroll 4
-      for (int c = 0; c < chunks; ++c) sum += __ldcg(shrink.partial + c * plane + at);
-      const float scale = __ldg(lora.scales + static_cast<int64_t>(lora.spans[m].module) * lora.slots + entry.y);
-      lora.v[at] = sum * (scale * __int_as_float(entry.w));
-    }
-  }
-}
-
-// Three warps: v of every pair of the tiles, beside the stream of W and not after it.
-__device__ __forceinline__ void shrink_all(const Shrink& shrink, ShrinkSums<true>& sums) {
-  switch (shrink.lora.span_count) {
-    case 1: return shrink_items<1>(shrink, sums);
-    case 2: return shrink_items<2>(shrink, sums);
-    default: return shrink_items<3>(shrink, sums);
-  }
-}
-__device__ __forceinline__ void shrink_all(const Shrink&, ShrinkSums<false>&) {}
-
 // kBlocks: m64 blocks of each of the two consumer warpgroups.
 template <int kTokens, int kBlocks, int kCluster, bool kLora>
-__global__ __launch_bounds__(kLora ? kShrinkThreads : kThreads, 1) void skinny_gemm(const __grid_constant__ CUtensorMap w_map,
-                                                           const __grid_constant__ CUtensorMap x_map,
-                                                           const Work work,
-                                                           const __grid_constant__ Shrink shrink) {
+__global__ __launch_bounds__(kLora ? (kTokens * kBlocks <= 96 ? kNarrowThreads : kShrinkThreads) : kThreads, 1) void skinny_gemm(
+    const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_map, const Work work, const __grid_constant__ Shrink shrink) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere the body is empty and the launcher refuses
   extern __shared__ uint8_t shared[];
-  __shared__ ShrinkSums<kLora> sums;
+  __shared__ uint64_t shrink_barriers[kLora ? kShrinkBarriers : 1];
   Ring ring;
   ring.w_bytes = work.tile_rows * kRowBytes;
-  ring.x_bytes = kTokens * kRowBytes;
-  ring.w_buffers = (shared_address(shared) + 1023) & ~1023u;
-  ring.x_buffers = ring.w_buffers + work.stages * ring.w_bytes;
-  ring.barriers = ring.x_buffers + gemm_x_bytes(kTokens, 2 * kBlocks, work.tile_rows, work.x_stages);
+  ring.stage_bytes = max(ring.w_bytes + kTokens * kRowBytes, kLora ? kGemmShrinkStageBytes : 0);
+  ring.stages = work.stages;
+  ring.shrink_barriers = shared_address(shrink_barriers);
+  ring.buffers = (shared_address(shared) + 1023) & ~1023u;
+  const int overrun = max(0, 128 * kBlocks * kRowBytes - ring.stage_bytes);
+  ring.barriers = ring.buffers + work.stages * ring.stage_bytes + overrun;
   ring.lines = ring.barriers + kGemmBarrierBytes;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (warp == kConsumerWarps) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    if (lane < work.stages) barrier_init(ring.w_full(lane), 1);
-    if (lane < work.x_stages) {
-      barrier_init(ring.x_full(lane), 1);
+    if (lane < work.stages) {
+      barrier_init(ring.full(lane), 1);
       barrier_init(ring.empty(lane), kConsumerWarps * kCluster);
     }
+    if (kLora && lane < kShrinkBarriers) barrier_init(ring.a_full(lane), 1);
     barrier_init_fence();
     __syncwarp();
     if (lane == 0) load_early<kCluster>(work, ring, &w_map);  // its own barriers: no need to wait for the block
@@ -467,13 +301,16 @@ __global__ __launch_bounds__(kLora ? kShrinkThreads : kThreads, 1) void skinny_g
     cluster_sync();
   }
   if (warp == kConsumerWarps) {
-    if (threadIdx.x % 32 == 0) produce<kTokens, kCluster>(work, ring, &w_map, &x_map);
+    if (kLora || threadIdx.x % 32 == 0) produce<kTokens, kCluster, kLora>(work, ring, &w_map, &x_map, shrink);
     __syncwarp();
   } else if (kLora && warp > kConsumerWarps) {
-    shrink_all(shrink, sums);
+    const ShrinkSchedule ahead = schedule_of(Items<kCluster>(work), shrink);
+    shrink_tasks(shrink, ahead, ring, warp - kConsumerWarps - 1, static_cast<int>(threadIdx.x) % 32);
   } else {
+    ShrinkSchedule ahead{};
+    if constexpr (kLora) ahead = schedule_of(Items<kCluster>(work), shrink);
     wait_for_dependencies();  // y may still be read by a kernel ahead
-    consume<kTokens, kBlocks, kCluster>(work, ring);
+    consume<kTokens, kBlocks, kCluster, kLora>(work, ring, ahead);
   }
   if constexpr (kCluster > 1) cluster_sync();  // nobody leaves while others still write to its shared memory
 #endif
@@ -546,11 +383,16 @@ bool encode_pairs(EncodeTiled encode, CUtensorMap* map, const void* matrix, int6
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+// Whether the accumulators can leave in the form that is asked for.
+bool has_valid_output(const SkinnyGemmArgs& args, const SkinnyGemmPlan& plan) {
+  return args.output != GemmOutput::kSiluMul || (plan.planes == 1 && args.outputs % 16 == 0 && plan.tile_rows % 16 == 0);
+}
+
 // Whether the shrink can ride along: the planes' sums have a place, and the copy engine can address the pages.
 bool has_valid_lora(const SkinnyGemmArgs& args, const SkinnyGemmPlan& plan) {
   if (args.lora == nullptr) return true;
   bool is_valid = args.lora->span_count >= 1 && args.lora->span_count <= kMaxLoraSpans && args.lora->page_elements % 8 == 0 &&
-                  reinterpret_cast<uintptr_t>(args.lora->pages) % 16 == 0 && plan.cluster == 1 && args.lora->tile_rows <= 16 &&
+                  reinterpret_cast<uintptr_t>(args.lora->pages) % 16 == 0 && plan.cluster == 1 && args.lora->tile_rows <= 16 && plan.least_stage >= kGemmShrinkStageBytes &&
                   args.lora_partial != nullptr && args.lora_arrivals != nullptr;
   for (int m = 0; is_valid && m < args.lora->span_count; ++m) {
     is_valid = args.lora->spans[m].inputs == args.inputs && args.lora->spans[m].a_offset % 8 == 0;
@@ -574,7 +416,7 @@ int skinny_gemm_shrink_chunks(int64_t inputs) { return gemm_shrink_chunks(static
 
 cudaError_t launch_skinny_gemm(const SkinnyGemmArgs& args, cudaStream_t stream) {
   if (!can_run_skinny_gemm(args.tokens, args.outputs, args.inputs)) return cudaErrorInvalidValue;
-  const SkinnyGemmPlan plan = gemm_plan(args.tokens, args.outputs, args.inputs);
+  const SkinnyGemmPlan plan = gemm_plan(args.tokens, args.outputs, args.inputs, args.lora != nullptr);
   return launch_skinny_gemm_as(args, plan, stream);
 }
 
@@ -583,16 +425,14 @@ cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPl
                         plan.tile_rows % 8 == 0 && plan.tile_rows <= std::min(64 * plan.row_blocks, 256) &&
                         gemm_shared_bytes(plan) <= kGemmSharedBytes && args.x_stride % 8 == 0 && args.x_stride >= args.inputs &&
                         is_aligned(args.x) && is_aligned(args.w) && is_aligned(args.y) &&
-                        plan.x_stages >= 2 && plan.x_stages <= 16 && plan.x_stages <= plan.stages && plan.stages <= 24 && has_valid_lora(args, plan);
+                        has_valid_output(args, plan) && has_valid_lora(args, plan);
   const Kernel kernel = !is_valid ? nullptr : args.lora != nullptr ? find_kernel<true>(plan) : find_kernel<false>(plan);
   if (kernel == nullptr) return cudaErrorInvalidValue;
   static const EncodeTiled encode = find_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
   CUtensorMap w_map, x_map;
-  const bool is_silu_mul = args.output == GemmOutput::kSiluMul;
-  if (is_silu_mul && (plan.planes != 1 || args.outputs % 16 != 0 || plan.tile_rows % 16 != 0)) return cudaErrorInvalidValue;
-  if (!(is_silu_mul ? encode_pairs(encode, &w_map, args.w, args.outputs, args.inputs, plan.tile_rows)
-                    : encode_map(encode, &w_map, args.w, args.outputs, args.inputs, args.inputs, plan.tile_rows)) ||
+  if (!(args.output == GemmOutput::kSiluMul ? encode_pairs(encode, &w_map, args.w, args.outputs, args.inputs, plan.tile_rows)
+                                            : encode_map(encode, &w_map, args.w, args.outputs, args.inputs, args.inputs, plan.tile_rows)) ||
       !encode_map(encode, &x_map, args.x, args.tokens, args.inputs, args.x_stride, plan.tile_tokens / plan.cluster)) {
     return cudaErrorInvalidValue;
   }
@@ -610,17 +450,17 @@ cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPl
   work.planes = plan.planes;
   work.row_tiles = gemm_row_tiles(args.outputs, plan.tile_rows);
   work.tile_rows = plan.tile_rows;
+  work.stage_bytes = (plan.tile_rows + plan.tile_tokens) * kRowBytes;
   work.stages = plan.stages;
   work.early = plan.early > 0 ? std::min(plan.early, plan.stages) : plan.stages;
-  work.is_silu_mul = is_silu_mul;
-  work.is_bfloat16 = args.output == GemmOutput::kBfloat16;
-  work.x_stages = plan.x_stages;
+  work.output = args.output;
   const int groups = (work.row_tiles + plan.cluster - 1) / plan.cluster * plan.planes;
   Shrink shrink = {};
   if (args.lora != nullptr) {
+    work.early = std::min(plan.stages / 2, work.k_blocks / plan.planes);  // none of A is among the first stages
     shrink = {*args.lora, args.x, args.x_stride, args.inputs, args.lora_pairs, args.lora_partial, args.lora_arrivals};
   }
-  const int resident = sm_count * (2 * shared_bytes <= kGemmSharedBytes - 2048 ? 2 : 1);
+  const int resident = sm_count * (2 * shared_bytes <= kGemmSharedBytes - 2048 ? 2 : 1) / plan.cluster;
 
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -630,7 +470,7 @@ cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPl
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   // With a shrink, whose items only the device counts, every SM has a block.
-  config.gridDim = dim3((args.lora != nullptr ? resident : std::min(groups * plan.cluster, resident)) / plan.cluster * plan.cluster);
+  config.gridDim = dim3(args.lora != nullptr ? resident : std::min(groups, resident) * plan.cluster);
   config.blockDim = dim3(args.lora != nullptr ? kShrinkThreads : kThreads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;

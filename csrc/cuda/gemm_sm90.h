@@ -34,13 +34,13 @@ struct SkinnyGemmArgs {
   // Programmatic dependent launch: start while the kernels before it still run and read the first blocks of W meanwhile.
   // W must not be written by a kernel still in flight; x and y may.
   bool use_pdl;
-  // LoRA shrink in the same launch, by warps of its own beside the stream of W (lora_work.h): v of every pair of the tiles, from the
-  // same x. Null: none. bfloat16, tiles of at most 16 rows, none of which names a row beyond T. The bits of a row's v depend on its
+  // LoRA shrink in the same launch, by warps of its own on pages between the stages of W (lora_work.h): v of every pair of the tiles,
+  // from the same x. Null: none. bfloat16, tiles of at most 16 rows, none of which names a row beyond T. The bits of a row's v depend on its
   // x, its pages, its scales and K alone; they are not those of lora_shrink.
   const LoraWork* lora = nullptr;
   int64_t lora_pairs = 0;            // pairs that v and the partial sums have room for
   float* lora_partial = nullptr;     // [skinny_gemm_shrink_chunks(K), lora_pairs, G, 16], scratch
-  int32_t* lora_arrivals = nullptr;  // [lora_pairs], zeros; the kernel leaves zeros. One for each stream
+  int32_t* lora_arrivals = nullptr;  // [lora_pairs, G], zeros; the kernel leaves zeros. One for each stream
 };
 
 // Whether the kernel computes this shape: T 1 to 256, K a multiple of 64, N of 8. Host arithmetic only; the caller checks that

@@ -26,22 +26,10 @@ __device__ __forceinline__ void store_shared(uint32_t address, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
 
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+__device__ __forceinline__ uint4 load_piece(uint32_t address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
   return v;
-}
-
-#ifndef HINT
-#define HINT 0
-#endif
-__device__ __forceinline__ void store_kept(uint4* target, const uint4& v) {
-  if constexpr (HINT == 0) *target = v;
-  if constexpr (HINT == 1) {
-    asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1,%2,%3,%4}, %5;" ::"l"(target), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "l"(policy_evict_last()) : "memory");
-  }
-  if constexpr (HINT == 2) __stcg(target, v);
-  if constexpr (HINT == 3) __stcs(target, v);
 }
 
 // Four (two) 8 x 8 blocks of bf16, transposed: lane l names the place of row l % 8 of block l / 8.
@@ -52,44 +40,49 @@ __device__ __forceinline__ void store_blocks(uint32_t address, uint32_t a, uint3
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(address), "r"(a), "r"(b) : "memory");
 }
 
-// A warpgroup's m64 block to y[:, column .. min(column + 64, column_end)]. `buffer`: gemm_line_bytes of the warpgroup's own;
-// `barrier`: a named barrier of its own.
+// A warpgroup's own: gemm_line_bytes of shared memory and a named barrier.
+struct LineBuffer {
+  uint32_t address;
+  int barrier;
+};
+
+// A warpgroup's m64 block to y[:, column .. min(column + 64, column_end)].
 template <typename Out, int kTokens>
 __device__ __forceinline__ void store_lines(const float (&d)[kTokens / 2], Out* y, int tokens, int outputs, int column, int column_end,
-                                            uint32_t buffer, int barrier) {
+                                            const LineBuffer& lines) {
   constexpr bool kHalf = sizeof(Out) == 2;
-  constexpr int kChunk = kHalf && kTokens % 64 == 0 ? 64 : kTokens < 32 ? kTokens : 32;  // tokens at a time
+  constexpr int kChunk = gemm_line_tokens(kTokens, kHalf);  // tokens at a time
   constexpr int kPitch = 64 * sizeof(Out) + 16;                                           // no two rows of a store in one bank
   constexpr int kPieces = 64 * sizeof(Out) / 16;
   const int thread = fresh_thread() % 128, warp = thread / 32, lane = thread % 32;
 #pragma unroll
   for (int first = 0; first < kTokens; first += kChunk) {
     if (first >= tokens) break;
-    sync_threads(barrier, 128);  // the chunk before has been picked up
+    sync_threads(lines.barrier, 128);  // the chunk before has been picked up
     if constexpr (kHalf) {
-      const uint32_t place = buffer + (lane / 16 * 8 + lane % 8) * kPitch + (warp * 16 + lane / 8 % 2 * 8) * 2;
+      const uint32_t place = lines.address + (lane / 16 * 8 + lane % 8) * kPitch + (warp * 16 + lane / 8 % 2 * 8) * 2;
 #pragma unroll
       for (int j = 0; j < kChunk / 8; j += 2) {
         const float* v = &d[(first / 8 + j) * 4];
         const uint32_t a = pack_bf16(v[0], v[1]), b = pack_bf16(v[2], v[3]);
-        if constexpr (kChunk == 8) store_blocks(buffer + lane % 8 * kPitch + (warp * 16 + lane / 8 % 2 * 8) * 2, a, b);
+        if constexpr (kChunk == 8) store_blocks(lines.address + lane % 8 * kPitch + (warp * 16 + lane / 8 % 2 * 8) * 2, a, b);
         else store_blocks(place + j * 8 * kPitch, a, b, pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
       }
     } else {
-      const uint32_t place = buffer + lane % 4 * 2 * kPitch + (warp * 16 + lane / 4) * 4;
+      const uint32_t place = lines.address + lane % 4 * 2 * kPitch + (warp * 16 + lane / 4) * 4;
 #pragma unroll
       for (int j = 0; j < kChunk / 8; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) store_shared(place + (j * 8 + i % 2) * kPitch + i / 2 * 32, d[(first / 8 + j) * 4 + i]);
       }
     }
-    sync_threads(barrier, 128);
+    sync_threads(lines.barrier, 128);
 #pragma unroll
     for (int i = 0; i < kChunk * kPieces / 128 + (kChunk * kPieces < 128); ++i) {
       const int at = i * 128 + thread, token = first + at / kPieces, piece = at % kPieces;
       if (at < kChunk * kPieces && token < tokens && column + piece * 16 / static_cast<int>(sizeof(Out)) < column_end) {
         uint4* target = reinterpret_cast<uint4*>(y + static_cast<int64_t>(token) * outputs + column) + piece;
-        store_kept(target, load_shared(buffer + at / kPieces * kPitch + piece * 16));
+        *target = load_piece(lines.address + at / kPieces * kPitch + piece * 16);
       }
     }
   }
@@ -99,40 +92,38 @@ __device__ __forceinline__ void store_blocks(uint32_t address, uint32_t a) {
   asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(address), "r"(a) : "memory");
 }
 
-__device__ __forceinline__ float silu_times(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
-
 // A warpgroup's m64 block, whose rows are 8 of gate, the same 8 of up, and so on, as silu(gate) * up to y[:, column .. + 32]: a
-// thread holds both factors of each product. `buffer` and `barrier` as in store_lines.
+// thread holds both factors of each product.
 template <int kTokens>
 __device__ __forceinline__ void store_silu_mul(const float (&d)[kTokens / 2], __nv_bfloat16* y, int tokens, int outputs, int column,
-                                               int column_end, uint32_t buffer, int barrier) {
-  constexpr int kChunk = kTokens % 64 == 0 ? 64 : kTokens < 32 ? kTokens : 32;
+                                               int column_end, const LineBuffer& lines) {
+  constexpr int kChunk = gemm_line_tokens(kTokens, true);
   constexpr int kPitch = 32 * 2 + 16, kPieces = 4;
   const int thread = fresh_thread() % 128, warp = thread / 32, lane = thread % 32;
 #pragma unroll
   for (int first = 0; first < kTokens; first += kChunk) {
     if (first >= tokens) break;
-    sync_threads(barrier, 128);  // the chunk before has been picked up
+    sync_threads(lines.barrier, 128);  // the chunk before has been picked up
     uint32_t pairs[kChunk / 8];
 #pragma unroll
     for (int j = 0; j < kChunk / 8; ++j) {
       const int at = (first / 8 + j) * 4;
-      pairs[j] = pack_bf16(silu_times(d[at], d[at + 2]), silu_times(d[at + 1], d[at + 3]));
+      pairs[j] = pack_bf16(silu(d[at]) * d[at + 2], silu(d[at + 1]) * d[at + 3]);
     }
-    const uint32_t place = buffer + lane % kChunk * kPitch + warp * 16;
+    const uint32_t place = lines.address + lane % kChunk * kPitch + warp * 16;
     if constexpr (kChunk == 8) store_blocks(place, pairs[0]);
     else if constexpr (kChunk == 16) store_blocks(place, pairs[0], pairs[1]);
     else {
 #pragma unroll
       for (int j = 0; j < kChunk / 8; j += 4) store_blocks(place + j * 8 * kPitch, pairs[j], pairs[j + 1], pairs[j + 2], pairs[j + 3]);
     }
-    sync_threads(barrier, 128);
+    sync_threads(lines.barrier, 128);
 #pragma unroll
     for (int i = 0; i < (kChunk * kPieces + 127) / 128; ++i) {
       const int at = i * 128 + thread, token = first + at / kPieces, piece = at % kPieces;
       if (at < kChunk * kPieces && token < tokens && column + piece * 8 < column_end) {
-        store_kept(reinterpret_cast<uint4*>(y + static_cast<int64_t>(token) * outputs + column) + piece,
-                   load_shared(buffer + at / kPieces * kPitch + piece * 16));
+        uint4* target = reinterpret_cast<uint4*>(y + static_cast<int64_t>(token) * outputs + column) + piece;
+        *target = load_piece(lines.address + at / kPieces * kPitch + piece * 16);
       }
     }
   }

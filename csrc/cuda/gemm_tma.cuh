@@ -26,6 +26,10 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier, int count) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
 // Arrives on the barrier at the same place in block `rank` of the cluster. No scope is named on purpose: `.release.cluster`
 // puts a fence of all memory before each arrival (MEMBAR.ALL.GPU, measured: half the bandwidth), and what it would order,
 // wgmma's reads, has ended by then.
@@ -44,16 +48,6 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t@done bra.uni DONE;\n\tbra.uni WAIT;\n\tDONE:\n\t}" ::"r"(barrier),
       "r"(parity)
       : "memory");
-}
-
-// Whether the phase with this parity has ended.
-__device__ __forceinline__ bool barrier_test(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile("{\n\t.reg .pred done;\n\tmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n\tselp.u32 %0, 1, 0, done;\n\t}"
-               : "=r"(done)
-               : "r"(barrier), "r"(parity)
-               : "memory");
-  return done != 0;
 }
 
 __device__ __forceinline__ uint64_t policy_evict_first() {
@@ -76,6 +70,13 @@ __device__ __forceinline__ void tensor_load(uint32_t target, const CUtensorMap* 
           target),
       "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
       : "memory");
+}
+
+// Copies a run of bytes, a multiple of 16 as both its ends are, to shared memory.
+__device__ __forceinline__ void bulk_load(uint32_t target, const void* source, int bytes, uint32_t barrier, uint64_t policy) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(target),
+               "l"(source), "r"(bytes), "r"(barrier), "l"(policy)
+               : "memory");
 }
 
 // The same of a map of four dimensions, whole in the second and third.

@@ -15,22 +15,21 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from node.adapters.charges import Charges
 from node.adapters.file_plan import FilePlan
 from node.adapters.host_arena import HostArena, Staged
+from node.adapters.load_failures import LoadFailures
 from node.adapters.loader import AdapterLoader, AdapterPlan, Failed, Filled, Inspected
 from node.adapters.page_filler import Page
 from node.adapters.page_store import Arrival, DevicePages, HostPages
-from node.adapters.residency import LOADING, READY, Residency, ResidencyState
+from node.adapters.residency import LOADING, READY, Residency
 from node.adapters.tier import Place, Tier
-from node.errors import AdapterError, AdapterInvalidError
+from node.adapters.wishes import Wishes
 from node.kernels.layout import PageLayout
 from node.kernels.lora import LoraPool
 from node.request import AdapterTerm
 
 REMEMBERED_PLANS = 4096  # small: what headers say is shared by all adapters of a shape (`file_plan`)
-REMEMBERED_FAILURES = 1024
-WISH_LIMIT = 1024
-FAILURE_S = 1.0  # long enough for every sequence that waits to hear of it, short enough to try again soon
 
 
 class AdapterPool:
@@ -58,7 +57,6 @@ class AdapterPool:
         self._store = store
         self._arena = arena
         self._loader = loader
-        self._clock = clock
         pages, ranks = store.tensors.pages, store.tensors.ranks
         self._page_bytes = layout.page_elements * pages.dtype.itemsize
         self._tier = Tier(int(pages.shape[0]) - store.first_page, int(ranks.shape[1]), store.first_page)
@@ -70,12 +68,12 @@ class AdapterPool:
         self._inspecting: set[str] = set()
         self._running_count = 0
         self._plans: OrderedDict[str, AdapterPlan] = OrderedDict()
-        self._failures: OrderedDict[str, tuple[AdapterError, float]] = OrderedDict()
+        self._failures = LoadFailures(clock)
         self._wanted: set[str] = set()
         self._borrow: Callable[[int], None] | None = None
-        self._page_limit = self._tier.page_count
-        self._wished: OrderedDict[str, Path] = OrderedDict()  # to come, though no sequence asks for them
-        self._dismissed: set[str] = set()  # to go, once nobody runs with them
+        arena_pages = None if arena is None else arena.page_count
+        self._charges = Charges(layout, self._page_bytes, self._tier.page_count, self._tier.slot_count, arena_pages)
+        self._wishes = Wishes()
         self.loads_total = 0
         self.evictions_total = 0
         self.file_loads_total = 0
@@ -179,10 +177,11 @@ class AdapterPool:
         """Want all adapters of a recipe, start what is missing, say whether they can run."""
         directories = {term.adapter_id: term.directory for term in terms}
         for adapter_id in directories:
-            failure = self._failure(adapter_id)
+            failure = self._failures.of(adapter_id)
             if failure is not None:
                 return failure
-        too_large = self._too_large(list(directories))
+        known = [self._plans[adapter_id].file for adapter_id in directories if adapter_id in self._plans]
+        too_large = self._charges.refusal(len(directories), known)
         if too_large is not None:
             return too_large
         self._wanted.update(directories)
@@ -215,30 +214,25 @@ class AdapterPool:
     @property
     def has_wishes(self) -> bool:
         """Whether an adapter is to come that can still come, or to go that nobody holds."""
-        return bool(self._wished) or any(map(self._is_idle, self._dismissed))
+        return bool(self._wishes.coming) or any(map(self._is_idle, self._wishes.going))
 
     def prefetch(self, term: AdapterTerm) -> None:
         """Load an adapter ahead of its first request. Of too many wishes the oldest is forgotten."""
-        self._dismissed.discard(term.adapter_id)
-        self._wished[term.adapter_id] = Path(term.directory)
-        while len(self._wished) > WISH_LIMIT:
-            self._wished.popitem(last=False)
+        self._wishes.come(term.adapter_id, Path(term.directory))
 
     def dismiss(self, adapter_id: str) -> None:
         """Let an adapter go from every tier once nobody runs with it, is loading it or wants it."""
-        self._wished.pop(adapter_id, None)
-        if self._is_known(adapter_id):
-            self._dismissed.add(adapter_id)
+        self._wishes.go(adapter_id, is_here=self._is_known(adapter_id))
 
     def grant_wishes(self) -> None:
         """Do the next thing for each wish, after what this step wants is known: wishes never push that out."""
-        for adapter_id in [adapter_id for adapter_id in self._dismissed if self._is_idle(adapter_id)]:
-            self._dismissed.discard(adapter_id)
+        for adapter_id in filter(self._is_idle, self._wishes.going):
+            self._wishes.is_gone(adapter_id)
             if adapter_id not in self._wanted:
                 self._forget(adapter_id)
-        for adapter_id, directory in list(self._wished.items()):
-            if adapter_id in self._resident or self._failure(adapter_id) is not None:
-                del self._wished[adapter_id]
+        for adapter_id, directory in self._wishes.coming:
+            if adapter_id in self._resident or self._failures.of(adapter_id) is not None:
+                self._wishes.has_come(adapter_id)
             elif self._loader.job_count < self._loader.job_limit:
                 self._start(adapter_id, directory)
 
@@ -285,13 +279,8 @@ class AdapterPool:
         """Pages for the loader to write; None when there are none now."""
         if self._arena is not None:
             return self._arena.claim(plan.adapter_id, plan.file.rank, self._wanted)
-        place = self._claim(plan.adapter_id, self._page_count_of(plan.file))
+        place = self._claim(plan.adapter_id, self._charges.pages_of(plan.file))
         return None if place is None else self._in_place.arrays(place.pages[: self._layout.pages_for_rank(plan.file.rank)])
-
-    def _page_count_of(self, file: FilePlan) -> int:
-        """Pages an adapter is charged. What it needs beside its pages (see `node.adapters.side`) is charged in whole pages that
-        stay untouched, so that one bound holds for both."""
-        return self._layout.pages_for_rank(file.rank) + -(-file.side_bytes // self._page_bytes)
 
     def _claim(self, adapter_id: str, page_count: int) -> Place | None:
         """A slot and pages, pinned until they are complete, evicting only when that yields enough; None when it does not."""
@@ -318,7 +307,7 @@ class AdapterPool:
 
     def _send(self, adapter_id: str, staged: Staged) -> None:
         """Copy a staged adapter to the device, if a slot and pages can be free for it now."""
-        place = self._claim(adapter_id, self._page_count_of(staged.file))
+        place = self._claim(adapter_id, self._charges.pages_of(staged.file))
         if place is None or self._arena is None:
             return
         sources = self._arena.lend(adapter_id)
@@ -369,38 +358,7 @@ class AdapterPool:
             else:
                 self._tier.unpin(adapter_id)
                 self._tier.drop(adapter_id)
-        self._failures[adapter_id] = (failed.error, self._clock() + FAILURE_S)
-        while len(self._failures) > REMEMBERED_FAILURES:
-            self._failures.popitem(last=False)
-
-    def _failure(self, adapter_id: str) -> Residency | None:
-        found = self._failures.get(adapter_id)
-        if found is None:
-            return None
-        error, until_s = found
-        if self._clock() >= until_s:
-            del self._failures[adapter_id]
-            return None
-        return Residency(ResidencyState.FAILED, error.error_code, error.message)
-
-    def _too_large(self, adapter_ids: Sequence[str]) -> Residency | None:
-        """Whether a recipe can never be resident as a whole, as far as its adapters' sizes are known."""
-        files = [self._plans[adapter_id].file for adapter_id in adapter_ids if adapter_id in self._plans]
-        page_count = sum(self._page_count_of(file) for file in files)
-        if page_count > self._page_limit or len(adapter_ids) > self.slot_count:
-            return self._refusal(adapter_ids, page_count, self._page_limit, "adapters.memory_bytes")
-        largest = max((self._layout.pages_for_rank(file.rank) for file in files), default=0)
-        if self._arena is not None and largest > self._arena.page_count:
-            return self._refusal(adapter_ids[:1], largest, self._arena.page_count, "adapters.host_memory_bytes")
-        return None
-
-    def _refusal(self, adapter_ids: Sequence[str], page_count: int, limit: int, setting: str) -> Residency:
-        error = AdapterInvalidError(
-            f"{len(adapter_ids)} adapters of {page_count} pages ({page_count * self._page_bytes} bytes) were asked for; "
-            f"{setting} gives {limit} pages ({limit * self._page_bytes} bytes) and {self.slot_count} slots; raise it",
-            code="adapter_too_large",
-        )
-        return Residency(ResidencyState.FAILED, error.error_code, error.message)
+        self._failures.note(adapter_id, failed.error)
 
     def close(self) -> None:
         """End the loader's threads."""

@@ -27,7 +27,7 @@ from node.api.tool_dialect import ToolDialect
 from node.api.voucher_header import read_voucher
 from node.errors import NodeError
 from node.telemetry.metrics import NodeMetrics
-from node.tenancy.door import Principal
+from node.tenancy.door import Principal, bearer_token
 from node.tenancy.tenancy import Tenancy
 
 TENANT = web.RequestKey("tenant", str)
@@ -65,6 +65,11 @@ class Answering:
         """
         voucher = read_voucher(request.headers.getall("x-openlora-voucher", []))
         return Caller(request[REQUEST_ID], request[PRINCIPAL].tenant, request.path, voucher)
+
+    def source_token(self, request: web.Request) -> str | None:
+        """The Authorization header as an adapter source's own credential, as LoRAX has it. Never on a node with API keys: there
+        it carries the node's."""
+        return bearer_token(request.headers.getall("Authorization", [])) if self.tenancy.door.is_open else None
 
     def request_id(self, request: web.Request) -> str:
         """Id of this HTTP exchange, for logs and error bodies."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from typing import Any
 
+from node.api.adapter_fields import read_named
 from node.api.fields import Fields, shown
-from node.api.generation import Generation, Limits, NamedTerm, Prompt
-from node.api.merge_fields import read_adapters
+from node.api.generation import Generation, Limits, Prompt
 from node.api.model_fields import read_model, read_source
 from node.api.sampling_fields import (
     read_choice_count,
@@ -45,7 +45,7 @@ def read_chat(body: dict[str, Any], limits: Limits, random_source: random.Random
     constraint = use.constraint(dialect, read_constraint(fields))
     top_logprobs = _read_logprobs(fields, limits)
     is_stream, has_usage_chunk = read_stream(fields)
-    merged = read_adapters(fields, model, limits)
+    named = read_named(fields, model, limits)
     source, token = read_source(fields)
     max_new_tokens = read_max_tokens(fields, "max_completion_tokens", "max_tokens")
     choice_count = read_choice_count(fields, limits)
@@ -56,7 +56,7 @@ def read_chat(body: dict[str, Any], limits: Limits, random_source: random.Random
     return Generation(
         shape="chat",
         model=model,
-        terms=merged[0] if merged is not None else (NamedTerm(model),) if model else (),
+        terms=named.terms,
         prompts=(_prompt(messages, use, dialect),),
         sampling=sampling,
         max_new_tokens=max_new_tokens,
@@ -69,8 +69,8 @@ def read_chat(body: dict[str, Any], limits: Limits, random_source: random.Random
         top_logprobs=top_logprobs,
         constraint=constraint,
         calls=dialect if use.tools else None,
-        merge=None if merged is None else merged[1],
-        lists_adapters=fields.raw("adapters") is not None,
+        merge=named.merge,
+        lists_adapters=named.is_listed,
         warnings=tuple(fields.unknown()),
     )
 
@@ -148,8 +148,9 @@ def _read_content(content: Any, name: str, limits: Limits) -> str:
 
 def _read_part(part: Any, name: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        text: str = part["text"]
+    # What an assistant refused with is text like any other; OpenAI's name for it is its kind's.
+    if kind in ("text", "refusal") and isinstance(part.get(kind), str):
+        text: str = part[kind]
         return text
     if isinstance(kind, str) and kind not in ("text", "refusal"):
         raise UnsupportedError(

@@ -7,11 +7,12 @@ from typing import Any
 
 import msgspec
 
+from node.api.adapter_fields import read_named
 from node.api.fields import Fields, shown
-from node.api.generation import Generation, Limits, NamedTerm, Prompt
-from node.api.merge_fields import read_adapters
+from node.api.generation import Generation, Limits, Prompt
 from node.api.model_fields import read_model, read_source
 from node.api.sampling_fields import (
+    read_best_of,
     read_choice_count,
     read_max_tokens,
     read_sampling,
@@ -37,25 +38,29 @@ def read_completion(body: dict[str, Any], limits: Limits, random_source: random.
     refuse_templates(fields)
     constraint = read_constraint(fields)
     is_stream, has_usage_chunk = read_stream(fields)
-    merged = read_adapters(fields, model, limits)
+    named = read_named(fields, model, limits)
     source, token = read_source(fields)
     logprobs = fields.integer("logprobs", 0, limits.max_logprobs)
     top_logprobs = -1 if logprobs is None else logprobs
     echoes = _read_echo(fields, top_logprobs, is_stream=is_stream)
-    choice_count = read_choice_count(fields, limits)
+    kept_count = read_choice_count(fields, limits)
+    choice_count = read_best_of(fields, limits, kept_count, is_stream=is_stream)
     answers = choice_count * len(prompts)
     if answers > limits.max_sequences:
-        raise RequestError(f"`prompt` and `n` ask for {answers} answers; the limit is {limits.max_sequences}", param="n")
+        raise RequestError(
+            f"`prompt` and `n` or `best_of` ask for {answers} answers; the limit is {limits.max_sequences}", param="n"
+        )
     max_new_tokens = read_max_tokens(fields, "max_tokens", minimum=0 if echoes else 1)
+    scored = max(top_logprobs, 0) if choice_count > kept_count else top_logprobs
     sampling = msgspec.structs.replace(
-        read_sampling(fields, limits, random_source, top_logprobs), prompt_logprobs=echoes and top_logprobs >= 0
+        read_sampling(fields, limits, random_source, scored), prompt_logprobs=echoes and top_logprobs >= 0
     )
     stop = read_stop(fields, "stop", limits)
     fields.label("user")
     return Generation(
         shape="completion",
         model=model,
-        terms=merged[0] if merged is not None else (NamedTerm(model),) if model else (),
+        terms=named.terms,
         prompts=prompts,
         sampling=sampling,
         max_new_tokens=16 if max_new_tokens is None else max_new_tokens,  # OpenAI's default for this endpoint
@@ -68,8 +73,9 @@ def read_completion(body: dict[str, Any], limits: Limits, random_source: random.
         top_logprobs=top_logprobs,
         has_prompt_text=echoes,
         constraint=constraint,
-        merge=None if merged is None else merged[1],
-        lists_adapters=fields.raw("adapters") is not None,
+        merge=named.merge,
+        lists_adapters=named.is_listed,
+        kept_count=kept_count,
         warnings=tuple(fields.unknown()),
     )
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from node.api.adapter_fields import Named, read_named
 from node.api.completion_request import read_prompts
 from node.api.fields import Fields
-from node.api.generation import Generation, Limits, NamedTerm, Prompt
+from node.api.generation import Generation, Limits, Prompt
 from node.api.lorax_request import read_lorax_adapters
-from node.api.merge_fields import Merged, read_adapters
 from node.api.model_fields import read_model, read_source
 from node.errors import RequestError
 from node.request import Sampling
@@ -37,10 +37,14 @@ def read_embeddings(body: dict[str, Any], limits: Limits) -> tuple[Generation, s
     if encoding not in ENCODINGS:
         raise fields.error("encoding_format", f"must be one of {', '.join(ENCODINGS)}")
     fields.refuse("dimensions", remedy="leave it out and cut the vectors yourself")
-    merged = read_adapters(fields, model, limits)
+    named, where = read_named(fields, model, limits), fields
+    parameters = fields.inner("parameters")
+    if parameters is not None:  # LoRAX's spelling of the same
+        where, named = parameters, _of_parameters(parameters, named, model, limits)
     fields.label("user")
-    generation = _generation(fields, model, merged or _alone(model), prompts)
-    return replace(generation, lists_adapters=fields.raw("adapters") is not None, warnings=tuple(fields.unknown())), encoding
+    generation = _generation(where, model, named, prompts)
+    unknown = (*fields.unknown(), *(parameters.unknown() if parameters is not None else ()))
+    return replace(generation, warnings=unknown), encoding
 
 
 def read_embed(body: dict[str, Any], limits: Limits, bearer: str | None) -> Generation:
@@ -56,23 +60,28 @@ def read_embed(body: dict[str, Any], limits: Limits, bearer: str | None) -> Gene
     outer.ignore("stream")
     fields = outer.inner("parameters") or Fields({})
     model, merged = read_lorax_adapters(fields, limits)
-    generation = _generation(fields, model, merged, (Prompt(text=inputs),))
+    generation = _generation(fields, model, Named(*merged), (Prompt(text=inputs),))
     warnings = (*outer.unknown(), *fields.unknown())
     return replace(generation, adapter_token=generation.adapter_token or bearer, warnings=warnings)
 
 
-def _alone(model: str) -> Merged:
-    return ((NamedTerm(model),) if model else ()), None
+def _of_parameters(parameters: Fields, outer: Named, model: str, limits: Limits) -> Named:
+    name, (terms, merge) = read_lorax_adapters(parameters, limits)
+    if not terms:
+        return outer
+    if outer.is_listed:
+        raise RequestError("adapters are named in `parameters` and beside it; use one of them", param="parameters")
+    return Named(terms, merge, is_listed=name != model)
 
 
-def _generation(fields: Fields, model: str, merged: Merged, prompts: tuple[Prompt, ...]) -> Generation:
+def _generation(fields: Fields, model: str, named: Named, prompts: tuple[Prompt, ...]) -> Generation:
     source, token = read_source(fields)
-    terms, merge = merged
     return Generation(
         shape="embedding",
         model=model,
-        terms=terms,
-        merge=merge,
+        terms=named.terms,
+        merge=named.merge,
+        lists_adapters=named.is_listed,
         prompts=prompts,
         sampling=Sampling(max_new_tokens=0),
         max_new_tokens=0,

@@ -13,9 +13,8 @@ from node.api.body import read_json
 from node.api.embedding_request import read_embed, read_embeddings
 from node.api.exchange import Exchange
 from node.api.generation import Generation
-from node.api.openai_routes import collect
+from node.api.openai_routes import collect, with_bearer
 from node.errors import EngineError
-from node.tenancy.door import bearer_token
 
 
 class EmbeddingRoutes:
@@ -28,6 +27,7 @@ class EmbeddingRoutes:
         """OpenAI's shape, with the same vectors under LoRAX's name."""
         body = await read_json(request, self._answering.max_body_bytes, self._answering.body_timeout_s)
         generation, encoding = read_embeddings(body, self._answering.limits)
+        generation = with_bearer(generation, self._answering.source_token(request))
         return await self._answering.once(request, body, lambda: self._embeddings(request, generation, encoding))
 
     async def _embeddings(self, request: web.Request, generation: Generation, encoding: str) -> web.Response:
@@ -64,9 +64,7 @@ class EmbeddingRoutes:
             return self._answering.json(answer, self._answering.headers(generation, exchange))
 
     def _read_embed(self, request: web.Request, body: dict[str, Any]) -> Generation:
-        is_open = self._answering.tenancy.door.is_open  # else the header carries this node's own key
-        bearer = bearer_token(request.headers.getall("Authorization", [])) if is_open else None
-        return read_embed(body, self._answering.limits, bearer)
+        return read_embed(body, self._answering.limits, self._answering.source_token(request))
 
 
 async def _vectors(exchange: Exchange) -> list[list[float]]:

@@ -82,11 +82,11 @@ class Generation:
         model: The client's spelling, for answers and logs; "" asks for the base model.
         terms: Adapters by name with weights; empty is the base model.
         merge: How several terms become one adapter; None adds them as they are.
-        lists_adapters: The terms come from `adapters`, so `model` can only be the base.
+        lists_adapters: Another field than `model` names the terms, so `model` can only be the base.
         prompts: One or more; choices are numbered prompt by prompt.
         sampling: Complete but for `max_new_tokens`, which is 0 here: it depends on the prompt's length.
         max_new_tokens: What the client asked for; None leaves it to the node.
-        choice_count: Choices for each prompt.
+        choice_count: Choices made for each prompt. kept_count: of those the best, which are given; None gives all.
         stop: Stop strings; no part of one is ever in an answer.
         truncate_prompt_tokens: Keep only so many tokens of the prompt's end (LoRAX `truncate`), None keeps all.
         top_logprobs: Alternatives reported for each token; -1 reports no log-probabilities.
@@ -103,6 +103,7 @@ class Generation:
     sampling: Sampling
     max_new_tokens: int | None
     choice_count: int = 1
+    kept_count: int | None = None
     stop: tuple[str, ...] = ()
     adapter_source: str | None = None
     adapter_token: str | None = field(default=None, repr=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from node.api.best_of import ranked
 from node.api.choice import TextToken
 from node.api.exchange import Exchange
 from node.api.generation import Generation
@@ -21,16 +22,17 @@ class LoraxAnswers:
     exchange: Exchange
     tokenizer: TextTokenizer
 
-    def whole(self, text: str, tokens: list[TextToken], receipt: dict[str, Any]) -> dict[str, Any]:
-        """The answer of `/generate`; `/` puts it into a list of one."""
-        answer: dict[str, Any] = {"generated_text": self.full_text(text)}
+    def whole(self, texts: list[str], tokens: list[list[TextToken]], receipt: dict[str, Any]) -> dict[str, Any]:
+        """The answer of `/generate`; `/` puts it into a list of one. Of several choices (`best_of`) the best is the answer."""
+        best, *others = ranked(self.exchange.choices, tokens, len(tokens))
+        answer: dict[str, Any] = {"generated_text": self.full_text(texts[best])}
         if self.generation.has_details:
-            answer["details"] = {
-                **self._summary(),
-                "skipped_tokens": 0,
-                "prefill": self._prefill() if self.generation.has_prompt_details else [],
-                "tokens": [self.token(token) for token in tokens],
-            }
+            answer["details"] = {**self._details(best, tokens[best]), "prompt_tokens": self.exchange.prompt_token_count}
+            answer["details"]["skipped_tokens"] = 0
+        if self.generation.has_details and others:
+            answer["details"]["best_of_sequences"] = [
+                {"generated_text": self.full_text(texts[place]), **self._details(place, tokens[place])} for place in others
+            ]
         answer["openlora"] = {"request_id": self.exchange.request_id, "receipt": receipt}
         return answer
 
@@ -69,13 +71,23 @@ class LoraxAnswers:
             ]
         return entry
 
+    def _details(self, place: int, tokens: list[TextToken]) -> dict[str, Any]:
+        return {
+            **self._outcome(place),
+            "prefill": self._prefill() if self.generation.has_prompt_details else [],
+            "tokens": [self.token(token) for token in tokens],
+        }
+
     def _summary(self) -> dict[str, Any]:
-        choice = self.exchange.choices[0]
+        return {**self._outcome(0), "prompt_tokens": self.exchange.prompt_token_count}
+
+    def _outcome(self, place: int) -> dict[str, Any]:
+        """How a choice ended. Only the first is drawn with the seed itself."""
+        choice, sampling = self.exchange.choices[place], self.generation.sampling
         return {
             "finish_reason": _FINISH[choice.finish_reason or "length"],
-            "prompt_tokens": self.exchange.prompt_token_count,
             "generated_tokens": len(choice.token_ids),
-            "seed": self.generation.sampling.seed if self.generation.sampling.temperature > 0 else None,
+            "seed": sampling.seed % (1 << 64) if sampling.temperature > 0 and place == 0 else None,
         }
 
     def _prefill(self) -> list[dict[str, Any]]:

@@ -19,6 +19,8 @@ from node.api.structured_fields import read_constraint
 from node.errors import RequestError
 from node.request import Sampling
 
+_NAMING = frozenset({"adapter_id", "adapter_source", "merged_adapters", "api_token", "adapters", "lora_path"})
+_FOREIGN = frozenset({"adapters", "lora_path"})
 _MAX_INTEGER = (1 << 32) - 1
 
 
@@ -47,6 +49,9 @@ def read_lorax(
         raise RequestError(
             "`decoder_input_details` == true is not supported when streaming tokens", param="parameters.decoder_input_details"
         )
+    if streams and generation.choice_count > 1:
+        raise RequestError("`best_of` != 1 is not supported when streaming tokens", param="parameters.best_of")
+    _refuse_misplaced(outer, fields)
     return replace(
         generation,
         prompts=(Prompt(text=inputs),),
@@ -55,16 +60,26 @@ def read_lorax(
     )
 
 
+def _refuse_misplaced(outer: Fields, fields: Fields) -> None:
+    """A field that names an adapter where nobody reads it: passing it over would let the base model answer."""
+    for name in outer.unknown():
+        if name in _NAMING:
+            raise RequestError(f"`{name}` belongs into `parameters`", param=name)
+    for name in fields.unknown():
+        if name.removeprefix("parameters.") in _FOREIGN:
+            raise RequestError(f"`{name}` names no adapter on this route; send `adapter_id` or `merged_adapters`", param=name)
+
+
 def _read_parameters(fields: Fields, limits: Limits, random_source: random.Random, bearer: str | None) -> Generation:
     model, (terms, merge) = read_lorax_adapters(fields, limits)
     source, token = read_source(fields)
     constraint = read_constraint(fields)
     fields.refuse("watermark", False, remedy="leave it out")
-    _refuse_best_of(fields)
     has_prompt_details = fields.boolean("decoder_input_details")
     has_details = fields.boolean("details") or has_prompt_details
     alternatives = fields.integer("return_k_alternatives", 0, limits.max_logprobs)
     sampling = _read_sampling(fields, limits, random_source)
+    best_of = _read_best_of(fields, limits, sampling)
     fields.ignore("apply_chat_template")
     return Generation(
         shape="lorax",
@@ -72,6 +87,8 @@ def _read_parameters(fields: Fields, limits: Limits, random_source: random.Rando
         terms=terms,
         prompts=(),
         sampling=_with_logprobs(sampling, alternatives or 0, has_prompt_details),
+        choice_count=best_of,
+        kept_count=1,
         max_new_tokens=fields.integer("max_new_tokens", 1, _MAX_INTEGER, "must be strictly positive"),
         stop=read_stop(fields, "stop", limits),
         adapter_source=source,
@@ -106,10 +123,23 @@ def read_lorax_adapters(fields: Fields, limits: Limits) -> tuple[str, Merged]:
     return adapter_id, ((NamedTerm(adapter_id),) if adapter_id else (), None)
 
 
-def _refuse_best_of(fields: Fields) -> None:
-    best_of = fields.integer("best_of", 1, 1, "must be > 0 and <= 1")
-    fields.ignore("best_of")
-    del best_of
+def _read_best_of(fields: Fields, limits: Limits, sampling: Sampling) -> int:
+    """How many answers are made, of which the best is given."""
+    most = limits.max_choices
+    best_of = fields.integer("best_of", 1, most, f"must be > 0 and <= {most}") or 1
+    if best_of > 1 and sampling.temperature == 0:
+        raise RequestError("you must use sampling when `best_of` is > 1", param="parameters.best_of")
+    if best_of > 1 and fields.raw("seed") is not None:
+        raise RequestError("`seed` must not be set when `best_of` > 1", param="parameters.seed")
+    return best_of
+
+
+def _read_seed(fields: Fields, random_source: random.Random) -> int:
+    """LoRAX's seeds have 64 bits and no sign; ours have one, and draw by the same bits."""
+    seed = fields.integer("seed", -(1 << 63), (1 << 64) - 1)
+    if seed is None:
+        return read_seed(fields, random_source)
+    return seed - (1 << 64) if seed >= 1 << 63 else seed
 
 
 def _read_sampling(fields: Fields, limits: Limits, random_source: random.Random) -> Sampling:
@@ -131,6 +161,6 @@ def _read_sampling(fields: Fields, limits: Limits, random_source: random.Random)
         repetition_penalty=repetition or 1.0,
         frequency_penalty=fields.number("frequency_penalty", -2, 2, rule=penalty_rule) or 0.0,
         presence_penalty=fields.number("presence_penalty", -2, 2, rule=penalty_rule) or 0.0,
-        seed=read_seed(fields, random_source),
+        seed=_read_seed(fields, random_source),
         stop_token_ids=() if ignores_eos else limits.eos_token_ids,
     )

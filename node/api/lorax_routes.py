@@ -17,7 +17,6 @@ from node.api.lorax_request import read_lorax
 from node.api.openai_routes import collect
 from node.api.sse import EventStream
 from node.errors import EngineError, NodeError, UnsupportedError
-from node.tenancy.door import bearer_token
 
 
 class LoraxRoutes:
@@ -52,9 +51,7 @@ class LoraxRoutes:
         return await read_json(request, self._answering.max_body_bytes, self._answering.body_timeout_s)
 
     def _read(self, request: web.Request, body: dict[str, Any], is_stream: bool) -> Generation:
-        """Authorization doubles as the adapter source's token, as LoRAX has it, but never when it carries this node's own key."""
-        is_open = self._answering.tenancy.door.is_open
-        bearer = bearer_token(request.headers.getall("Authorization", [])) if is_open else None
+        bearer = self._answering.source_token(request)
         return read_lorax(body, self._answering.limits, self._answering.random_source, bearer, is_stream)
 
     async def _whole(self, request: web.Request, body: dict[str, Any], *, is_list: bool) -> web.StreamResponse:
@@ -65,7 +62,7 @@ class LoraxRoutes:
         async with self._answering.admitted(request, generation) as exchange:
             texts, tokens = await collect(exchange)
             receipt = await exchange.commit()
-            answer = LoraxAnswers(generation, exchange, self._answering.tokenizer).whole(texts[0], tokens[0], receipt)
+            answer = LoraxAnswers(generation, exchange, self._answering.tokenizer).whole(texts, tokens, receipt)
             headers = {**self._answering.headers(generation, exchange), **_characters(generation), **self._figures(exchange)}
             return self._answering.json([answer] if is_list else answer, headers)
 

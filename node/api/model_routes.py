@@ -104,7 +104,7 @@ class ModelRoutes:
             "model_device_type": ready.device,
             "model_pipeline_tag": "text-generation",
             "max_concurrent_requests": server.max_concurrent_requests,
-            "max_best_of": 1,
+            "max_best_of": server.max_choices,
             "max_stop_sequences": server.max_stop_sequences,
             "max_input_length": ready.max_model_len - 1,
             "max_total_tokens": ready.max_model_len,

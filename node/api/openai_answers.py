@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from node.api.best_of import ranked
 from node.api.choice import Choice, Piece, TextToken
 from node.api.exchange import Exchange
 from node.api.generation import Generation
@@ -36,10 +38,17 @@ class OpenAiAnswers:
 
     def whole(self, texts: list[str], tokens: list[list[TextToken]], receipt: dict[str, Any]) -> dict[str, Any]:
         """The complete answer."""
-        rows = zip(self.exchange.choices, texts, tokens, strict=True)
-        choices = [self._choice(choice, text, parts) for choice, text, parts in rows]
+        rows = [(self.exchange.choices[place], texts[place], tokens[place]) for place in self._given(tokens)]
+        choices = [{**self._choice(*row), "index": index} for index, row in enumerate(rows)]
         kind = "chat.completion" if self._is_chat else "text_completion"
         return {**self._frame(kind), "choices": choices, "usage": self.usage(), "openlora": self.proof(receipt)}
+
+    def _given(self, tokens: list[list[TextToken]]) -> Sequence[int]:
+        """Places of the choices that the answer holds."""
+        kept = self.generation.kept_count
+        if kept is None or kept == self.generation.choice_count:
+            return range(len(tokens))
+        return ranked(self.exchange.choices, tokens, kept)
 
     def opening_chunk(self) -> dict[str, Any] | None:
         """Chat announces every choice's role before its text."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from aiohttp import web
@@ -18,6 +19,8 @@ from node.api.generation import Generation
 from node.api.openai_answers import OpenAiAnswers
 from node.api.sse import EventStream
 from node.errors import NodeError
+
+_SOURCE_TOKENS = ("hf_", "pb_")  # how the hub's and Predibase's begin
 
 
 class OpenAiRoutes:
@@ -39,6 +42,7 @@ class OpenAiRoutes:
         return await self._answer(request, body, generation)
 
     async def _answer(self, request: web.Request, body: dict[str, Any], generation: Generation) -> web.StreamResponse:
+        generation = with_bearer(generation, self._answering.source_token(request))
         if generation.is_stream:
             return await self._stream(request, generation)
         return await self._answering.once(request, body, lambda: self._whole(request, generation))
@@ -100,6 +104,14 @@ class OpenAiRoutes:
             int(self._answering.now().timestamp()),
             generation.model or self._answering.base_name,
         )
+
+
+def with_bearer(generation: Generation, bearer: str | None) -> Generation:
+    """The Authorization header as the adapter source's token, where it is one: OpenAI's clients always send something there, and
+    a placeholder would be refused by sources that serve anybody."""
+    if generation.adapter_token is not None or bearer is None or not bearer.startswith(_SOURCE_TOKENS):
+        return generation
+    return replace(generation, adapter_token=bearer)
 
 
 async def collect(exchange: Exchange) -> tuple[list[str], list[list[TextToken]]]:

@@ -12,6 +12,8 @@ from node.api.generation import Generation
 from node.errors import AdapterNotFoundError, ModelNotFoundError, RequestError, UnsupportedError
 from node.request import AdapterTerm
 
+LORAX_BASE = "__base_model__"  # what LoRAX calls the base model beside its name
+
 
 @dataclass(frozen=True, slots=True)
 class ResolvedRecipe:
@@ -51,16 +53,24 @@ class Recipes:
         """
         if generation.lists_adapters and generation.model not in ("", self._base_name):
             raise RequestError(
-                f'`adapters` change the base model: send model {self._base_name!r} or "", and list every adapter', param="model"
+                f'adapters change the base model: send model {self._base_name!r} or "", or name the adapter in `model` alone',
+                param="model",
             )
-        if generation.model == self._base_name and not generation.lists_adapters:
+        names = [self._adapter_name(term.name) for term in generation.terms]
+        if names == [""]:
             return ResolvedRecipe()
-        found = [await self._find(term.name, generation, sees, owner) for term in generation.terms]
+        found = [await self._find(name, generation, sees, owner) for name in names]
         entries = tuple(RecipeEntry(entry, term.weight) for entry, term in zip(found, generation.terms, strict=True))
         if len({item.entry.adapter_id for item in entries}) != len(entries):
             raise RequestError("two of the named adapters are the same by content; name it once", param="merged_adapters.ids")
         terms = engine_terms(entries) if generation.merge is None else (await self._merged(entries, generation.merge),)
         return ResolvedRecipe(entries, generation.merge, terms)
+
+    def _adapter_name(self, name: str) -> str:
+        """An adapter's own name, "" for the base model. SGLang calls an adapter `base:adapter`."""
+        if name in (self._base_name, LORAX_BASE):
+            return ""
+        return name.removeprefix(f"{self._base_name}:")
 
     async def _merged(self, entries: tuple[RecipeEntry, ...], merge: Merge) -> AdapterTerm:
         if self._merger is None:

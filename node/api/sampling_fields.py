@@ -101,13 +101,20 @@ def read_stream(fields: Fields) -> tuple[bool, bool]:
 
 
 def read_choice_count(fields: Fields, limits: Limits) -> int:
-    """`n`; `best_of` only where it asks for nothing more than `n` does."""
-    count = fields.integer("n", 1, limits.max_choices)
-    choice_count = 1 if count is None else count
+    """`n`."""
+    return fields.integer("n", 1, limits.max_choices) or 1
+
+
+def read_best_of(fields: Fields, limits: Limits, choice_count: int, *, is_stream: bool) -> int:
+    """`best_of`: how many answers are made for each prompt, of which the best `n` are given."""
     best_of = fields.integer("best_of", 1, limits.max_choices)
-    if best_of is not None and best_of != choice_count:
-        raise fields.error("best_of", f"must equal `n` ({choice_count}); choosing among more candidates is not supported")
-    return choice_count
+    if best_of is None or best_of == choice_count:
+        return choice_count
+    if best_of < choice_count:
+        raise fields.error("best_of", f"must be at least `n` ({choice_count})")
+    if is_stream:
+        raise fields.error("best_of", "cannot be streamed: which answer is best is known at the end")
+    return best_of
 
 
 def refuse_templates(fields: Fields) -> None:

@@ -58,16 +58,16 @@ def read_tools(fields: Fields) -> ToolUse:
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated is not None:
         raise RequestError(f"`tools` has two functions named {repeated!r}; names must differ", param="tools")
-    mode, name = _read_choice(fields, names)
+    mode, chosen_names = _read_choice(fields, names)
     if mode == "none" or not tools:
         return ToolUse()
     if fields.boolean("ignore_eos") or fields.boolean("ignore_eos_token"):
         raise RequestError("`tools` say where the answer ends, so the end of sequence cannot be ignored with them", param="tools")
-    chosen = tools if name is None else tuple(tool for tool in tools if tool.name == name)
+    is_parallel = fields.boolean("parallel_tool_calls", default=True)
     return ToolUse(
-        chosen,
-        is_forced=mode == "required",
-        is_parallel=fields.boolean("parallel_tool_calls", default=True) and name is None,
+        tuple(tool for tool in tools if chosen_names is None or tool.name in chosen_names),
+        is_forced=mode != "auto",
+        is_parallel=is_parallel and mode != "named",
         prompt=fields.text("tool_prompt", _MAX_DESCRIPTION_CHARS),
     )
 
@@ -103,8 +103,8 @@ def _read_parameters(inner: Fields, param: str) -> dict[str, Any]:
     return {**schema, "type": "object"}
 
 
-def _read_choice(fields: Fields, names: list[str]) -> tuple[str, str | None]:
-    """(none, auto or required; the one function or None). LoRAX takes a function's bare name as well."""
+def _read_choice(fields: Fields, names: list[str]) -> tuple[str, frozenset[str] | None]:
+    """(none, auto, required or named; the functions to choose from, None for all). LoRAX takes a function's bare name as well."""
     value = fields.raw("tool_choice")
     if value is None or value == "auto":
         return "auto", None
@@ -112,12 +112,30 @@ def _read_choice(fields: Fields, names: list[str]) -> tuple[str, str | None]:
         if value == "required" and not names:
             raise fields.error("tool_choice", 'is "required", and `tools` is empty')
         return value, None
+    if isinstance(value, dict) and value.get("type") == "allowed_tools":
+        return _read_allowed(fields, value, names)
     name = value if isinstance(value, str) else _named(value)
     if name is None:
         raise fields.error("tool_choice", 'must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}')
-    if name not in names:
-        raise fields.error("tool_choice", f"names {name[:64]!r}, which is not in `tools`")
-    return "required", name
+    return "named", _known(fields, [name], names)
+
+
+def _read_allowed(fields: Fields, value: dict[str, Any], names: list[str]) -> tuple[str, frozenset[str]]:
+    """OpenAI's `{"type": "allowed_tools", "allowed_tools": {"mode", "tools"}}`."""
+    inner = value.get("allowed_tools")
+    mode, listed = (inner.get("mode"), inner.get("tools")) if isinstance(inner, dict) else (None, None)
+    found = [_named(item) for item in listed] if isinstance(listed, list) else []
+    allowed = [name for name in found if name is not None]
+    if mode not in ("auto", "required") or not allowed or len(allowed) != len(found):
+        raise fields.error("tool_choice", 'must hold `allowed_tools` with mode "auto" or "required" and a list of functions')
+    return mode, _known(fields, allowed, names)
+
+
+def _known(fields: Fields, chosen: list[str], names: list[str]) -> frozenset[str]:
+    unknown = next((name for name in chosen if name not in names), None)
+    if unknown is not None:
+        raise fields.error("tool_choice", f"names {unknown[:64]!r}, which is not in `tools`")
+    return frozenset(chosen)
 
 
 def _named(value: Any) -> str | None:

@@ -11,23 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from node.engine.device_shift import forbid_rows, shift, to_device
 from node.engine.noise import uniforms
 from node.engine.sampler import DrawRow, RowMask, draw_random, is_plain, is_shifted
-from node.request import DrawnToken, TokenLogprob
+from node.request import DrawnToken, Sampling, TokenLogprob
 
 _PARTS = 8  # programs that share a row of the greedy kernel: 64 rows then fill the GPU four times over
 _GREEDY_BLOCK = 2048
 _DRAW_BLOCK = 4096
 _DRAW_WARPS = 32
-_LARGEST = torch.finfo(torch.float32).max
-_BITS = 32
 _LOW_64 = (1 << 64) - 1
 
 
@@ -108,6 +106,7 @@ class DeviceSampler:
     def __init__(self, vocab_size: int, max_rows: int, device: torch.device) -> None:
         self._vocab = vocab_size
         self._device = device
+        self._again = self.new_choice(max_rows)  # of logits that were shifted
         self._spans = 1 << (-(-vocab_size // _DRAW_BLOCK) - 1).bit_length()
         if device.type == "cuda":
             self._part_values = torch.empty((max_rows, _PARTS), dtype=torch.float32, device=device)
@@ -156,7 +155,8 @@ class DeviceSampler:
         """Draw for the rows that ask for more than `greedy` chose, and send everything to the host.
 
         Args:
-            logits: [W, V] float32, unmodified. Those that `greedy` filled `choice` from.
+            logits: [W, V] float32, those that `greedy` filled `choice` from. Rows that are greedy but for penalties or a bias,
+                and want no log-probabilities, are shifted in place.
             rows: W of them; their `tokens` are what the host knows.
             choice: read, and overwritten for the rows that ask for more.
             mask: Tokens allowed, words on the CPU or this device; None allows all.
@@ -167,10 +167,23 @@ class DeviceSampler:
             What `read` waits for. Log-probabilities are those of the unmasked, unmodified distribution.
         """
         masked = set(mask.rows) if mask is not None else set()
-        special = [index for index, row in enumerate(rows) if index in masked or not is_plain(row.sampling)]
+        shifted = [index for index, row in enumerate(rows) if index not in masked and _is_shifted_only(row.sampling)]
+        if shifted:
+            self._choose_again(logits, [rows[index] for index in shifted], shifted, choice, unseen)
+        done = set(shifted)
+        special = [index for index, row in enumerate(rows) if index in masked or not (index in done or is_plain(row.sampling))]
         if special:
             self._draw_special(logits, [rows[index] for index in special], special, choice, mask, unseen)
         return DeviceDraw(choice, rows, _logprobs(logits, rows, choice))
+
+    def _choose_again(
+        self, logits: Tensor, rows: list[DrawRow], indexes: list[int], choice: Choice, unseen: Tensor | None
+    ) -> None:
+        """The greedy choice of rows that penalties or a bias change: no row is copied, none is searched more than once."""
+        where = to_device(np.array(indexes, dtype=np.int64), self._device)
+        shift(logits, rows, None if unseen is None else unseen[where], indexes)
+        self.greedy(logits, self._again)
+        choice.next_tokens[where] = self._again.next_tokens[where]
 
     def _draw_special(
         self,
@@ -181,7 +194,7 @@ class DeviceSampler:
         mask: RowMask | None,
         unseen: Tensor | None,
     ) -> None:
-        where = _to_device(np.array(indexes, dtype=np.int64), self._device)
+        where = to_device(np.array(indexes, dtype=np.int64), self._device)
         is_changed = mask is not None or any(is_shifted(row.sampling) for row in rows)
         if logits.is_cuda and not is_changed:
             self._launch_draw(logits, rows, where, choice, int(unseen is not None), in_place=True)
@@ -204,11 +217,17 @@ class DeviceSampler:
     def _launch_draw(self, x: Tensor, rows: list[DrawRow], where: Tensor, choice: Choice, ahead: int, *, in_place: bool) -> None:
         from node.kernels.triton_sampling import draw_kernel
 
-        asked = _to_device(_asked(rows, ahead), self._device)
+        asked = to_device(_asked(rows, ahead), self._device)
         draw_kernel[(len(rows),)](
             x, asked, where, choice.next_tokens, self._vocab, x.stride(0), IN_PLACE=in_place, ANY_KEY=0x7FFFFFFF,
             TINY=torch.finfo(torch.float32).tiny, SPANS=self._spans, BLOCK=_DRAW_BLOCK, num_warps=_DRAW_WARPS,
         )  # fmt: skip
+
+
+def _is_shifted_only(sampling: Sampling) -> bool:
+    """Greedy after penalties or a bias that touch few tokens, with nothing else wanted of the row."""
+    counts_tokens = sampling.frequency_penalty != 0 or sampling.presence_penalty != 0  # in memory as large as the logits
+    return sampling.temperature == 0 and sampling.logprobs < 0 and is_shifted(sampling) and not counts_tokens
 
 
 def _asked(rows: Sequence[DrawRow], ahead: int) -> npt.NDArray[np.float64]:
@@ -222,97 +241,16 @@ def _asked(rows: Sequence[DrawRow], ahead: int) -> npt.NDArray[np.float64]:
     return asked
 
 
-def shift(x: Tensor, rows: Sequence[DrawRow], unseen: Tensor | None) -> None:
-    """Apply penalties and bias to x [n, V] in place, all rows at once.
-
-    Semantics: `filters.penalise_repetition`, `penalise_output`, `add_bias`, row by row. unseen: [n] int64 on x's device, one more
-    token of every row's output, or None.
-    """
-    if not any(is_shifted(row.sampling) for row in rows):
-        return
-    _penalise_repetition(x, rows, unseen)
-    _penalise_output(x, rows, unseen)
-    biases = [(place, *pair) for place, row in enumerate(rows) for pair in row.sampling.logit_bias]
-    if biases:
-        places, ids, values = zip(*biases, strict=True)
-        flat = _to_device(np.array(places, dtype=np.int64) * x.shape[1] + np.array(ids, dtype=np.int64), x.device)
-        x.view(-1).index_add_(0, flat, _to_device(np.array(values, dtype=np.float32), x.device))
-
-
-def _penalise_repetition(x: Tensor, rows: Sequence[DrawRow], unseen: Tensor | None) -> None:
-    asking = [place for place, row in enumerate(rows) if row.sampling.repetition_penalty != 1]
-    if not asking:
-        return
-    flat, owners = _history(x, asking, [np.frombuffer(rows[place].tokens, dtype=np.int64) for place in asking], unseen)
-    penalties = np.array([rows[place].sampling.repetition_penalty for place in asking], dtype=np.float64)
-    penalty = _to_device(penalties.astype(np.float32), x.device)[owners]
-    values = x.view(-1)[flat]
-    # A token that occurs twice is written twice, with the same value: all were read before any was written.
-    x.view(-1)[flat] = torch.where(values > 0, values / penalty, values * penalty).clamp(max=_LARGEST)
-
-
-def _penalise_output(x: Tensor, rows: Sequence[DrawRow], unseen: Tensor | None) -> None:
-    asking = [p for p, row in enumerate(rows) if row.sampling.frequency_penalty != 0 or row.sampling.presence_penalty != 0]
-    if not asking:
-        return
-    outputs = [np.frombuffer(rows[place].tokens, dtype=np.int64)[rows[place].prompt_count :] for place in asking]
-    flat, owners = _history(x, asking, outputs, unseen)
-    counts = torch.zeros_like(x).view(-1)
-    counts.index_add_(0, flat, torch.ones_like(flat, dtype=x.dtype))
-    sampling = [rows[place].sampling for place in asking]
-    both = _to_device(np.array([(s.frequency_penalty, s.presence_penalty) for s in sampling], dtype=np.float32), x.device)
-    frequency, presence = both[owners].unbind(1)
-    x.view(-1)[flat] = x.view(-1)[flat] - (counts[flat] * frequency + presence)
-
-
-def _history(x: Tensor, asking: list[int], tokens: list[npt.NDArray[Any]], unseen: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Every token of the asking rows as (place in the flattened x, index into `asking`), the unseen ones last."""
-    lengths = [len(row) for row in tokens]
-    starts = np.array(asking, dtype=np.int64) * x.shape[1]
-    flat = np.concatenate(tokens) + np.repeat(starts, lengths)
-    both = _to_device(np.stack((flat, np.repeat(np.arange(len(asking), dtype=np.int64), lengths))), x.device)
-    places, owners = both.unbind(0)
-    if unseen is not None:
-        more = _to_device(np.stack((np.array(asking, dtype=np.int64), starts)), x.device)
-        places = torch.cat((places, unseen[more[0]] + more[1]))
-        owners = torch.cat((owners, torch.arange(len(asking), device=x.device)))
-    return places, owners
-
-
-def forbid_rows(x: Tensor, mask: RowMask, indexes: Sequence[int]) -> None:
-    """Set what the masked rows may not draw to -inf, in place. x: [n, V]; indexes: the n rows of the mask's [W] that x holds."""
-    masked = set(mask.rows)
-    places = [place for place, index in enumerate(indexes) if index in masked]
-    if not places:
-        return
-    chosen = np.array([indexes[place] for place in places], dtype=np.int64)
-    if mask.words.device == x.device:
-        words = mask.words[_to_device(chosen, x.device)]
-    else:
-        words = _to_device(mask.words.numpy()[chosen], x.device)
-    bits = torch.arange(_BITS, dtype=torch.int32, device=x.device)
-    is_allowed = (words.unsqueeze(2) >> bits) & 1
-    is_allowed = is_allowed.view(len(places), -1)[:, : x.shape[1]].bool()
-    where = _to_device(np.array(places, dtype=np.int64), x.device)
-    x[where] = x[where].masked_fill(~is_allowed, float("-inf"))
-
-
 def _logprobs(logits: Tensor, rows: Sequence[DrawRow], choice: Choice) -> _Logprobs | None:
     asking = [index for index, row in enumerate(rows) if row.sampling.logprobs >= 0]
     if not asking:
         return None
-    where = _to_device(np.array(asking, dtype=np.int64), logits.device)
+    where = to_device(np.array(asking, dtype=np.int64), logits.device)
     log_p = logits[where].log_softmax(dim=1)
     most = min(max(rows[index].sampling.logprobs for index in asking), logits.shape[1])
     top = torch.topk(log_p, most, dim=1)
     chosen = log_p.gather(1, choice.next_tokens[where][:, None])[:, 0]
     return _Logprobs(asking, chosen, top.values, top.indices)
-
-
-def _to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """Upload without waiting: from pinned memory, which torch keeps until the copy is done."""
-    host = torch.from_numpy(np.ascontiguousarray(values).copy())
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def _to_host(values: Tensor) -> Tensor:

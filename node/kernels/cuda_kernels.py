@@ -22,7 +22,7 @@ from node.kernels.lora import LoraPool, LoraRows
 from node.kernels.ops import Kernels
 from node.kernels.reference import lora_delta
 
-SHRINK_TILE_ROWS = 0  # of the largest tiles whose shrink is inside the skinny GEMM: none while its pages wait behind W's stream
+SHRINK_TILE_ROWS = 0  # of the largest tiles whose shrink is inside the skinny GEMM: none until it has been measured again
 BRANCH_ROWS = 512  # of the longest step whose shrinks run on a branch beside cuBLAS
 EXACT_ROWS = 32  # of a product whose bits may not depend on the batch, where the skinny GEMM cannot run
 
@@ -127,15 +127,21 @@ class CudaKernels(Kernels[Product, DeviceRows]):
     ) -> None:
         """The product and the shrink in one launch. Its v has other bits than the shrink of longer steps."""
         partial = torch.empty((self._ops.shrink_chunks(x.shape[1]), *v.shape), dtype=torch.float32, device=x.device)
+<<<<<<< HEAD
         self._ops.skinny_gemm_shrink(x, weight, rows.tiles, fields, partial, self._arrivals_of(v.shape[0]), v, y, self._follow)
+=======
+        arrivals = self._arrivals_of(v.shape[0] * v.shape[1])
+        self._ops.skinny_gemm_shrink(x, weight, rows.tiles, fields, partial, arrivals, v, y, self._follow)
+        return y
+>>>>>>> main
 
-    def _arrivals_of(self, pairs: int) -> Tensor:
+    def _arrivals_of(self, count: int) -> Tensor:
         """Zeros that every launch leaves zero, shared by all of a stream: each touches them after those before it have ended.
 
         Made by a step's first launch, which is never a recorded one. What is outgrown stays, for the graphs that hold it.
         """
-        if not self._arrivals or len(self._arrivals[-1]) < pairs:
-            size = max(pairs, 2 * len(self._arrivals[-1])) if self._arrivals else pairs
+        if not self._arrivals or len(self._arrivals[-1]) < count:
+            size = max(count, 2 * len(self._arrivals[-1])) if self._arrivals else count
             self._arrivals.append(torch.zeros(size, dtype=torch.int32, device=self._device))
         return self._arrivals[-1]
 

@@ -220,7 +220,7 @@ class CudaOps:
 
         Args:
             tiles: Of at most 16 rows. partial: [C, V, G, 16] float32, scratch; C is `shrink_chunks`.
-            arrivals: [V or more] int32, zeros before and after. Launches that may run at the same time need one each.
+            arrivals: [V G or more] int32, zeros before and after. Launches that may run at the same time need one each.
             v: [V, G, 16] float32, written. y: as for `skinny_gemm`.
         """
         adapters = self._pages, tiles.block, self._ranks, self._scales, spans, tiles.tile_rows

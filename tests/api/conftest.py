@@ -134,6 +134,7 @@ class FakeEngine:
     answer: str = "hello world"
     answer_ids: list[int] | None = None
     embedding: bytes | None = None
+    choice_answers: tuple[tuple[str, float], ...] = ()  # text and log-probability of each token, by choice
     hold_after: int | None = None
     fail_after: int | None = None
     die_after: int | None = None
@@ -151,7 +152,8 @@ class FakeEngine:
         if submit.embeds:
             yield SequenceEvent(sequence_id=submit.sequence_id, finish_reason="length", embedding=self.embedding)
             return
-        ids = list(self.answer_ids if self.answer_ids is not None else self.tokenizer.encode(self.answer))
+        text = self.choice_answers[submit.choice_index][0] if self.choice_answers else self.answer
+        ids = list(self.answer_ids if self.answer_ids is not None else self.tokenizer.encode(text))
         ids.append(self.eos_id)
         for index, token_id in enumerate(ids):
             await asyncio.sleep(0)
@@ -179,7 +181,8 @@ class FakeEngine:
         if finish is None and index + 1 == sampling.max_new_tokens:
             finish = "length"
         top = tuple(TokenLogprob(token_id + k, -0.5 - k) for k in range(max(0, sampling.logprobs)))
-        drawn = DrawnToken(token_id, -0.5 if sampling.logprobs >= 0 else None, top)
+        logprob = self.choice_answers[submit.choice_index][1] if self.choice_answers else -0.5
+        drawn = DrawnToken(token_id, logprob if sampling.logprobs >= 0 else None, top)
         is_first = index == 0
         prefill = (None, *(-1.0 for _ in submit.prompt_ids[1:])) if is_first and sampling.prompt_logprobs else None
         return SequenceEvent(

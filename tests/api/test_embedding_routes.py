@@ -52,6 +52,9 @@ async def test_embed_answers_in_lorax_shape(embedding, client):
         ("/v1/embeddings", {"model": "", "input": "one", "adapters": [
             {"model": "alice", "weight": 0.7}, {"model": "org/bob", "weight": 0.3}
         ]}),
+        ("/v1/embeddings", {"model": "tiny-base", "input": "one", "parameters": {"merged_adapters": {
+            "ids": ["alice", "org/bob"], "weights": [0.7, 0.3]
+        }}}),
         ("/embed", {"inputs": "one", "parameters": {"merged_adapters": {"ids": ["alice", "org/bob"], "weights": [0.7, 0.3]}}}),
     ],
 )  # fmt: skip
@@ -93,3 +96,12 @@ async def test_classify_is_refused_by_name(client):
     answer = await client.post("/classify", json={"inputs": "a"})
 
     assert answer.status == 501
+
+
+async def test_adapter_of_loraxs_parameters_is_read_and_named_once(embedding, client):
+    body = {"model": "", "input": "one", "parameters": {"adapter_id": "org/bob", "adapter_source": "hub", "api_token": "hf_x"}}
+    answer = await client.post("/v1/embeddings", json=body)
+    twice = await client.post("/v1/embeddings", json={**body, "lora_path": "alice"})
+
+    assert (answer.status, embedding.catalog.asked) == (200, [("org/bob", "hub", "hf_x")])
+    assert (twice.status, (await twice.json())["error"]["param"]) == (400, "parameters")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -154,7 +155,13 @@ VALIDATION = {
     "frequency_penalty": (ask(frequency_penalty=3), "must be >= -2.0 and <= 2.0"),
     "max_new_tokens": (ask(max_new_tokens=0), "must be strictly positive"),
     "stop": (ask(stop=["x"] * 9), "supports up to 8 stop sequences"),
-    "best_of": (ask(best_of=2), "`parameters.best_of` must be > 0 and <= 1. Given: 2"),
+    "best_of": (ask(best_of=9), "`parameters.best_of` must be > 0 and <= 8. Given: 9"),
+    "best_of greedy": (ask(best_of=2), "you must use sampling when `best_of` is > 1"),
+    "best_of seeded": (ask(best_of=2, do_sample=True, seed=3), "`seed` must not be set when `best_of` > 1"),
+    "seed": (ask(seed=2**64), "`parameters.seed`"),
+    "adapter_id outside": ({**ask(), "adapter_id": "alice"}, "`adapter_id` belongs into `parameters`"),
+    "merged_adapters outside": ({**ask(), "merged_adapters": {"ids": ["alice"]}}, "`merged_adapters` belongs into"),
+    "another server's field": (ask(lora_path="alice"), "`parameters.lora_path` names no adapter on this route"),
     "watermark": (ask(watermark=True), "`parameters.watermark`"),
     "response_format": (ask(response_format={"type": "json_object", "schema": 7}), "`parameters.response_format.schema`"),
     "both adapters": (ask(adapter_id="alice", merged_adapters={"ids": ["alice"]}), "at most one of"),
@@ -213,6 +220,59 @@ async def test_stream_errors_arrive_inside_a_200_stream(bench, client):
         assert answer.status == 200
         assert [set(event) >= {"error", "error_type"} for event in events] == [True]
     assert bench.books.opened == []
+
+
+async def test_best_of_gives_the_likeliest_and_shows_the_others(bench, client):
+    bench.engine.choice_answers = (("first", -2.0), ("second", -0.25), ("third", -1.0))
+    body = ask(best_of=3, do_sample=True, details=True, return_full_text=False)
+
+    answer = await (await client.post("/generate", json=body)).json()
+
+    details = answer["details"]
+    assert (answer["generated_text"], details["tokens"][0]["logprob"]) == ("second", -0.25)
+    assert details["prompt_tokens"] == len(bench.books.opened[0].prompts[0])
+    assert [item["generated_text"] for item in details["best_of_sequences"]] == ["third", "first"]
+    required = {"generated_text", "finish_reason", "generated_tokens", "seed", "prefill", "tokens"}
+    assert all(set(item) == required for item in details["best_of_sequences"])
+    assert len(bench.one_closing().outputs) == 3  # all were made, all are in the record
+    assert len({submit.choice_index for submit in bench.engine.submits}) == 3
+
+
+async def test_best_of_without_details_is_one_answer(bench, client):
+    bench.engine.choice_answers = (("first", -2.0), ("second", -0.25))
+    answer = await (await client.post("/", json=ask(best_of=2, temperature=0.9))).json()
+
+    assert ([item["generated_text"] for item in answer], "details" in answer[0]) == (["second"], False)
+
+
+async def test_best_of_is_not_streamed(bench, client):
+    answer = await client.post("/generate_stream", json=ask(best_of=2, do_sample=True))
+
+    assert "not supported when streaming" in events_of(await answer.text())[0]["error"]
+    assert bench.books.opened == []
+
+
+async def test_seed_of_64_bits_draws_by_its_bits_and_comes_back(bench, client):
+    most = 2**64 - 1
+    answer = await (await client.post("/generate", json=ask(seed=most, do_sample=True, details=True))).json()
+
+    assert (answer["details"]["seed"], bench.engine.submits[0].sampling.seed) == (most, -1)
+
+
+@pytest.mark.parametrize("name", ["", "tiny-base", "__base_model__"])
+async def test_base_model_goes_by_each_of_its_names(bench, client, name):
+    answer = await client.post("/generate", json=ask(adapter_id=name))
+
+    assert (answer.status, bench.engine.submits[0].terms, bench.catalog.asked) == (200, (), [])
+
+
+async def test_answer_says_where_its_adapters_came_from(bench, client):
+    bench.catalog.known["org/bob"] = replace(bench.catalog.known["org/bob"], source="hub")
+    merged = {"ids": ["alice", "org/bob"], "weights": [1, 1]}
+    one = await client.post("/generate", json=ask(adapter_id="org/bob"))
+    both = await client.post("/generate", json=ask(merged_adapters=merged))
+
+    assert (one.headers["x-adapter-source"], both.headers["x-adapter-source"]) == ("hub", "local,hub")
 
 
 async def test_full_house_is_429_overloaded(make_bench, make_client):

@@ -53,6 +53,11 @@ def terms(bench):
         {"model": "alice+org/bob@0.7:0.3"},
         {"model": "", "adapters": [{"model": "alice", "weight": 0.7}, {"adapter_id": "org/bob", "weight": "0.3"}]},
         {"model": "tiny-base", "adapters": [{"model": "alice", "weight": 0.7}, {"model": "org/bob", "weight": 0.3}]},
+        {
+            "model": "",
+            "merged_adapters": {"ids": ["alice", "org/bob"], "weights": [0.7, 0.3], "merge_strategy": None, "density": 0},
+        },
+        {"model": "tiny-base:alice+org/bob@0.7:0.3"},
     ],
 )
 @pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
@@ -67,6 +72,32 @@ async def test_openai_sum_becomes_weighted_terms(bench, client, body, route):
     assert bench.books.opened[0].merge is None
     assert len(answer.headers["x-openlora-recipe"]) == 64
     assert (await answer.json())["model"] == (body["model"] or "tiny-base")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"model": "tiny-base", "adapter_id": "alice"},
+        {"model": "", "lora_path": "alice", "adapter_id": None},
+        {"model": "alice", "adapter_id": "alice"},
+        {"model": "tiny-base:alice"},
+    ],
+)
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+async def test_adapter_in_another_servers_field_is_not_passed_over(bench, client, body, route):
+    prompt = {"messages": CHAT} if "chat" in route else {"prompt": "hello"}
+
+    answer = await client.post(route, json={**body, **prompt})
+
+    assert (answer.status, terms(bench)) == (200, [(ALICE, 1.0)])
+    assert "x-openlora-warnings" not in answer.headers
+
+
+@pytest.mark.parametrize("name", ["tiny-base", "__base_model__", ""])
+async def test_adapter_field_that_names_the_base_model_is_the_base_model(bench, client, name):
+    answer = await client.post("/v1/completions", json={"model": "tiny-base", "adapter_id": name, "prompt": "hello"})
+
+    assert (answer.status, terms(bench)) == (200, [])
 
 
 async def test_openai_model_without_weights_adds_each_once(bench, client):

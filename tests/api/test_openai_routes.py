@@ -285,3 +285,52 @@ async def test_completion_echo_beyond_what_is_computed_is_refused_by_name(client
     answer = await client.post("/v1/completions", json={**COMPLETION, "echo": True, **extra})
 
     assert (answer.status, (await answer.json())["error"]["code"]) == (400, "param_not_supported")
+
+
+async def test_best_of_gives_the_likeliest_of_every_prompt_and_records_all(bench, client):
+    bench.engine.choice_answers = (("first", -2.0), ("second", -0.25), ("third", -1.0))
+    body = {**COMPLETION, "prompt": ["hi", "ho"], "n": 2, "best_of": 3}
+
+    answer = await (await client.post("/v1/completions", json=body)).json()
+
+    assert [choice["text"] for choice in answer["choices"]] == ["second", "third", "second", "third"]
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert all(choice["logprobs"] is None for choice in answer["choices"])
+    closing = bench.one_closing()
+    assert len(closing.outputs) == 6
+    assert answer["usage"]["completion_tokens"] == sum(map(len, closing.outputs))
+
+
+async def test_best_of_that_is_n_keeps_the_order(bench, client):
+    bench.engine.choice_answers = (("first", -2.0), ("second", -0.25))
+    answer = await (await client.post("/v1/completions", json={**COMPLETION, "n": 2, "best_of": 2})).json()
+
+    assert [choice["text"] for choice in answer["choices"]] == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("sent", "token"), [("hf_secret", "hf_secret"), ("pb_secret", "pb_secret"), ("unused", None), ("EMPTY", None), ("sk-1", None)]
+)
+async def test_authorization_that_is_a_sources_token_is_passed_on(bench, client, sent, token):
+    headers = {"Authorization": f"Bearer {sent}"}
+    await client.post("/v1/chat/completions", json=CHAT, headers=headers)
+    await client.post("/v1/completions", json={**COMPLETION, "model": "alice", "api_token": "own"}, headers=headers)
+
+    assert bench.catalog.asked == [("alice", None, token), ("alice", None, "own")]
+
+
+async def test_key_of_this_node_is_never_a_sources_token(make_bench, make_client):
+    bench = make_bench(keys={"ann": "hf_key_of_ann_1234567"})
+    client = await make_client(bench)
+    for path, body in (("/v1/chat/completions", CHAT), ("/generate", {"inputs": "hi", "parameters": {"adapter_id": "alice"}})):
+        await client.post(path, json=body, headers={"Authorization": "Bearer hf_key_of_ann_1234567"})
+
+    assert bench.catalog.asked == [("alice", None, None)] * 2
+
+
+async def test_refusal_of_an_earlier_turn_is_text(bench, client):
+    refused = {"role": "assistant", "content": [{"type": "refusal", "refusal": "I will not."}]}
+    answer = await client.post("/v1/chat/completions", json={**CHAT, "messages": [refused, *CHAT["messages"]]})
+
+    assert answer.status == 200
+    assert "I will not." in bench.tokenizer.decode(list(bench.engine.submits[0].prompt_ids))

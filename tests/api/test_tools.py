@@ -292,6 +292,13 @@ async def test_call_that_is_cut_off_says_length(bench, client):
         ("required", "start: call "),
         ({"type": "function", "function": {"name": "get_time"}}, "start: call \n"),
         ("get_time", "start: call \n"),
+        (
+            {
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": "get_time"}}]},
+            },
+            "start: call ",
+        ),
     ],
 )
 async def test_forced_choice_begins_with_a_call(bench, client, choice, start):
@@ -301,6 +308,15 @@ async def test_forced_choice_begins_with_a_call(bench, client, choice, start):
     assert answer["choices"][0]["finish_reason"] == "tool_calls"
     if choice != "required":
         assert "get_weather" not in bench.engine.submits[0].grammar
+
+
+async def test_allowed_tools_leaves_the_text_free_and_the_others_out(bench, client):
+    allowed = {"mode": "auto", "tools": [{"type": "function", "function": {"name": "get_time"}}]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    answer = await (await client.post("/v1/chat/completions", json=ask(tool_choice=choice))).json()
+    assert answer["choices"][0]["message"]["content"] == "hello world"
+    assert "get_time" in bench.engine.submits[0].grammar
+    assert "get_weather" not in bench.engine.submits[0].grammar
 
 
 async def test_choice_none_leaves_tools_out(bench, client):
@@ -348,6 +364,16 @@ BAD = {
     "choice": (ask(tool_choice="nobody"), "tool_choice"),
     "choice named": (ask(tool_choice={"type": "function", "function": {"name": "nobody"}}), "tool_choice"),
     "choice object": (ask(tool_choice={"type": "allowed_tools"}), "tool_choice"),
+    "allowed mode": (ask(tool_choice={"type": "allowed_tools", "allowed_tools": {"mode": "none", "tools": []}}), "tool_choice"),
+    "allowed nobody": (
+        ask(
+            tool_choice={
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": "auto", "tools": [{"type": "function", "function": {"name": "nobody"}}]},
+            }
+        ),
+        "tool_choice",
+    ),
     "required without tools": (ask(tools=[], tool_choice="required"), "tool_choice"),
     "parallel": (ask(parallel_tool_calls="yes"), "parallel_tool_calls"),
     "functions": (ask(functions=[{"name": "f"}]), "functions"),

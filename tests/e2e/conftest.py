@@ -24,6 +24,7 @@ import pytest
 
 from attribution.payer import Payer
 from attribution.voucher import escrow_domain
+from node.resources import data_path
 from node.settlement.chain import Chain
 from node.settlement.chain_profiles import PROFILES
 from node.settlement.deploy import DEPLOYMENT_NAME, load_deployment
@@ -291,6 +292,7 @@ def kit() -> SimpleNamespace:
     return SimpleNamespace(
         command=COMMAND,
         contracts_of=contracts_of,
+        demo_adapters=data_path("config/demo/adapters"),
         environment=environment,
         new_customer=new_customer,
         run_cli=run_cli,

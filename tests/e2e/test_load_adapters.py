@@ -35,3 +35,27 @@ def test_name_of_the_directory_comes_back_after_it_was_unloaded(node):
     assert complete(node, "reagan").status == 404
     assert node.post("/load_lora_adapter", {"lora_name": "reagan", "lora_path": "reagan"}).body["success"]
     assert complete(node, "reagan").status == 200
+
+
+def test_names_and_added_adapters_outlive_a_restart(kit, tmp_path):
+    data_dir, env = tmp_path / "data", kit.environment(OPENLORA_CHAIN__PROFILE="none")
+    node = kit.start_node(data_dir, env=env)
+    try:
+        node.post("/v1/load_lora_adapter", {"lora_name": "poet", "lora_path": "lincoln"})
+        node.post("/v1/unload_lora_adapter", {"lora_name": "reagan"})
+        demo = kit.demo_adapters / "roosevelt"
+        node.cli("adapters", "add", str(demo), "--name", "teddy")
+        expected = complete(node, "lincoln").body["choices"]
+        node.kill()
+        node = kit.start_node(data_dir, env=env)
+
+        assert complete(node, "poet").body["choices"] == expected
+        assert complete(node, "reagan").status == 404
+        assert complete(node, "teddy").status == 200
+        listed = {model["id"] for model in node.get("/v1/models").body["data"]}
+        assert {"poet", "teddy", "lincoln", "roosevelt"} <= listed
+        assert "reagan" not in listed
+        node.cli("adapters", "remove", "teddy")
+        assert complete(node, "teddy").status == 404
+    finally:
+        node.kill()

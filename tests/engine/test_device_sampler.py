@@ -5,7 +5,8 @@ from array import array
 import pytest
 import torch
 
-from node.engine.device_sampler import DeviceSampler, forbid_rows, shift
+from node.engine.device_sampler import DeviceSampler
+from node.engine.device_shift import forbid_rows, shift
 from node.engine.sampler import DrawRow, RowMask, draw
 from node.request import Sampling
 
@@ -65,11 +66,17 @@ def same(ours, theirs):
 @pytest.mark.parametrize("seed", range(5))
 def test_draw_of_mixed_rows_equals_the_cpu_sampler(seed):
     rows, logits = make_rows(seed), random_logits(len(PARAMETERS), seed)
-    before = logits.clone()
-    ours, choice = on_device(logits, rows)
+    ours, choice = on_device(logits.clone(), rows)
     same(ours, draw(logits, rows))
     assert choice.next_tokens.tolist() == [token.token_id for token in ours]
-    assert torch.equal(logits, before)
+
+
+def test_draw_changes_no_row_but_greedy_ones_with_penalties_or_a_bias():
+    rows, logits = make_rows(), random_logits(len(PARAMETERS))
+    before = logits.clone()
+    on_device(logits, rows)
+    changed = [place for place in range(len(rows)) if not torch.equal(logits[place], before[place])]
+    assert [PARAMETERS[place] for place in changed] == [{"repetition_penalty": 1.7}, {"logit_bias": ((5, 60.0), (9, -3.0))}]
 
 
 def test_draw_ties_take_the_lowest_index():
@@ -88,7 +95,7 @@ def test_draw_of_non_finite_rows_is_none_and_spares_the_others(poison):
     for place in (0, 3, 6, 9):
         logits[place, 11] = poison
         expected[place] = None
-    ours, choice = on_device(logits, rows)
+    ours, choice = on_device(logits.clone(), rows)
     same(ours, expected)
     assert ((choice.next_tokens >= 0) & (choice.next_tokens < VOCAB)).all()
 
@@ -97,7 +104,7 @@ def test_draw_with_masks_equals_the_cpu_sampler():
     rows, logits = make_rows(), random_logits(len(PARAMETERS))
     words = torch.randint(-(1 << 31), 1 << 31, (len(rows), -(-VOCAB // 32)), generator=torch.Generator().manual_seed(1))
     mask = RowMask([0, 1, 4, 7, 9], words.to(torch.int32))
-    ours, _ = on_device(logits, rows, mask)
+    ours, _ = on_device(logits.clone(), rows, mask)
     same(ours, draw(logits, rows, mask))
     for place in mask.rows:
         token = ours[place].token_id
@@ -111,13 +118,13 @@ def test_draw_with_unseen_tokens_equals_rows_that_hold_them():
         DrawRow(row.sampling, row.choice_index, row.tokens + array("q", [token]), row.prompt_count)
         for row, token in zip(rows, unseen.tolist(), strict=True)
     ]
-    ours, _ = on_device(logits, rows, unseen=unseen)
+    ours, _ = on_device(logits.clone(), rows, unseen=unseen)
     same(ours, draw(logits, complete))
 
 
 def test_draw_twice_gives_the_same_tokens():
     rows, logits = make_rows(3), random_logits(len(PARAMETERS), 3)
-    assert on_device(logits, rows)[0] == on_device(logits, rows)[0]
+    assert on_device(logits.clone(), rows)[0] == on_device(logits.clone(), rows)[0]
 
 
 def test_shift_of_plain_rows_changes_nothing():

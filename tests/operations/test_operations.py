@@ -277,7 +277,9 @@ async def test_adapters_are_described_with_and_without_a_manifest():
     async def resolve(name):
         return entry
 
-    arriving = [Progress("org/large", 3, None)]
+    async def fetching():
+        return [Progress("org/large", 3, None)]
+
     removed = []
 
     async def remove(name):
@@ -288,7 +290,7 @@ async def test_adapters_are_described_with_and_without_a_manifest():
         add=add,
         remove=remove,
         resolve=resolve,
-        fetching=lambda: arriving,
+        fetching=fetching,
         is_known=lambda name: name == "plain",
     )
     restricted = []

@@ -58,10 +58,23 @@ def tool_fields() -> dict[str, Schema]:
         "tools": items("Functions the model may call.", reference("Tool"), max_items=128),
         "tool_choice": {
             "description": "Whether it must.",
-            "anyOf": [{"type": "string", "enum": ["none", "auto", "required"]}, named],
+            "anyOf": [{"type": "string", "enum": ["none", "auto", "required"]}, named, _allowed_tools(named)],
         },
         "parallel_tool_calls": boolean("Whether several calls may be made at once; default true."),
     }
+
+
+def _allowed_tools(named: Schema) -> Schema:
+    among = record(
+        "Whether one must be called, and which may.",
+        {"mode": text("", choices=("auto", "required")), "tools": items("Some of `tools`.", named, min_items=1, max_items=128)},
+        required=("mode", "tools"),
+    )
+    return record(
+        "A choice among some.",
+        {"type": text("", choices=("allowed_tools",)), "allowed_tools": among},
+        required=("type", "allowed_tools"),
+    )
 
 
 def _function() -> Schema:

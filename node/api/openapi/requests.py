@@ -12,6 +12,7 @@ from node.api.openapi.shapes import Schema, boolean, integer, items, number, opt
 _MAX_TOKENS = (1 << 31) - 1
 _MAX_SEED = (1 << 63) - 1
 _NAME_CHARS = 1024
+_SINGLE = (("adapter_id", "LoRAX"), ("lora_path", "SGLang"))
 
 
 def request_schemas(limits: Limits) -> dict[str, Schema]:
@@ -142,6 +143,11 @@ def _completion(limits: Limits) -> Schema:
             "prompt": _prompts(limits),
             "echo": optional(boolean("The prompt before the answer; with `logprobs` 0 its tokens are scored too.")),
             "max_tokens": optional(integer("Tokens of each answer at most; default 16.", 1, _MAX_TOKENS)),
+            "best_of": optional(
+                integer(
+                    "Answers made for each prompt, of which the `n` likeliest are given; not streamed.", 1, limits.max_choices
+                )
+            ),
             "logprobs": optional(integer("Alternatives for each token.", 0, limits.max_logprobs)),
             "stop": _stop(limits),
             **_choices(limits),
@@ -180,7 +186,14 @@ def _merge_options() -> dict[str, Schema]:
 
 def _adapters(limits: Limits) -> dict[str, Schema]:
     listed = items("Adapters of the base model, instead of one in `model`.", reference("AdapterTerm"), min_items=1)
-    return {"adapters": optional(listed | {"maxItems": limits.max_terms}), **_merge_options()}
+    return {
+        "adapters": optional(listed | {"maxItems": limits.max_terms}),
+        **optionals(
+            {key: text(f"One adapter of the base model, as {server} says it.", max_chars=_NAME_CHARS) for key, server in _SINGLE}
+        ),
+        "merged_adapters": optional(reference("MergedAdapters")),
+        **_merge_options(),
+    }
 
 
 def _prompts(limits: Limits) -> Schema:
@@ -211,25 +224,29 @@ def _embedding(limits: Limits) -> Schema:
                     **_source_fields(),
                 }
             ),
+            "parameters": optional(_lorax_adapters()),
             **_adapters(limits),
         },
         required=("model", "input"),
     )
 
 
-def _embed(limits: Limits) -> Schema:
-    parameters = record(
-        "All optional.",
+def _lorax_adapters() -> Schema:
+    return record(
+        "LoRAX's spelling of the adapters. All optional.",
         {
             **optionals({"adapter_id": _adapter_name("An adapter."), **_source_fields()}),
             "merged_adapters": optional(reference("MergedAdapters")),
         },
     )
+
+
+def _embed(limits: Limits) -> Schema:
     return record(
         "LoRAX's embedding request.",
         {
             "inputs": text("The text.", min_chars=1, max_chars=limits.max_text_chars),
-            "parameters": optional(parameters),
+            "parameters": optional(_lorax_adapters()),
         },
         required=("inputs",),
     )
@@ -286,8 +303,12 @@ def _lorax(limits: Limits) -> Schema:
                     "details": boolean("Tokens, counts and the finish reason."),
                     "decoder_input_details": boolean("Also the prompt's tokens; not while streaming."),
                     "return_k_alternatives": integer("Alternatives for each token.", 0, limits.max_logprobs),
-                    "seed": integer("The same seed draws the same tokens.", -_MAX_SEED - 1, _MAX_SEED),
-                    "best_of": integer("Only 1.", 1, 1),
+                    "seed": integer("The same seed draws the same tokens.", -_MAX_SEED - 1, (1 << 64) - 1),
+                    "best_of": integer(
+                        "So many answers are made and paid for, the likeliest is given; drawn, without seed or stream.",
+                        1,
+                        limits.max_choices,
+                    ),
                 }
             ),
             "merged_adapters": optional(reference("MergedAdapters")),
