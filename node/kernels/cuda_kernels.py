@@ -127,13 +127,8 @@ class CudaKernels(Kernels[Product, DeviceRows]):
     ) -> None:
         """The product and the shrink in one launch. Its v has other bits than the shrink of longer steps."""
         partial = torch.empty((self._ops.shrink_chunks(x.shape[1]), *v.shape), dtype=torch.float32, device=x.device)
-<<<<<<< HEAD
-        self._ops.skinny_gemm_shrink(x, weight, rows.tiles, fields, partial, self._arrivals_of(v.shape[0]), v, y, self._follow)
-=======
         arrivals = self._arrivals_of(v.shape[0] * v.shape[1])
         self._ops.skinny_gemm_shrink(x, weight, rows.tiles, fields, partial, arrivals, v, y, self._follow)
-        return y
->>>>>>> main
 
     def _arrivals_of(self, count: int) -> Tensor:
         """Zeros that every launch leaves zero, shared by all of a stream: each touches them after those before it have ended.
