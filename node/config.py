@@ -117,6 +117,7 @@ class StoreSettings(_Section):
     url: str  # "s3://bucket/prefix", "gs://bucket", "az://container", "https://host/path"
     options: dict[str, str] = {}  # obstore's names: region, endpoint, allow_http, ...; credentials come from the environment
     allow_private: bool = False  # a web server whose address is not on the public internet, or without TLS
+    tenants: tuple[str, ...] = ()  # for whom the adapters below it exist; nobody named: for everybody
 
 
 class AdapterSettings(_Section):

@@ -55,6 +55,9 @@ def compared(rounds: list[Round]) -> dict[str, Any]:
         round(float(np.quantile(r.beside.ttft_s, 0.99) / np.quantile(r.alone.ttft_s, 0.99)), 3) for r in rounds
     ]
     row["steps_per_token_ratio"] = _ratio([(r.beside.steps / r.beside.tokens) / (r.alone.steps / r.alone.tokens) for r in rounds])
+    row["engine_cpu_per_step_ratio"] = _ratio(
+        [(r.beside.cpu_s["engine"] / r.beside.steps) / (r.alone.cpu_s["engine"] / r.alone.steps) for r in rounds]
+    )
     for name in rounds[0].beside.cpu_s:
         sides = [
             [getattr(r, side).cpu_s.get(name, 0.0) / getattr(r, side).tokens for r in rounds] for side in ("alone", "beside")

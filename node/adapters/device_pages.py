@@ -62,7 +62,8 @@ class Fences:
 class CudaArrival:
     """One adapter's copies."""
 
-    def __init__(self, event: torch.cuda.Event, compute: torch.cuda.Stream) -> None:
+    def __init__(self, begin: torch.cuda.Event, event: torch.cuda.Event, compute: torch.cuda.Stream) -> None:
+        self._begin = begin
         self._event = event
         self._compute = compute
         self._is_joined = False
@@ -74,6 +75,9 @@ class CudaArrival:
         if not self._is_joined:
             self._compute.wait_event(self._event)
             self._is_joined = True
+
+    def seconds(self) -> float:
+        return float(self._begin.elapsed_time(self._event)) / 1e3
 
 
 class CudaPages:
@@ -131,18 +135,19 @@ class CudaPages:
     def send(self, place: Place, sources: Sequence[Tensor], file: FilePlan, side: SideTensors | None) -> CudaArrival:
         """Start to copy an adapter into its place, tables included. See `DevicePages`."""
         columns = self._write_columns(place.slot, file)
+        begin, event = _new_timer(), _new_timer()
         with torch.cuda.stream(self._copies):
             self._fences.guard(self._copies, place.fence)
+            begin.record(self._copies)
             for page, source in zip(place.pages, sources, strict=False):  # the place may have pages for its side tensors
                 self.tensors.pages[page, : file.extent].copy_(source[: file.extent], non_blocking=True)
             self._landing[place.slot].copy_(columns, non_blocking=True)
             self._tables[:, :, place.slot].copy_(self._landing[place.slot])
             if side is not None:
                 self.tensors.sides[place.slot] = self._move(side)
-            event = _new_event()
             event.record(self._copies)
         self._slot_pages[place.slot, : len(sources)] = place.pages[: len(sources)]
-        return CudaArrival(event, self._compute)
+        return CudaArrival(begin, event, self._compute)
 
     def _write_columns(self, slot: int, file: FilePlan) -> Tensor:
         """[2, M] int32, page-locked: a slot's ranks, and its scales' bits."""
@@ -170,6 +175,10 @@ class CudaPages:
 
 def _new_event() -> torch.cuda.Event:
     return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+def _new_timer() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _is_reached(event: torch.cuda.Event) -> bool:

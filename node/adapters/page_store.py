@@ -35,6 +35,10 @@ class Arrival(Protocol):
     def join(self) -> None:
         """Let all work that is launched from now on wait, on the device, until every byte is there."""
 
+    def seconds(self) -> float:
+        """How long the bytes took, once they are there."""
+        ...
+
 
 class PageStore(Protocol):
     """Pages and tables that kernels read. Used by the step loop only, and never waits."""

@@ -16,12 +16,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from node.adapters.charges import Charges
+from node.adapters.copies import Copies
 from node.adapters.file_plan import FilePlan
 from node.adapters.host_arena import HostArena, Staged
 from node.adapters.load_failures import LoadFailures
 from node.adapters.loader import AdapterLoader, AdapterPlan, Failed, Filled, Inspected
 from node.adapters.page_filler import Page
-from node.adapters.page_store import Arrival, DevicePages, HostPages
+from node.adapters.page_store import DevicePages, HostPages
 from node.adapters.residency import LOADING, READY, Residency
 from node.adapters.tier import Place, Tier
 from node.adapters.wishes import Wishes
@@ -62,7 +63,7 @@ class AdapterPool:
         self._tier = Tier(int(pages.shape[0]) - store.first_page, int(ranks.shape[1]), store.first_page)
         self._resident: set[str] = set()  # of the tier: those a batch may name
         self._files: dict[str, FilePlan] = {}  # of those
-        self._arrivals: dict[str, Arrival] = {}  # of those: still being copied
+        self._copies = Copies(clock)  # of those: on their way
         self._marks: dict[str, int] = {}  # of those: after their last step
         self._filling: set[str] = set()
         self._inspecting: set[str] = set()
@@ -123,7 +124,7 @@ class AdapterPool:
     @property
     def is_loading(self) -> bool:
         """Whether the loader has anything of ours, or a copy is under way."""
-        return bool(self._inspecting or self._filling or self._arrivals)
+        return bool(self._inspecting or self._filling or len(self._copies))
 
     def slot_of(self, adapter_id: str) -> int:
         """Slot of a resident adapter."""
@@ -198,9 +199,7 @@ class AdapterPool:
         self._running_count += 1
         for term in terms:
             self._tier.pin(term.adapter_id)
-            arrival = self._arrivals.get(term.adapter_id)
-            if arrival is not None:
-                arrival.join()
+            self._copies.join(term.adapter_id)
 
     def unpin(self, terms: Sequence[AdapterTerm]) -> None:
         """That sequence runs no more."""
@@ -252,8 +251,11 @@ class AdapterPool:
         self._plans.pop(adapter_id, None)
 
     def _can_run(self, adapter_id: str) -> bool:
-        """A step that names an adapter on its way waits for it, everybody else in that step too: only while nobody runs."""
-        return adapter_id in self._resident and (adapter_id not in self._arrivals or not self._running_count)
+        """A step that names an adapter on its way waits for it, everybody else in that step too: only while nobody runs, or
+        where there will be nothing left to wait for."""
+        if adapter_id not in self._resident:
+            return False
+        return adapter_id not in self._copies or not self._running_count or self._copies.is_hidden(adapter_id)
 
     # ---- loading
 
@@ -311,16 +313,16 @@ class AdapterPool:
         if place is None or self._arena is None:
             return
         sources = self._arena.lend(adapter_id)
-        self._arrivals[adapter_id] = self._device.send(place, sources, staged.file, staged.side)
+        byte_count = len(sources) * staged.file.extent * self._page_bytes // self._layout.page_elements
+        self._copies.add(adapter_id, self._device.send(place, sources, staged.file, staged.side), byte_count)
         self._resident.add(adapter_id)
         self._files[adapter_id] = staged.file
         self.loads_total += 1
-        self.sent_bytes_total += len(sources) * staged.file.extent * self._page_bytes // self._layout.page_elements
+        self.sent_bytes_total += byte_count
 
     def _settle(self) -> None:
         """Copies that are done keep nobody any more."""
-        for adapter_id in [adapter_id for adapter_id, arrival in self._arrivals.items() if arrival.is_done()]:
-            del self._arrivals[adapter_id]
+        for adapter_id in self._copies.begin_step():
             self._tier.unpin(adapter_id)
             if self._arena is not None:
                 self._arena.release(adapter_id)

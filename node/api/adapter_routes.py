@@ -7,6 +7,7 @@ Sources: vLLM 0.33 `entrypoints/serve/lora`, SGLang 0.5.23 `entrypoints/http_ser
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from aiohttp import web
@@ -16,7 +17,7 @@ from node.api.answering import TENANT, Answering
 from node.api.body import read_json
 from node.api.doors import Catalog, CatalogEntry, Engine
 from node.api.fields import Fields
-from node.errors import NodeError, RequestError
+from node.errors import NodeError, OverloadedError, RequestError
 from node.request import AdapterTerm
 
 _MAX_NAME_CHARS = 1024
@@ -87,9 +88,10 @@ class AdapterRoutes:
             replaces=replaces,
             sees=tenancy.sees(tenant),
         )
-        if before is not None and before.adapter_id != entry.adapter_id:
-            self._engine.evict(before.adapter_id)
-        self._engine.prefetch(AdapterTerm(entry.adapter_id, str(entry.directory), 1.0))
+        with suppress(OverloadedError):  # the name is given; a full command queue only means that its first request loads it
+            if before is not None and before.adapter_id != entry.adapter_id:
+                self._engine.evict(before.adapter_id)
+            self._engine.prefetch(AdapterTerm(entry.adapter_id, str(entry.directory), 1.0))
         return entry
 
     async def _unload(self, request: web.Request, fields: Fields) -> str:
@@ -102,7 +104,8 @@ class AdapterRoutes:
         # Other tenants may use the same adapter under a name that everybody has: one tenant's unload must not cost them a load.
         left = self._catalog.entries(tenancy.sees(tenant), owner)
         if not owner or (was_own and all(other.adapter_id != entry.adapter_id for other in left)):
-            self._engine.evict(entry.adapter_id)
+            with suppress(OverloadedError):  # the name is taken back; what nobody uses leaves memory by itself, only later
+                self._engine.evict(entry.adapter_id)
         return name
 
     def _outcome(self, request: web.Request, error: NodeError | None) -> web.Response:

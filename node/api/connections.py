@@ -14,6 +14,7 @@ from node.api.errors import openai_body
 from node.api.turnstile import KNOWN, NEW, Turnstile
 from node.errors import RequestError
 
+_BACKLOG = 1024  # connections that wait to be accepted; one that finds no room there tries again after a whole second
 _REFUSAL = (
     b"HTTP/1.1 429 Too Many Requests\r\nConnection: close\r\nRetry-After: 1\r\n"
     b"Content-Type: text/plain\r\nContent-Length: 38\r\n\r\ntoo many connections from this address"
@@ -86,7 +87,7 @@ class BoundedSite(web.BaseSite):
         turnstile: Turnstile,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(runner)
+        super().__init__(runner, backlog=_BACKLOG)
         self._options: dict[str, Any] = {"access_log": None, **(options or {})}
         self._host = host
         self._port = port

@@ -72,7 +72,9 @@ def answer_errors(metrics: NodeMetrics, logger: structlog.typing.FilteringBoundL
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         started_s = clock()
-        metrics.lorax_requests.inc()
+        is_asked = request.method == "POST"  # LoRAX counts what it is asked to do, and no probe or scrape
+        if is_asked:
+            metrics.lorax_requests.inc()
         error: NodeError | None = None
         try:
             response = await handler(request)
@@ -88,8 +90,9 @@ def answer_errors(metrics: NodeMetrics, logger: structlog.typing.FilteringBoundL
             error = NodeError("the node made a mistake; the request id below finds it in the node's log")
         if error is not None:
             response = _answer(request, error)
-            metrics.lorax_failure.labels(meaning_of(error).lorax_type).inc()
-        elif response.status < 400:
+            if is_asked:
+                metrics.lorax_failure.labels(meaning_of(error).lorax_type).inc()
+        elif is_asked and response.status < 400:
             metrics.lorax_success.inc()
         if not response.prepared:
             response.headers["x-request-id"] = request[REQUEST_ID]

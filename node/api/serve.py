@@ -189,6 +189,10 @@ class RequestPath:
         metrics.output_tokens.inc(exchange.output_token_count)
         metrics.request_seconds.observe(now_s - started_s)
         metrics.lorax_seconds.observe(now_s - started_s)
+        metrics.lorax_validation.observe(exchange.started_s - started_s)
+        metrics.lorax_inference.observe(now_s - exchange.started_s)
+        metrics.lorax_token_seconds.observe((now_s - exchange.started_s) / max(1, exchange.output_token_count))
+        metrics.lorax_budget.observe(exchange.opening.max_output_tokens)
         metrics.lorax_input.observe(exchange.prompt_token_count)
         metrics.lorax_output.observe(exchange.output_token_count)
         if exchange.first_token_s is not None:

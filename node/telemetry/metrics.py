@@ -37,6 +37,14 @@ class NodeMetrics:
         self.lorax_success = counter("lorax_request_success", "Answered requests, LoRAX's name", is_exact=True)
         self.lorax_failure = counter("lorax_request_failure", "Failed requests, LoRAX's name", ("err",), is_exact=True)
         self.lorax_seconds = histogram("lorax_request_duration", "Seconds, LoRAX's name", _LORAX_SECONDS)
+        self.lorax_validation = histogram(
+            "lorax_request_validation_duration", "Seconds until admitted, LoRAX's name", _LORAX_SECONDS
+        )
+        self.lorax_inference = histogram("lorax_request_inference_duration", "Seconds from then on, LoRAX's name", _LORAX_SECONDS)
+        self.lorax_token_seconds = histogram(
+            "lorax_request_mean_time_per_token_duration", "Seconds a token, LoRAX's name", _LORAX_SECONDS
+        )
+        self.lorax_budget = histogram("lorax_request_max_new_tokens", "Output tokens at most, LoRAX's name", _token_bounds())
         self.lorax_input = histogram("lorax_request_input_length", "Prompt tokens, LoRAX's name", _token_bounds())
         self.lorax_output = histogram("lorax_request_generated_tokens", "Output tokens, LoRAX's name", _token_bounds())
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from node.adapters.entry import NameFilter
-from node.config import TenantSettings
+from node.config import StoreSettings, TenantSettings
 from node.settlement.ledger import Ledger
 from node.tenancy.door import Door
 from node.tenancy.meter import Meter, Usage
+from node.tenancy.private_adapters import StoreRules
 from node.tenancy.store import TenantStore
 from node.tenancy.tenant import ANONYMOUS
 
@@ -23,13 +24,14 @@ class Tenancy:
     store: TenantStore
     door: Door
     meter: Meter
+    store_rules: StoreRules = field(default_factory=lambda: StoreRules(()))
 
     def sees(self, tenant: str) -> NameFilter:
         """Which adapter names exist for a tenant."""
 
         def is_visible(name: str) -> bool:
             private = self.store.private_adapter(name)
-            return private is None or private.admits(tenant)
+            return (private is None or private.admits(tenant)) and self.store_rules.admits(name, tenant)
 
         return is_visible
 
@@ -43,13 +45,14 @@ class Tenancy:
 
     def is_public(self, name: str) -> bool:
         """Whether everybody may know of an adapter name."""
-        return self.store.private_adapter(name) is None
+        return self.store.private_adapter(name) is None and self.store_rules.admits(name, None)
 
 
 async def open_tenancy(
     ledger: Ledger,
     settings: TenantSettings,
     key_lines: Sequence[tuple[str, str]],
+    stores: Sequence[StoreSettings] = (),
     *,
     clock: Callable[[], float] = time.monotonic,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
@@ -58,8 +61,10 @@ async def open_tenancy(
 
     Args:
         key_lines: From `read_key_file`; none where there is no such file.
+        stores: Places outside the hub, some of them for some tenants alone.
 
     Raises:
+        ConfigError: A store names a tenant that cannot be.
         LedgerError: The ledger does not answer.
     """
 
@@ -79,4 +84,4 @@ async def open_tenancy(
             usage.tokens_per_day += row.tokens
             usage.wei_per_day += row.wei
     meter = Meter(clock, now, lambda tenant: sums.get(ledger.tenant_digest(tenant)))
-    return Tenancy(store, Door(store, settings, clock, clock_ms), meter)
+    return Tenancy(store, Door(store, settings, clock, clock_ms), meter, StoreRules(stores))

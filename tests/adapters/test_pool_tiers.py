@@ -105,6 +105,9 @@ class Arrival:
     def join(self):
         self.device.compute.append(("wait", self))
 
+    def seconds(self):
+        return 1e-9
+
 
 class Device:
     """Two streams whose work is done when the test says so."""
@@ -287,7 +290,7 @@ class Bench:
     """A pool whose loader and device obey at once."""
 
     def __init__(self):
-        machine = Tiers()
+        machine = self.machine = Tiers()
         self.loader, self.device, self.arena, self.pool = machine.loader, machine.device, machine.arena, machine.pool
 
     def step(self, *recipes):
@@ -324,6 +327,20 @@ def test_running_sequences_do_not_wait_for_anothers_copy(bench):
     assert bench.step([TERMS[0]]) == [ResidencyState.READY]
     bench.pool.pin([TERMS[0]])
     assert "wait" not in [kind for kind, _ in bench.device.compute]
+
+
+def test_running_sequences_may_name_an_adapter_that_arrives_before_their_step_begins(bench):
+    bench.pool.pin([])  # a sequence without adapters runs
+    bench.stage(TERMS[0], TERMS[1])
+    assert bench.step([TERMS[0]]) == [ResidencyState.LOADING]
+    bench.device.copy_one()
+    states = []
+    for _ in range(6):  # steps are longer than a copy, which was seen now
+        bench.machine.now_s += 1.0
+        states = [*states, *bench.step([TERMS[1]] if len(states) > 3 else [TERMS[0]])]
+    assert states[4:] == [ResidencyState.LOADING, ResidencyState.READY]
+    bench.pool.pin([TERMS[1]])
+    assert "wait" in [kind for kind, _ in bench.device.compute]
 
 
 def test_adapter_that_left_the_device_comes_back_without_its_files(bench):

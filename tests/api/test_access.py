@@ -133,6 +133,8 @@ async def test_metrics_speak_three_dialects(bench, client):
     )
     await client.post("/v1/chat/completions", json=CHAT)
     await client.post("/v1/chat/completions", json={})
+    for path in ("/health", "/v1/models", "/nowhere"):
+        await client.get(path)
     text = await (await client.get("/metrics")).text()
     lines = text.splitlines()
     assert "vllm:num_requests_running 2.0" in lines
@@ -142,7 +144,9 @@ async def test_metrics_speak_three_dialects(bench, client):
     assert len(info) == 1
     assert 'max_lora="8"' in info[0]
     assert 'running_lora_adapters="alice"' in info[0]
-    assert "lorax_request_count 3.0" in lines
+    assert "lorax_request_count 2.0" in lines
+    for name in ("validation_duration", "inference_duration", "mean_time_per_token_duration", "max_new_tokens", "input_length"):
+        assert f"lorax_request_{name}_count 1.0" in lines
     assert "lorax_request_success 1.0" in lines
     assert 'lorax_request_failure{err="validation"} 1.0' in lines
     assert 'openlora_requests_total{outcome="ok",route="/v1/chat/completions"} 1.0' in lines

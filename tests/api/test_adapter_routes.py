@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from node.errors import OverloadedError
+
 
 async def test_load_gives_the_name_and_brings_the_adapter_into_memory(bench, client):
     answer = await client.post("/v1/load_lora_adapter", json={"lora_name": "poet", "lora_path": "alice"})
@@ -107,3 +109,14 @@ async def test_unload_of_a_name_that_was_not_found_again_since_a_restart_evicts_
 
     assert (answer.status, await answer.text()) == (200, "Success: LoRA adapter 'poet' removed successfully.")
     assert bench.engine.wishes == []
+
+
+async def test_full_command_queue_neither_fails_a_load_nor_an_unload(bench, client):
+    def refuse(*_):
+        raise OverloadedError("the engine's command queue is full")
+
+    bench.engine.prefetch = bench.engine.evict = refuse
+    loaded = await client.post("/v1/load_lora_adapter", json={"lora_name": "poet", "lora_path": "alice"})
+    unloaded = await client.post("/v1/unload_lora_adapter", json={"lora_name": "poet"})
+
+    assert (loaded.status, unloaded.status) == (200, 200)

@@ -1,0 +1,80 @@
+"""Adapters on their way from the host arena to a device, and whether a step that names one would have to wait for it.
+
+A step is planned while the one before it runs. A copy that began before that and takes less time than it is done when the planned
+step begins, so the step may name the adapter, and nobody waits. Both times are taken from what went before.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from node.adapters.page_store import Arrival
+
+SEEN_STEPS, SEEN_COPIES = 4, 8  # the shortest and the slowest of so many are what is counted on
+SHARE = 0.7  # of a step that copies may take to count as hidden behind it
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """One adapter's bytes, sent during step `step`."""
+
+    arrival: Arrival
+    byte_count: int
+    step: int
+
+
+class Copies:
+    """In the order they were sent, which is the order they arrive in.
+
+    Args:
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._copies: OrderedDict[str, _Copy] = OrderedDict()
+        self._step = 0
+        self._begun_s = clock()
+        self._steps_s: deque[float] = deque(maxlen=SEEN_STEPS)
+        self._byte_s: deque[float] = deque(maxlen=SEEN_COPIES)  # seconds a byte
+
+    def __len__(self) -> int:
+        return len(self._copies)
+
+    def __contains__(self, adapter_id: str) -> bool:
+        return adapter_id in self._copies
+
+    def begin_step(self) -> list[str]:
+        """The next step is planned from here on; returns the adapters that have arrived, which are forgotten."""
+        now_s = self._clock()
+        self._steps_s.append(now_s - self._begun_s)
+        self._begun_s = now_s
+        self._step += 1
+        done = [adapter_id for adapter_id, copy in self._copies.items() if copy.arrival.is_done()]
+        for adapter_id in done:
+            copy = self._copies.pop(adapter_id)
+            self._byte_s.append(copy.arrival.seconds() / max(1, copy.byte_count))
+        return done
+
+    def add(self, adapter_id: str, arrival: Arrival, byte_count: int) -> None:
+        """A copy was started."""
+        self._copies[adapter_id] = _Copy(arrival, byte_count, self._step)
+
+    def join(self, adapter_id: str) -> None:
+        """Work launched from now on waits for this adapter, on the device, if it is still on its way."""
+        copy = self._copies.get(adapter_id)
+        if copy is not None:
+            copy.arrival.join()
+
+    def is_hidden(self, adapter_id: str) -> bool:
+        """Whether this adapter will have arrived, as far as one can tell, when the step that is being planned begins."""
+        if self._copies[adapter_id].step == self._step or not self._byte_s:
+            return False
+        ahead = 0
+        for name, copy in self._copies.items():
+            ahead += copy.byte_count
+            if name == adapter_id:
+                break
+        return ahead * max(self._byte_s) <= SHARE * min(self._steps_s)

@@ -1,0 +1,95 @@
+"""Adapters on their way to a device."""
+
+import pytest
+
+from node.adapters.copies import SEEN_STEPS, SHARE, Copies
+
+
+class Arrival:
+    def __init__(self, seconds=1.0):
+        self.done, self.joins, self._seconds = False, 0, seconds
+
+    def is_done(self):
+        return self.done
+
+    def join(self):
+        self.joins += 1
+
+    def seconds(self):
+        return self._seconds
+
+
+class Bench:
+    """Copies of 100 bytes, and a clock that moves by a step's length."""
+
+    def __init__(self):
+        self.now_s = 0.0
+        self.copies = Copies(lambda: self.now_s)
+        self.arrivals = {}
+
+    def send(self, name, seconds=1.0):
+        self.arrivals[name] = Arrival(seconds)
+        self.copies.add(name, self.arrivals[name], 100)
+
+    def step(self, length_s, *done):
+        for name in done:
+            self.arrivals[name].done = True
+        self.now_s += length_s
+        return self.copies.begin_step()
+
+
+@pytest.fixture
+def bench():
+    """One copy was seen to take a second, and steps to take four."""
+    bench = Bench()
+    bench.send("seen")
+    for _ in range(SEEN_STEPS):
+        bench.step(4.0)
+    assert bench.step(4.0, "seen") == ["seen"]
+    return bench
+
+
+def test_copy_sent_for_this_step_is_not_hidden(bench):
+    bench.send("a")
+    assert not bench.copies.is_hidden("a")
+    bench.step(4.0)
+    assert bench.copies.is_hidden("a")
+
+
+def test_only_as_many_copies_are_hidden_as_fit_behind_a_step(bench):
+    for name in "abcd":
+        bench.send(name)
+    bench.step(4.0)
+    assert [bench.copies.is_hidden(name) for name in "abcd"] == [index + 1 <= 4 * SHARE for index in range(4)]
+    bench.step(4.0, "a", "b")
+    assert [bench.copies.is_hidden(name) for name in "cd"] == [True, True]
+
+
+def test_shortest_step_and_slowest_copy_are_counted_on(bench):
+    bench.send("a")
+    bench.step(1.0)
+    assert not bench.copies.is_hidden("a")
+    for _ in range(SEEN_STEPS):
+        bench.step(4.0)
+    assert bench.copies.is_hidden("a")
+    bench.send("slow", seconds=3.0)
+    bench.step(4.0, "slow")
+    assert not bench.copies.is_hidden("a")
+
+
+def test_nothing_is_hidden_before_a_copy_was_seen():
+    bench = Bench()
+    bench.send("a")
+    for _ in range(SEEN_STEPS):
+        bench.step(100.0)
+    assert not bench.copies.is_hidden("a")
+
+
+def test_join_waits_for_copies_under_way_only(bench):
+    bench.send("a")
+    bench.copies.join("a")
+    bench.copies.join("seen")
+    assert (bench.arrivals["a"].joins, bench.arrivals["seen"].joins) == (1, 0)
+    assert "a" in bench.copies
+    bench.step(1.0, "a")
+    assert len(bench.copies) == 0
