@@ -73,8 +73,19 @@ constexpr bool gemm_can_run(int64_t tokens, int64_t outputs, int64_t inputs) {
          outputs >= 8 && outputs % 8 == 0 && outputs < kLimit;
 }
 
-// Chunks of k that the shrink inside a GEMM cuts an item into.
-GEMM_ANYWHERE constexpr int gemm_shrink_chunks(int inputs) { return (inputs + kGemmShrinkColumns - 1) / kGemmShrinkColumns; }
+// Stages of one chunk of k, of which the shrink inside a GEMM makes at most 8 planes of v: a power of two.
+GEMM_ANYWHERE constexpr int gemm_shrink_stages(int inputs) {
+  int stages = 1;
+  while (stages * 8 * kGemmShrinkColumns < inputs) stages *= 2;
+  return stages;
+}
+
+// The planes of v; none for longer rows than these.
+GEMM_ANYWHERE constexpr int gemm_shrink_chunks(int inputs) {
+  if (inputs > 64 * kGemmShrinkColumns) return 0;
+  const int columns = gemm_shrink_stages(inputs) * kGemmShrinkColumns;
+  return (inputs + columns - 1) / columns;
+}
 
 // Stages that fit into `bytes` of shared memory, at least 2, at most 24.
 constexpr int gemm_stages_that_fit(SkinnyGemmPlan plan, int bytes) {
