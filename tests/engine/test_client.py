@@ -266,3 +266,13 @@ def test_engine_process_ends_with_its_parent(world, tmp_path, short_dir):
         return
     assert select.select([descriptor], [], [], TIMEOUT_S)[0]
     os.close(descriptor)
+
+
+async def test_start_removes_what_killed_processes_left_and_nothing_else(world, tmp_path, short_dir):
+    stray, living = short_dir / "engine-999999999-1", short_dir / f"engine-{os.getppid()}-1"
+    for directory in (stray, living):
+        directory.mkdir()
+    client = EngineClient(settings_for(world, tmp_path), short_dir)
+    await client.start()
+    await client.close()
+    assert list(short_dir.iterdir()) == [living]
