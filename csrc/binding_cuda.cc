@@ -93,15 +93,16 @@ openlora::LoraWork work_of(const Place& place, const Tensor& pages, const Tensor
   check(place, pages, "pages", 2, type);
   check(place, tiles, "tiles", 1, ScalarType::Int);
   check(place, ranks, "ranks", 2, ScalarType::Int);
-  check(place, v, "v", 3, ScalarType::Float);
+  check(place, v, "v", 4, ScalarType::Float);
+  STD_TORCH_CHECK(v.size(0) >= 1 && v.size(0) <= openlora::kMaxRankPlanes, "openlora: v has ", v.size(0), " planes, wanted 1 to 8");
   const int64_t count = static_cast<int64_t>(spans.size()) / kSpanFields;
   STD_TORCH_CHECK(spans.size() % kSpanFields == 0 && count >= 1 && count <= openlora::kMaxLoraSpans, "openlora: spans has ", spans.size(),
                   " fields, wanted 6 for each of 1 to 3 modules");
   STD_TORCH_CHECK(tile_rows >= 1 && tile_rows <= 64, "openlora: tile_rows is ", tile_rows, ", wanted 1 to 64");
   STD_TORCH_CHECK(tiles.size(0) >= openlora::kTileHeader, "openlora: tiles has ", tiles.size(0), " elements, fewer than its header");
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tiles.data_ptr()) % 16 == 0, "openlora: tiles is not 16-byte aligned");
-  check_size(v, "v", 1, count);
-  check_size(v, "v", 2, openlora::kPageRank);
+  check_size(v, "v", 2, count);
+  check_size(v, "v", 3, openlora::kPageRank);
   openlora::LoraWork work{};
   work.pages = pages.data_ptr();
   work.page_elements = pages.size(1);
@@ -109,6 +110,8 @@ openlora::LoraWork work_of(const Place& place, const Tensor& pages, const Tensor
   work.ranks = as<int32_t>(ranks);
   work.slots = as_int(ranks.size(1), "the number of slots");
   work.v = as<float>(v);
+  work.v_planes = static_cast<int>(v.size(0));
+  work.v_stride = v.stride(0);
   work.span_count = static_cast<int>(count);
   work.tile_rows = static_cast<int>(tile_rows);
   for (int64_t m = 0; m < count; ++m) {
@@ -137,6 +140,7 @@ void lora_shrink(const Tensor& x, const Tensor& pages, const Tensor& tiles, cons
   check_size(scales, "scales", 0, ranks.size(0));
   check_size(scales, "scales", 1, ranks.size(1));
   a.work.scales = as<float>(scales);
+  check_size(v, "v", 0, 1);
   a.follow = follow_of(follow, 2);
   check_launch(openlora::launch_lora_shrink(a, place.stream()), "lora_shrink");
 }
@@ -369,23 +373,16 @@ int64_t skinny_gemm_shrink_chunks(int64_t inputs) { return openlora::skinny_gemm
 
 // The same with the shrink of its own input in the launch.
 void skinny_gemm_shrink(const Tensor& x, const Tensor& weight, bool use_pdl, const Tensor& pages, const Tensor& tiles, const Tensor& ranks,
-                        const Tensor& scales, const Ints& spans, int64_t tile_rows, Tensor partial, Tensor arrivals, Tensor v, Tensor y) {
+                        const Tensor& scales, const Ints& spans, int64_t tile_rows, Tensor v, Tensor y) {
   const Place place(x);
   openlora::SkinnyGemmArgs a = skinny_gemm_args(place, x, weight, use_pdl, y);
   openlora::LoraWork work = work_of(place, pages, tiles, ranks, v, spans, tile_rows, ScalarType::BFloat16, x.size(1), weight.size(0));
   check(place, scales, "scales", 2, ScalarType::Float);
   check_size(scales, "scales", 0, ranks.size(0));
   check_size(scales, "scales", 1, ranks.size(1));
-  check(place, partial, "partial", 4, ScalarType::Float);
-  check_size(partial, "partial", 0, openlora::skinny_gemm_shrink_chunks(x.size(1)));
-  for (int64_t dim = 0; dim < 3; ++dim) check_size(partial, "partial", dim + 1, v.size(dim));
-  check(place, arrivals, "arrivals", 1, ScalarType::Int);
-  STD_TORCH_CHECK(arrivals.size(0) >= v.size(0) * v.size(1), "openlora: arrivals has ", arrivals.size(0), " counters, fewer than v has rows");
+  check_size(v, "v", 0, openlora::skinny_gemm_shrink_chunks(x.size(1)));
   work.scales = as<float>(scales);
   a.lora = &work;
-  a.lora_pairs = v.size(0);
-  a.lora_partial = as<float>(partial);
-  a.lora_arrivals = as<int32_t>(arrivals);
   check_launch(openlora::launch_skinny_gemm(a, place.stream()), "skinny_gemm_shrink");
 }
 
@@ -485,7 +482,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(openlora, m) {
   m.def("skinny_gemm(Tensor x, Tensor weight, bool use_pdl, Tensor(a!) y) -> ()");
   m.def(
       "skinny_gemm_shrink(Tensor x, Tensor weight, bool use_pdl, Tensor pages, Tensor tiles, Tensor ranks, Tensor scales, int[] spans, "
-      "int tile_rows, Tensor(a!) partial, Tensor(b!) arrivals, Tensor(c!) v, Tensor(d!) y) -> ()");
+      "int tile_rows, Tensor(a!) v, Tensor(b!) y) -> ()");
   m.def("skinny_gemm_silu_mul(Tensor x, Tensor weight, bool use_pdl, Tensor(a!) out) -> ()");
   m.def("skinny_gemm_shrink_chunks(int inputs) -> int");
   m.def("skinny_gemm_planes(int outputs, int inputs, int tokens) -> int");

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import random
@@ -95,12 +96,14 @@ async def open_node(settings: Settings) -> AsyncIterator[Node]:
     key_file = settings.server.api_keys_file
     key_lines = () if key_file is None else read_key_file(key_file)
     async with AsyncExitStack() as stack:
-        treasury = await stack.enter_async_context(open_treasury(settings, logger))
-        tenancy = await open_tenancy(treasury.ledger, settings.tenants, key_lines)
-        _check_keys(settings, tenancy)
         engine = EngineClient(settings, _private_directory(settings))
-        ready = await engine.start()
         stack.push_async_callback(engine.close)
+        starting = asyncio.create_task(engine.start(), name="engine-start")  # reads weights while keys and ledger are opened
+        stack.push_async_callback(_given_up, starting)
+        treasury = await stack.enter_async_context(open_treasury(settings, logger))
+        tenancy = await open_tenancy(treasury.ledger, settings.tenants, key_lines, settings.adapters.stores)
+        _check_keys(settings, tenancy)
+        ready = await starting
         names = GivenNames(treasury.ledger.transact)
         fetcher = FetchClient(settings, ready.linears, ready.base_id)
         await fetcher.start()
@@ -130,6 +133,12 @@ async def open_node(settings: Settings) -> AsyncIterator[Node]:
         gc.collect()
         gc.freeze()
         yield Node(settings, f"http://{settings.server.host}:{port}", admin_url, ready, treasury, catalog, engine)
+
+
+async def _given_up(task: asyncio.Task[Ready]) -> None:
+    """A start that nobody waits for any more is cancelled; how it ended was heard by who waited, or does not matter now."""
+    task.cancel()
+    await asyncio.wait([task])
 
 
 def _services(

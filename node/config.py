@@ -362,7 +362,7 @@ def _describe(error: ValidationError, prefix: str = "") -> str:
     return "; ".join(lines)
 
 
-_SOCKET_PATH_MAX = 90  # an AF_UNIX path holds 107 bytes; socket names take up to 17
+_SOCKET_PATH_MAX = 80  # an AF_UNIX path holds 107 bytes; socket names take up to 27
 
 
 def runtime_dir(settings: Settings) -> Path:

@@ -65,7 +65,12 @@ def adapter_operations(
         return {"name": adapter.name, "owner": owner, "allowed": sorted(adapter.allowed)}
 
     async def release(name: str) -> None:
-        await store.release_adapter(_spelled(name))
+        spelled = _spelled(name)
+        if store.private_adapter(spelled) is None:
+            raise AdapterNotFoundError(
+                f"{spelled} is not restricted; openlora-node adapters list shows whose each one is", param="name"
+            )
+        await store.release_adapter(spelled)
 
     async def show(name: str) -> dict[str, Any]:
         entry = await catalog.resolve(name)

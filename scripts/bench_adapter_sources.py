@@ -194,6 +194,7 @@ async def _paired(session: aiohttp.ClientSession, few: str, many: str, count: in
 
 def storm(args: argparse.Namespace) -> dict[str, Any]:
     """The hot load alone and beside the storm, in turns on one node; the hub is calm before each turn."""
+    begun_s = time.monotonic()
     with tempfile.TemporaryDirectory(dir=args.files) as scratch, ExitStack() as stack:
         (adapters := Path(scratch) / "adapters").mkdir()
         (Path(scratch) / "node").mkdir()
@@ -210,7 +211,11 @@ def storm(args: argparse.Namespace) -> dict[str, Any]:
         hot = stack.enter_context(closing(Helper(cores[0], "hot", host, str(HOT_CLIENTS))))
         cold = stack.enter_context(closing(Helper(cores[1], "cold", host)))
         hot.ask(seconds=args.warm_up_s, tokens=args.tokens, seed=0)
-        rounds = [_round(hot, cold, hub, url, pid, args, index) for index in range(args.rounds)]
+        start_s, rounds, round_s = time.monotonic() - begun_s, [], 0.0
+        while len(rounds) < args.rounds and (not args.within_s or time.monotonic() + 1.1 * round_s < begun_s + args.within_s):
+            round_s = -time.monotonic()
+            rounds.append(_round(hot, cold, hub, url, pid, args, len(rounds)))
+            round_s += time.monotonic()
     return {
         "row": "storm",
         "model": args.shape or BASE,
@@ -219,7 +224,8 @@ def storm(args: argparse.Namespace) -> dict[str, Any]:
         "latency_s": args.latency_s,
         "failure": args.failure,
         "shares_cores": not (args.engine_cores and args.client_cores),
-        "rounds": args.rounds,
+        "rounds": len(rounds),
+        "start_s": round(start_s, 1),
         "phase_s": [args.alone_s or args.phase_s, args.phase_s],
         "lead_s": LEAD_S,
         **compared(rounds),
@@ -274,6 +280,7 @@ def main() -> int:
     parser.add_argument("--latency-s", type=float, default=5.0)
     parser.add_argument("--failure", type=float, default=0.2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--within-s", type=float, help="begin no round that would end later than this after the start")
     parser.add_argument("--phase-s", type=float, default=5.0, help="hot load of each side of a round")
     parser.add_argument("--alone-s", type=float, help="the side alone, where it is to be shorter")
     parser.add_argument("--warm-up-s", type=float, default=3.0)

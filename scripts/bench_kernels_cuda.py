@@ -139,7 +139,7 @@ class Layer:
     def __init__(
         self, adapters: Adapters, draw: Draw | None, rows: int, *, tile_rows: int, y_type: torch.dtype = torch.float32
     ) -> None:
-        self.adapters, self.draw, self.rows = adapters, draw, rows
+        self.adapters, self.draw, self.rows, self.tile_rows = adapters, draw, rows, tile_rows
         ranks = [16] if draw is None else [draw.ranks[i % len(draw.ranks)] for i in range(max(draw.adapters, 64))]
         if sum(adapters.layout.pages_for_rank(rank) for rank in ranks) > PAGES:
             ranks = ranks[: draw.adapters]  # type: ignore[union-attr]
@@ -158,8 +158,7 @@ class Layer:
                 self.tiles.append(DeviceTiles(torch.from_numpy(block.data).cuda(), tile_rows))
                 pairs = max(pairs, block.pair_count)
             self.used_ranks = sum(ranks[slot] for slot in set(slots))
-        self.v = {name: torch.randn(pairs, len(parts), 16, device="cuda") for name, (_, parts) in LINEARS.items()}
-        self.arrivals = torch.zeros(3 * pairs, dtype=torch.int32, device="cuda")
+        self.v = {name: self._ranks(name, pairs) for name in LINEARS}
         bf16 = {"dtype": torch.bfloat16, "device": "cuda"}
         self.x = {name: torch.randn(rows, inputs, **bf16) for name, (inputs, _) in LINEARS.items()}
         self.y = {name: self._planes(name, y_type) for name in LINEARS}
@@ -178,10 +177,15 @@ class Layer:
         planes = max(1, self.ops.skinny_gemm_planes(outputs, inputs, self.rows)) if y_type == torch.float32 else 1
         return torch.randn(planes, self.rows, outputs, device="cuda").to(y_type)
 
+    def _ranks(self, name: str, pairs: int) -> Tensor:
+        inputs, parts = LINEARS[name]
+        has_planes = self.tile_rows <= 16 and self.ops.skinny_gemm_planes(HIDDEN, HIDDEN, self.rows) > 0
+        return torch.randn(self.ops.shrink_chunks(inputs) if has_planes else 1, pairs, len(parts), 16, device="cuda")
+
     def shrink(self, name: str, follow: Follow) -> list[Callable[[], None]]:
         def call(layer: int, tiles: DeviceTiles) -> Callable[[], None]:
             spans = self.adapters.spans(layer, name)
-            return lambda: self.ops.lora_shrink(self.x[name], tiles, spans, self.v[name], follow)
+            return lambda: self.ops.lora_shrink(self.x[name], tiles, spans, self.v[name][:1], follow)
 
         return [call(layer, tiles) for tiles in self.tiles for layer in range(LAYERS)]
 
@@ -211,16 +215,14 @@ class Layer:
 
     def linear(self, name: str, weights: dict[str, list[Tensor]]) -> list[Callable[[], None]]:
         """The skinny GEMM of each layer, with the shrink in its launch where there are adapters."""
-        inputs, _ = LINEARS[name]
         x, y, v = self.x[name], self.y[name], self.v[name]
-        partial = torch.empty(self.ops.shrink_chunks(inputs), *v.shape, device="cuda")
 
         def call(layer: int, tiles: DeviceTiles | None) -> Callable[[], None]:
             weight = weights[name][layer]
             if tiles is None:
                 return lambda: self.ops.skinny_gemm(x, weight, y)
             spans = self.adapters.spans(layer, name)
-            return lambda: self.ops.skinny_gemm_shrink(x, weight, tiles, spans, partial, self.arrivals, v, y)
+            return lambda: self.ops.skinny_gemm_shrink(x, weight, tiles, spans, v, y)
 
         return [call(layer, tiles) for tiles in (self.tiles or [None]) for layer in range(LAYERS)]
 

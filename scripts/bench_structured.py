@@ -9,7 +9,8 @@ of ten fields whose list is too long to end before the last token. Once all rows
 other one first in the next turn: the two steps of a pair are milliseconds apart, and what else the machine does slows both. A
 round's figure is the median of its pairs' ratios; `ratio` is the median of the rounds, `ratio_95` the range of order statistics
 that covers it with >= 95 %. Where steps overlap on a device (the runner works ahead), pairs of whole runs take the place of pairs
-of steps, and a run's step time is the median over its steps in which every row decoded.
+of steps, and a run's step time is the median over its steps in which every row decoded. `cpu_ratio` is the same of the processor
+time of all threads: it hardly knows what else runs, but counts threads that wait for one another.
 
 `added_ms` is the CPU time of drawing and of advancing grammars beyond the free side's, a step; `compile_ms` the schema's first
 compilation. Row structured is greedy with one schema for all, -distinct has a schema for each sequence, -sampled has temperature
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,15 +114,15 @@ class Side:
                 Submit(sequence_id=name, tenant="bench", prompt_ids=prompt, terms=(), sampling=sampling, grammar=text)
             )
 
-    def step(self) -> tuple[float, bool]:
-        """Seconds of one step, and whether every row drew a token in it."""
-        started_s = time.perf_counter()
+    def step(self) -> tuple[tuple[float, float], bool]:
+        """Seconds of one step on the clock and of the process, and whether every row drew a token in it."""
+        started_s, started_cpu_s = time.perf_counter(), time.process_time()
         events, _ = self.engine.step()
-        elapsed_s = time.perf_counter() - started_s
+        elapsed = time.perf_counter() - started_s, time.process_time() - started_cpu_s
         failed = [event for event in events if event.finish_reason == "error"]
         if failed:
             raise SystemExit(f"the engine failed: {failed[0].error_message}")
-        return elapsed_s, sum(len(event.tokens) for event in events) == len(self.texts)
+        return elapsed, sum(len(event.tokens) for event in events) == len(self.texts)
 
     def until_all_decode(self) -> None:
         """Compute the prompts."""
@@ -134,36 +135,50 @@ class Side:
         steps = []
         while self.engine.has_work:
             steps.append(self.step())
-        return statistics.median([elapsed_s for elapsed_s, is_full in steps if is_full][1:]) * 1000
+        return statistics.median([elapsed_s for (elapsed_s, _), is_full in steps if is_full][1:]) * 1000
 
     def take_ms(self) -> float:
         return sum(clock.take_ms() for clock in self.clocks)
 
 
-def round_of_steps(free: Side, bound: Side, run_id: str) -> tuple[float, float, float]:
-    """One batch on each engine, step by step in turns: the median ratio, and each side's median milliseconds."""
+@dataclass(frozen=True)
+class Round:
+    """The median ratio of the pairs, of their processor time where it was counted, and each side's median milliseconds."""
+
+    ratio: float
+    plain_ms: float
+    schema_ms: float
+    cpu_ratio: float | None = None
+
+
+def round_of_steps(free: Side, bound: Side, run_id: str) -> Round:
+    """One batch on each engine, step by step in turns."""
     for side in (free, bound):
         side.add(run_id)
         side.until_all_decode()
-    times: dict[Side, list[float]] = {free: [], bound: []}
+    times: dict[Side, list[tuple[float, float] | None]] = {free: [], bound: []}
     turn = 0
     while free.engine.has_work and bound.engine.has_work:
         for side in (free, bound) if turn % 2 == 0 else (bound, free):
-            elapsed_s, is_full = side.step()
-            times[side].append(elapsed_s if is_full else math.nan)
+            elapsed, is_full = side.step()
+            times[side].append(elapsed if is_full else None)
         turn += 1
     for side in (free, bound):
         while side.engine.has_work:
             side.step()
-    pairs = [(a, b) for a, b in zip(times[free], times[bound], strict=True) if not math.isnan(a + b)]
-    ratio = statistics.median(b / a for a, b in pairs)
-    return ratio, statistics.median(a for a, _ in pairs) * 1000, statistics.median(b for _, b in pairs) * 1000
+    pairs = [(a, b) for a, b in zip(times[free], times[bound], strict=True) if a is not None and b is not None]
+    return Round(
+        statistics.median(b[0] / a[0] for a, b in pairs),
+        statistics.median(a[0] for a, _ in pairs) * 1000,
+        statistics.median(b[0] for _, b in pairs) * 1000,
+        statistics.median(b[1] / a[1] for a, b in pairs),
+    )
 
 
-def round_of_runs(free: Side, bound: Side, run_id: str, *, is_odd: bool) -> tuple[float, float, float]:
+def round_of_runs(free: Side, bound: Side, run_id: str, *, is_odd: bool) -> Round:
     """One batch on each engine, one after the other."""
     found = {side: side.run(run_id) for side in ((bound, free) if is_odd else (free, bound))}
-    return found[bound] / found[free], found[free], found[bound]
+    return Round(found[bound] / found[free], found[free], found[bound])
 
 
 def interval(ratios: list[float]) -> tuple[float, float]:
@@ -173,6 +188,14 @@ def interval(ratios: list[float]) -> tuple[float, float]:
     while sum(math.comb(count, k) for k in range(below + 1)) / 2**count <= 0.025:
         below += 1
     return ratios[max(0, below - 1)], ratios[count - max(1, below)]
+
+
+def figures(name: str, ratios: list[float]) -> dict[str, Any]:
+    """The median and its range, where there is one."""
+    if not ratios:
+        return {}
+    low, high = interval(ratios)
+    return {name: round(statistics.median(ratios), 4), f"{name}_95": [round(low, 4), round(high, 4)]}
 
 
 ROWS = {
@@ -188,7 +211,7 @@ def measure(args: argparse.Namespace, engines: tuple[Engine, Engine], batch: int
     free = Side(engines[0], [None] * batch, args, temperature)
     bound = Side(engines[1], texts, args, temperature)
     is_ahead = engines[0]._runner.is_ahead
-    rounds: list[tuple[float, float, float]] = []
+    rounds: list[Round] = []
     added: list[float] = []
     for index in range(args.rounds + 1):
         name = f"{batch}-{row}-{index}"
@@ -197,19 +220,19 @@ def measure(args: argparse.Namespace, engines: tuple[Engine, Engine], batch: int
         if index:  # the first warms caches and automata up
             rounds.append(found)
             added.append(extra_ms)
-    ratios = [ratio for ratio, _, _ in rounds]
-    low, high = interval(ratios)
+    plain_ms = [item.plain_ms for item in rounds]
+    cpu_ratios = [item.cpu_ratio for item in rounds if item.cpu_ratio is not None]
     return {
         "row": row,
         "batch": batch,
         "rounds": args.rounds,
         "pairs_of": "runs" if is_ahead else "steps",
-        "plain_step_ms": round(statistics.median(plain for _, plain, _ in rounds), 3),
-        "schema_step_ms": round(statistics.median(schema for _, _, schema in rounds), 3),
-        "ratio": round(statistics.median(ratios), 4),
-        "ratio_95": [round(low, 4), round(high, 4)],
+        "plain_step_ms": round(statistics.median(plain_ms), 3),
+        "schema_step_ms": round(statistics.median(item.schema_ms for item in rounds), 3),
+        **figures("ratio", [item.ratio for item in rounds]),
+        **figures("cpu_ratio", cpu_ratios),
         "added_ms": round(statistics.median(added), 3),
-        "added_share": round(statistics.median(added) / min(plain for _, plain, _ in rounds), 4),
+        "added_share": round(statistics.median(added) / min(plain_ms), 4),
         "model": engines[0].ready.model_id,
         "dtype": engines[0].ready.dtype,
         "device": engines[0].ready.device,

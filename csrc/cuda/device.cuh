@@ -117,6 +117,12 @@ __device__ __forceinline__ uint4 load_stream(const uint4* p) {
   return v;
 }
 
+// 16 bytes from device memory, past L1, to shared memory; wait_for_copies waits for those of this thread.
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // The tiles of a step, as lora_tiles.py laid them out.
 struct TileTable {
   const int4* tiles;

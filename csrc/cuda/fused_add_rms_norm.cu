@@ -84,18 +84,17 @@ __global__ void __launch_bounds__(kMaxThreads, kLora ? 1 : 2) add_rms_norm_kerne
       if (place > span.first) locate(place);
       float y[C][kQuads][R][kQuad] = {};
       float squares[R] = {};
-      RanksInFlight<1, R> first;
       const int rows = min(R, span.last - place);
       if constexpr (kLora)
-        if (span.tile.entries > 0) first.load(p, span.tile, place, rows, 0);
+        if (span.tile.entries > 0) shared_ranks[warp].load(p, span.tile, place, rows, 0);
 #pragma unroll
       for (int c = 0; c < C; ++c) load_rows<kFloatPlanes, R>(y[c], p, row, lane[c]);
 #pragma unroll
       for (int c = 0; c < C; ++c) {
         if constexpr (kLora) {
           if (C > 1 && (c > 0 || place > span.first) && span.tile.entries > 0) pages.fetch(p, span.tile.entry, lane[c]);
-          if (c > 0 && span.tile.entries > 0) first.load(p, span.tile, place, rows, 0);
-          expand_rows<1, R>(y[c], p, parts.table, span.tile, pages, first, shared_ranks[warp], lane[c], place, rows);
+          if (c > 0 && span.tile.entries > 0) shared_ranks[warp].load(p, span.tile, place, rows, 0);
+          expand_rows<1, R>(y[c], p, parts.table, span.tile, pages, shared_ranks[warp], lane[c], place, rows);
         }
 #pragma unroll
         for (int r = 0; r < R; ++r)

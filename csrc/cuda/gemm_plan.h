@@ -84,8 +84,19 @@ constexpr bool gemm_can_run(int64_t tokens, int64_t outputs, int64_t inputs) {
          outputs >= 8 && outputs % 8 == 0 && outputs < kLimit;
 }
 
-// Chunks of k that the shrink inside a GEMM cuts an item into.
-GEMM_ANYWHERE constexpr int gemm_shrink_chunks(int inputs) { return (inputs + kGemmShrinkColumns - 1) / kGemmShrinkColumns; }
+// Stages of one chunk of k, of which the shrink inside a GEMM makes at most 8 planes of v: a power of two.
+GEMM_ANYWHERE constexpr int gemm_shrink_stages(int inputs) {
+  int stages = 1;
+  while (stages * 8 * kGemmShrinkColumns < inputs) stages *= 2;
+  return stages;
+}
+
+// The planes of v; none for longer rows than these.
+GEMM_ANYWHERE constexpr int gemm_shrink_chunks(int inputs) {
+  if (inputs > 64 * kGemmShrinkColumns) return 0;
+  const int columns = gemm_shrink_stages(inputs) * kGemmShrinkColumns;
+  return (inputs + columns - 1) / columns;
+}
 
 // Stages that fit into `bytes` of shared memory, at least 2, at most 24.
 constexpr int gemm_stages_that_fit(SkinnyGemmPlan plan, int bytes) {
@@ -103,36 +114,29 @@ constexpr int gemm_planes(int64_t outputs, int64_t inputs) {
   return planes < 1 ? 1 : planes > kGemmMaxPlanes ? kGemmMaxPlanes : planes;
 }
 
-// Rows a block would have if all of W were dealt out at once; a multiple of 16, at least 32.
+// Rows of a tile such that every SM has the same number of tiles, of at most 128 rows each; a multiple of 16, at least 32.
 constexpr int gemm_fair_rows(int64_t outputs, int planes) {
-  const int64_t rows = (outputs * planes + kGemmProcessors - 1) / kGemmProcessors;
-  return rows <= 32 ? 32 : rows > 256 ? 256 : static_cast<int>((rows + 15) / 16 * 16);
-}
-
-// Rows of a tile of at most 128 where W has more tiles than there are SMs: as many as let every SM have the same number of tiles.
-constexpr int gemm_even_rows(int64_t outputs) {
-  const int64_t rounds = (gemm_row_tiles(outputs, 128) + kGemmProcessors - 1) / kGemmProcessors;
-  const int64_t rows = (outputs + rounds * kGemmProcessors - 1) / (rounds * kGemmProcessors);
-  return rows > 112 ? 128 : static_cast<int>((rows + 15) / 16 * 16);
+  const int64_t tiles = static_cast<int64_t>(gemm_row_tiles(outputs, 128)) * planes;
+  const int64_t all = (tiles + kGemmProcessors - 1) / kGemmProcessors * kGemmProcessors;
+  const int64_t rows = (outputs * planes + all - 1) / all;
+  return rows <= 32 ? 32 : rows > 112 ? 128 : static_cast<int>((rows + 15) / 16 * 16);
 }
 
 constexpr SkinnyGemmPlan gemm_plan(int64_t tokens, int64_t outputs, int64_t inputs, bool has_shrink = false) {
   SkinnyGemmPlan plan{};
   plan.planes = gemm_planes(outputs, inputs);
   plan.tile_tokens = gemm_tile_tokens(tokens);
-  const int fair = gemm_fair_rows(outputs, plan.planes);
-  const bool is_tall = tokens <= 32 && fair > 128 && fair < 256;  // one item a block, where the accumulators are small
-  plan.row_blocks = is_tall ? 4 : 2;
-  plan.tile_rows = is_tall || fair < 128 ? fair : gemm_even_rows(outputs);
+  plan.row_blocks = 2;
+  plan.tile_rows = gemm_fair_rows(outputs, plan.planes);
   plan.cluster = 1;
   plan.least_stage = has_shrink ? kGemmShrinkStageBytes : 0;
   plan.stages = gemm_stages_that_fit(plan, kGemmUsedBytes);
   return plan;
 }
 
-// Above 128 tokens only where a row of W is long, or W is too large for cuBLAS to gain anything; beside a shrink not even there.
+// Above 192 tokens cuBLAS is faster where W is short and narrow, but not where the shrink of its input is to be done beside it.
 constexpr bool gemm_is_faster(int64_t tokens, int64_t outputs, int64_t inputs, bool has_adapters) {
-  return gemm_can_run(tokens, outputs, inputs) && (tokens <= 128 || (!has_adapters && (inputs > outputs || outputs > 65536)));
+  return gemm_can_run(tokens, outputs, inputs) && (tokens <= 192 || has_adapters || inputs > outputs || outputs > 65536);
 }
 
 }  // namespace openlora

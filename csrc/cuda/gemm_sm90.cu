@@ -393,7 +393,7 @@ bool has_valid_lora(const SkinnyGemmArgs& args, const SkinnyGemmPlan& plan) {
   if (args.lora == nullptr) return true;
   bool is_valid = args.lora->span_count >= 1 && args.lora->span_count <= kMaxLoraSpans && args.lora->page_elements % 8 == 0 &&
                   reinterpret_cast<uintptr_t>(args.lora->pages) % 16 == 0 && plan.cluster == 1 && args.lora->tile_rows <= 16 && plan.least_stage >= kGemmShrinkStageBytes &&
-                  args.lora_partial != nullptr && args.lora_arrivals != nullptr;
+                  args.lora->v_planes == gemm_shrink_chunks(args.inputs) && kShrinkBarriers % (kShrinkWarps * gemm_shrink_stages(args.inputs)) == 0;
   for (int m = 0; is_valid && m < args.lora->span_count; ++m) {
     is_valid = args.lora->spans[m].inputs == args.inputs && args.lora->spans[m].a_offset % 8 == 0;
   }
@@ -458,7 +458,7 @@ cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPl
   Shrink shrink = {};
   if (args.lora != nullptr) {
     work.early = std::min(plan.stages / 2, work.k_blocks / plan.planes);  // none of A is among the first stages
-    shrink = {*args.lora, args.x, args.x_stride, args.inputs, args.lora_pairs, args.lora_partial, args.lora_arrivals};
+    shrink = {*args.lora, args.x, args.x_stride, args.inputs};
   }
   const int resident = sm_count * (2 * shared_bytes <= kGemmSharedBytes - 2048 ? 2 : 1) / plan.cluster;
 

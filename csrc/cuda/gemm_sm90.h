@@ -38,9 +38,6 @@ struct SkinnyGemmArgs {
   // from the same x. Null: none. bfloat16, tiles of at most 16 rows, none of which names a row beyond T. The bits of a row's v depend on its
   // x, its pages, its scales and K alone; they are not those of lora_shrink.
   const LoraWork* lora = nullptr;
-  int64_t lora_pairs = 0;            // pairs that v and the partial sums have room for
-  float* lora_partial = nullptr;     // [skinny_gemm_shrink_chunks(K), lora_pairs, G, 16], scratch
-  int32_t* lora_arrivals = nullptr;  // [lora_pairs, G], zeros; the kernel leaves zeros. One for each stream
 };
 
 // Whether the kernel computes this shape: T 1 to 256, K a multiple of 64, N of 8. Host arithmetic only; the caller checks that
@@ -55,7 +52,7 @@ bool is_skinny_gemm_faster(int64_t tokens, int64_t outputs, int64_t inputs, bool
 // S of the planes for these outputs and inputs; 1 to 8, the same for every T and every device.
 int skinny_gemm_planes(int64_t outputs, int64_t inputs);
 
-// Partial sums of a shrink inside the GEMM.
+// Planes of v that a shrink inside the GEMM makes: LoraWork::v_planes.
 int skinny_gemm_shrink_chunks(int64_t inputs);
 
 // Enqueues one kernel: no allocation, no synchronisation, capturable in a graph (the tensor maps are kernel parameters).

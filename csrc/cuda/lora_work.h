@@ -24,6 +24,7 @@ namespace openlora {
 
 constexpr int kPageRank = 16;
 constexpr int kMaxLoraSpans = 3;
+constexpr int kMaxRankPlanes = 8;
 constexpr int kTileHeader = 16;
 
 // One module of a fused linear. Offsets are elements inside a page: A is [16, inputs], B transposed is [16, outputs].
@@ -43,7 +44,9 @@ struct LoraWork {
   const int32_t* ranks;  // [M, S]; ranks beyond a module's are neither read nor added
   const float* scales;   // [M, S]; read by the shrink only
   int slots;             // S
-  float* v;              // [V, G, 16]: scale * weight * x A^T; zero beyond a module's rank
+  float* v;              // [C, V, G, 16], its sum over C: scale * weight * x A^T; zero beyond a module's rank
+  int v_planes;          // C, at most kMaxRankPlanes
+  int64_t v_stride;      // floats from one plane to the next
   int span_count;        // G
   LoraSpan spans[kMaxLoraSpans];
   // No tile has more rows: 16, 32 or 64. Fixed per graph. With 16 a row's bits are the same in a step of any size. With more,

@@ -213,8 +213,8 @@ __device__ __forceinline__ void store_four(__nv_bfloat16* out, const float* x) {
 
 // Whether finish_pairs suits: a prefill's tiles and blocks of 32 columns that no module's border cuts.
 inline bool suits_prefill(const Product& product) {
-  if (product.lora == nullptr || product.lora->tile_rows <= kPartRows || product.rows <= kFewRows || product.y_is_float ||
-      product.planes > 1) return false;
+  if (product.lora == nullptr || product.lora->tile_rows <= kPartRows || product.rows <= kFewRows || product.y_is_float) return false;
+  if (product.planes != 1 || product.lora->v_planes != 1) return false;
   bool fits = product.columns % (2 * kBlock) == 0;
   for (int m = 0; m < product.lora->span_count; ++m)
     fits = fits && product.lora->spans[m].column % kBlock == 0 && product.lora->spans[m].outputs % kBlock == 0;

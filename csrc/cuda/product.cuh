@@ -157,33 +157,31 @@ struct QuadPages {
   }
 };
 
-// v of R rows and one entry, all modules, for a warp: [R][G][16] in shared memory.
+// v of R rows and one entry, all modules, for a warp: [R][G][16] in shared memory. Its planes are sent for together with those of
+// the rows and added up when these have arrived.
 template <int G, int R>
 struct WarpRanks {
-  float4 v[R][G][kPageRank / 4];
-};
-
-// The same on its way there: sent for together with the rows' planes, stored when those have arrived.
-template <int G, int R>
-struct RanksInFlight {
   static constexpr int kRow = G * kPageRank / 4;  // float4 of a row
-  static constexpr int kLoads = (R * kRow + kWarp - 1) / kWarp;
-  float4 part[kLoads];
+  float4 v[R][G][kPageRank / 4];
+  float4 planes[kMaxRankPlanes][R * kRow];
 
   __device__ __forceinline__ void load(const ProductView& p, const Tile& tile, int place, int rows, int entry) {
-    const auto* from = reinterpret_cast<const float4*>(p.work.v) + (tile.first_pair + static_cast<int64_t>(place) * tile.entries + entry) * kRow;
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int at = static_cast<int>(threadIdx.x) % kWarp + i * kWarp;
-      if (at < rows * kRow) part[i] = __ldcg(from + static_cast<int64_t>(at / kRow) * tile.entries * kRow + at % kRow);
+    const float* from = p.work.v + (tile.first_pair + static_cast<int64_t>(place) * tile.entries + entry) * kRow * 4;
+    for (int i = threadIdx.x % kWarp; i < rows * kRow; i += kWarp) {
+      const float* at = from + static_cast<int64_t>(i / kRow) * tile.entries * kRow * 4 + i % kRow * 4;
+      for (int c = 0; c < p.work.v_planes; ++c) copy_async(&planes[c][i], at + c * p.work.v_stride);
     }
   }
-  __device__ __forceinline__ void store(WarpRanks<G, R>& to, int rows) const {
+  __device__ __forceinline__ void finish(int rows, int count) {
+    wait_for_copies();
     __syncwarp();  // the entry before has been read
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int at = static_cast<int>(threadIdx.x) % kWarp + i * kWarp;
-      if (at < rows * kRow) (&to.v[0][0][0])[at] = part[i];
+    for (int i = threadIdx.x % kWarp; i < rows * kRow; i += kWarp) {  // by the lane that sent for it
+      float4 sum = planes[0][i];
+      for (int c = 1; c < count; ++c) {
+        const float4& more = planes[c][i];
+        sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+      }
+      (&v[0][0][0])[i] = sum;
     }
     __syncwarp();
   }
@@ -262,15 +260,14 @@ __device__ __forceinline__ void load_rows(float (&y)[kQuads][R][kQuad], const Pr
 }
 
 // y += expand of the rows at places [place, place + rows) of a tile, every entry in order. `pages` holds the tile's first entry and
-// does so again afterwards; `first` is on its way with v of that entry.
+// does so again afterwards; v of that entry is on its way.
 template <int G, int R>
 __device__ __forceinline__ void expand_rows(float (&y)[kQuads][R][kQuad], const ProductView& p, const TileTable& table, const Tile& tile,
-                                            QuadPages<G>& pages, RanksInFlight<G, R>& first, WarpRanks<G, R>& ranks, const LaneColumns& lane,
-                                            int place, int rows) {
+                                            QuadPages<G>& pages, WarpRanks<G, R>& ranks, const LaneColumns& lane, int place, int rows) {
 #pragma unroll 1
   for (int entry = 0; entry < tile.entries; ++entry) {
-    if (entry > 0) first.load(p, tile, place, rows, entry);
-    first.store(ranks, rows);
+    if (entry > 0) ranks.load(p, tile, place, rows, entry);
+    ranks.finish(rows, p.work.v_planes);
     if (R == 1 || rows == 1) expand<G, R, 1>(y, ranks, pages);
     else expand<G, R, R>(y, ranks, pages);
     if (tile.entries > 1) pages.fetch(p, read_entry(table, tile, entry + 1 < tile.entries ? entry + 1 : 0), lane);
@@ -326,12 +323,11 @@ __device__ __forceinline__ void finish_units(const ProductView& p, int lanes, Co
     for (int place = span.first; place < span.last; place += R) {
       if (place > span.first) locate(place);
       float y[kQuads][R][kQuad];
-      RanksInFlight<G, R> first;
       const int rows = min(R, span.last - place);
       if constexpr (kLora)
-        if (span.tile.entries > 0) first.load(p, span.tile, place, rows, 0);
+        if (span.tile.entries > 0) ranks.load(p, span.tile, place, rows, 0);
       load_rows<kFloatPlanes, R>(y, p, row, lane);
-      if constexpr (kLora) expand_rows<G, R>(y, p, parts.table, span.tile, pages, first, ranks, lane, place, rows);
+      if constexpr (kLora) expand_rows<G, R>(y, p, parts.table, span.tile, pages, ranks, lane, place, rows);
       finish(number, lane, row, known, y);
     }
   }
@@ -376,7 +372,11 @@ __device__ __forceinline__ float product_at(const ProductView& p, const RowParts
       const int64_t pair = span.tile.first_pair + static_cast<int64_t>(place) * span.tile.entries + entry;
       const float* v = p.work.v + (pair * p.work.span_count + module.index) * kPageRank;
       const T* b = static_cast<const T*>(p.work.pages) + found.page * p.work.page_elements + lora.b_offset + module.column;
-      for (int rank = 0; rank < kPageRank && rank < ranks; ++rank) delta += __ldcg(v + rank) * to_float(b[static_cast<int64_t>(rank) * lora.outputs]);
+      for (int rank = 0; rank < kPageRank && rank < ranks; ++rank) {
+        float of_rank = __ldcg(v + rank);
+        for (int c = 1; c < p.work.v_planes; ++c) of_rank += __ldcg(v + c * p.work.v_stride + rank);
+        delta += of_rank * to_float(b[static_cast<int64_t>(rank) * lora.outputs]);
+      }
     }
     sum += delta;
   }

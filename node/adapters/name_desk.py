@@ -13,6 +13,7 @@ from node.adapters.registrations import EVERYBODY, GivenName, NameStore, Registr
 from node.errors import AdapterError, AdapterIdError, AdapterNotFoundError
 
 RESTORED_AT_ONCE = 4
+RESTORED_NAMES = 1000  # found without being asked for after a restart; more would be a storm at their sources
 
 Find = Callable[[str, str | None, str | None, NameFilter], Awaitable[CatalogEntry]]  # (target, source, token, sees)
 
@@ -115,8 +116,8 @@ class NameDesk:
             await self._forget(EVERYBODY, name)
 
     async def restore(self, sees_of: Callable[[str], NameFilter]) -> list[GivenName]:
-        """Read what outlived the last run, and find in the background what the names stand for, so that lists have them. A name
-        that cannot be found now stays given, and says why when it is used.
+        """Read what outlived the last run, and find in the background what the names stand for, so that lists have them (1,000 of
+        them; further ones at their first use). A name that cannot be found now stays given, and says why when it is used.
 
         Args:
             sees_of: Which of the operator's names exist for an owner.
@@ -152,7 +153,7 @@ class NameDesk:
                 with suppress(AdapterError):
                     await self.resolve(owner, name, None, None, sees_of(owner))
 
-        await asyncio.gather(*(find(owner, name) for owner, name, _ in self._table.all()))
+        await asyncio.gather(*(find(owner, name) for owner, name, _ in self._table.all()[:RESTORED_NAMES]))
 
     async def _found(self, target: str, source: str | None, token: str | None, sees: NameFilter) -> CatalogEntry:
         """What a new name is to stand for; its errors name the field that says so."""

@@ -43,7 +43,8 @@ class RemoteShelf(Generic[NameT]):
 
     Args:
         kind: The source, as the fetcher calls it.
-        fetcher: Looks up, fetches and checks. flights: one run for all who wait. failures: the negative cache.
+        fetcher: Looks up, fetches and checks. flights, rechecks: one run for all who wait, for names that are not known and names
+            that are. failures: the negative cache.
         clock: Monotonic seconds.
         private_recheck_s: How long an answer about something private holds; 0: for the requests that waited for it.
     """
@@ -53,6 +54,7 @@ class RemoteShelf(Generic[NameT]):
         kind: str,
         fetcher: Fetcher,
         flights: Flights,
+        rechecks: Flights,
         failures: Failures,
         clock: Callable[[], float],
         private_recheck_s: float = 0.0,
@@ -60,6 +62,7 @@ class RemoteShelf(Generic[NameT]):
         self._kind = kind
         self._fetcher = fetcher
         self._flights = flights
+        self._rechecks = rechecks
         self._failures = failures
         self._clock = clock
         self._private_recheck_s = private_recheck_s
@@ -78,7 +81,8 @@ class RemoteShelf(Generic[NameT]):
             self._shelved.move_to_end(key)
             return known.revision, known.verified
         self._failures.raise_known(key)
-        shelved = await self._flights.join(key, lambda: self._refresh(key, name, token))
+        flights = self._flights if known is None else self._rechecks
+        shelved = await flights.join(key, lambda: self._refresh(key, name, token))
         return shelved.revision, shelved.verified
 
     def expire(self, name: str) -> None:
@@ -98,7 +102,7 @@ class RemoteShelf(Generic[NameT]):
     async def _refresh(self, key: Key, name: NameT, token: str | None) -> _Shelved:
         known = self._shelved.get(key)
         try:
-            shelved = await self._fetch(name, token)
+            shelved = await self._fetch(name, token, is_known=known is not None)
         except AdapterUnavailableError as error:
             if known is not None and not known.is_private and self._is_unchanged(known):
                 # The bytes are verified and public; only whether the branch moved is unknown until the source answers again.
@@ -111,8 +115,8 @@ class RemoteShelf(Generic[NameT]):
             raise
         return self._shelve(key, shelved)
 
-    async def _fetch(self, name: NameT, token: str | None) -> _Shelved:
-        found = await self._fetcher.resolve(self._kind, str(name), token)
+    async def _fetch(self, name: NameT, token: str | None, *, is_known: bool) -> _Shelved:
+        found = await self._fetcher.resolve(self._kind, str(name), token, is_known=is_known)
         self._check_content(found.verified.directory, found.verified.adapter_id, name)
         return _Shelved(found.revision, found.is_private, found.verified, found.state, self._clock())
 

@@ -32,12 +32,13 @@ class Shelves:
     """
 
     def __init__(self, settings: AdapterSettings, fetcher: Fetcher, failures: Failures, clock: Callable[[], float]) -> None:
-        flights = Flights(limit=settings.fetch_queue_limit, timeout_s=settings.fetch_timeout_s)
+        # Names that are known here are asked about in flights of their own: a storm of unknown ones refuses none of them.
+        flights, rechecks = (Flights(limit=settings.fetch_queue_limit, timeout_s=settings.fetch_timeout_s) for _ in range(2))
 
         def shelf(kind: str) -> RemoteShelf[Any]:
-            return RemoteShelf(kind, fetcher, flights, failures, clock, settings.private_recheck_s)
+            return RemoteShelf(kind, fetcher, flights, rechecks, failures, clock, settings.private_recheck_s)
 
-        self._flights = flights
+        self._flights = (flights, rechecks)
         self._fetcher = fetcher
         self._roots = tuple(parse_store_root(store.url) for store in settings.stores)
         self._by_location: RemoteShelf[Location] = shelf("store")
@@ -96,7 +97,8 @@ class Shelves:
 
     async def close(self) -> None:
         """Wait for nothing that is under way."""
-        await self._flights.close()
+        for flights in self._flights:
+            await flights.close()
 
 
 async def _missing(shelf: RemoteShelf[NameT], name: NameT, absent: NameT, token: str | None) -> AdapterError:

@@ -100,7 +100,7 @@ def read_prompts(fields: Fields, limits: Limits, key: str = "prompt") -> tuple[P
         return (_text_prompt(value, key),)
     if not isinstance(value, list) or not value:
         raise fields.error(key, "must be a non-empty string, list of strings, list of token ids or list of such lists")
-    if all(_is_id(item) for item in value):
+    if _are_ids(value):
         return (_ids_prompt(value, key, limits),)
     if len(value) > limits.max_prompts:
         raise fields.error(key, f"must have at most {limits.max_prompts} prompts")
@@ -111,8 +111,9 @@ def read_prompts(fields: Fields, limits: Limits, key: str = "prompt") -> tuple[P
     raise fields.error(key, "must not mix strings, token ids and lists")
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _are_ids(values: list[Any]) -> bool:
+    """Whether all are integers; JSON has none but `int`, and true is none. Prompts of thousands of ids are looked at at once."""
+    return set(map(type, values)) == {int}
 
 
 def _text_prompt(text: str, name: str) -> Prompt:
@@ -128,9 +129,7 @@ def _ids_prompt(ids: list[Any], name: str, limits: Limits) -> Prompt:
         raise ContextLengthError(
             f"`{name}` has {len(ids)} tokens; the model's context of {limits.max_model_len} must also hold the answer", param=name
         )
-    for token_id in ids:
-        if not _is_id(token_id) or not 0 <= token_id < limits.vocab_size:
-            raise RequestError(
-                f"`{name}` must hold token ids between 0 and {limits.vocab_size - 1}. Given: {shown(token_id)}", param=name
-            )
+    if not _are_ids(ids) or min(ids) < 0 or max(ids) >= limits.vocab_size:
+        bad = next(item for item in ids if type(item) is not int or not 0 <= item < limits.vocab_size)
+        raise RequestError(f"`{name}` must hold token ids between 0 and {limits.vocab_size - 1}. Given: {shown(bad)}", param=name)
     return Prompt(token_ids=tuple(ids))

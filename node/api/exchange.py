@@ -36,7 +36,7 @@ class Exchange:
         self.opening = opening
         self.choices = choices
         self.first_token_s: float | None = None
-        self.started_s = clock()
+        self.started_s = self.arrived_s = clock()  # admitted; the request path sets when it arrived
         self.receipt: dict[str, Any] | None = None
         self._submits = submits
         self._engine = engine

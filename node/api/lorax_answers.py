@@ -79,7 +79,7 @@ class LoraxAnswers:
         }
 
     def _summary(self) -> dict[str, Any]:
-        return {**self._outcome(0), "prompt_tokens": self.exchange.prompt_token_count}
+        return {**self._outcome(0), "prompt_tokens": self.exchange.prompt_token_count, "skipped_tokens": 0}
 
     def _outcome(self, place: int) -> dict[str, Any]:
         """How a choice ended. Only the first is drawn with the seed itself."""

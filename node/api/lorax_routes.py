@@ -95,15 +95,17 @@ class LoraxRoutes:
                     await stream.send(answers.last_event(piece.tokens[-1], text, receipt))
 
     def _figures(self, exchange: Exchange) -> dict[str, str]:
-        """LoRAX's token and time headers; times are whole milliseconds. Those of single phases are not measured apart here."""
+        """LoRAX's token and time headers; times are whole milliseconds. Inference holds the queue, not measured apart."""
         now_s = self._answering.clock()
         first_s = exchange.first_token_s or now_s
-        total_ms = round((now_s - exchange.started_s) * 1000)
+        total_ms = round((now_s - exchange.arrived_s) * 1000)
         output_count = exchange.output_token_count
         return {
             "x-compute-time": str(total_ms),
             "x-total-time": str(total_ms),
-            "x-time-to-first-token": str(round((first_s - exchange.started_s) * 1000)),
+            "x-validation-time": str(round((exchange.started_s - exchange.arrived_s) * 1000)),
+            "x-inference-time": str(round((now_s - exchange.started_s) * 1000)),
+            "x-time-to-first-token": str(round((first_s - exchange.arrived_s) * 1000)),
             "x-time-per-output-token": str(round((now_s - first_s) * 1000 / max(1, output_count - 1))),
             "x-time-per-token": str(round(total_ms / max(1, output_count))),
             "x-prompt-tokens": str(exchange.prompt_token_count),

@@ -81,6 +81,7 @@ class RequestPath:
         with self._gate.entered(caller.tenant.name), self._tenancy.meter.entered(caller.tenant) as visit:
             self._refuse_when_unwell()
             exchange = await self._admit(generation, caller, visit)
+            exchange.arrived_s = started_s
             try:
                 yield exchange
             except (asyncio.CancelledError, ConnectionError):

@@ -31,9 +31,11 @@ def list_adapters(config: ConfigOption = None, data_dir: DataDirOption = None, a
         "rank": "RANK",
         "size": "BYTES",
         "state": "STATE",
+        "owner": "FOR",
         "trainer": "TRAINER",
         "adapter_id": "ADAPTER ID",
     }
+    rows = [{**row, "owner": row["owner"] or "everybody"} for row in rows]
     print_rows(rows, columns, "no adapters; add one with: openlora-node adapters add DIRECTORY")
 
 

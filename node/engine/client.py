@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -204,7 +205,8 @@ class EngineClient:
     async def _launch(self) -> Ready:
         """Start a child with sockets of its own, so that nothing an earlier one sent can be mistaken for its words."""
         self._generation += 1
-        directory = self._runtime_dir / f"engine-{self._generation}"
+        directory = self._directory()
+        _remove_strays(self._runtime_dir)
         self._process = await EngineProcess.launch(self._settings, directory, self._high_water_mark)
         self._commands = zmq.Context(self._context).socket(zmq.PUSH)
         self._commands.set(zmq.SNDHWM, self._high_water_mark)
@@ -323,7 +325,19 @@ class EngineClient:
                 socket.close(0)
         self._process = self._commands = self._events = None
         self._end_all("the engine stopped; try again")
-        shutil.rmtree(self._runtime_dir / f"engine-{self._generation}", ignore_errors=True)
+        shutil.rmtree(self._directory(), ignore_errors=True)
+
+    def _directory(self) -> Path:
+        """Of the child's sockets. No other process has one of this name: a second node on the same data starts its engine before
+        the ledger refuses it."""
+        return self._runtime_dir / f"engine-{os.getpid()}-{self._generation}"
+
+
+def _remove_strays(runtime_dir: Path) -> None:
+    """Directories of processes that were killed."""
+    for stray in runtime_dir.glob("engine-*-*"):
+        if not Path("/proc", stray.name.split("-")[1]).exists():
+            shutil.rmtree(stray, ignore_errors=True)
 
 
 def _unavailable(message: str) -> EngineError:

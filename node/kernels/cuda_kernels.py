@@ -69,7 +69,7 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         self.has_static_prefill = "fa3" in attention.name and not is_deterministic
         self._spans: dict[int, tuple[int, ...]] = {}
         self._planes: dict[tuple[int, int, int, bool], int] = {}
-        self._arrivals: list[Tensor] = []
+        self._gates: dict[tuple[int, int, int], bool] = {}
 
     @property
     def name(self) -> str:
@@ -106,10 +106,11 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         if rows is None or spans is None:
             return Product(self._multiply(x, weight, planes, wide), bias)
         fields = self._span_list(spans)
-        v = torch.empty((rows.pair_count, len(fields) // 6, 16), dtype=torch.float32, device=x.device)
-        if planes and not self._is_deterministic and rows.tiles.tile_rows <= SHRINK_TILE_ROWS:
+        chunks = self._shrink_chunks(x.shape[1], rows) if planes else 0
+        v = torch.empty((chunks or 1, rows.pair_count, len(fields) // 6, 16), dtype=torch.float32, device=x.device)
+        if chunks:
             y = torch.empty((planes, x.shape[0], weight.shape[0]), dtype=wide, device=x.device)
-            self._multiply_and_shrink(x, weight, rows, fields, v, y)
+            self._ops.skinny_gemm_shrink(x, weight, rows.tiles, fields, v, y, self._follow)
         elif planes:
             # Behind the GEMM, beside it: the shrink waits for it last, so whoever waits for the shrink has both.
             y = self._multiply(x, weight, planes, wide)
@@ -122,23 +123,14 @@ class CudaKernels(Kernels[Product, DeviceRows]):
             y = self._multiply(x, weight, planes, wide)
         return Product(y, bias, rows.tiles, v, fields)
 
-    def _multiply_and_shrink(
-        self, x: Tensor, weight: Tensor, rows: DeviceRows, fields: tuple[int, ...], v: Tensor, y: Tensor
-    ) -> None:
-        """The product and the shrink in one launch. Its v has other bits than the shrink of longer steps."""
-        partial = torch.empty((self._ops.shrink_chunks(x.shape[1]), *v.shape), dtype=torch.float32, device=x.device)
-        arrivals = self._arrivals_of(v.shape[0] * v.shape[1])
-        self._ops.skinny_gemm_shrink(x, weight, rows.tiles, fields, partial, arrivals, v, y, self._follow)
+    def _shrink_chunks(self, inputs: int, rows: DeviceRows) -> int:
+        """Planes of v if the shrink runs inside the skinny GEMM; 0: by itself.
 
-    def _arrivals_of(self, count: int) -> Tensor:
-        """Zeros that every launch leaves zero, shared by all of a stream: each touches them after those before it have ended.
-
-        Made by a step's first launch, which is never a recorded one. What is outgrown stays, for the graphs that hold it.
+        By itself where bits may not depend on the batch: the two have other bits, and long steps have but one of them.
         """
-        if not self._arrivals or len(self._arrivals[-1]) < count:
-            size = max(count, 2 * len(self._arrivals[-1])) if self._arrivals else count
-            self._arrivals.append(torch.zeros(size, dtype=torch.int32, device=self._device))
-        return self._arrivals[-1]
+        if self._is_deterministic or rows.tiles.tile_rows > SHRINK_TILE_ROWS:
+            return 0
+        return self._ops.shrink_chunks(inputs)
 
     def _multiply_beside(
         self, x: Tensor, weight: Tensor, rows: DeviceRows, fields: tuple[int, ...], v: Tensor, out_dtype: torch.dtype
@@ -209,13 +201,22 @@ class CudaKernels(Kernels[Product, DeviceRows]):
     ) -> Tensor:
         weight = packed.data
         has_adapters = rows is not None and spans is not None
-        # Where bits may not depend on the batch, they may not depend on its adapters either.
-        is_plain = not has_adapters and bias is None and not self._is_deterministic and weight.shape[0] % 16 == 0
-        if not is_plain or self._skinny_planes(x, weight, has_adapters) != 1:
+        if has_adapters or bias is not None or not self._can_gate(x, weight):
             return super().linear_silu_mul(x, packed, bias, pool=pool, rows=rows, spans=spans)
         out = torch.empty((x.shape[0], weight.shape[0] // 2), dtype=x.dtype, device=x.device)
         self._ops.skinny_gemm_silu_mul(x, weight, out, self._follow)
         return out
+
+    def _can_gate(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether silu(gate) * up can be the GEMM's own. Not where bits may not depend on a batch's having adapters."""
+        outputs, inputs = weight.shape
+        if x.dtype != torch.bfloat16 or not self._is_hopper or self._is_deterministic or outputs % 16:
+            return False
+        key = (x.shape[0], outputs, inputs)
+        can_gate = self._gates.get(key)
+        if can_gate is None:
+            can_gate = self._gates[key] = self._ops.skinny_gemm_planes(outputs, inputs, x.shape[0]) == 1
+        return can_gate
 
     def _multiply_exactly(self, x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
         """Products of `EXACT_ROWS` rows each, the last one padded: cuBLAS sums in an order that follows the shape."""

@@ -52,7 +52,7 @@ class Product:
         y: [P, T, N] float32 planes or [1, T, N] bfloat16.
         bias: [N] or None.
         tiles: None where no row of the step has an adapter; otherwise exactly the rows of the tiles are finished.
-        v: [V or more, G, 16] float32: what `lora_shrink` wrote for these spans. None with `tiles`.
+        v: [C, V or more, G, 16] float32, its sum over C: what a shrink wrote for these spans. None with `tiles`.
         spans: The linear's modules, as `span_list` gives them. Empty with `tiles` None.
     """
 
@@ -106,7 +106,7 @@ class CudaOps:
         """v[pair, g] = weight * scale * x A_g^T for every pair of the tiles.
 
         Args:
-            x: [T, K], rows may be strided. v: [V or more, G, 16] float32, written.
+            x: [T, K], rows may be strided. v: [1, V or more, G, 16] float32, written.
         """
         self._lora_shrink(x, self._pages, tiles.block, self._ranks, self._scales, spans, tiles.tile_rows, int(follow), v)
 
@@ -210,8 +210,6 @@ class CudaOps:
         weight: Tensor,
         tiles: DeviceTiles,
         spans: tuple[int, ...],
-        partial: Tensor,
-        arrivals: Tensor,
         v: Tensor,
         y: Tensor,
         follow: Follow = Follow.WAIT_FIRST,
@@ -219,15 +217,14 @@ class CudaOps:
         """`skinny_gemm` and the shrink of the same x in one launch, whose v has other bits than `lora_shrink`'s.
 
         Args:
-            tiles: Of at most 16 rows. partial: [C, V, G, 16] float32, scratch; C is `shrink_chunks`.
-            arrivals: [V G or more] int32, zeros before and after. Launches that may run at the same time need one each.
-            v: [V, G, 16] float32, written. y: as for `skinny_gemm`.
+            tiles: Of at most 16 rows.
+            v: [C, V, G, 16] float32, written; C is `shrink_chunks`. y: as for `skinny_gemm`.
         """
         adapters = self._pages, tiles.block, self._ranks, self._scales, spans, tiles.tile_rows
-        self._skinny_gemm_shrink(x, weight, follow != Follow.PLAIN, *adapters, partial, arrivals, v, y)
+        self._skinny_gemm_shrink(x, weight, follow != Follow.PLAIN, *adapters, v, y)
 
     def shrink_chunks(self, inputs: int) -> int:
-        """C: ranges of the inputs whose sums `skinny_gemm_shrink` keeps apart, so that several blocks share an item."""
+        """C, 1 to 8: ranges of the inputs whose sums `skinny_gemm_shrink` keeps apart; 0 for more inputs than it can take."""
         return int(self._shrink_chunks(inputs))
 
     def _lora(self, product: Product) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, tuple[int, ...], int]:

@@ -102,7 +102,7 @@ class ThreadFetcher:
     def __init__(self, work: FetchWork) -> None:
         self._work = work
 
-    async def resolve(self, source: str, name: str, token: str | None) -> FetchedAdapter:
+    async def resolve(self, source: str, name: str, token: str | None, *, is_known: bool = False) -> FetchedAdapter:
         return await asyncio.to_thread(self._work.resolve, source, name, token)
 
     async def verify(self, directory: Path) -> VerifiedAdapter:

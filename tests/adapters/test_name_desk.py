@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+import node.adapters.name_desk as name_desk
 import node.adapters.registrations as registrations
 from node.adapters.entry import sees_all
 from node.adapters.registrations import EVERYBODY, GivenName
@@ -245,3 +246,17 @@ async def test_added_directory_that_cannot_be_served_any_more_is_a_problem(start
     assert (await after.resolve("support")).name == "support"
     assert not after.problems
     await after.remove("support")
+
+
+async def test_restart_asks_sources_about_a_bounded_number_of_names(start, writer, monkeypatch):
+    monkeypatch.setattr(name_desk, "RESTORED_NAMES", 1)
+    writer.write("good")
+    before = await start()
+    for name in ("first", "second"):
+        await before.register(name, "good", owner="a")
+
+    after = await start()
+
+    assert await names_of(after, "a", ["first", "good"])
+    assert (await after.resolve("second", owner="a")).name == "second"
+    assert await names_of(after, "a", ["first", "good", "second"])

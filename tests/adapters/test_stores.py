@@ -239,6 +239,36 @@ async def test_resolve_host_is_looked_up_once_for_every_connection(web, make_cat
     assert len(asked) == len(web.requests)
 
 
+async def test_resolve_known_location_is_asked_about_while_unknown_ones_fill_the_queue(web, make_catalog, far, location, clock):
+    for name in ("adapter", "slow", "late"):
+        web.publish(f"team/{name}", far)
+    catalog = make_catalog(stores=(StoreSettings(url=f"http://{web.host}/team", allow_private=True),), fetch_queue_limit=1)
+    await catalog.resolve(location)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold(handler, path, body):
+        if path.startswith("/team/slow/"):
+            begun.set()
+            go_on.wait(20)
+        return False
+
+    web.behave = hold
+    slow = asyncio.create_task(catalog.resolve(location.replace("adapter", "slow")))
+    await asyncio.to_thread(begun.wait, 20)
+    with pytest.raises(AdapterUnavailableError) as caught:
+        await catalog.resolve(location.replace("adapter", "late"))
+    clock.now_s += 61
+    asked = len(web.requests)
+
+    assert (await catalog.resolve(location)).name == location
+
+    assert len(web.requests) > asked
+    assert caught.value.error_code == "adapter_queue_full"
+    go_on.set()
+    assert (await slow).rank == 2
+    await catalog.close()
+
+
 async def test_resolve_progress_of_a_download_is_shown_while_it_runs(web, web_catalog, far, location):
     web.publish("team/adapter", far)
     seen, go_on, loop = [], threading.Event(), asyncio.get_running_loop()

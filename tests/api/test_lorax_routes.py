@@ -70,6 +70,8 @@ async def test_generate_counts_characters_and_milliseconds_in_loraxs_headers(cli
 
     assert whole["x-compute-characters"] == streamed["x-compute-characters"] == "6"
     assert whole["x-compute-time"] == whole["x-total-time"]
+    parts = int(whole["x-validation-time"]) + int(whole["x-inference-time"])
+    assert abs(int(whole["x-total-time"]) - parts) <= 1  # each is rounded
     assert whole["x-time-per-output-token"].isdecimal()
 
 

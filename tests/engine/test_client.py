@@ -73,10 +73,11 @@ def test_client_import_brings_no_torch():
 
 
 @shared_loop
-async def test_submit_streams_one_event_a_token(client):
+async def test_submit_streams_every_token_and_one_end(client):
     events = await asyncio.wait_for(collect(client.submit(submit("a"))), TIMEOUT_S)
     assert sum(len(event.tokens) for event in events) == 5
-    assert [event.finish_reason for event in events] == [None] * 4 + ["length"]
+    assert [event.finish_reason for event in events] == [None] * (len(events) - 1) + ["length"]
+    assert all(event.tokens for event in events)
     assert client.in_flight_count == 0
 
 
@@ -266,3 +267,13 @@ def test_engine_process_ends_with_its_parent(world, tmp_path, short_dir):
         return
     assert select.select([descriptor], [], [], TIMEOUT_S)[0]
     os.close(descriptor)
+
+
+async def test_start_removes_what_killed_processes_left_and_nothing_else(world, tmp_path, short_dir):
+    stray, living = short_dir / "engine-999999999-1", short_dir / f"engine-{os.getppid()}-1"
+    for directory in (stray, living):
+        directory.mkdir()
+    client = EngineClient(settings_for(world, tmp_path), short_dir)
+    await client.start()
+    await client.close()
+    assert list(short_dir.iterdir()) == [living]

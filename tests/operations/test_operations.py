@@ -331,3 +331,19 @@ async def test_restrict_of_a_name_nobody_knows_is_refused_unless_it_comes_ahead(
     await operations["adapters.restrict"](name="org/later", owner="acme", allowed=[], ahead=True)
 
     assert restricted == ["org/known", "org/later"]  # in all revisions
+
+
+async def test_release_of_a_name_that_is_not_restricted_is_refused():
+    released = []
+
+    async def release(name):
+        released.append(name)
+
+    store = SimpleNamespace(private_adapter=lambda name: {"secret": object()}.get(name), release_adapter=release)
+    operations = adapter_operations(SimpleNamespace(), store, lambda: {}.get)
+
+    await operations["adapters.release"](name="secret")
+    with pytest.raises(AdapterNotFoundError, match="not restricted"):
+        await operations["adapters.release"](name="secrt")
+
+    assert released == ["secret"]

@@ -119,9 +119,9 @@ class FetchClient:
 
     # ---- jobs
 
-    async def resolve(self, source: str, name: str, token: str | None) -> FetchedAdapter:
+    async def resolve(self, source: str, name: str, token: str | None, *, is_known: bool = False) -> FetchedAdapter:
         """See `door.Fetcher`."""
-        return (await self._ask(lambda job_id: Resolve(job_id, source, name, token), Fetched)).found
+        return (await self._ask(lambda job_id: Resolve(job_id, source, name, token, is_known), Fetched)).found
 
     async def verify(self, directory: Path) -> VerifiedAdapter:
         """See `door.Fetcher`."""

@@ -24,9 +24,9 @@ class FetchedAdapter:
 class Fetcher(Protocol):
     """Fetches and verifies somewhere else; for one event loop."""
 
-    async def resolve(self, source: str, name: str, token: str | None) -> FetchedAdapter:
+    async def resolve(self, source: str, name: str, token: str | None, *, is_known: bool = False) -> FetchedAdapter:
         """Ask a source ("hub", "pbase" or "store") what a name stands for, with the caller's right to see it; fetch what is not
-        here; verify it.
+        here; verify it. What `is_known`, because it was fetched for the same caller before, does not wait for what is not.
 
         Raises:
             AdapterError: The source's refusal, what is wrong with the files, or source_unavailable: nobody can fetch now.

@@ -31,12 +31,14 @@ class FetchConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Resolve(msgspec.Struct, frozen=True, tag="resolve"):
-    """Look a name up at a source, fetch what it stands for and verify it."""
+    """Look a name up at a source, fetch what it stands for and verify it. `is_known`: it was fetched before, and is most likely
+    here."""
 
     job_id: int
     source: str  # "hub", "pbase" or "store"
     name: str
     token: str | None = None
+    is_known: bool = False
 
     def __repr__(self) -> str:
         """Without the token."""

@@ -39,7 +39,7 @@ from node.config import AdapterSettings, Settings
 from node.errors import NodeError
 
 NICENESS = 5  # whoever is served now comes first
-VERIFY_THREADS = 4  # adapters on this disk never wait for distant sources
+VERIFY_THREADS = 4
 DRAIN_S = 1.0  # at the end, for what is nearly done; a broken download goes on where it stopped
 EXIT_START_FAILED = 3
 
@@ -71,6 +71,7 @@ class JobDesk:
         self._work = work
         self._answers = answers
         self._fetching = ThreadPoolExecutor(fetch_workers, thread_name_prefix="fetch")
+        self._rechecking = ThreadPoolExecutor(fetch_workers, thread_name_prefix="recheck")
         self._verifying = ThreadPoolExecutor(VERIFY_THREADS, thread_name_prefix="verify")
         self._running: set[Future[None]] = set()
 
@@ -79,16 +80,21 @@ class JobDesk:
         if isinstance(job, ListProgress):
             self._answers.send(Downloads(job.job_id, self._work.progress()))
             return
-        pool = self._fetching if isinstance(job, Resolve) else self._verifying
-        future = pool.submit(self._run, job)
+        future = self._pool(job).submit(self._run, job)
         self._running.add(future)
         future.add_done_callback(self._running.discard)
 
     def close(self) -> None:
         """Begin nothing more, and let what is nearly done end."""
-        for pool in (self._fetching, self._verifying):
+        for pool in (self._fetching, self._rechecking, self._verifying):
             pool.shutdown(wait=False, cancel_futures=True)
         wait(tuple(self._running), DRAIN_S)
+
+    def _pool(self, job: Resolve | Verify) -> ThreadPoolExecutor:
+        """What is known here, and what lies on this disk, never waits for the threads that distant sources hold."""
+        if isinstance(job, Verify):
+            return self._verifying
+        return self._rechecking if job.is_known else self._fetching
 
     def _run(self, job: Resolve | Verify) -> None:
         self._answers.send(self._answer(job))

@@ -30,7 +30,9 @@ class Source:
     """A web server of one adapter. While `held`, weights are begun and not ended; `asked` counts what came for them."""
 
     def __init__(self, directory):
-        self.files = {f"/team/adapter/{path.name}": path.read_bytes() for path in directory.iterdir()}
+        self.directory = directory
+        self.files = {}
+        self.publish("adapter")
         self.held = threading.Event()
         self.asked = threading.Semaphore(0)
         source = self
@@ -48,6 +50,9 @@ class Source:
         self.server.daemon_threads = True
         self.root = f"http://localhost:{self.server.server_port}/team"
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def publish(self, name):
+        self.files |= {f"/team/{name}/{path.name}": path.read_bytes() for path in self.directory.iterdir()}
 
     def answer(self, handler):
         body, wanted = self.files.get(handler.path), handler.headers.get("Range")
@@ -266,3 +271,20 @@ def test_importing_the_client_brings_no_source_library():
     script = "import sys, node.app; print([name for name in ('huggingface_hub', 'obstore', 'torch') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
+
+
+async def test_known_names_are_asked_about_while_every_fetch_thread_waits(start, source):
+    fetcher = await start(fetch_workers=1, **store(source))
+    name = f"{source.root}/adapter"
+    before = await fetcher.resolve("store", name, None)
+    source.publish("other")
+    source.held.set()
+    job = asyncio.create_task(fetcher.resolve("store", f"{source.root}/other", None))
+    await asked(source)
+    await asked(source)
+
+    assert await fetcher.resolve("store", name, None, is_known=True) == before
+
+    assert not job.done()
+    source.held.clear()
+    await asyncio.gather(job, return_exceptions=True)

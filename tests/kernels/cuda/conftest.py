@@ -35,14 +35,14 @@ class Work:
     def span_tuple(self) -> tuple[int, ...]:
         return tuple(field for span in self.spans for field in span)
 
-    def poisoned_v(self) -> Tensor:
-        return torch.full((self.block.pair_count + 3, len(self.spans), PAGE_RANK), float("nan"), device="cuda")
+    def poisoned_v(self, planes: int = 1) -> Tensor:
+        return torch.full((planes, self.block.pair_count + 3, len(self.spans), PAGE_RANK), float("nan"), device="cuda")
 
     def shrink_reference(self, x: Tensor) -> Tensor:
         return reference_shrink(x.double().cpu(), self.block.data, self.pool, self.spans)
 
     def delta_reference(self, v: Tensor, rows: int) -> Tensor:
-        found = v[: self.block.pair_count].double().cpu()
+        found = v.double().sum(0)[: self.block.pair_count].cpu()
         return reference_expand(found, self.block.data, self.pool, self.spans, rows, self.columns)
 
     def product(self, y: Tensor, v: Tensor, bias: Tensor | None = None) -> Product:
