@@ -118,7 +118,8 @@ constexpr int gemm_planes(int64_t outputs, int64_t inputs) {
 constexpr int gemm_fair_rows(int64_t outputs, int planes) {
   const int64_t tiles = static_cast<int64_t>(gemm_row_tiles(outputs, 128)) * planes;
   const int64_t all = (tiles + kGemmProcessors - 1) / kGemmProcessors * kGemmProcessors;
-  const int64_t rows = (outputs * planes + all - 1) / all;
+  const int64_t most = all / planes;  // tiles of a plane
+  const int64_t rows = (outputs + most - 1) / most;
   return rows <= 32 ? 32 : rows > 112 ? 128 : static_cast<int>((rows + 15) / 16 * 16);
 }
 
