@@ -36,6 +36,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +174,10 @@ def warm_up(args: argparse.Namespace, target: Target) -> None:
     send([replace(load, new_tokens=4) for load in _closed_loads(args, target, rounds=1)])
 
 
-def closed(args: argparse.Namespace, target: Target) -> dict[str, Any]:
+def closed(args: argparse.Namespace, target: Target, distinct: int | None = None) -> dict[str, Any]:
     """Every stream sends `--rounds` requests."""
     begun_s = target.cpu_s()
-    answers, share = send(_closed_loads(args, target, rounds=args.rounds))
+    answers, share = send(_closed_loads(args, target, rounds=args.rounds, distinct=distinct))
     spent_s = target.cpu_s() - begun_s
     total_s = max(answer.chunk_s[-1] for answer in answers) - min(answer.sent_s for answer in answers)
     tokens = sum(answer.count for answer in answers)
@@ -187,6 +188,8 @@ def closed(args: argparse.Namespace, target: Target) -> dict[str, Any]:
         "out_tok_s": tokens / total_s,
         **latencies(answers),
     }
+    if distinct is not None:
+        row["adapters"] = distinct
     if args.in_process_tok_s:
         row["share_of_in_process"] = row["out_tok_s"] / args.in_process_tok_s
     if spent_s:
@@ -194,9 +197,9 @@ def closed(args: argparse.Namespace, target: Target) -> dict[str, Any]:
     return {**row, "client_cpu_share": share}
 
 
-def _closed_loads(args: argparse.Namespace, target: Target, rounds: int) -> list[Load]:
+def _closed_loads(args: argparse.Namespace, target: Target, rounds: int, distinct: int | None = None) -> list[Load]:
     per = [args.streams // args.clients + (index < args.streams % args.clients) for index in range(args.clients)]
-    return [target.load(args, seed, streams=count, requests=count * rounds) for seed, count in enumerate(per) if count]
+    return [target.load(args, seed, distinct, streams=count, requests=count * rounds) for seed, count in enumerate(per) if count]
 
 
 def open_loop(args: argparse.Namespace, target: Target, rate: float) -> dict[str, Any]:
@@ -250,8 +253,10 @@ class Target:
         self._vocab_size = vocab_size
         self._banned = tuple(banned)
 
-    def load(self, args: argparse.Namespace, seed: int, **more: Any) -> Load:
-        return Load(self.url, self._models, args.prompt_tokens, args.new_tokens, self._vocab_size, self._banned, seed, **more)
+    def load(self, args: argparse.Namespace, seed: int, distinct: int | None = None, **more: Any) -> Load:
+        """What a client sends; `distinct`: to so many models, 0 for the base model, None for all."""
+        models = self._models if distinct is None else self._models[:distinct] or (args.shape,)
+        return Load(self.url, models, args.prompt_tokens, args.new_tokens, self._vocab_size, self._banned, seed, **more)
 
     def cpu_s(self) -> float:
         """Processor time that the process which answers has taken; 0 where nobody can tell."""
@@ -405,7 +410,7 @@ def books(args: argparse.Namespace, node: OwnNode) -> dict[str, Any]:
     return row
 
 
-def in_process(args: argparse.Namespace, directory: Path, config: Path, http_tok_s: float) -> dict[str, Any]:
+def in_process(args: argparse.Namespace, directory: Path, config: Path, http_tok_s: dict[int, float]) -> Iterator[dict[str, Any]]:
     """The closed loop without HTTP, API process and books."""
     from node.config import load_settings
     from node.engine.engine import open_engine
@@ -416,16 +421,18 @@ def in_process(args: argparse.Namespace, directory: Path, config: Path, http_tok
         gc.collect()
         gc.freeze()
         submits = _submits(args, directory, engine.ready)
-        _loop_in_process(engine, [msgspec.structs.replace(item, sampling=_sampling(4)) for item in submits(1)], args.streams)
-        tokens, total_s = _loop_in_process(engine, submits(args.rounds), args.streams)
+        short = [msgspec.structs.replace(item, sampling=_sampling(4)) for item in submits(1, args.adapters)]
+        _loop_in_process(engine, short, args.streams)
+        for distinct in args.distinct:
+            tokens, total_s = _loop_in_process(engine, submits(args.rounds, distinct), args.streams)
+            row = {"row": "in-process", "streams": args.streams, "adapters": distinct, "out_tok_s": tokens / total_s}
+            yield {**row, "http_share": http_tok_s[distinct] / row["out_tok_s"]} if distinct in http_tok_s else row
     finally:
         engine.close()
-    row = {"row": "in-process", "streams": args.streams, "adapters": args.adapters, "out_tok_s": tokens / total_s}
-    return {**row, "http_share": http_tok_s / row["out_tok_s"]} if http_tok_s else row
 
 
-def _submits(args: argparse.Namespace, directory: Path, ready: Any) -> Callable[[int], list[Any]]:
-    """Makes what the API process would send for so many rounds."""
+def _submits(args: argparse.Namespace, directory: Path, ready: Any) -> Callable[[int, int], list[Any]]:
+    """Makes what the API process would send for so many rounds, to so many adapters."""
     from node.adapters.binding import LinearTable
     from node.adapters.verify import AdapterVerifier
     from node.engine.messages import Submit
@@ -435,17 +442,18 @@ def _submits(args: argparse.Namespace, directory: Path, ready: Any) -> Callable[
     paths = [directory / "adapters" / f"adapter-{index}" for index in range(args.adapters)]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         names = list(threads.map(lambda path: verifier.verify(path).adapter_id, paths))
-    terms = [(AdapterTerm(name, str(path), 1.0),) for name, path in zip(names, paths, strict=True)] or [()]
-    random = np.random.default_rng(0)
+    terms = [(AdapterTerm(name, str(path), 1.0),) for name, path in zip(names, paths, strict=True)]
+    runs, random = count(), np.random.default_rng(0)
 
-    def made(rounds: int) -> list[Any]:
+    def made(rounds: int, distinct: int) -> list[Any]:
+        run, recipes = next(runs), terms[:distinct] or [()]
         prompts = random.integers(10, ready.vocab_size - 10, (rounds * args.streams, args.prompt_tokens)).tolist()
         return [
             Submit(
-                sequence_id=f"{rounds}-{index}",
+                sequence_id=f"{run}-{index}",
                 tenant="bench",
                 prompt_ids=tuple(prompt),
-                terms=terms[index % len(terms)],
+                terms=recipes[index % len(recipes)],
                 sampling=_sampling(args.new_tokens),
             )
             for index, prompt in enumerate(prompts)
@@ -478,7 +486,7 @@ def _loop_in_process(engine: Any, submits: list[Any], streams: int) -> tuple[int
 
 
 def run(args: argparse.Namespace, target: Target, directory: Path) -> Iterator[dict[str, Any]]:
-    http_tok_s = 0.0
+    http_tok_s: dict[int, float] = {}
     if isinstance(target, OwnNode):
         first_s = target.first_token_s(args)
         if "start" in args.rows:
@@ -486,9 +494,10 @@ def run(args: argparse.Namespace, target: Target, directory: Path) -> Iterator[d
     if {"closed", "books"} & set(args.rows):
         warm_up(args, target)
     if "closed" in args.rows:
-        row = closed(args, target)
-        http_tok_s = row["out_tok_s"]
-        yield row
+        for distinct in args.distinct if args.own else [None]:
+            row = closed(args, target, distinct)
+            http_tok_s[distinct or 0] = row["out_tok_s"]
+            yield row
     if "books" in args.rows and isinstance(target, OwnNode):
         yield books(args, target)
     if "open" in args.rows:
@@ -496,7 +505,7 @@ def run(args: argparse.Namespace, target: Target, directory: Path) -> Iterator[d
             yield open_loop(args, target, rate)
     if "in-process" in args.rows and isinstance(target, OwnNode):
         target.close()
-        yield in_process(args, directory, target.config, http_tok_s)
+        yield from in_process(args, directory, target.config, http_tok_s)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -510,6 +519,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shape", default="llama-3.1-8b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--adapters", type=int, default=64)
+    parser.add_argument("--distinct", type=int, nargs="+", help="adapters that the rows closed and in-process name; default: all")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--adapter-bytes", type=int, default=0, help="0: the node's default")
     parser.add_argument("--host-bytes", type=int, default=0, help="0: the node's default")
@@ -528,6 +538,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--in-process-tok-s", type=float, default=0.0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
+    args.distinct = args.distinct or [args.adapters]
     args.rows = args.rows or (["start"] if args.own else []) + ["closed", "open"]
     if args.url and {"start", "in-process", "books"} & set(args.rows):
         parser.error("the rows start, in-process and books need a node of our own: --own")

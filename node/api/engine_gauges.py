@@ -33,5 +33,6 @@ def read_gauges(services: Services) -> EngineGauges:
         adapter_slots=stats.adapter_slots,
         running_adapters=tuple(sorted(names[item] for item in stats.resident_adapters if item in names)),
         waiting_adapters=tuple(sorted(names[item] for item in stats.waiting_adapters if item in names)),
+        usage=services.metrics.adapter_usage.shown(names),
         counters=tuple((name, text, float(getattr(stats, field))) for name, (text, field) in _COUNTERS.items()),
     )

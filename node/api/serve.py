@@ -190,6 +190,8 @@ class RequestPath:
         metrics.output_tokens.inc(exchange.output_token_count)
         metrics.request_seconds.observe(now_s - started_s)
         metrics.lorax_seconds.observe(now_s - started_s)
+        adapters = (item.entry.adapter_id for item in exchange.opening.recipe)
+        metrics.adapter_usage.count(adapters, exchange.prompt_token_count, exchange.output_token_count)
         metrics.lorax_validation.observe(exchange.started_s - started_s)
         metrics.lorax_inference.observe(now_s - exchange.started_s)
         metrics.lorax_token_seconds.observe((now_s - exchange.started_s) / max(1, exchange.output_token_count))

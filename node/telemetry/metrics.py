@@ -6,11 +6,13 @@ series are what inference gateways read (queue, running, KV use, which adapters)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from node.telemetry.adapter_usage import SHOWN, AdapterUsage, Usage
 
 # The bounds of OpenTelemetry's GenAI server metrics.
 _REQUEST_SECONDS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
@@ -32,6 +34,7 @@ class NodeMetrics:
         self.request_seconds = histogram("openlora_request_seconds", "From body read to last byte", _REQUEST_SECONDS)
         self.first_token_seconds = histogram("openlora_time_to_first_token_seconds", "To the first token", _FIRST_TOKEN_SECONDS)
         self.token_seconds = histogram("openlora_time_per_output_token_seconds", "Mean, after the first token", _TOKEN_SECONDS)
+        self.adapter_usage = AdapterUsage()
         self.ledger_seconds = histogram("openlora_ledger_commit_seconds", "Until a record was durable", _COMMIT_SECONDS)
         self.lorax_requests = counter("lorax_request_count", "Requests, LoRAX's name", is_exact=True)
         self.lorax_success = counter("lorax_request_success", "Answered requests, LoRAX's name", is_exact=True)
@@ -53,6 +56,13 @@ class NodeMetrics:
         self.registry.register(_EngineCollector(read, now))
 
 
+_USAGE = (
+    ("requests", "Admitted requests with the adapter", "requests"),
+    ("prompt_tokens", "Prompt tokens of those requests", "prompt_tokens"),
+    ("output_tokens", "Tokens drawn for those requests", "output_tokens"),
+)
+
+
 class EngineGauges(NamedTuple):
     """What the engine says of itself, with adapters by the names that clients use."""
 
@@ -66,6 +76,7 @@ class EngineGauges(NamedTuple):
     running_adapters: tuple[str, ...]
     waiting_adapters: tuple[str, ...]
     counters: tuple[tuple[str, str, float], ...]
+    usage: Mapping[str, Usage] = {}  # by adapter
 
 
 class _Makers:
@@ -117,6 +128,7 @@ class _EngineCollector:
             family = CounterMetricFamily(f"openlora_{name}", text)
             family.add_metric([], value)
             yield family
+        yield from self._by_adapter(gauges)
         yield _gauge("lorax_queue_length", "Sequences in the queue", gauges.waiting)
         yield _gauge("lorax_batch_current_size", "Sequences in the batch", gauges.running)
         yield _gauge("vllm:num_requests_running", "Sequences in the batch", gauges.running)
@@ -124,6 +136,17 @@ class _EngineCollector:
         yield _gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1", used)
         yield self._cache_info(gauges)
         yield self._adapter_info(gauges)
+
+    def _by_adapter(self, gauges: EngineGauges) -> Iterable[Metric]:
+        for name, text, field in _USAGE:
+            family = CounterMetricFamily(f"openlora_adapter_{name}", text, labels=["adapter"])
+            for adapter, usage in gauges.usage.items():
+                family.add_metric([adapter], getattr(usage, field))
+            yield family
+        resident = GaugeMetricFamily("openlora_adapter_resident", "1 for adapters a step may name now", labels=["adapter"])
+        for adapter in gauges.running_adapters[:SHOWN]:
+            resident.add_metric([adapter], 1)
+        yield resident
 
     def _cache_info(self, gauges: EngineGauges) -> Metric:
         family = GaugeMetricFamily("vllm:cache_config_info", "KV cache geometry", labels=["block_size", "num_gpu_blocks"])

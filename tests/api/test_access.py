@@ -150,6 +150,8 @@ async def test_metrics_speak_three_dialects(bench, client):
     assert "lorax_request_success 1.0" in lines
     assert 'lorax_request_failure{err="validation"} 1.0' in lines
     assert 'openlora_requests_total{outcome="ok",route="/v1/chat/completions"} 1.0' in lines
+    assert 'openlora_adapter_requests_total{adapter="alice"} 1.0' in lines
+    assert 'openlora_adapter_resident{adapter="alice"} 1.0' in lines
     assert any(line.startswith("openlora_output_tokens_total ") for line in lines)
 
 

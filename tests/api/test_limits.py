@@ -150,10 +150,14 @@ async def test_forbidden_and_unknown_have_the_same_answer(world):
 async def test_metrics_do_not_tell_of_private_adapters(world):
     bench, client, key = world
     bench.engine.stats = type(bench.engine.stats)(resident_adapters=("1" * 64, "2" * 64, "3" * 64), adapter_slots=4)
+    asked = {**CHAT, "model": "alice"}
+    assert (await client.post("/v1/chat/completions", json=asked, headers=await key("a"))).status == 200
     await bench.store.restrict_adapter(PrivateAdapter("alice", "owner"))
     text = await (await client.get("/metrics", headers=await key("m", Scope.METRICS))).text()
     assert 'running_lora_adapters="org/bob"' in text
     assert "1" * 64 not in text
+    assert "alice" not in text
+    assert 'openlora_adapter_requests_total{adapter="(other)"} 1.0' in text.splitlines()
     assert "3" * 64 not in text  # private at its source: the catalogue lists it to nobody
 
 
