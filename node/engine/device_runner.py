@@ -59,7 +59,7 @@ class DeviceRunner:
         self._kv = kv
         self._adapters = StepAdapters(adapters, sizes.head_module)
         self._masks = masks
-        self._vocab_size = sizes.vocab_size
+        self._sizes = sizes
         self._watch_logits = watch_logits
         most = buckets_for(sizes.max_sequences)[-1]
         self._sampler = DeviceSampler(sizes.vocab_size, most, kernels.device)
@@ -125,7 +125,7 @@ class DeviceRunner:
 
     def _send(self, work: list[Work], shape: StepShape, layout: BlockLayout) -> LoraRows | DeviceRows | None:
         """Copy a step's metadata to the device; returns its adapters."""
-        takes_tiles, tile_rows = self._kernels.takes_tiles, tile_rows_of(shape)
+        takes_tiles, tile_rows = self._kernels.takes_tiles, tile_rows_of(shape.rows, self._sizes)
         tiles = self._adapters.row_tiles(work, tile_rows) if takes_tiles else []
         end = layout.tiles + sum(len(block.data) for block in tiles)
         host = self._block.begin(end)
@@ -172,7 +172,7 @@ class DeviceRunner:
         self._places = {}
         if not drawing:
             return
-        mask = row_mask(self._masks, drawing, self._vocab_size)
+        mask = row_mask(self._masks, drawing, self._sizes.vocab_size)
         flight.draw = self._sampler.draw(flight.drawing_logits, [draw_row(item) for item in drawing], self._choice, mask)
         self._block.drawn[: len(drawing)].copy_(self._choice.next_tokens[: len(drawing)])
         self._places = {item.sequence.id: place for place, item in enumerate(drawing) if item.draws_token}

@@ -321,7 +321,17 @@ def open_engine(
     )
     scheduler = Scheduler(blocks, limits, adapters, loaded.base_id)
     grammars = GrammarMasks(functools.partial(_vocabulary, ready), wake)
-    runner = open_runner(loaded, kernels, kv, adapters, grammars, sizes, max_model_len, watch_logits)
+    runner = open_runner(
+        loaded,
+        kernels,
+        kv,
+        adapters,
+        grammars,
+        sizes,
+        max_model_len,
+        watch_logits,
+        is_deterministic=settings.deterministic,
+    )
     return Engine(scheduler, runner, adapters, blocks, grammars, ready)
 
 

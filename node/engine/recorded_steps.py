@@ -14,10 +14,9 @@ from torch import Tensor
 from node.engine.device_batch import StepShape, pad_rows, pending_places, write_decode, write_rows
 from node.engine.graphs import ROW_BUCKETS, Adapted, GraphKey, StepGraphs, buckets_for
 from node.engine.sizing import DeviceSizes
-from node.engine.step_adapters import DECODE_TILE_ROWS, PREFILL_TILE_ROWS, RECORDED_TILE_ROWS, Members, StepAdapters, static_rows
+from node.engine.step_adapters import SMALL_TILE_ROWS, Members, StepAdapters, most_tile_ints, static_rows
 from node.engine.step_block import BlockLayout, StepBlock
 from node.engine.step_plan import Work
-from node.kernels.lora_tiles import block_ints
 from node.kernels.ops import Kernels
 from node.models.inputs import CausalLM, KVCache, StepInputs
 
@@ -68,7 +67,7 @@ class RecordedSteps:
     def _capacity(self) -> int:
         """int32 of the largest step: a prefill in which every row wants logits, with the tiles of its rows and of its head."""
         rows, sequences = self._sizes.max_batch_tokens, max(self._layouts)
-        tiles = block_ints(rows, sequences, EAGER_ENTRIES, PREFILL_TILE_ROWS)
+        tiles = most_tile_ints(self._sizes, sequences, EAGER_ENTRIES)
         return BlockLayout.of(max(rows, sequences), sequences, rows, self.width).tiles + 2 * tiles
 
     def forget_tiles(self) -> None:
@@ -147,7 +146,7 @@ class RecordedSteps:
             context_lens=view(layout.context_lens, bucket),
             block_tables=view(layout.tables, bucket * self.width).view(bucket, self.width),
             logit_rows=None,
-            lora=static_rows(self.block, layout, adapted, DECODE_TILE_ROWS, GRAPH_ENTRIES * bucket),
+            lora=static_rows(self.block, layout, adapted, GRAPH_ENTRIES * bucket),
             max_query=1,
             max_context=self._sizes.max_model_len,
         )
@@ -162,7 +161,7 @@ class RecordedSteps:
         rows = self.graphs.row_bucket(shape.rows)
         if rows is None or shape.logit_rows is None or any(item.wants_prompt_logprobs or item.embeds for item in work):
             return None
-        layout, tiles = self._row_layouts[rows], self._adapters.row_tiles(work, RECORDED_TILE_ROWS)
+        layout, tiles = self._row_layouts[rows], self._adapters.row_tiles(work, SMALL_TILE_ROWS)
         end = layout.tiles + sum(len(block.data) for block in tiles)
         if len(tiles) > 1 or end > self.block.capacity or any(block.pair_count > GRAPH_ENTRIES * rows for block in tiles):
             return None
@@ -190,7 +189,7 @@ class RecordedSteps:
             context_lens=view(layout.context_lens, sequences),
             block_tables=view(layout.tables, sequences * self.width).view(sequences, self.width),
             logit_rows=view(layout.logits, logit_rows),
-            lora=static_rows(self.block, layout, adapted, RECORDED_TILE_ROWS, GRAPH_ENTRIES * rows),
+            lora=static_rows(self.block, layout, adapted, GRAPH_ENTRIES * rows),
             max_query=rows,
             max_context=self._sizes.max_model_len,
         )

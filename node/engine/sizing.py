@@ -24,6 +24,7 @@ MAX_SEQUENCES_GPU = 256
 PROMPT_ROWS_GPU = 8192
 ADAPTER_SHARE = 4  # a quarter
 GRAPH_BYTES = 1 << 30  # CUDA graphs, activations in their pool, and what the libraries keep for themselves
+SMALL_STEP_ROWS = 4096  # up to here large tiles are too few to keep a GPU busy: each walks all inputs alone
 _CPU_BYTES = 256 << 20
 
 DeviceKind = Literal["cpu", "cuda"]
@@ -49,13 +50,19 @@ class MemorySizes:
 
 @dataclass(frozen=True, slots=True)
 class DeviceSizes:
-    """Bounds of a GPU's step. `head_module`: the output projection's row in `LoraPool.ranks`."""
+    """Bounds of a GPU's step.
+
+    Attributes:
+        head_module: The output projection's row in `LoraPool.ranks`.
+        small_step_rows: A step of at most so many rows is cut into small tiles for its adapters, a larger one into large ones.
+    """
 
     max_sequences: int
     max_batch_tokens: int
     max_model_len: int
     vocab_size: int
     head_module: int
+    small_step_rows: int = SMALL_STEP_ROWS
 
 
 def step_sizes(settings: EngineSettings, adapters: AdapterSettings, device: DeviceKind) -> StepSizes:

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from node.engine.device_batch import StepShape, recipes_of
+from node.engine.device_batch import recipes_of
 from node.engine.graphs import Adapted
 from node.engine.runner import SlotTable
+from node.engine.sizing import DeviceSizes
 from node.engine.step_block import BlockLayout, StepBlock
 from node.engine.step_plan import Work
 from node.kernels.cuda_ops import DeviceTiles
 from node.kernels.device_rows import DeviceRows
 from node.kernels.lora import LoraPool, LoraRows, lora_rows
-from node.kernels.lora_tiles import Recipe, TileBlock, build_tiles
+from node.kernels.lora_tiles import Recipe, TileBlock, block_ints, build_tiles
 
-DECODE_TILE_ROWS, PREFILL_TILE_ROWS = 16, 64
-RECORDED_TILE_ROWS = 16  # of small steps with prompt chunks: larger tiles would leave most of the GPU idle
+SMALL_TILE_ROWS, LARGE_TILE_ROWS = 16, 64
 
 
 class DeviceSlots(SlotTable, Protocol):
@@ -59,7 +59,7 @@ class StepAdapters:
         recipes = recipes_of(work, self.slot_of)
         if not any(recipes):
             return Members(key, None, Adapted.NOTHING)
-        tiles = build_tiles(recipes, [1] * len(work), self._slot_pages(), DECODE_TILE_ROWS)
+        tiles = build_tiles(recipes, [1] * len(work), self._slot_pages(), SMALL_TILE_ROWS)
         return Members(key, tiles, Adapted.LAYERS_AND_HEAD if self._has_head(work) else Adapted.LAYERS)
 
     def row_tiles(self, work: Sequence[Work], tile_rows: int) -> list[TileBlock]:
@@ -71,7 +71,7 @@ class StepAdapters:
         if self._has_head(work):
             counts = [item.count if item.wants_prompt_logprobs else int(item.draws_token) for item in work]
             heads: list[Recipe] = [recipe for recipe, count in zip(recipes, counts, strict=True) if count]
-            blocks.append(build_tiles(heads, [count for count in counts if count], self._slot_pages(), DECODE_TILE_ROWS))
+            blocks.append(build_tiles(heads, [count for count in counts if count], self._slot_pages(), SMALL_TILE_ROWS))
         return blocks
 
     def plain_rows(self, work: Sequence[Work]) -> LoraRows | None:
@@ -86,9 +86,16 @@ class StepAdapters:
         return any(self._slots.adapts(adapter_id, self._head_module) for adapter_id in named)
 
 
-def tile_rows_of(shape: StepShape) -> int:
-    """Rows of a tile in a step that is launched operation by operation."""
-    return DECODE_TILE_ROWS if shape.max_query == 1 else PREFILL_TILE_ROWS
+def tile_rows_of(rows: int, sizes: DeviceSizes) -> int:
+    """Rows of a tile in a step of this size."""
+    return SMALL_TILE_ROWS if rows <= sizes.small_step_rows else LARGE_TILE_ROWS
+
+
+def most_tile_ints(sizes: DeviceSizes, sequences: int, entries: int) -> int:
+    """int32 that the tiles of a step can need, whatever its size. entries: of one row's recipe."""
+    rows = sizes.max_batch_tokens
+    small = block_ints(min(rows, sizes.small_step_rows), sequences, entries, SMALL_TILE_ROWS)
+    return max(small, block_ints(rows, sequences, entries, LARGE_TILE_ROWS))
 
 
 def sent_rows(block: StepBlock, layout: BlockLayout, tile_rows: int, tiles: list[TileBlock]) -> DeviceRows | None:
@@ -99,13 +106,13 @@ def sent_rows(block: StepBlock, layout: BlockLayout, tile_rows: int, tiles: list
     head = None
     if len(tiles) > 1:
         second = block.view(layout.tiles + len(tiles[0].data), len(tiles[1].data))
-        head = DeviceRows(DeviceTiles(second, DECODE_TILE_ROWS), tiles[1].pair_count)
+        head = DeviceRows(DeviceTiles(second, SMALL_TILE_ROWS), tiles[1].pair_count)
     return DeviceRows(DeviceTiles(first, tile_rows), tiles[0].pair_count, head)
 
 
-def static_rows(block: StepBlock, layout: BlockLayout, adapted: Adapted, tile_rows: int, pairs: int) -> DeviceRows | None:
+def static_rows(block: StepBlock, layout: BlockLayout, adapted: Adapted, pairs: int) -> DeviceRows | None:
     """Tiles of a recorded step, whatever they will be: all the memory behind its other metadata, and room for `pairs` pairs."""
     if adapted is Adapted.NOTHING:
         return None
-    rows = DeviceRows(DeviceTiles(block.view(layout.tiles, block.capacity - layout.tiles), tile_rows), pairs)
+    rows = DeviceRows(DeviceTiles(block.view(layout.tiles, block.capacity - layout.tiles), SMALL_TILE_ROWS), pairs)
     return rows if adapted is Adapted.LAYERS else DeviceRows(rows.tiles, rows.pair_count, rows)
