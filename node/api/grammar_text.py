@@ -8,6 +8,7 @@ from typing import Any
 from llguidance import regex_to_lark
 from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 
+from node.api.closed_schema import closed
 from node.errors import GrammarError
 
 # Unlimited white space is where small models get lost until the token budget ends: a space, or a new line and its indentation.
@@ -20,9 +21,9 @@ def of_schema(schema: dict[str, Any]) -> str:
 
 
 def schema_rule(schema: dict[str, Any], *, is_lenient: bool = False) -> str:
-    """A schema as an expression within a grammar. `is_lenient` passes over keywords that cannot be enforced."""
+    """A schema as an expression within a grammar, closed (`closed_schema`). `is_lenient` passes over what cannot be enforced."""
     options = {"whitespace_pattern": _WHITESPACE, "lenient": is_lenient}
-    return "%json " + json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)
+    return "%json " + json.dumps({**closed(schema), "x-guidance": options}, ensure_ascii=False)
 
 
 def of_pattern(pattern: str) -> str:

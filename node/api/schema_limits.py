@@ -52,6 +52,11 @@ def check_pattern(pattern: str, param: str) -> None:
         raise _too_complex(f"`{param}` has {size} bytes; the limit is {MAX_PATTERN_BYTES}", param)
 
 
+def schemas_within(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The schema itself and every schema inside it."""
+    return (value for value, _, has_keywords in _containers(schema) if has_keywords)
+
+
 def _containers(schema: dict[str, Any]) -> Iterator[tuple[Any, int, bool]]:
     """Every object and list with its depth, and whether its keys are keywords; those of a map are names."""
     stack: list[tuple[Any, int, str]] = [(schema, 0, "schema")]
