@@ -11,8 +11,8 @@ start       Seconds from starting the process to its first token, with the weigh
 closed      --streams requests at once, each followed by the next: output tokens/s, and their share of --in-process-tok-s.
 in-process  The same requests in the same closed loop on an engine in this process, once the node is gone: what HTTP could reach,
             and which share of it the row closed reached (only --own).
-books       The closed loop with and without records and receipts in turns, on one node whose books this script can switch off;
-            the product cannot (only --own).
+books       One round of the closed loop with and without records and receipts, in turns, on one node whose books this script can
+            switch off; the product cannot (only --own).
 open        Poisson arrivals at each of --rates requests/s for --seconds: time to first token, time between tokens, and goodput:
             requests/s whose first token came within --slo-ttft-ms and whose tokens came every --slo-itl-ms on average.
 
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import gc
 import json
 import multiprocessing
@@ -37,6 +38,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import count
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ import numpy as np
 
 REQUEST_TIMEOUT_S = 600
 ROWS = ("start", "closed", "in-process", "books", "open")
-SERVE_WITH_SWITCH = "--serve-with-switch"  # this file again, as the node of the row books
+SERVE, ENGINE = "--serve", "--engine"  # this file again, as a node that differs from the product, and as such a node's engine
 
 
 @dataclass
@@ -155,12 +157,10 @@ def _note(answer: Answer, line: bytes) -> None:
 # ---- all of them
 
 
-def send(loads: Sequence[Load]) -> tuple[list[Answer], float]:
+def send(target: Target, loads: Sequence[Load]) -> tuple[list[Answer], float]:
     """Run every load in a process of its own; returns all answers and the busiest client's share of a core."""
-    start_s = time.monotonic() + 1.0 + 0.05 * len(loads)
-    timed = [replace(load, start_s=start_s) for load in loads]
-    with multiprocessing.get_context("spawn").Pool(len(timed)) as pool:
-        found = pool.map(run_client, timed, chunksize=1)
+    start_s = time.monotonic() + 0.5
+    found = target.clients.map(run_client, [replace(load, start_s=start_s) for load in loads], chunksize=1)
     answers = [answer for part, _ in found for answer in part]
     bad = [answer.error for answer in answers if answer.error]
     if bad:
@@ -171,13 +171,13 @@ def send(loads: Sequence[Load]) -> tuple[list[Answer], float]:
 
 def warm_up(args: argparse.Namespace, target: Target) -> None:
     """A short round, which brings every adapter into memory."""
-    send([replace(load, new_tokens=4) for load in _closed_loads(args, target, rounds=1)])
+    send(target, [replace(load, new_tokens=4) for load in _closed_loads(args, target, rounds=1)])
 
 
-def closed(args: argparse.Namespace, target: Target, distinct: int | None = None) -> dict[str, Any]:
+def closed(args: argparse.Namespace, target: Target, distinct: int | None = None, rounds: int | None = None) -> dict[str, Any]:
     """Every stream sends `--rounds` requests."""
     begun_s = target.cpu_s()
-    answers, share = send(_closed_loads(args, target, rounds=args.rounds, distinct=distinct))
+    answers, share = send(target, _closed_loads(args, target, args.rounds if rounds is None else rounds, distinct))
     spent_s = target.cpu_s() - begun_s
     total_s = max(answer.chunk_s[-1] for answer in answers) - min(answer.sent_s for answer in answers)
     tokens = sum(answer.count for answer in answers)
@@ -209,7 +209,7 @@ def open_loop(args: argparse.Namespace, target: Target, rate: float) -> dict[str
         target.load(args, seed, offsets_s=tuple(moments[seed :: args.clients].tolist()))
         for seed in range(min(args.clients, len(moments)))
     ]
-    answers, share = send(loads)
+    answers, share = send(target, loads)
     good = [answer for answer in answers if _is_good(answer, args)]
     span_s = max(answer.chunk_s[-1] for answer in answers) - min(answer.sent_s for answer in answers)
     tokens = sum(answer.count for answer in answers)
@@ -245,17 +245,19 @@ def latencies(answers: Sequence[Answer]) -> dict[str, float]:
 
 
 class Target:
-    """A running server."""
+    """A running server, and the processes that ask it."""
 
-    def __init__(self, url: str, models: Sequence[str], vocab_size: int, banned: Sequence[int]) -> None:
+    def __init__(self, clients: Pool, url: str, models: Sequence[str], base: str, vocab_size: int, banned: Sequence[int]) -> None:
+        self.clients = clients
         self.url = url
+        self._base = base
         self._models = tuple(models)
         self._vocab_size = vocab_size
         self._banned = tuple(banned)
 
     def load(self, args: argparse.Namespace, seed: int, distinct: int | None = None, **more: Any) -> Load:
         """What a client sends; `distinct`: to so many models, 0 for the base model, None for all."""
-        models = self._models if distinct is None else self._models[:distinct] or (args.shape,)
+        models = self._models if distinct is None else self._models[:distinct] or (self._base,)
         return Load(self.url, models, args.prompt_tokens, args.new_tokens, self._vocab_size, self._banned, seed, **more)
 
     def cpu_s(self) -> float:
@@ -269,7 +271,7 @@ class Target:
 class OwnNode(Target):
     """A node with random weights and random adapters, both in files."""
 
-    def __init__(self, args: argparse.Namespace, directory: Path) -> None:
+    def __init__(self, args: argparse.Namespace, clients: Pool, directory: Path) -> None:
         from random_model import SHAPES
 
         vocab = SHAPES[args.shape]["vocab_size"]
@@ -279,15 +281,15 @@ class OwnNode(Target):
         self.config = write_config(args, directory, place)
         self._switch = _switch(self.config)
         self._log = (place / "node.log").open("w")
-        command = [sys.executable, "-m", "node.cli.main", "start", "--config"]
-        if "books" in args.rows:
-            command = [sys.executable, str(Path(__file__).resolve()), SERVE_WITH_SWITCH]
-        command.append(str(self.config))
+        command = [sys.executable, "-m", "node.cli.main", "start", "--config", str(self.config)]
+        if "books" in args.rows or args.random_weights:
+            shape = [args.shape, str(args.layers or "")] if args.random_weights else []
+            command = [sys.executable, str(Path(__file__).resolve()), SERVE, str(self.config), *shape]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log, text=True)
         url = self._read_url(place)
         self.ready_s = time.monotonic() - self._begun
-        models = [f"adapter-{index}" for index in range(args.adapters)] or [f"{args.shape}"]
-        super().__init__(url, models, vocab, (2,))
+        base = f"random-{args.shape}" if args.random_weights else args.shape
+        super().__init__(clients, url, [f"adapter-{index}" for index in range(args.adapters)] or [base], base, vocab, (2,))
 
     def _read_url(self, directory: Path) -> str:
         for line in self._process.stdout or ():
@@ -325,10 +327,11 @@ def write_files(args: argparse.Namespace, directory: Path) -> None:
 
     from node.models.spec import model_spec
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = directory / args.shape
-    model.mkdir()
-    write_checkpoint(args.shape, model, device, args.layers)
+    if not args.random_weights:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        write_checkpoint(args.shape, directory / args.shape, device, args.layers)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the node sizes itself by what is free
     linears = [
         kind for kind in model_spec(shape_config(args.shape, args.layers), None).linear_kinds if "lm_head" not in kind.name
     ]
@@ -339,8 +342,6 @@ def write_files(args: argparse.Namespace, directory: Path) -> None:
                 lambda i: write_adapter(directory / "adapters" / f"adapter-{i}", linears, args.rank, i), range(args.adapters)
             )
         )
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # the node sizes itself by what is free
 
 
 def write_config(args: argparse.Namespace, directory: Path, place: Path) -> Path:
@@ -366,8 +367,10 @@ def _switch(config: Path) -> Path:
     return config.with_name("books-off")
 
 
-def serve_with_switch(config: Path) -> None:
-    """Run `openlora-node start` with books that pass over requests while the switch is off."""
+def serve(config: Path, shape: Sequence[str]) -> None:
+    """Run `openlora-node start` with books that pass over requests while the switch is off, and random weights of a shape."""
+    import asyncio.subprocess
+
     import node.app
     from node.api.doors import Closing, Opening
     from node.api.settlement_books import SettlementBooks
@@ -389,7 +392,33 @@ def serve_with_switch(config: Path) -> None:
             return {}
 
     node.app.SettlementBooks = SwitchedBooks  # type: ignore[misc]
+    begin = asyncio.create_subprocess_exec
+
+    async def begin_ours(*command: str, **options: Any) -> asyncio.subprocess.Process:
+        ours = (sys.executable, str(Path(__file__).resolve()), ENGINE, *shape)
+        return await begin(*(ours if shape and "node.engine.process" in command else command), **options)
+
+    asyncio.create_subprocess_exec = begin_ours  # type: ignore[assignment]
     start(config=config)
+
+
+def run_engine(shape: str, layers: str) -> int:
+    """The engine process, on weights that are made and not read."""
+    from node.engine import engine, process
+
+    engine.open_engine = functools.partial(open_on_random_weights, engine.open_engine, shape, int(layers) if layers else None)
+    return process.main()
+
+
+def open_on_random_weights(
+    open_engine: Callable[..., Any], shape: str, layers: int | None, model: Any, *settings: Any, **options: Any
+) -> Any:
+    from random_model import random_source
+
+    from node.engine.device import choose_device
+
+    source = random_source(shape, choose_device(model.device), model.max_model_len, layers)
+    return open_engine(model, *settings, **options, source=source)
 
 
 def books(args: argparse.Namespace, node: OwnNode) -> dict[str, Any]:
@@ -400,11 +429,11 @@ def books(args: argparse.Namespace, node: OwnNode) -> dict[str, Any]:
     for index in range(args.pairs):
         for is_on in (True, False) if index % 2 else (False, True):
             node.switch_books(is_on)
-            rows[is_on].append(closed(args, node))
+            rows[is_on].append(closed(args, node, rounds=1))
     ratios = [on["out_tok_s"] / off["out_tok_s"] for off, on in zip(*rows, strict=True)]
     median, low, high = median_interval(ratios)
     row: dict[str, Any] = {"row": "books on / off", "streams": args.streams, "pairs": args.pairs, "ratio": median}
-    row |= {"low": low, "high": high, "least": min(ratios), "most": max(ratios)}
+    row |= {"low": low, "high": high}
     for name, side in (("off", rows[0]), ("on", rows[1])):
         row |= {f"{name}_{key}": statistics.median(found[key] for found in side) for key in ("out_tok_s", "api_us_per_token")}
     return row
@@ -416,7 +445,10 @@ def in_process(args: argparse.Namespace, directory: Path, config: Path, http_tok
     from node.engine.engine import open_engine
 
     settings = load_settings(config)
-    engine = open_engine(settings.model, settings.engine, settings.adapters, settings.data_dir / "engine")
+    opened = (
+        functools.partial(open_on_random_weights, open_engine, args.shape, args.layers) if args.random_weights else open_engine
+    )
+    engine = opened(settings.model, settings.engine, settings.adapters, settings.data_dir / "engine")
     try:
         gc.collect()
         gc.freeze()
@@ -518,6 +550,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--own", action="store_true", help="start a node")
     parser.add_argument("--shape", default="llama-3.1-8b")
     parser.add_argument("--layers", type=int)
+    parser.add_argument(
+        "--random-weights", action="store_true", help="weights made where they run, not read: not for the row start"
+    )
     parser.add_argument("--adapters", type=int, default=64)
     parser.add_argument("--distinct", type=int, nargs="+", help="adapters that the rows closed and in-process name; default: all")
     parser.add_argument("--rank", type=int, default=16)
@@ -549,12 +584,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> int:
     args = parse(argv)
-    with tempfile.TemporaryDirectory(prefix="bench", dir=args.files) as directory:
+    spawned = multiprocessing.get_context("spawn").Pool(args.clients)
+    with spawned as clients, tempfile.TemporaryDirectory(prefix="bench", dir=args.files) as directory:
         if args.own:
             begun_s = time.monotonic()
             write_files(args, Path(directory))
             print(f"files written in {time.monotonic() - begun_s:.1f} s", file=sys.stderr, flush=True)
-        target = OwnNode(args, Path(directory)) if args.own else Target(args.url, args.models, args.vocab_size, args.eos_ids)
+        if args.own:
+            target: Target = OwnNode(args, clients, Path(directory))
+        else:
+            target = Target(clients, args.url, args.models, args.models[0], args.vocab_size, args.eos_ids)
         try:
             for row in run(args, target, Path(directory)):
                 line = json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
@@ -568,7 +607,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [SERVE_WITH_SWITCH]:
-        serve_with_switch(Path(sys.argv[2]))
+    if sys.argv[1:2] == [SERVE]:
+        serve(Path(sys.argv[2]), sys.argv[3:])
+    elif sys.argv[1:2] == [ENGINE]:
+        sys.exit(run_engine(*sys.argv[2:]))
     else:
         sys.exit(main(sys.argv[1:]))
