@@ -11,7 +11,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from node.api.errors import openai_body
-from node.api.turnstile import KNOWN, NEW, Turnstile
+from node.api.turnstile import Begin, Turnstile
 from node.errors import RequestError
 
 _BACKLOG = 1024  # connections that wait to be accepted; one that finds no room there tries again after a whole second
@@ -61,7 +61,7 @@ def take_turns(turnstile: Turnstile) -> Middleware:
         connection = request.protocol
         if isinstance(connection, Connection):
             if connection.is_known:
-                await turnstile.passed(KNOWN)
+                await turnstile.again()
             connection.is_known = True
         return await handler(request)
 
@@ -120,9 +120,9 @@ class BoundedSite(web.BaseSite):
         if not self._held[address]:
             del self._held[address]
 
-    def let_in(self, begin: Callable[[], bool]) -> None:
+    def let_in(self, begin: Begin) -> None:
         """Call `begin` when it is a new connection's turn."""
-        self._turnstile.enter(NEW, begin)
+        self._turnstile.come(begin)
 
     def connection(self, left: Callable[[], None]) -> asyncio.Protocol | None:
         """The server's own protocol for a connection; None while it stops."""

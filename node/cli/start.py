@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,8 @@ import typer
 
 from node.cli.options import ConfigOption, DataDirOption, settings_from
 from node.config import Settings
+
+_SWITCH_INTERVAL_S = 0.0005
 
 
 def start(
@@ -41,6 +44,8 @@ def start(
     )
     import uvloop
 
+    # The thread that commits records waits for the interpreter lock at most so long, however busy the event loop is.
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     uvloop.run(_serve(settings))
 
 

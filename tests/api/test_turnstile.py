@@ -2,73 +2,94 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from node.api.application import build_application
 from node.api.listener import Listener
-from node.api.turnstile import KNOWN, NEW, Turnstile
+from node.api.turnstile import LONGEST_PACE_S, TICK_S, Turnstile
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
-def noting(log, word, begins=True):
-    return lambda: log.append(word) or begins
+class Loop:
+    """A loop whose clocks and timers move when told."""
+
+    def __init__(self):
+        self.now_s = self.busy_s = 0.0
+        self.timers = []
+        self.log = []
+        self.turnstile = Turnstile(lambda: self.now_s, lambda: self.busy_s, lambda delay_s, call: self.timers.append(call))
+
+    def come(self, word, begins=True):
+        self.turnstile.come(lambda: self.log.append(word) or begins)
+
+    def tick(self, busy_share, passed_s=TICK_S):
+        self.now_s += passed_s
+        self.busy_s += busy_share * passed_s
+        due, self.timers = self.timers, []
+        for call in due:
+            call()
+        return list(self.log)
 
 
-async def turns(log, turnstile, count):
-    """What begins in each of the loop's next turns."""
-    found = []
-    for _ in range(count):
-        before = len(log)
-        await asyncio.sleep(0)
-        found.append(log[before:])
-    return found
-
-
-async def test_first_begins_at_once_and_the_others_one_in_a_turn():
-    log, turnstile = [], Turnstile()
+def test_first_comes_in_at_once_and_the_others_when_the_loop_has_rested():
+    loop = Loop()
     for word in "abc":
-        turnstile.enter(NEW, noting(log, word))
+        loop.come(word)
 
-    assert log == ["a"]
-    assert await turns(log, turnstile, 4) == [["b"], ["c"], [], []]
-    turnstile.enter(NEW, noting(log, "d"))
-    assert log[-1] == "d"
+    assert loop.log == ["a"]
+    assert loop.tick(busy_share=0.5) == ["a", "b"]
+    assert loop.tick(busy_share=1.0) == ["a", "b"]
+    assert loop.tick(busy_share=0.4) == ["a", "b", "c"]
 
 
-async def test_a_crowd_in_one_lane_is_one_place_before_the_other():
-    log, turnstile = [], Turnstile()
+def test_a_loop_that_never_rests_still_lets_newcomers_in():
+    loop = Loop()
+    for number in range(10):
+        loop.come(number)
+
+    while len(loop.log) < 10:
+        loop.tick(busy_share=1.0)
+
+    assert loop.now_s == pytest.approx(9 * LONGEST_PACE_S, rel=0.5)
+
+
+def test_who_hung_up_takes_no_turn():
+    loop = Loop()
+    loop.come("a")
+    loop.come("gone", begins=False)
+    loop.come("b")
+
+    assert loop.tick(busy_share=0.0) == ["a", "gone", "b"]
+
+
+def test_after_the_crowd_the_next_comes_in_at_once_again():
+    loop = Loop()
+    loop.come("a")
+    loop.tick(busy_share=0.0)
+    assert loop.timers == []
+
+    loop.come("b")
+
+    assert loop.log == ["a", "b"]
+
+
+async def test_known_connections_pass_one_in_a_turn_of_the_loop_and_wait_for_no_newcomer():
+    loop, passed = Loop(), []
     for number in range(200):
-        turnstile.enter(NEW, noting(log, number))
-    await asyncio.sleep(0)
+        loop.come(number)
 
-    turnstile.enter(KNOWN, noting(log, "known"))
-    await turns(log, turnstile, 2)
+    async def ask(word):
+        await loop.turnstile.again()
+        passed.append(word)
 
-    assert "known" in log
-    assert len(log) <= 4
-
-
-async def test_who_hung_up_takes_no_turn():
-    log, turnstile = [], Turnstile()
-    turnstile.enter(NEW, noting(log, "a"))
-    turnstile.enter(NEW, noting(log, "gone", begins=False))
-    turnstile.enter(NEW, noting(log, "b"))
-
-    assert await turns(log, turnstile, 1) == [["gone", "b"]]
-
-
-async def test_passed_lets_those_who_wait_through_in_order_without_the_cancelled():
-    log, turnstile = [], Turnstile()
-
-    async def come(word):
-        await turnstile.passed(KNOWN)
-        log.append(word)
-
-    tasks = [asyncio.create_task(come(word)) for word in "abcd"]
+    tasks = [asyncio.create_task(ask(word)) for word in "abcd"]
     await asyncio.sleep(0)
     tasks[2].cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
 
-    assert log == ["a", "b", "d"]
+    assert passed == ["a", "b", "d"]
+    assert loop.log == [0]
 
 
 async def test_a_crowd_of_connections_is_answered_whole_and_gives_its_places_back(bench):
