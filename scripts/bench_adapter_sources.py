@@ -48,7 +48,7 @@ LEAD_S = 0.3  # from the first hot requests of a phase to the cold ones
 STATS_S = 0.7  # the engine sends its counters twice a second
 RESIDENT = "resident"
 TWO_ON_ONE = 'memory_bytes = "1GiB"\n[engine]\nkv_cache_bytes = "512MiB"\nprefix_cache = false'  # two nodes share the device
-STORM_SETTINGS = "allow_hub = true\n[engine]\nprefix_cache = false"
+STORM_SETTINGS = "allow_hub = true\nfetch_workers = {workers}\n[engine]\nprefix_cache = false"
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -77,21 +77,26 @@ def write_small_adapters(directory: Path, count: int, hidden: int) -> None:
 
 
 def prepare(args: argparse.Namespace, place: Path) -> tuple[str, list[Path]]:
-    """The base model's path and the adapters to copy from: the packaged ones, or random ones of a known shape."""
+    """The base model's path and the adapters to copy from: the packaged ones, or random ones of a known shape in `place`, where
+    they are not there yet."""
     if not args.shape:
         return BASE, [DEMO / name for name in HOT]
+    sources = [place / f"source-{index}" for index in range(3)]
+    if (place / "made").exists():
+        return str(place / "model"), sources
+    (place / "model").mkdir(parents=True, exist_ok=True)
     import torch
     from bench_adapters import write_adapter
     from random_model import shape_config, write_checkpoint
 
     from node.models.spec import model_spec
 
-    write_checkpoint(args.shape, place, torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.layers)
+    write_checkpoint(args.shape, place / "model", torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.layers)
     kinds = [kind for kind in model_spec(shape_config(args.shape, args.layers), None).linear_kinds if kind.name != "lm_head"]
-    sources = [place.parent / f"source-{index}" for index in range(3)]
     for index, source in enumerate(sources):
         write_adapter(source, kinds, 16, index)
-    return str(place), sources
+    (place / "made").touch()
+    return str(place / "model"), sources
 
 
 @contextmanager
@@ -144,8 +149,7 @@ async def ask(session: aiohttp.ClientSession, url: str, model: str, tokens: int,
 async def catalogue(args: argparse.Namespace) -> dict[str, Any]:
     """Alternate requests between a small and a large catalogue."""
     with tempfile.TemporaryDirectory(dir=args.files) as scratch:
-        (Path(scratch) / "model").mkdir()
-        model, sources = prepare(args, Path(scratch) / "model")
+        model, sources = prepare(args, args.prepared or Path(scratch))
         hidden = 576 if model == BASE else json.loads((Path(model) / "config.json").read_text())["hidden_size"]
         small, large = Path(scratch) / "small", Path(scratch) / "large"
         for directory, count in ((small, 10), (large, args.adapters)):
@@ -198,15 +202,14 @@ def storm(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=args.files) as scratch, ExitStack() as stack:
         (adapters := Path(scratch) / "adapters").mkdir()
         (Path(scratch) / "node").mkdir()
-        (Path(scratch) / "model").mkdir()
-        model, sources = prepare(args, Path(scratch) / "model")
+        model, sources = prepare(args, args.prepared or Path(scratch))
         for index in range(HOT_CLIENTS):
             shutil.copytree(sources[index % 3], adapters / f"hot-{index}")
         cores = client_cores(args.client_cores)
         hub = stack.enter_context(closing(Helper(cores[2], "hub", str(args.latency_s), str(args.failure), str(sources[0]))))
         endpoint = hub.ask(start=True)["url"]
-        place = Path(scratch) / "node"
-        url, pid = stack.enter_context(node(place, model, adapters, args.engine_cores, STORM_SETTINGS, HF_ENDPOINT=endpoint))
+        place, settings = Path(scratch) / "node", STORM_SETTINGS.format(workers=args.fetch_workers)
+        url, pid = stack.enter_context(node(place, model, adapters, args.engine_cores, settings, HF_ENDPOINT=endpoint))
         host = url.removeprefix("http://")
         hot = stack.enter_context(closing(Helper(cores[0], "hot", host, str(HOT_CLIENTS))))
         cold = stack.enter_context(closing(Helper(cores[1], "cold", host)))
@@ -221,6 +224,7 @@ def storm(args: argparse.Namespace) -> dict[str, Any]:
         "model": args.shape or BASE,
         "layers": args.layers,
         "cold": args.cold,
+        "fetch_workers": args.fetch_workers,
         "latency_s": args.latency_s,
         "failure": args.failure,
         "shares_cores": not (args.engine_cores and args.client_cores),
@@ -273,12 +277,13 @@ def engine_steps(url: str) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("row", choices=("catalogue", "storm"))
+    parser.add_argument("row", choices=("prepare", "catalogue", "storm"), help="prepare makes the files of --prepared alone")
     parser.add_argument("--adapters", type=int, default=10_000)
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--cold", type=int, default=200)
     parser.add_argument("--latency-s", type=float, default=5.0)
     parser.add_argument("--failure", type=float, default=0.2)
+    parser.add_argument("--fetch-workers", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--within-s", type=float, help="begin no round that would end later than this after the start")
     parser.add_argument("--phase-s", type=float, default=5.0, help="hot load of each side of a round")
@@ -291,11 +296,15 @@ def main() -> int:
     parser.add_argument("--client-cores", default="", help="cores of this process")
     parser.add_argument("--shape", default="", help="random weights of a shape (scripts/random_model.py) instead of the package")
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--prepared", type=Path, help="a directory for the shape's files, which are made once")
     parser.add_argument("--files", type=Path, help="where files are made; default: the temporary directory")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.client_cores:
         os.sched_setaffinity(0, {int(core) for cores in client_cores(args.client_cores) for core in cores.split(",")})
+    if args.row == "prepare":
+        prepare(args, args.prepared)
+        return 0
     row = asyncio.run(catalogue(args)) if args.row == "catalogue" else storm(args)
     row |= {"cores": os.cpu_count(), "load_average": os.getloadavg()[0]}
     print(json.dumps(row))

@@ -72,15 +72,15 @@ def main() -> int:
     parser.add_argument("--warm-up-s", type=float, default=3.0, help="requests sent before are left out")
     parser.add_argument("--engine-cores", default="", help="cores of the node, as taskset takes them")
     parser.add_argument("--client-cores", default="", help="cores of the clients")
+    parser.add_argument("--prepared", type=Path, help="a directory for the shape's files, which are made once")
     parser.add_argument("--files", type=Path, help="where files are made; default: the temporary directory")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.files) as scratch:
-        (Path(scratch) / "model").mkdir()
-        model, _ = prepare(args, Path(scratch) / "model")
+        model, _ = prepare(args, args.prepared or Path(scratch))
         alone = measure(args, Path(scratch), model, share=SHARE, load=0)
         beside = measure(args, Path(scratch), model, share=1, load=args.load)
-    given = {key: value for key, value in vars(args).items() if key not in ("out", "files")}
+    given = {key: value for key, value in vars(args).items() if key not in ("out", "files", "prepared")}
     row: dict[str, Any] = {"row": "fairness-http", **given, "counted": [len(alone), len(beside)]}
     for percent in (50, 99):
         sides = [1000 * float(np.quantile(side, percent / 100)) for side in (alone, beside)]
