@@ -22,12 +22,11 @@ constexpr int kGemmUsedBytes = 212992;    // what it takes: 24 KB stay for a sma
 constexpr int kGemmProcessors = 132;       // of every H100 and H200 SXM; a number, not the device's, so that bits travel
 constexpr int kGemmBarrierBytes = 512;    // two mbarriers a stage
 
-// A stage of the shrink inside a GEMM: 16 ranks of so many inputs and then 16 rows of x. With 64 bytes between one and the next, 8 lanes
-// that read 16 bytes each of two of them meet no bank twice.
-constexpr int kGemmShrinkColumns = 256;
+// A stage of the shrink inside a GEMM: 16 ranks of so many inputs, one rank behind the other. With 64 bytes between them 8 lanes that
+// read 16 bytes each of two ranks meet no bank twice.
+constexpr int kGemmShrinkColumns = 512;
 constexpr int kGemmShrinkPitch = kGemmShrinkColumns * 2 + 64;
-constexpr int kGemmShrinkPageBytes = 16 * kGemmShrinkPitch;
-constexpr int kGemmShrinkStageBytes = 2 * kGemmShrinkPageBytes;
+constexpr int kGemmShrinkStageBytes = 16 * kGemmShrinkPitch;
 
 struct SkinnyGemmPlan {
   int tile_rows;    // rows of W a block holds per stage; a multiple of 8, at most 64 * row_blocks

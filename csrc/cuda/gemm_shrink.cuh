@@ -4,11 +4,11 @@
 // the producer puts stages of A between those of W, the first ones before the kernels ahead have ended, and memory gives both what
 // they ask for, in that order.
 //
-// A task is one module of an item (16 ranks of a page, up to 16 rows; lora_work.h) and one chunk of k: some stages of 256 inputs, each
-// with A and with x of the item's rows. Tasks are dealt to the blocks from the last one on, which have the fewest rows of W. A warp
+// A task is one module of an item (16 ranks of a page, up to 16 rows; lora_work.h) and one chunk of k: one stage of 512 inputs, or some
+// where K is long, 16 runs of 1 KB each. Tasks are dealt to the blocks from the last one on, which have the fewest rows of W. A warp
 // takes a task alone: ranks are the m side of mma.m16n8k16, and lane (g, t) takes 8 neighbouring k of ranks g and g + 8 and of rows g
-// and g + 8, a permutation of k that both sides share. A stage that waits for its warp holds up W, so the warps wait for nothing else.
-// Every chunk has a plane of v, which whoever reads v adds up: soon after x nothing is left to wait for.
+// and g + 8, a permutation of k that both sides share. x comes from L2, 8 steps ahead, because a stage that waits for its warp holds up
+// W. Every chunk has a plane of v, which whoever reads v adds up: soon after x nothing is left to wait for.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -22,6 +22,7 @@ namespace openlora {
 
 constexpr int kShrinkWarps = 3;    // beside the producer: together they fill a third warpgroup
 constexpr int kShrinkStep = 32;    // k of one load: 4 lanes of 8
+constexpr int kShrinkDepth = 8;  // loads of x ahead
 constexpr int kShrinkReleases = 8;  // a stage is free when so many have let go of it: here one warp for all
 // No fewer than the ring's stages, so that a barrier's last stage has been left, and a multiple of the warps times the stages of a
 // task, so that it was left by the warp that waits for the next one.
@@ -74,108 +75,99 @@ __device__ __forceinline__ int shrink_ranks(const LoraWork& lora, int span, cons
   return left <= 0 ? 0 : left >= kPageRank ? kPageRank : left;
 }
 
-// ---- A and x: the producer warp, all lanes
+// ---- A: the producer warp, all lanes
 
-// A task to be fetched: where its first rank lies, and which rows of x stand where in the tiles.
+// A lane's stage: where its first rank lies.
 struct ShrinkSource {
   const __nv_bfloat16* a;
-  int ranks, place, rows;
-  int row;  // lanes 16 to 31: theirs of x
+  int ranks;
 };
 
-__device__ __forceinline__ ShrinkSource read_shrink_source(const Shrink& shrink, const ShrinkSchedule& schedule, int q) {
-  ShrinkSource found{nullptr, 0, 0, 0, 0};
-  if (q * schedule.stages >= schedule.count) return found;
+__device__ __forceinline__ ShrinkSource read_shrink_source(const Shrink& shrink, const ShrinkSchedule& schedule, int j) {
+  ShrinkSource found{nullptr, 0};
+  if (j >= schedule.count) return found;
   const LoraWork& lora = shrink.lora;
-  const int number = schedule.task(q * schedule.stages) / schedule.chunks;
+  const int number = schedule.task(j) / schedule.chunks;
   const int4* items = reinterpret_cast<const int4*>(lora.tiles + __ldg(lora.tiles + 7));
-  const int4 tile = __ldg(items + 2 * (number / lora.span_count)), entry = __ldg(items + 2 * (number / lora.span_count) + 1);
+  const int4 entry = __ldg(items + 2 * (number / lora.span_count) + 1);
   const int span = number % lora.span_count;
-  found.a = static_cast<const __nv_bfloat16*>(lora.pages) + entry.x * lora.page_elements + lora.spans[span].a_offset;
+  found.a = static_cast<const __nv_bfloat16*>(lora.pages) + entry.x * lora.page_elements + lora.spans[span].a_offset +
+            shrink_column(schedule, j);
   found.ranks = shrink_ranks(lora, span, entry);
-  found.place = tile.x;
-  found.rows = tile.y & 0xffff;
   return found;
 }
 
-// The block's tasks in order, the next one known before it is needed. A lane looks up every 32nd.
-struct ShrinkFeed {
-  ShrinkSource own, now, next;
-  int q;  // of `now`
-
-  __device__ __forceinline__ void start(const Shrink& shrink, const ShrinkSchedule& schedule) {
-    own = read_shrink_source(shrink, schedule, static_cast<int>(threadIdx.x) % kWarp);
-    q = 0;
-    now = pick(shrink, 0);
-    next = pick(shrink, 1);
-  }
-  __device__ __forceinline__ void advance(const Shrink& shrink, const ShrinkSchedule& schedule) {
-    now = next;
-    ++q;
-    if ((q + 1) % kWarp == 0) own = read_shrink_source(shrink, schedule, q + 1 + static_cast<int>(threadIdx.x) % kWarp);
-    next = pick(shrink, q + 1);
-  }
-  __device__ __forceinline__ ShrinkSource pick(const Shrink& shrink, int task) const {
-    const int from = task % kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-    ShrinkSource found;
-    found.a = reinterpret_cast<const __nv_bfloat16*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(own.a), from));
-    found.ranks = __shfl_sync(kAllLanes, own.ranks, from);
-    found.place = __shfl_sync(kAllLanes, own.place, from);
-    found.rows = __shfl_sync(kAllLanes, own.rows, from);
-    const int32_t* row_list = shrink.lora.tiles + __ldg(shrink.lora.tiles + 5) + found.place;
-    found.row = lane >= 16 && lane - 16 < found.rows ? __ldg(row_list + lane - 16) : -1;
-    return found;
-  }
-};
-
-// A of stage j, into a stage that is free. The stage's own barrier does not wait for the bytes: it only keeps its phases in step with
-// the rounds.
+// Fills a stage that is free. `own` is the lane's source among the 32 of this turn. The stage's own barrier does not wait for the bytes:
+// it only keeps its phases in step with the rounds.
 template <class Ring>
-__device__ __forceinline__ void load_shrink_pages(const Shrink& shrink, const ShrinkSchedule& schedule, const ShrinkSource& task, int j,
+__device__ __forceinline__ void load_shrink_stage(const Shrink& shrink, const ShrinkSchedule& schedule, ShrinkSource& own, int j,
                                                   const Ring& ring, int stage, uint64_t policy) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, column = shrink_column(schedule, j);
-  const int bytes = shrink_columns(shrink, column) * 2;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
   __syncwarp();
+  if (j > 0 && j % kWarp == 0) own = read_shrink_source(shrink, schedule, j + lane);
+  const auto* a = reinterpret_cast<const __nv_bfloat16*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(own.a), j % kWarp));
+  const int ranks = __shfl_sync(kAllLanes, own.ranks, j % kWarp);
+  const int bytes = shrink_columns(shrink, shrink_column(schedule, j)) * 2;
   if (lane == 0) {
-    barrier_expect(ring.a_full(j), (task.ranks + task.rows) * bytes);
+    barrier_expect(ring.a_full(j), ranks * bytes);
     barrier_arrive(ring.full(stage));
   }
   __syncwarp();
-  if (lane < task.ranks && bytes > 0) {
-    bulk_load(ring.w(stage) + lane * kGemmShrinkPitch, task.a + static_cast<int64_t>(lane) * shrink.inputs + column, bytes, ring.a_full(j),
-              policy);
+  if (lane < ranks && bytes > 0) {
+    bulk_load(ring.w(stage) + lane * kGemmShrinkPitch, a + static_cast<int64_t>(lane) * shrink.inputs, bytes, ring.a_full(j), policy);
   }
-}
-
-// x of the same stage, once the kernels ahead have ended.
-template <class Ring>
-__device__ __forceinline__ void load_shrink_rows(const Shrink& shrink, const ShrinkSchedule& schedule, const ShrinkSource& task, int j,
-                                                 const Ring& ring, int stage, uint64_t policy) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, column = shrink_column(schedule, j);
-  const int bytes = shrink_columns(shrink, column) * 2;
-  if (task.row < 0 || bytes == 0) return;
-  bulk_load(ring.w(stage) + kGemmShrinkPageBytes + (lane - 16) * kGemmShrinkPitch,
-            static_cast<const __nv_bfloat16*>(shrink.x) + task.row * shrink.x_stride + column, bytes, ring.a_full(j), policy);
 }
 
 // ---- v: the shrink warps
 
-// A warp's task, looked up one task ahead.
+// A warp's task. What it waits for is asked for one task ahead.
 struct ShrinkTask {
   int4 tile, entry;  // the item
-  int chunk, span;
+  int chunk, span, ranks, steps;
+  float scale;
+  const __nv_bfloat16* x[2];  // of the chunk, for this lane's two rows; null where there is none
 
-  __device__ __forceinline__ void read(const Shrink& shrink, const ShrinkSchedule& schedule, const int4* items, int j) {
+  __device__ __forceinline__ void read_item(const Shrink& shrink, const ShrinkSchedule& schedule, const int4* items, int j) {
     const int number = schedule.task(j) / schedule.chunks;
     chunk = schedule.task(j) % schedule.chunks;
     span = number % shrink.lora.span_count;
     tile = __ldg(items + 2 * (number / shrink.lora.span_count));
     entry = __ldg(items + 2 * (number / shrink.lora.span_count) + 1);
   }
+  __device__ __forceinline__ void read_rows(const Shrink& shrink, const ShrinkSchedule& schedule, const int32_t* row_list, int j, int lane) {
+    const LoraWork& lora = shrink.lora;
+    ranks = shrink_ranks(lora, span, entry);
+    scale = __ldg(lora.scales + static_cast<int64_t>(lora.spans[span].module) * lora.slots + entry.y) * __int_as_float(entry.w);
+    const int column = shrink_column(schedule, j);
+    steps = min(schedule.stages * kGemmShrinkColumns, shrink.inputs - column) / kShrinkStep;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int r = n * 8 + lane / 4;
+      x[n] = r < rows() ? static_cast<const __nv_bfloat16*>(shrink.x) + __ldg(row_list + tile.x + r) * shrink.x_stride + column + lane % 4 * 8
+                        : nullptr;
+    }
+  }
   __device__ __forceinline__ int rows() const { return tile.y & 0xffff; }
   // Where in a plane of v the 16 values of row `r` of the tile stand.
   __device__ __forceinline__ int64_t place(int r, int spans) const {
     return ((tile.z + static_cast<int64_t>(r) * (tile.y >> 16) + tile.w) * spans + span) * kPageRank;
+  }
+};
+
+// x of a task, kShrinkDepth steps ahead.
+struct ShrinkRows {
+  uint4 row[kShrinkDepth][2];
+
+  __device__ __forceinline__ void load(const ShrinkTask& task, int u, int step) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      row[u][n] = task.x[n] != nullptr && step < task.steps ? __ldcg(reinterpret_cast<const uint4*>(task.x[n] + step * kShrinkStep))
+                                                            : make_uint4(0, 0, 0, 0);
+    }
+  }
+  __device__ __forceinline__ void open(const ShrinkTask& task) {
+#pragma unroll
+    for (int u = 0; u < kShrinkDepth; ++u) load(task, u, u);
   }
 };
 
@@ -185,30 +177,37 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   return value;
 }
 
-// x A^T of a stage. Ranks and rows that are not there hold what the stage held before: their sums are not used.
-__device__ __forceinline__ void multiply_shrink(uint32_t stage, int steps, int rows, int lane, float (&acc)[2][4]) {
+// x A^T of steps [first, last) from the stage of A that begins with the first of them; both are multiples of kShrinkDepth, but for the
+// task's last one. Ranks that are not there hold what the stage held before: their sums are not used.
+__device__ __forceinline__ void multiply_shrink(const ShrinkTask& task, ShrinkRows& x, uint32_t stage, int first, int last, int lane,
+                                                float (&acc)[2][4]) {
   uint32_t from = stage + lane / 4 * kGemmShrinkPitch + lane % 4 * 16;
-#pragma unroll 2
-  for (int step = 0; step < steps; ++step, from += kShrinkStep * 2) {
-    const uint4 low = load_shared(from), high = load_shared(from + 8 * kGemmShrinkPitch);
+#pragma unroll 1
+  for (int step = first; step < last; step += kShrinkDepth) {
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      if (n * 8 >= rows) break;
-      const uint4 row = load_shared(from + kGemmShrinkPageBytes + n * 8 * kGemmShrinkPitch);
-      mma_bf16(acc[n], low.x, high.x, low.y, high.y, row.x, row.y);
-      mma_bf16(acc[n], low.z, high.z, low.w, high.w, row.z, row.w);
+    for (int u = 0; u < kShrinkDepth; ++u, from += kShrinkStep * 2) {
+      if (step + u >= last) break;
+      const uint4 low = load_shared(from), high = load_shared(from + 8 * kGemmShrinkPitch);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        if (n * 8 >= task.rows()) break;
+        const uint4& row = x.row[u][n];
+        mma_bf16(acc[n], low.x, high.x, low.y, high.y, row.x, row.y);
+        mma_bf16(acc[n], low.z, high.z, low.w, high.w, row.z, row.w);
+      }
+      x.load(task, u, step + u + kShrinkDepth);
     }
   }
 }
 
-__device__ __forceinline__ void store_v(const LoraWork& lora, const ShrinkTask& task, int ranks, float scale, int lane, const float (&acc)[2][4]) {
+__device__ __forceinline__ void store_v(const LoraWork& lora, const ShrinkTask& task, int lane, const float (&acc)[2][4]) {
   float* v = lora.v + task.chunk * lora.v_stride;
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int r = n * 8 + 2 * (lane % 4) + i % 2, rank = lane / 4 + 8 * (i / 2);
-      if (r < task.rows()) v[task.place(r, lora.span_count) + rank] = rank < ranks ? acc[n][i] * scale : 0.0f;
+      if (r < task.rows()) v[task.place(r, lora.span_count) + rank] = rank < task.ranks ? acc[n][i] * task.scale : 0.0f;
     }
   }
 }
@@ -216,30 +215,40 @@ __device__ __forceinline__ void store_v(const LoraWork& lora, const ShrinkTask& 
 // One of the three warps: every third task of the block.
 template <class Ring>
 __device__ __forceinline__ void shrink_tasks(const Shrink& shrink, const ShrinkSchedule& schedule, const Ring& ring, int warp, int lane) {
-  const LoraWork& lora = shrink.lora;
-  const int4* items = reinterpret_cast<const int4*>(lora.tiles + __ldg(lora.tiles + 7));
+  constexpr int kStageSteps = kGemmShrinkColumns / kShrinkStep;
+  const int32_t* tiles = shrink.lora.tiles;
+  const int4* items = reinterpret_cast<const int4*>(tiles + __ldg(tiles + 7));
+  const int32_t* row_list = tiles + __ldg(tiles + 5);
   const int stride = kShrinkWarps * schedule.stages;
   int j = warp * schedule.stages;
   if (j >= schedule.count) return;
-  ShrinkTask next;
-  next.read(shrink, schedule, items, j);
-  wait_for_dependencies();  // v may still be read by a kernel ahead
-  for (; j < schedule.count; j += stride) {
-    const ShrinkTask task = next;
-    const int ranks = shrink_ranks(lora, task.span, task.entry);
-    const float scale =
-        __ldg(lora.scales + static_cast<int64_t>(lora.spans[task.span].module) * lora.slots + task.entry.y) * __int_as_float(task.entry.w);
-    if (j + stride < schedule.count) next.read(shrink, schedule, items, j + stride);
+  ShrinkTask task;
+  ShrinkRows x;
+  task.read_item(shrink, schedule, items, j);
+  task.read_rows(shrink, schedule, row_list, j, lane);
+  wait_for_dependencies();
+  x.open(task);
+  while (true) {
+    ShrinkTask next = task;
+    const bool has_next = j + stride < schedule.count;
+    if (has_next) next.read_item(shrink, schedule, items, j + stride);
     float acc[2][4] = {};
 #pragma unroll 1
-    for (int part = j; part < j + schedule.stages; ++part) {
-      const int stage = schedule.position(part) % ring.stages;
-      barrier_wait(ring.a_full(part), part / kShrinkBarriers & 1);
-      multiply_shrink(ring.w(stage), shrink_columns(shrink, shrink_column(schedule, part)) / kShrinkStep, task.rows(), lane, acc);
+    for (int part = 0; part < schedule.stages; ++part) {
+      const int stage = schedule.position(j + part) % ring.stages, first = part * kStageSteps;
+      barrier_wait(ring.a_full(j + part), (j + part) / kShrinkBarriers & 1);
+      multiply_shrink(task, x, ring.w(stage), first, min(first + kStageSteps, task.steps), lane, acc);
       __syncwarp();
       if (lane == 0) barrier_arrive(ring.empty(stage), kShrinkReleases);
     }
-    store_v(lora, task, ranks, scale, lane, acc);
+    if (has_next) {
+      next.read_rows(shrink, schedule, row_list, j + stride, lane);
+      x.open(next);
+    }
+    store_v(shrink.lora, task, lane, acc);
+    if (!has_next) return;
+    task = next;
+    j += stride;
   }
 }
 

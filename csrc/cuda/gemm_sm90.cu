@@ -132,13 +132,12 @@ __device__ __forceinline__ ShrinkSchedule schedule_of(const Items<kCluster>& ite
 // number of stages asked for.
 template <int kCluster>
 __device__ int load_ahead(const Work& work, const Ring& ring, const CUtensorMap* w_map, const Items<kCluster>& items, const Shrink& shrink,
-                          const ShrinkSchedule& ahead, ShrinkFeed feed, uint64_t policy) {
+                          const ShrinkSchedule& ahead, ShrinkSource& source, uint64_t policy) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   int stage = min(ahead.start, ahead.k_stages), i = stage, passed = 0;
   for (; stage < work.stages; ++stage) {
     if (ahead.is_due(i, passed) || (i == ahead.k_stages && passed < ahead.count)) {
-      load_shrink_pages(shrink, ahead, feed.now, passed, ring, stage, policy);
-      if (++passed % ahead.stages == 0) feed.advance(shrink, ahead);
+      load_shrink_stage(shrink, ahead, source, passed++, ring, stage, policy);
     } else if (i < ahead.k_stages) {
       if (lane == 0) load_w(ring, w_map, items, items.first_k + i, stage, work.tile_rows, work.stage_bytes, policy);
       ++i;
@@ -158,12 +157,12 @@ __device__ void produce(const Work& work, const Ring& ring, const CUtensorMap* w
   const uint64_t keep = policy_evict_last();
   Items<kCluster> items(work);
   ShrinkSchedule ahead{};
-  ShrinkFeed feed{};
+  ShrinkSource source{};
   int early = work.early;
   if constexpr (kLora) {
     ahead = schedule_of(items, shrink);
-    feed.start(shrink, ahead);
-    early = load_ahead(work, ring, w_map, items, shrink, ahead, feed, once);
+    source = read_shrink_source(shrink, ahead, lane);
+    early = load_ahead(work, ring, w_map, items, shrink, ahead, source, once);
   }
   wait_for_dependencies();
   launch_dependents();  // not before the wait: whoever starts now may read the same x (lora_work.h, Follow::kWaitLast)
@@ -173,10 +172,9 @@ __device__ void produce(const Work& work, const Ring& ring, const CUtensorMap* w
   const auto load_a = [&] {
     if (!is_asked_for()) {
       if (lane == 0 && at.round > 0) barrier_wait(ring.empty(at.stage), (at.round - 1) & 1);
-      load_shrink_pages(shrink, ahead, feed.now, passed, ring, at.stage, once);
+      load_shrink_stage(shrink, ahead, source, passed, ring, at.stage, once);
     }
-    load_shrink_rows(shrink, ahead, feed.now, passed, ring, at.stage, keep);
-    if (++passed % ahead.stages == 0) feed.advance(shrink, ahead);
+    ++passed;
     at.advance(work.stages);
   };
   for (; !items.is_done(); items.next()) {
@@ -459,10 +457,7 @@ cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPl
   const int groups = (work.row_tiles + plan.cluster - 1) / plan.cluster * plan.planes;
   Shrink shrink = {};
   if (args.lora != nullptr) {
-#ifndef SHRINK_START
-#define SHRINK_START 2
-#endif
-    work.early = std::min(plan.stages / SHRINK_START, work.k_blocks / plan.planes);  // none of A is among the first stages
+    work.early = std::min(plan.stages / 2, work.k_blocks / plan.planes);  // none of A is among the first stages
     shrink = {*args.lora, args.x, args.x_stride, args.inputs};
   }
   const int resident = sm_count * (2 * shared_bytes <= kGemmSharedBytes - 2048 ? 2 : 1) / plan.cluster;
