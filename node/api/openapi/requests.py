@@ -254,10 +254,13 @@ def _embed(limits: Limits) -> Schema:
 
 def _load() -> Schema:
     return record(
-        "Give an adapter a name of the caller's own, and bring it into memory.",
+        "Give an adapter a name of the caller's own, and bring it into memory. The name holds until it is unloaded, also over a "
+        "restart of the node; `api_token` does not, and is asked for again.",
         {
             "lora_name": text("The new name.", min_chars=1, max_chars=96),
-            "lora_path": _adapter_name("What it stands for: a name, location or content hash."),
+            "lora_path": _adapter_name(
+                "What it stands for: a name, location or content hash, or an absolute path below one of the node's directories."
+            ),
             **optionals({"load_inplace": boolean("Look it up anew and replace what the name stood for."), **_source_fields()}),
         },
         required=("lora_name", "lora_path"),
