@@ -78,7 +78,7 @@ class LoraxRoutes:
         except NodeError as error:
             self._answering.count_failure(error)
             await stream.send(lorax_body(error, self._answering.request_id(request)))
-        return await stream.close()
+        return await stream.close(has_marker=False)
 
     async def _send_tokens(self, stream: EventStream, answers: LoraxAnswers, exchange: Exchange) -> None:
         text = ""

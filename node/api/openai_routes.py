@@ -68,8 +68,7 @@ class OpenAiRoutes:
                 raise
             self._answering.count_failure(error)
             await stream.send(openai_body(error, self._answering.request_id(request)))
-        await stream.send_done()
-        return await stream.close()
+        return await stream.close(has_marker=True)
 
     async def _send_pieces(self, stream: EventStream, answers: OpenAiAnswers, exchange: Exchange) -> None:
         offsets, opening = [0] * len(exchange.choices), answers.opening_chunk()
@@ -93,8 +92,7 @@ class OpenAiRoutes:
         if not answers.generation.has_usage_chunk:
             await stream.send({**chunk, "openlora": answers.proof(receipt)})
             return
-        await stream.send(chunk)
-        await stream.send({**answers.usage_chunk(), "openlora": answers.proof(receipt)})
+        await stream.send(chunk, {**answers.usage_chunk(), "openlora": answers.proof(receipt)})
 
     def _answers(self, generation: Generation, exchange: Exchange) -> OpenAiAnswers:
         return OpenAiAnswers(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -50,19 +50,19 @@ class EventStream:
         """Headers that became known; without effect once the stream is open."""
         self._headers.update(headers)
 
-    async def send(self, event: Any) -> None:
-        """One `data:` event. Raises ConnectionError when the client is gone, or takes nothing for too long."""
-        await self._write(b"data: " + msgspec.json.encode(event) + b"\n\n")
+    async def send(self, *events: Any) -> None:
+        """`data:` events in one write. Raises ConnectionError when the client is gone, or takes nothing for too long."""
+        await self._write(b"".join(b"data: " + msgspec.json.encode(event) + b"\n\n" for event in events))
 
-    async def send_done(self) -> None:
-        """OpenAI's end marker. Never on LoRAX's routes: lorax-client parses every event as JSON."""
-        await self._write(b"data: [DONE]\n\n")
+    async def close(self, *, has_marker: bool) -> web.StreamResponse:
+        """End the response; with OpenAI's end marker, but never on LoRAX's routes: lorax-client parses every event as JSON.
 
-    async def close(self) -> web.StreamResponse:
-        """End the response."""
+        Raises:
+            ConnectionError: As `send`.
+        """
         async with self._writing:
             response = await self._opened()
-            await response.write_eof()
+            await self._patiently(response.write_eof(b"data: [DONE]\n\n" if has_marker else b""))
         return response
 
     @asynccontextmanager
@@ -100,12 +100,15 @@ class EventStream:
     async def _write_patiently(self, data: bytes) -> None:
         async with self._writing:
             response = await self._opened()
-            try:
-                async with asyncio.timeout(self._limits.write_timeout_s):
-                    await response.write(data)
-            except TimeoutError as error:
-                self._hang_up()
-                raise ConnectionResetError("the client took nothing of the stream for too long") from error
+            await self._patiently(response.write(data))
+
+    async def _patiently(self, writing: Awaitable[None]) -> None:
+        try:
+            async with asyncio.timeout(self._limits.write_timeout_s):
+                await writing
+        except TimeoutError as error:
+            self._hang_up()
+            raise ConnectionResetError("the client took nothing of the stream for too long") from error
 
     def _hang_up(self) -> None:
         """Not a close: that would wait for the reader to take what is buffered."""
