@@ -49,7 +49,7 @@ class Product:
     """A linear's result on its way to the operation that finishes it: y = sum over planes + bias + v B.
 
     Attributes:
-        y: [P, T, N] float32 planes or [1, T, N] bfloat16.
+        y: [P, T, N], float32, or bfloat16 where the model is.
         bias: [N] or None.
         tiles: None where no row of the step has an adapter; otherwise exactly the rows of the tiles are finished.
         v: [C, V or more, G, 16] float32, its sum over C: what a shrink wrote for these spans. None with `tiles`.

@@ -27,7 +27,7 @@ class Kernels(ABC, Generic[ProductT, RowsT]):
     """Arithmetic of one step. All tensors lie on `device`, rows are contiguous, dtypes are float32 or bfloat16.
 
     A *product* is what a linear layer hands to the operation that reads it: on the CPU the finished tensor [T, O], on a GPU
-    float32 planes whose sum, bias and adapter deltas that operation adds on its way, so that they never go through memory.
+    planes whose sum, bias and adapter deltas that operation adds on its way, so that they never go through memory.
     *Rows* say which adapters each row of the step uses.
 
     Every result of the compiled kernels is bitwise the same for a row alone, in any batch, in any prefill chunk and with any

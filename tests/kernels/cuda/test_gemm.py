@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -124,6 +126,26 @@ def test_dependent_launches_in_a_graph_see_each_others_results(ops):
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 33, 100, 256])
+@pytest.mark.parametrize(("outputs", "inputs"), [(72, 128), (1000, 640), (28672, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_outside_the_output_is_written(ops, dtype, outputs, inputs, tokens):
+    x, weight, margin = _random(tokens, inputs), _random(outputs, inputs), 4096
+    planes = ops.skinny_gemm_planes(outputs, inputs, tokens)
+    for shape, launch in (
+        ((planes, tokens, outputs), ops.skinny_gemm),
+        ((tokens, outputs // 2), ops.skinny_gemm_silu_mul),
+    ):
+        if len(shape) == 2 and (dtype == torch.float32 or planes > 1 or outputs % 16):
+            continue
+        buffer = torch.full((2 * margin + math.prod(shape),), float("nan"), device="cuda", dtype=dtype)
+        y = buffer[margin:-margin].view(shape)
+        launch(x, weight, y, Follow.PLAIN)
+        assert y.isfinite().all()
+        assert buffer[:margin].isnan().all()
+        assert buffer[-margin:].isnan().all()
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(100, 64), (64, 96)])
