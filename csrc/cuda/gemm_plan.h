@@ -17,6 +17,7 @@ namespace openlora {
 constexpr int kGemmBlockK = 64;          // inputs of a pipeline stage: 128 bytes of bf16, one swizzle row
 constexpr int kGemmMaxTokens = 256;      // one wgmma n side
 constexpr int kGemmMaxPlanes = 8;
+constexpr int kGemmTileRows = 128;       // of the accumulators: an m64 block for each of two warpgroups
 constexpr int kGemmSharedBytes = 232448;  // what a Hopper block can have
 constexpr int kGemmUsedBytes = 212992;    // what it takes: 24 KB stay for a small kernel beside it, which runs early
 constexpr int kGemmProcessors = 132;       // of every H100 and H200 SXM; a number, not the device's, so that bits travel
@@ -29,12 +30,10 @@ constexpr int kGemmShrinkPitch = kGemmShrinkColumns * 2 + 64;
 constexpr int kGemmShrinkStageBytes = 16 * kGemmShrinkPitch;
 
 struct SkinnyGemmPlan {
-  int tile_rows;    // rows of W a block holds per stage; a multiple of 8, at most 64 * row_blocks
-  int row_blocks;   // 2 or 4: m64 blocks of the accumulators
+  int tile_rows;    // rows of W a block holds per stage; a multiple of 8, at most kGemmTileRows
   int tile_tokens;  // wgmma n: 8, 16, 32, 64, 96, 128, 192 or 256
   int planes;       // S
   int stages;       // pipeline depth
-  int cluster;      // 1, 2 from 64 tokens on or 4 from 128 on: blocks that load one tile of x together (TMA multicast)
   int early;        // stages of W asked for before the kernels ahead have ended; 0: all
   int least_stage;  // bytes of a stage at least: with a shrink kGemmShrinkStageBytes
 };
@@ -57,7 +56,7 @@ GEMM_ANYWHERE constexpr int gemm_line_bytes(int tile_tokens) {
 
 // Dynamic shared memory. The last stage's wgmma reads whole m64 blocks, past tile_rows: the slack keeps that inside.
 constexpr int gemm_shared_bytes(const SkinnyGemmPlan& plan) {
-  const int overrun = 64 * plan.row_blocks * kGemmBlockK * 2 - gemm_stage_bytes(plan);
+  const int overrun = kGemmTileRows * kGemmBlockK * 2 - gemm_stage_bytes(plan);
   return 1024 + plan.stages * gemm_stage_bytes(plan) + (overrun > 0 ? overrun : 0) + kGemmBarrierBytes +
          2 * gemm_line_bytes(plan.tile_tokens);
 }
@@ -127,9 +126,7 @@ constexpr SkinnyGemmPlan gemm_plan(int64_t tokens, int64_t outputs, int64_t inpu
   SkinnyGemmPlan plan{};
   plan.planes = gemm_planes(outputs, inputs);
   plan.tile_tokens = gemm_tile_tokens(tokens);
-  plan.row_blocks = 2;
   plan.tile_rows = gemm_fair_rows(outputs, plan.planes);
-  plan.cluster = 1;
   plan.least_stage = has_shrink ? kGemmShrinkStageBytes : 0;
   plan.stages = gemm_stages_that_fit(plan, kGemmUsedBytes);
   return plan;

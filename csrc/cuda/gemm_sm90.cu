@@ -3,7 +3,7 @@
 // Swap-AB: 64-row blocks of W are the m side of wgmma, the tokens its n side, so one token wastes 7/8 of an n8 tile instead of
 // 63/64 of an m64 one, and each byte of W enters an SM once.
 //
-// A block is 8 consumer warps (two warpgroups, each with half of the tile's m64 blocks) and one producer warp. The producer
+// A block is 8 consumer warps (two warpgroups, each with 64 rows of the tile) and one producer warp. The producer
 // streams stages of [tile_rows, 64] of W and [tile_tokens, 64] of x through a ring of `stages` buffers; the ring never drains
 // between work items, and its first round of W is asked for before the kernels ahead have finished.
 //
@@ -41,7 +41,7 @@ struct Work {
   GemmOutput output;
 };
 
-// Where stage buffers and barriers lie; the same in every block of a cluster.
+// Where stage buffers and barriers lie.
 struct Ring {
   uint32_t buffers, barriers, shrink_barriers, lines;
   int stage_bytes, w_bytes, stages;
@@ -66,28 +66,26 @@ struct RingPosition {
   }
 };
 
-// The work items of one block, in order: planes innermost; the blocks of a cluster take neighbouring row tiles.
-template <int kCluster>
+// The work items of one block, in order: planes innermost.
 struct Items {
   const Work& work;
   int item, row_tile, plane, first_k, end_k;
 
-  __device__ explicit Items(const Work& w) : work(w), item(static_cast<int>(blockIdx.x) / kCluster) { locate(); }
-  __device__ bool is_done() const { return item >= (work.row_tiles + kCluster - 1) / kCluster * work.planes; }
+  __device__ explicit Items(const Work& w) : work(w), item(static_cast<int>(blockIdx.x)) { locate(); }
+  __device__ bool is_done() const { return item >= work.row_tiles * work.planes; }
   __device__ void next() {
-    item += static_cast<int>(gridDim.x) / kCluster;
+    item += static_cast<int>(gridDim.x);
     locate();
   }
   __device__ void locate() {
-    row_tile = item / work.planes * kCluster + (kCluster > 1 ? static_cast<int>(cluster_rank()) : 0);
+    row_tile = item / work.planes;
     plane = item % work.planes;
     first_k = gemm_plane_start(work.k_blocks, work.planes, plane);
     end_k = gemm_plane_start(work.k_blocks, work.planes, plane + 1);
   }
 };
 
-template <int kCluster>
-__device__ void load_w(const Ring& ring, const CUtensorMap* map, const Items<kCluster>& at, int k, int stage, int tile_rows, int bytes,
+__device__ void load_w(const Ring& ring, const CUtensorMap* map, const Items& at, int k, int stage, int tile_rows, int bytes,
                        uint64_t policy) {
   barrier_expect(ring.full(stage), bytes);
   const int row = at.row_tile * tile_rows;
@@ -98,23 +96,14 @@ __device__ void load_w(const Ring& ring, const CUtensorMap* map, const Items<kCl
   }
 }
 
-// With a cluster each block loads its share of the tokens and sends it to all.
-template <int kTokens, int kCluster>
 __device__ void load_x(const Ring& ring, const CUtensorMap* map, int k, int stage, uint64_t policy) {
-  if constexpr (kCluster == 1) {
-    tensor_load(ring.x(stage), map, k * kGemmBlockK, 0, ring.full(stage), policy);
-  } else {
-    const int first = static_cast<int>(cluster_rank()) * (kTokens / kCluster);
-    tensor_load_multicast(ring.x(stage) + first * kRowBytes, map, k * kGemmBlockK, first, ring.full(stage), policy,
-                          (1u << kCluster) - 1);
-  }
+  tensor_load(ring.x(stage), map, k * kGemmBlockK, 0, ring.full(stage), policy);
 }
 
 // One thread: the first `early` stages of W, which no kernel in flight writes.
-template <int kCluster>
 __device__ void load_early(const Work& work, const Ring& ring, const CUtensorMap* w_map) {
   int stage = 0;
-  for (Items<kCluster> items(work); !items.is_done(); items.next()) {
+  for (Items items(work); !items.is_done(); items.next()) {
     for (int k = items.first_k; k < items.end_k; ++k, ++stage) {
       if (stage == work.early) return;
       load_w(ring, w_map, items, k, stage, work.tile_rows, work.stage_bytes, policy_evict_first());
@@ -123,15 +112,13 @@ __device__ void load_early(const Work& work, const Ring& ring, const CUtensorMap
 }
 
 // Of the block whose work items these are, none of which has been left yet.
-template <int kCluster>
-__device__ __forceinline__ ShrinkSchedule schedule_of(const Items<kCluster>& items, const Shrink& shrink) {
+__device__ __forceinline__ ShrinkSchedule schedule_of(const Items& items, const Shrink& shrink) {
   return shrink_schedule(shrink, items.work.early, items.is_done() ? 0 : items.end_k - items.first_k);
 }
 
 // One warp: what the ring still has room for of the first work item and of A, before the kernels ahead have ended. Returns the
 // number of stages asked for.
-template <int kCluster>
-__device__ int load_ahead(const Work& work, const Ring& ring, const CUtensorMap* w_map, const Items<kCluster>& items, const Shrink& shrink,
+__device__ int load_ahead(const Work& work, const Ring& ring, const CUtensorMap* w_map, const Items& items, const Shrink& shrink,
                           const ShrinkSchedule& ahead, ShrinkSource& source, uint64_t policy) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   int stage = min(ahead.start, ahead.k_stages), i = stage, passed = 0;
@@ -150,12 +137,12 @@ __device__ int load_ahead(const Work& work, const Ring& ring, const CUtensorMap*
 
 // One thread, with a shrink one warp, of which the first lane does all but the looking up of pages: once the kernels ahead have ended,
 // keeps the ring full.
-template <int kTokens, int kCluster, bool kLora>
+template <int kTokens, bool kLora>
 __device__ void produce(const Work& work, const Ring& ring, const CUtensorMap* w_map, const CUtensorMap* x_map, const Shrink& shrink) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const uint64_t once = policy_evict_first();
   const uint64_t keep = policy_evict_last();
-  Items<kCluster> items(work);
+  Items items(work);
   ShrinkSchedule ahead{};
   ShrinkSource source{};
   int early = work.early;
@@ -183,7 +170,7 @@ __device__ void produce(const Work& work, const Ring& ring, const CUtensorMap* w
       if (lane != 0) continue;
       if (at.round > 0) barrier_wait(ring.empty(at.stage), (at.round - 1) & 1);
       if (!is_asked_for()) load_w(ring, w_map, items, k, at.stage, work.tile_rows, work.stage_bytes, once);
-      load_x<kTokens, kCluster>(ring, x_map, k, at.stage, keep);
+      load_x(ring, x_map, k, at.stage, keep);
     }
     while (passed < ahead.count) load_a();
   }
@@ -191,38 +178,30 @@ __device__ void produce(const Work& work, const Ring& ring, const CUtensorMap* w
 }
 
 // An item's accumulators to y, in the form that was asked for.
-template <int kTokens, int kBlocks>
-__device__ __forceinline__ void store_item(const Work& work, const Ring& ring, const float (&d)[kBlocks][kTokens / 2], int row_tile, int plane) {
+template <int kTokens>
+__device__ __forceinline__ void store_item(const Work& work, const Ring& ring, const float (&d)[kTokens / 2], int row_tile, int plane) {
   const int group = static_cast<int>(threadIdx.x) / 128;
   const int first_row = row_tile * work.tile_rows, row_end = min(first_row + work.tile_rows, work.outputs);
   const int64_t offset = static_cast<int64_t>(plane) * work.tokens * work.outputs;
   const LineBuffer lines{ring.lines + group * gemm_line_bytes(kTokens), kStoreBarrier + group};
-#pragma unroll
-  for (int block = 0; block < kBlocks; ++block) {
-    const int row = first_row + (group * kBlocks + block) * 64;
-    if (work.output == GemmOutput::kFloatPlanes) {
-      store_lines<float, kTokens>(d[block], static_cast<float*>(work.y) + offset, work.tokens, work.outputs, row, row_end, lines);
-    } else if (work.output == GemmOutput::kBfloat16) {
-      store_lines<__nv_bfloat16, kTokens>(d[block], static_cast<__nv_bfloat16*>(work.y) + offset, work.tokens, work.outputs, row, row_end, lines);
-    } else {
-      store_silu_mul<kTokens>(d[block], static_cast<__nv_bfloat16*>(work.y), work.tokens, work.outputs / 2, row / 2, row_end / 2, lines);
-    }
+  const int row = first_row + group * 64;
+  if (work.output == GemmOutput::kFloatPlanes) {
+    store_lines<float, kTokens>(d, static_cast<float*>(work.y) + offset, work.tokens, work.outputs, row, row_end, lines);
+  } else if (work.output == GemmOutput::kBfloat16) {
+    store_lines<__nv_bfloat16, kTokens>(d, static_cast<__nv_bfloat16*>(work.y) + offset, work.tokens, work.outputs, row, row_end, lines);
+  } else {
+    store_silu_mul<kTokens>(d, static_cast<__nv_bfloat16*>(work.y), work.tokens, work.outputs / 2, row / 2, row_end / 2, lines);
   }
 }
 
-template <int kTokens, int kBlocks, int kCluster, bool kLora>
+template <int kTokens, bool kLora>
 __device__ void consume(const Work& work, const Ring& ring, const ShrinkSchedule& ahead) {
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int first_block = warp / 4 * kBlocks;
+  const int group = static_cast<int>(threadIdx.x) / 128, lane = static_cast<int>(threadIdx.x) % 32;
   const auto release = [&](int stage) {
-    if constexpr (kCluster == 1) {
-      if (lane == 0) barrier_arrive(ring.empty(stage));
-    } else {
-      if (lane < kCluster) barrier_arrive_at(ring.empty(stage), lane);
-    }
+    if (lane == 0) barrier_arrive(ring.empty(stage));
   };
   RingPosition at;
-  Items<kCluster> items(work);
+  Items items(work);
   int passed = 0;  // stages of A
   const auto pass = [&] {
     barrier_wait(ring.full(at.stage), at.round & 1);  // no phase may go by unseen
@@ -230,13 +209,10 @@ __device__ void consume(const Work& work, const Ring& ring, const ShrinkSchedule
     at.advance(work.stages);
   };
   for (; !items.is_done(); items.next()) {
-    float d[kBlocks][kTokens / 2];
+    float d[kTokens / 2];
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-#pragma unroll
-      for (int i = 0; i < kTokens / 2; ++i) d[block][i] = 0.0f;
-      wgmma_results<kTokens / 2>(d[block]);
-    }
+    for (int i = 0; i < kTokens / 2; ++i) d[i] = 0.0f;
+    wgmma_results<kTokens / 2>(d);
     int previous = -1;
     for (int k = items.first_k; k < items.end_k; ++k, at.advance(work.stages)) {
       if (kLora && ahead.is_due(k - items.first_k, passed)) pass();
@@ -244,11 +220,8 @@ __device__ void consume(const Work& work, const Ring& ring, const ShrinkSchedule
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < kGemmBlockK / 16; ++step) {
-#pragma unroll
-        for (int block = 0; block < kBlocks; ++block) {
-          Wgmma<kTokens>::add(d[block], wgmma_descriptor(ring.w(at.stage) + (first_block + block) * 64 * kRowBytes + step * 32),
-                              wgmma_descriptor(ring.x(at.stage) + step * 32));
-        }
+        Wgmma<kTokens>::add(d, wgmma_descriptor(ring.w(at.stage) + group * 64 * kRowBytes + step * 32),
+                            wgmma_descriptor(ring.x(at.stage) + step * 32));
       }
       wgmma_commit();
       wgmma_wait<1>();
@@ -256,19 +229,17 @@ __device__ void consume(const Work& work, const Ring& ring, const ShrinkSchedule
       previous = at.stage;
     }
     wgmma_wait<0>();
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block) wgmma_results<kTokens / 2>(d[block]);
+    wgmma_results<kTokens / 2>(d);
     if (previous >= 0) release(previous);
     if constexpr (kLora) {
       while (passed < ahead.count) pass();
     }
-    store_item<kTokens, kBlocks>(work, ring, d, items.row_tile, items.plane);
+    store_item<kTokens>(work, ring, d, items.row_tile, items.plane);
   }
 }
 
-// kBlocks: m64 blocks of each of the two consumer warpgroups.
-template <int kTokens, int kBlocks, int kCluster, bool kLora>
-__global__ __launch_bounds__(kLora ? (kTokens * kBlocks <= 96 ? kNarrowThreads : kShrinkThreads) : kThreads, 1) void skinny_gemm(
+template <int kTokens, bool kLora>
+__global__ __launch_bounds__(kLora ? (kTokens <= 96 ? kNarrowThreads : kShrinkThreads) : kThreads, 1) void skinny_gemm(
     const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_map, const Work work, const __grid_constant__ Shrink shrink) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere the body is empty and the launcher refuses
   extern __shared__ uint8_t shared[];
@@ -279,7 +250,7 @@ __global__ __launch_bounds__(kLora ? (kTokens * kBlocks <= 96 ? kNarrowThreads :
   ring.stages = work.stages;
   ring.shrink_barriers = shared_address(shrink_barriers);
   ring.buffers = (shared_address(shared) + 1023) & ~1023u;
-  const int overrun = max(0, 128 * kBlocks * kRowBytes - ring.stage_bytes);
+  const int overrun = max(0, kGemmTileRows * kRowBytes - ring.stage_bytes);
   ring.barriers = ring.buffers + work.stages * ring.stage_bytes + overrun;
   ring.lines = ring.barriers + kGemmBarrierBytes;
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -287,65 +258,43 @@ __global__ __launch_bounds__(kLora ? (kTokens * kBlocks <= 96 ? kNarrowThreads :
     const int lane = static_cast<int>(threadIdx.x) % 32;
     if (lane < work.stages) {
       barrier_init(ring.full(lane), 1);
-      barrier_init(ring.empty(lane), kConsumerWarps * kCluster);
+      barrier_init(ring.empty(lane), kConsumerWarps);
     }
     for (int j = lane; kLora && j < kShrinkBarriers; j += 32) barrier_init(ring.a_full(j), 1);
     barrier_init_fence();
     __syncwarp();
-    if (lane == 0) load_early<kCluster>(work, ring, &w_map);  // its own barriers: no need to wait for the block
+    if (lane == 0) load_early(work, ring, &w_map);  // its own barriers: no need to wait for the block
     __syncwarp();
   }
-  if constexpr (kCluster == 1) {
-    __syncthreads();
-  } else {
-    cluster_sync();
-  }
+  __syncthreads();
   if (warp == kConsumerWarps) {
-    if (kLora || threadIdx.x % 32 == 0) produce<kTokens, kCluster, kLora>(work, ring, &w_map, &x_map, shrink);
+    if (kLora || threadIdx.x % 32 == 0) produce<kTokens, kLora>(work, ring, &w_map, &x_map, shrink);
     __syncwarp();
   } else if (kLora && warp > kConsumerWarps) {
-    const ShrinkSchedule ahead = schedule_of(Items<kCluster>(work), shrink);
+    const ShrinkSchedule ahead = schedule_of(Items(work), shrink);
     shrink_tasks(shrink, ahead, ring, warp - kConsumerWarps - 1, static_cast<int>(threadIdx.x) % 32);
   } else {
     ShrinkSchedule ahead{};
-    if constexpr (kLora) ahead = schedule_of(Items<kCluster>(work), shrink);
+    if constexpr (kLora) ahead = schedule_of(Items(work), shrink);
     wait_for_dependencies();  // y may still be read by a kernel ahead
-    consume<kTokens, kBlocks, kCluster, kLora>(work, ring, ahead);
+    consume<kTokens, kLora>(work, ring, ahead);
   }
-  if constexpr (kCluster > 1) cluster_sync();  // nobody leaves while others still write to its shared memory
 #endif
 }
 
 using Kernel = void (*)(const CUtensorMap, const CUtensorMap, const Work, const Shrink);
 
-// Null for what is not built: sharing x pays only where x is large, and four blocks' accumulators fit up to 128 tokens.
-template <int kTokens, bool kLora>
-Kernel kernel_of(int row_blocks, int cluster) {
-  constexpr int kShared = !kLora && kTokens >= 64 ? 2 : 1;  // a cluster that is not built becomes the one that is
-  constexpr int kWide = !kLora && kTokens >= 128 ? 4 : kShared;
-  if (cluster > kWide) return nullptr;
-  if (row_blocks == 2) {
-    if (cluster == 4) return skinny_gemm<kTokens, 1, kWide, kLora>;
-    return cluster == 2 ? skinny_gemm<kTokens, 1, kShared, kLora> : skinny_gemm<kTokens, 1, 1, kLora>;
-  }
-  if constexpr (kTokens <= 128) {
-    if (cluster == 2) return skinny_gemm<kTokens, 2, kShared, kLora>;
-    if (cluster == 1) return skinny_gemm<kTokens, 2, 1, kLora>;
-  }
-  return nullptr;
-}
-
 template <bool kLora>
-Kernel find_kernel(const SkinnyGemmPlan& plan) {
-  switch (plan.tile_tokens) {
-    case 8: return kernel_of<8, kLora>(plan.row_blocks, plan.cluster);
-    case 16: return kernel_of<16, kLora>(plan.row_blocks, plan.cluster);
-    case 32: return kernel_of<32, kLora>(plan.row_blocks, plan.cluster);
-    case 64: return kernel_of<64, kLora>(plan.row_blocks, plan.cluster);
-    case 96: return kernel_of<96, kLora>(plan.row_blocks, plan.cluster);
-    case 128: return kernel_of<128, kLora>(plan.row_blocks, plan.cluster);
-    case 192: return kernel_of<192, kLora>(plan.row_blocks, plan.cluster);
-    case 256: return kernel_of<256, kLora>(plan.row_blocks, plan.cluster);
+Kernel kernel_of(int tile_tokens) {
+  switch (tile_tokens) {
+    case 8: return skinny_gemm<8, kLora>;
+    case 16: return skinny_gemm<16, kLora>;
+    case 32: return skinny_gemm<32, kLora>;
+    case 64: return skinny_gemm<64, kLora>;
+    case 96: return skinny_gemm<96, kLora>;
+    case 128: return skinny_gemm<128, kLora>;
+    case 192: return skinny_gemm<192, kLora>;
+    case 256: return skinny_gemm<256, kLora>;
     default: return nullptr;
   }
 }
@@ -392,7 +341,7 @@ bool has_valid_output(const SkinnyGemmArgs& args, const SkinnyGemmPlan& plan) {
 bool has_valid_lora(const SkinnyGemmArgs& args, const SkinnyGemmPlan& plan) {
   if (args.lora == nullptr) return true;
   bool is_valid = args.lora->span_count >= 1 && args.lora->span_count <= kMaxLoraSpans && args.lora->page_elements % 8 == 0 &&
-                  reinterpret_cast<uintptr_t>(args.lora->pages) % 16 == 0 && plan.cluster == 1 && args.lora->tile_rows <= 16 && plan.least_stage >= kGemmShrinkStageBytes &&
+                  reinterpret_cast<uintptr_t>(args.lora->pages) % 16 == 0 && args.lora->tile_rows <= 16 && plan.least_stage >= kGemmShrinkStageBytes &&
                   args.lora->v_planes == gemm_shrink_chunks(args.inputs) && kShrinkBarriers % (kShrinkWarps * gemm_shrink_stages(args.inputs)) == 0;
   for (int m = 0; is_valid && m < args.lora->span_count; ++m) {
     is_valid = args.lora->spans[m].inputs == args.inputs && args.lora->spans[m].a_offset % 8 == 0;
@@ -422,18 +371,18 @@ cudaError_t launch_skinny_gemm(const SkinnyGemmArgs& args, cudaStream_t stream) 
 
 cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPlan& plan, cudaStream_t stream) {
   const bool is_valid = can_run_skinny_gemm(args.tokens, args.outputs, args.inputs) && args.tokens <= plan.tile_tokens &&
-                        plan.tile_rows % 8 == 0 && plan.tile_rows <= std::min(64 * plan.row_blocks, 256) &&
+                        plan.tile_rows % 8 == 0 && plan.tile_rows <= kGemmTileRows &&
                         gemm_shared_bytes(plan) <= kGemmSharedBytes && args.x_stride % 8 == 0 && args.x_stride >= args.inputs &&
                         is_aligned(args.x) && is_aligned(args.w) && is_aligned(args.y) &&
                         has_valid_output(args, plan) && has_valid_lora(args, plan);
-  const Kernel kernel = !is_valid ? nullptr : args.lora != nullptr ? find_kernel<true>(plan) : find_kernel<false>(plan);
+  const Kernel kernel = !is_valid ? nullptr : args.lora != nullptr ? kernel_of<true>(plan.tile_tokens) : kernel_of<false>(plan.tile_tokens);
   if (kernel == nullptr) return cudaErrorInvalidValue;
   static const EncodeTiled encode = find_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
   CUtensorMap w_map, x_map;
   if (!(args.output == GemmOutput::kSiluMul ? encode_pairs(encode, &w_map, args.w, args.outputs, args.inputs, plan.tile_rows)
                                             : encode_map(encode, &w_map, args.w, args.outputs, args.inputs, args.inputs, plan.tile_rows)) ||
-      !encode_map(encode, &x_map, args.x, args.tokens, args.inputs, args.x_stride, plan.tile_tokens / plan.cluster)) {
+      !encode_map(encode, &x_map, args.x, args.tokens, args.inputs, args.x_stride, plan.tile_tokens)) {
     return cudaErrorInvalidValue;
   }
   int device = 0, sm_count = 0, major = 0;
@@ -454,28 +403,25 @@ cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPl
   work.stages = plan.stages;
   work.early = plan.early > 0 ? std::min(plan.early, plan.stages) : plan.stages;
   work.output = args.output;
-  const int groups = (work.row_tiles + plan.cluster - 1) / plan.cluster * plan.planes;
+  const int items = work.row_tiles * plan.planes;
   Shrink shrink = {};
   if (args.lora != nullptr) {
     work.early = std::min(plan.stages / 2, work.k_blocks / plan.planes);  // none of A is among the first stages
     shrink = {*args.lora, args.x, args.x_stride, args.inputs};
   }
-  const int resident = sm_count * (2 * shared_bytes <= kGemmSharedBytes - 2048 ? 2 : 1) / plan.cluster;
+  const int resident = sm_count * (2 * shared_bytes <= kGemmSharedBytes - 2048 ? 2 : 1);
 
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = args.use_pdl ? 1 : 0;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = plan.cluster;
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = args.use_pdl ? 1 : 0;
   cudaLaunchConfig_t config = {};
   // With a shrink, whose items only the device counts, every SM has a block.
-  config.gridDim = dim3(args.lora != nullptr ? resident : std::min(groups, resident) * plan.cluster);
+  config.gridDim = dim3(args.lora != nullptr ? resident : std::min(items, resident));
   config.blockDim = dim3(args.lora != nullptr ? kShrinkThreads : kThreads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, w_map, x_map, work, shrink);
 }
 

@@ -30,17 +30,6 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier, int count) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
-// Arrives on the barrier at the same place in block `rank` of the cluster. No scope is named on purpose: `.release.cluster`
-// puts a fence of all memory before each arrival (MEMBAR.ALL.GPU, measured: half the bandwidth), and what it would order,
-// wgmma's reads, has ended by then.
-__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, int rank) {
-  asm volatile(
-      "{\n\t.reg .b32 remote;\n\tmapa.shared::cluster.u32 remote, %0, %1;\n\t"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n\t}" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
-}
-
 // Waits until the phase with this parity has ended.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
@@ -87,20 +76,6 @@ __device__ __forceinline__ void tensor_load_pairs(uint32_t target, const CUtenso
           target),
       "l"(map), "r"(column), "r"(group), "r"(barrier), "l"(policy), "r"(0)
       : "memory");
-}
-
-// Copies a box to the same place in every block of `mask`, completing on the barrier at the same place in each.
-__device__ __forceinline__ void tensor_load_multicast(uint32_t target, const CUtensorMap* map, int column, int row, uint32_t barrier,
-                                                      uint64_t policy, uint16_t mask) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
-      "[%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(target),
-      "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(mask), "l"(policy)
-      : "memory");
-}
-
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // Programmatic dependent launch: let the next kernel start; wait until everything before this kernel is done and visible.

@@ -14,9 +14,10 @@ from node.kernels.build import compiler, source_dir
 
 SHARED_BYTES = 232_448  # what a Hopper block can have
 PROCESSORS = 132
+TILE_ROWS = 128
 LAYER_SHAPES = {(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)}
 SMALL_SHAPES = {(960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576)}
-FIELDS = ("tile_rows", "row_blocks", "tile_tokens", "planes", "stages", "cluster", "shared_bytes", "stage_bytes", "line_bytes")
+FIELDS = ("tile_rows", "tile_tokens", "planes", "stages", "shared_bytes", "stage_bytes", "line_bytes")
 SOURCE = """
 #include "gemm_plan.h"
 using namespace openlora;
@@ -26,9 +27,9 @@ extern "C" int planes(long long n, long long k) { return gemm_planes(n, k); }
 extern "C" int plane_start(int blocks, int planes, int plane) { return gemm_plane_start(blocks, planes, plane); }
 extern "C" void plan(long long t, long long n, long long k, int* out) {
   const SkinnyGemmPlan p = gemm_plan(t, n, k);
-  const int values[] = {p.tile_rows, p.row_blocks, p.tile_tokens, p.planes, p.stages, p.cluster,
-                        gemm_shared_bytes(p), gemm_stage_bytes(p), gemm_line_bytes(p.tile_tokens)};
-  for (int i = 0; i < 9; ++i) out[i] = values[i];
+  const int values[] = {p.tile_rows, p.tile_tokens, p.planes, p.stages, gemm_shared_bytes(p), gemm_stage_bytes(p),
+                        gemm_line_bytes(p.tile_tokens)};
+  for (int i = 0; i < 7; ++i) out[i] = values[i];
 }
 """
 
@@ -108,9 +109,7 @@ def test_plan_of_any_shape_covers_the_tokens_and_fits_the_kernel(planner, t, n, 
     plan = planner.plan(t, n, k)
     assert plan["tile_tokens"] >= t
     assert plan["tile_rows"] % 8 == 0
-    assert 8 <= plan["tile_rows"] <= 64 * plan["row_blocks"] <= 256
-    assert plan["row_blocks"] == 2 or plan["tile_tokens"] <= 128
-    assert plan["cluster"] == 1 or plan["tile_tokens"] >= 64
+    assert 8 <= plan["tile_rows"] <= TILE_ROWS
     assert plan["stages"] >= 2
     assert plan["shared_bytes"] <= SHARED_BYTES
 
@@ -118,7 +117,7 @@ def test_plan_of_any_shape_covers_the_tokens_and_fits_the_kernel(planner, t, n, 
 @given(t=tokens, n=outputs, k=inputs)
 def test_last_stage_reads_whole_blocks_inside_the_shared_memory(planner, t, n, k):
     plan = planner.plan(t, n, k)
-    end_of_reads = (plan["stages"] - 1) * plan["stage_bytes"] + 64 * plan["row_blocks"] * 128
+    end_of_reads = (plan["stages"] - 1) * plan["stage_bytes"] + TILE_ROWS * 128
     assert end_of_reads <= plan["shared_bytes"] - 1024 - 512 - 2 * plan["line_bytes"]
 
 
