@@ -319,8 +319,21 @@ class OwnNode(Target):
         self._process.wait(60)
 
 
+def own_node(args: argparse.Namespace, clients: Pool, directory: Path) -> OwnNode:
+    """A node and its files. Adapters may still be written while it starts: it looks for one when it is asked for."""
+    (directory / "adapters").mkdir()
+    with ThreadPoolExecutor(1) as threads:
+        written = threads.submit(write_files, args, directory)
+        if not args.random_weights:
+            written.result()
+        node = OwnNode(args, clients, directory)
+        written.result()
+    return node
+
+
 def write_files(args: argparse.Namespace, directory: Path) -> None:
     """The checkpoint and the adapters, written once into --files."""
+    begun_s = time.monotonic()
     import torch
     from bench_adapters import write_adapter
     from random_model import shape_config, write_checkpoint
@@ -335,13 +348,13 @@ def write_files(args: argparse.Namespace, directory: Path) -> None:
     linears = [
         kind for kind in model_spec(shape_config(args.shape, args.layers), None).linear_kinds if "lm_head" not in kind.name
     ]
-    (directory / "adapters").mkdir()
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         list(
             threads.map(
                 lambda i: write_adapter(directory / "adapters" / f"adapter-{i}", linears, args.rank, i), range(args.adapters)
             )
         )
+    print(f"files written in {time.monotonic() - begun_s:.1f} s", file=sys.stderr, flush=True)
 
 
 def write_config(args: argparse.Namespace, directory: Path, place: Path) -> Path:
@@ -587,11 +600,7 @@ def main(argv: Sequence[str]) -> int:
     spawned = multiprocessing.get_context("spawn").Pool(args.clients)
     with spawned as clients, tempfile.TemporaryDirectory(prefix="bench", dir=args.files) as directory:
         if args.own:
-            begun_s = time.monotonic()
-            write_files(args, Path(directory))
-            print(f"files written in {time.monotonic() - begun_s:.1f} s", file=sys.stderr, flush=True)
-        if args.own:
-            target: Target = OwnNode(args, clients, Path(directory))
+            target: Target = own_node(args, clients, Path(directory))
         else:
             target = Target(clients, args.url, args.models, args.models[0], args.vocab_size, args.eos_ids)
         try:

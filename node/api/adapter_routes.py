@@ -119,7 +119,7 @@ class AdapterRoutes:
         }
         if error is not None:
             body["code"] = error.error_code
-            self._answering.count_failure(error)
+            self._answering.count_failure(request, error)
         answer = self._answering.json(body, {})
         answer.set_status(200 if error is None else 400)
         return answer

@@ -34,6 +34,7 @@ TENANT = web.RequestKey("tenant", str)
 PRINCIPAL = web.RequestKey("principal", Principal)
 REQUEST_ID = web.RequestKey("request_id", str)
 RECEIPT_ID = web.RequestKey("receipt_id", str)  # set once the request is admitted: from then on it has a record, however it ends
+IS_FAILED = web.RequestKey("is_failed", bool)
 _MAX_WARNINGS_CHARS = 512
 
 
@@ -131,8 +132,9 @@ class Answering:
         """A JSON answer."""
         return web.Response(body=msgspec.json.encode(body), headers=headers, content_type="application/json")
 
-    def count_failure(self, error: NodeError) -> None:
-        """One more failed request, under LoRAX's label."""
+    def count_failure(self, request: web.Request, error: NodeError) -> None:
+        """One more failed request, under LoRAX's label, whatever its status says: a stream's left before it failed."""
+        request[IS_FAILED] = True
         self.metrics.lorax_failure.labels(meaning_of(error).lorax_type).inc()
 
 

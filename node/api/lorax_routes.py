@@ -76,7 +76,7 @@ class LoraxRoutes:
                 async with stream.kept_alive():
                     await self._send_tokens(stream, LoraxAnswers(generation, exchange, self._answering.tokenizer), exchange)
         except NodeError as error:
-            self._answering.count_failure(error)
+            self._answering.count_failure(request, error)
             await stream.send(lorax_body(error, self._answering.request_id(request)))
         return await stream.close(has_marker=False)
 

@@ -10,7 +10,7 @@ import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from node.api.answering import PRINCIPAL, RECEIPT_ID, REQUEST_ID, TENANT
+from node.api.answering import IS_FAILED, PRINCIPAL, RECEIPT_ID, REQUEST_ID, TENANT
 from node.api.errors import error_headers, lorax_body, meaning_of, openai_body
 from node.api.scopes import OPEN_PATHS, scopes_of
 from node.errors import NodeError, RequestError
@@ -92,7 +92,7 @@ def answer_errors(metrics: NodeMetrics, logger: structlog.typing.FilteringBoundL
             response = _answer(request, error)
             if is_asked:
                 metrics.lorax_failure.labels(meaning_of(error).lorax_type).inc()
-        elif is_asked and response.status < 400:
+        elif is_asked and response.status < 400 and IS_FAILED not in request:
             metrics.lorax_success.inc()
         if not response.prepared:
             response.headers["x-request-id"] = request[REQUEST_ID]

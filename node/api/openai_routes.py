@@ -66,7 +66,7 @@ class OpenAiRoutes:
         except NodeError as error:
             if not stream.is_open:
                 raise
-            self._answering.count_failure(error)
+            self._answering.count_failure(request, error)
             await stream.send(openai_body(error, self._answering.request_id(request)))
         return await stream.close(has_marker=True)
 

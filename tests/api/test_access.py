@@ -155,6 +155,18 @@ async def test_metrics_speak_three_dialects(bench, client):
     assert any(line.startswith("openlora_output_tokens_total ") for line in lines)
 
 
+async def test_stream_that_fails_is_counted_as_failed_alone(bench, client):
+    await (await client.post("/generate_stream", json={"inputs": ""})).text()
+    bench.engine.fail_after = 1
+    await (await client.post("/v1/chat/completions", json={**CHAT, "stream": True})).text()
+
+    lines = (await (await client.get("/metrics")).text()).splitlines()
+    assert "lorax_request_count 2.0" in lines
+    assert "lorax_request_success 0.0" in lines
+    assert 'lorax_request_failure{err="validation"} 1.0' in lines
+    assert 'lorax_request_failure{err="generation"} 1.0' in lines
+
+
 @pytest.mark.parametrize("how", [{"params": {"format": "json"}}, {"headers": {"Accept": "application/json"}}])
 async def test_metrics_as_json_have_loraxs_shape(client, how):
     await client.post("/v1/chat/completions", json={})
