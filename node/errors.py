@@ -133,7 +133,7 @@ class AdapterIdError(AdapterError):
 
 
 class AdapterNotFoundError(AdapterError):
-    """No configured source knows the adapter."""
+    """No configured source knows the adapter. Code adapter_unloaded: the caller took its name back."""
 
     code = "adapter_not_found"
 

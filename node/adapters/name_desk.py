@@ -92,7 +92,9 @@ class NameDesk:
             self._table.refresh(owner, name, entry)
             return entry
         if self._table.is_withdrawn(owner, name):
-            raise AdapterNotFoundError(f"the adapter {name} was unloaded; load it again first", param="model")
+            raise AdapterNotFoundError(
+                f"the adapter {name} was unloaded; load it again first", code="adapter_unloaded", param="model"
+            )
         return None
 
     def target(self, owner: str, name: str) -> str | None:

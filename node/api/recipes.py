@@ -85,7 +85,7 @@ class Recipes:
         try:
             return await self._catalog.resolve(name, generation.adapter_source, generation.adapter_token, sees=sees, owner=owner)
         except AdapterNotFoundError as error:
-            if generation.shape == "lorax":
+            if generation.shape == "lorax" or error.error_code == "adapter_unloaded":
                 raise
             raise ModelNotFoundError(
                 f"the model {name!r} does not exist: it is neither the base model {self._base_name!r} nor an adapter that this "

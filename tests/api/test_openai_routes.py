@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from node.errors import AdapterNotFoundError
+
 CHAT = {"model": "alice", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 32, "seed": 1}
 COMPLETION = {"model": "", "prompt": "hi", "max_tokens": 32}
 
@@ -334,3 +336,10 @@ async def test_refusal_of_an_earlier_turn_is_text(bench, client):
 
     assert answer.status == 200
     assert "I will not." in bench.tokenizer.decode(list(bench.engine.submits[0].prompt_ids))
+
+
+async def test_adapter_that_the_caller_unloaded_says_so(bench, client):
+    bench.catalog.faults["alice"] = AdapterNotFoundError("alice was unloaded", code="adapter_unloaded", param="model")
+    answer = await client.post("/v1/chat/completions", json=CHAT)
+
+    assert (answer.status, (await answer.json())["error"]["code"]) == (404, "adapter_unloaded")
