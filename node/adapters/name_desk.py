@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from node.adapters.entry import CatalogEntry, NameFilter
-from node.adapters.names import parse_name
+from node.adapters.names import AdapterName, parse_name
 from node.adapters.registrations import EVERYBODY, GivenName, NameStore, Registration, Registrations
 from node.errors import AdapterError, AdapterIdError, AdapterNotFoundError
 
@@ -63,7 +63,7 @@ class NameDesk:
         Raises:
             AdapterNotFoundError: The name stands for nothing. LedgerError: Not durable; nothing changes.
         """
-        alias = str(parse_name(name))
+        alias = str(_name_in_field(name))
         async with self._changing:
             known = self._table.get(owner, alias)
             if known is not None:
@@ -180,11 +180,15 @@ class NameDesk:
             await self._store.forget(owner, name)
 
 
-def _new_name(text: str) -> str:
+def _name_in_field(text: str) -> AdapterName:
     try:
-        name = parse_name(text)
+        return parse_name(text)
     except AdapterIdError as error:
         raise AdapterIdError(error.message, param="lora_name") from error
+
+
+def _new_name(text: str) -> str:
+    name = _name_in_field(text)
     if name.revision is not None:
         raise AdapterIdError(f"adapter name {text}: a name that is given has no revision", param="lora_name")
     return name.path

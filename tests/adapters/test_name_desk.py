@@ -211,9 +211,13 @@ async def test_owner_with_too_many_names_is_refused_and_others_go_on(start, writ
 )
 async def test_register_names_the_field_that_is_wrong(start, writer, name, target, param):
     writer.write("good")
+    catalog = await start()
     with pytest.raises(AdapterIdError) as caught:
-        await (await start()).register(name, target, owner="a")
+        await catalog.register(name, target, owner="a")
     assert caught.value.param == param
+    with pytest.raises(AdapterIdError) as caught:
+        await catalog.unregister("a,b", owner="a")
+    assert caught.value.param == "lora_name"
 
 
 async def test_added_directory_is_served_after_a_restart_until_it_is_removed(start, kept, writer, tmp_path):
