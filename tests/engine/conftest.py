@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,8 +120,9 @@ def make_running():
 class Driver:
     """Feeds an engine on this thread and collects what comes out."""
 
-    def __init__(self, engine: Engine, world: World) -> None:
+    def __init__(self, engine: Engine, world: World, bell: threading.Event) -> None:
         self.engine = engine
+        self.bell = bell
         self.world = world
         self.events: dict = {}
         verifier = AdapterVerifier(LinearTable(engine.ready.linears), engine.ready.base_id, max_rank=256, max_bytes=1 << 30)
@@ -151,11 +153,15 @@ class Driver:
             self.events.setdefault(event.sequence_id, []).append(event)
 
     def run(self) -> None:
-        for _ in range(200_000):
+        for _ in range(20_000):
             if not self.engine.has_work:
                 return
-            self.record(self.engine.step()[0])
-        raise AssertionError("the engine did not finish")
+            events, has_computed = self.engine.step()
+            self.record(events)
+            if not has_computed:  # as the engine's loop sleeps: a loader needs the interpreter too
+                self.bell.wait(0.001)
+                self.bell.clear()
+        raise AssertionError(f"the engine did not finish: {self.engine.stats()}")
 
     def tokens(self, sequence_id) -> list[int]:
         return [token.token_id for event in self.events[sequence_id] for token in event.tokens]
@@ -169,15 +175,17 @@ def make_driver(world, tmp_path):
     engines = []
 
     def make(dtype="float32", adapters=None, model=None, device="cpu", watch=None, **settings) -> Driver:
+        bell = threading.Event()
         engine = open_engine(
             ModelSettings(path=str(model or world.model_dir), dtype=dtype, device=device),
             EngineSettings(**{"threads": 1, "kv_cache_bytes": 1 << 20, "kv_block_size": 4, **settings}),
             AdapterSettings(**{"memory_bytes": 4 << 20, **(adapters or {})}),
             tmp_path,
+            wake=bell.set,
             watch_logits=watch,
         )
         engines.append(engine)
-        return Driver(engine, world)
+        return Driver(engine, world, bell)
 
     yield make
     for engine in engines:
