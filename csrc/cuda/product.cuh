@@ -157,6 +157,23 @@ struct QuadPages {
   }
 };
 
+// Asks the second-level cache for B of an entry's page at the 32 quads from `first` on: a lane a rank of one of them. Nothing waits
+// for it, and a warp's next fetch finds it there.
+template <int G>
+__device__ __forceinline__ void foresee_pages(const ProductView& p, const Entry& entry, const LaneColumns& first) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, rank = lane % kPageRank;
+  const ModuleColumn found = module_of<G>(p.work, lane < kPageRank ? first.column[0] : first.column[1]);
+  if (found.index < 0) return;
+  const LoraSpan& span = p.work.spans[found.index];
+  if (rank >= ranks_left(p.work, span.module, entry)) return;
+  const auto* b = static_cast<const __nv_bfloat16*>(p.work.pages) + entry.page * p.work.page_elements + span.b_offset + found.column +
+                  static_cast<int64_t>(rank) * span.outputs;
+  constexpr int kLine = 64;  // elements
+#pragma unroll
+  for (int i = 0; i < kWarp * kQuad; i += kLine)
+    if (found.column + i < span.outputs) asm volatile("prefetch.global.L2 [%0];" ::"l"(b + i));
+}
+
 // v of R rows and one entry, all modules, for a warp: [R][G][16] in shared memory. Its planes are sent for together with those of
 // the rows and added up when these have arrived.
 template <int G, int R>
@@ -311,6 +328,11 @@ __device__ __forceinline__ void finish_units(const ProductView& p, int lanes, Co
       if (span.first < span.last && span.tile.entries > 0) pages.fetch(p, span.tile.entry, lane);
     locate(span.first);
   };
+  auto foresee = [&](int unit) {
+    if (unit >= units) return;
+    const RowSpan next = parts[unit / per_part];
+    if (next.first < next.last && next.tile.entries > 0) foresee_pages<G>(p, next.tile.entry, columns(unit % per_part * kWarp));
+  };
   bool has_waited = false;
   for (int unit = blockIdx.x * kUnitWarps + warp; unit < units; unit += stride) {
     start(unit);
@@ -319,6 +341,7 @@ __device__ __forceinline__ void finish_units(const ProductView& p, int lanes, Co
       wait_for_previous();
       start_dependents();
     }
+    if constexpr (kLora) foresee(unit + stride);
 #pragma unroll 1
     for (int place = span.first; place < span.last; place += R) {
       if (place > span.first) locate(place);
