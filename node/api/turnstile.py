@@ -24,8 +24,9 @@ class Turnstile:
 
     Semantics:
         Who finds nobody before it begins at once. New connections wait until the loop has rested for a quarter of the time
-        since the last one, at most `LONGEST_PACE_S`. Requests on connections that were answered before wait for no new connection, only
-        for their like, one in a turn of the loop. What waits is as much as there are connections, which are bounded.
+        since the last one, at most `LONGEST_PACE_S`. Requests on connections that were answered before wait for no new
+        connection, only for their like, one in a turn of the loop. What waits is as much as there are connections, which are
+        bounded.
 
     Args:
         clock: Monotonic seconds. busy_clock: seconds that this thread has computed.
