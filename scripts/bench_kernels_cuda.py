@@ -180,7 +180,8 @@ class Layer:
     def _ranks(self, name: str, pairs: int) -> Tensor:
         inputs, parts = LINEARS[name]
         has_planes = self.tile_rows <= 16 and self.ops.skinny_gemm_planes(HIDDEN, HIDDEN, self.rows) > 0
-        return torch.randn(self.ops.shrink_chunks(inputs) if has_planes else 1, pairs, len(parts), 16, device="cuda")
+        planes = self.ops.shrink_chunks(inputs) if has_planes else 0
+        return torch.randn(planes or 1, pairs, len(parts), 16, device="cuda")
 
     def shrink(self, name: str, follow: Follow) -> list[Callable[[], None]]:
         def call(layer: int, tiles: DeviceTiles) -> Callable[[], None]:
@@ -214,15 +215,23 @@ class Layer:
             yield self._row(f"{CONSUMERS[name]}_{name}", name, time_us(self.consumer(name, follow)), read)
 
     def linear(self, name: str, weights: dict[str, list[Tensor]]) -> list[Callable[[], None]]:
-        """The skinny GEMM of each layer, with the shrink in its launch where there are adapters."""
+        """The skinny GEMM of each layer; where there are adapters with the shrink in its launch, or beside it where rows are long."""
         x, y, v = self.x[name], self.y[name], self.v[name]
+        is_inside = self.ops.shrink_chunks(LINEARS[name][0]) > 0
 
         def call(layer: int, tiles: DeviceTiles | None) -> Callable[[], None]:
             weight = weights[name][layer]
             if tiles is None:
                 return lambda: self.ops.skinny_gemm(x, weight, y)
             spans = self.adapters.spans(layer, name)
-            return lambda: self.ops.skinny_gemm_shrink(x, weight, tiles, spans, v, y)
+            if is_inside:
+                return lambda: self.ops.skinny_gemm_shrink(x, weight, tiles, spans, v, y)
+
+            def both() -> None:
+                self.ops.skinny_gemm(x, weight, y)
+                self.ops.lora_shrink(x, tiles, spans, v, Follow.WAIT_LAST)
+
+            return both
 
         return [call(layer, tiles) for tiles in (self.tiles or [None]) for layer in range(LAYERS)]
 

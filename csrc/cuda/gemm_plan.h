@@ -83,18 +83,11 @@ constexpr bool gemm_can_run(int64_t tokens, int64_t outputs, int64_t inputs) {
          outputs >= 8 && outputs % 8 == 0 && outputs < kLimit;
 }
 
-// Stages of one chunk of k, of which the shrink inside a GEMM makes at most 8 planes of v: a power of two.
-GEMM_ANYWHERE constexpr int gemm_shrink_stages(int inputs) {
-  int stages = 1;
-  while (stages * 8 * kGemmShrinkColumns < inputs) stages *= 2;
-  return stages;
-}
-
-// The planes of v; none for longer rows than these.
+// Chunks of k that the shrink inside a GEMM cuts an item into, one stage and one plane of v each. None where rows of W are long: there
+// it takes longer than beside the GEMM (csrc/README.md).
 GEMM_ANYWHERE constexpr int gemm_shrink_chunks(int inputs) {
-  if (inputs > 128 * kGemmShrinkColumns) return 0;
-  const int columns = gemm_shrink_stages(inputs) * kGemmShrinkColumns;
-  return (inputs + columns - 1) / columns;
+  const int chunks = (inputs + kGemmShrinkColumns - 1) / kGemmShrinkColumns;
+  return chunks <= 8 ? chunks : 0;
 }
 
 // Stages that fit into `bytes` of shared memory, at least 2, at most 24.

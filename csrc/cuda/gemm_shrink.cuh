@@ -4,8 +4,7 @@
 // the producer puts stages of A between those of W, the first ones before the kernels ahead have ended, and memory gives both what
 // they ask for, in that order.
 //
-// A task is one module of an item (16 ranks of a page, up to 16 rows; lora_work.h) and one chunk of k: one stage of 512 inputs, or some
-// where K is long, 16 runs of 1 KB each. Tasks are dealt to the blocks from the last one on, which have the fewest rows of W. A warp
+// A task is one module of an item (16 ranks of a page, up to 16 rows; lora_work.h) and one chunk of k: one stage of 512 inputs. Tasks are dealt to the blocks from the last one on, which have the fewest rows of W. A warp
 // takes a task alone: ranks are the m side of mma.m16n8k16, and lane (g, t) takes 8 neighbouring k of ranks g and g + 8 and of rows g
 // and g + 8, a permutation of k that both sides share. x comes from L2, 8 steps ahead, because a stage that waits for its warp holds up
 // W. Every chunk has a plane of v, which whoever reads v adds up: soon after x nothing is left to wait for.
@@ -24,9 +23,9 @@ constexpr int kShrinkWarps = 3;    // beside the producer: together they fill a 
 constexpr int kShrinkStep = 32;    // k of one load: 4 lanes of 8
 constexpr int kShrinkDepth = 8;  // loads of x ahead
 constexpr int kShrinkReleases = 8;  // a stage is free when so many have let go of it: here one warp for all
-// No fewer than the ring's stages, so that a barrier's last stage has been left, and a multiple of the warps times the stages of a
-// task, so that it was left by the warp that waits for the next one.
-constexpr int kShrinkBarriers = 48;
+// No fewer than the ring's stages, so that a barrier's last stage has been left, and a multiple of the warps, so that it was left by the
+// warp that waits for the next one.
+constexpr int kShrinkBarriers = 24;
 
 // The shrink's share of a launch.
 struct Shrink {
@@ -39,12 +38,11 @@ struct Shrink {
 // The tasks of a block, and where their stages stand: behind the first `start` stages of k of its first work item, then between the
 // following ones, the rest behind the last.
 struct ShrinkSchedule {
-  int first, count;  // of its tasks, the next one gridDim.x further; stages
+  int first, count;  // of its tasks; the next one is gridDim.x further
   int start, k_stages;
-  int chunks, stages;  // of a task
+  int chunks;
 
-  // Of stage j.
-  __device__ __forceinline__ int task(int j) const { return first + j / stages * static_cast<int>(gridDim.x); }
+  __device__ __forceinline__ int task(int j) const { return first + j * static_cast<int>(gridDim.x); }
   __device__ __forceinline__ int position(int j) const { return min(start + 2 * j, k_stages + j); }
   // Whether the next stage is one of A, after `passed` of them and i stages of k.
   __device__ __forceinline__ bool is_due(int i, int passed) const { return passed < count && i == start + passed; }
@@ -55,19 +53,18 @@ __device__ __forceinline__ ShrinkSchedule shrink_schedule(const Shrink& shrink, 
   found.chunks = gemm_shrink_chunks(shrink.inputs);
   found.first = static_cast<int>(gridDim.x) - 1 - static_cast<int>(blockIdx.x);
   const int total = __ldg(shrink.lora.tiles + 1) * shrink.lora.span_count * found.chunks;
-  found.stages = gemm_shrink_stages(shrink.inputs);
-  found.count = total > found.first ? ((total - 1 - found.first) / static_cast<int>(gridDim.x) + 1) * found.stages : 0;
+  found.count = total > found.first ? (total - 1 - found.first) / static_cast<int>(gridDim.x) + 1 : 0;
   found.start = start;
   found.k_stages = k_stages;
   return found;
 }
 
-// First of the inputs of stage j, and how many they are.
+// First of the inputs of task j, and how many they are.
 __device__ __forceinline__ int shrink_column(const ShrinkSchedule& schedule, int j) {
-  return (schedule.task(j) % schedule.chunks * schedule.stages + j % schedule.stages) * kGemmShrinkColumns;
+  return schedule.task(j) % schedule.chunks * kGemmShrinkColumns;
 }
 __device__ __forceinline__ int shrink_columns(const Shrink& shrink, int column) {
-  return max(0, min(kGemmShrinkColumns, shrink.inputs - column));
+  return min(kGemmShrinkColumns, shrink.inputs - column);
 }
 
 __device__ __forceinline__ int shrink_ranks(const LoraWork& lora, int span, const int4& entry) {
@@ -77,7 +74,7 @@ __device__ __forceinline__ int shrink_ranks(const LoraWork& lora, int span, cons
 
 // ---- A: the producer warp, all lanes
 
-// A lane's stage: where its first rank lies.
+// A lane's task: where its first rank lies.
 struct ShrinkSource {
   const __nv_bfloat16* a;
   int ranks;
@@ -113,7 +110,7 @@ __device__ __forceinline__ void load_shrink_stage(const Shrink& shrink, const Sh
     barrier_arrive(ring.full(stage));
   }
   __syncwarp();
-  if (lane < ranks && bytes > 0) {
+  if (lane < ranks) {
     bulk_load(ring.w(stage) + lane * kGemmShrinkPitch, a + static_cast<int64_t>(lane) * shrink.inputs, bytes, ring.a_full(j), policy);
   }
 }
@@ -139,7 +136,7 @@ struct ShrinkTask {
     ranks = shrink_ranks(lora, span, entry);
     scale = __ldg(lora.scales + static_cast<int64_t>(lora.spans[span].module) * lora.slots + entry.y) * __int_as_float(entry.w);
     const int column = shrink_column(schedule, j);
-    steps = min(schedule.stages * kGemmShrinkColumns, shrink.inputs - column) / kShrinkStep;
+    steps = shrink_columns(shrink, column) / kShrinkStep;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const int r = n * 8 + lane / 4;
@@ -177,16 +174,14 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   return value;
 }
 
-// x A^T of steps [first, last) from the stage of A that begins with the first of them; both are multiples of kShrinkDepth, but for the
-// task's last one. Ranks that are not there hold what the stage held before: their sums are not used.
-__device__ __forceinline__ void multiply_shrink(const ShrinkTask& task, ShrinkRows& x, uint32_t stage, int first, int last, int lane,
-                                                float (&acc)[2][4]) {
+// x A^T. Ranks that are not there hold what the stage held before: their sums are not used.
+__device__ __forceinline__ void multiply_shrink(const ShrinkTask& task, ShrinkRows& x, uint32_t stage, int lane, float (&acc)[2][4]) {
   uint32_t from = stage + lane / 4 * kGemmShrinkPitch + lane % 4 * 16;
 #pragma unroll 1
-  for (int step = first; step < last; step += kShrinkDepth) {
+  for (int step = 0; step < task.steps; step += kShrinkDepth) {
 #pragma unroll
     for (int u = 0; u < kShrinkDepth; ++u, from += kShrinkStep * 2) {
-      if (step + u >= last) break;
+      if (step + u >= task.steps) break;
       const uint4 low = load_shared(from), high = load_shared(from + 8 * kGemmShrinkPitch);
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
@@ -215,12 +210,10 @@ __device__ __forceinline__ void store_v(const LoraWork& lora, const ShrinkTask& 
 // One of the three warps: every third task of the block.
 template <class Ring>
 __device__ __forceinline__ void shrink_tasks(const Shrink& shrink, const ShrinkSchedule& schedule, const Ring& ring, int warp, int lane) {
-  constexpr int kStageSteps = kGemmShrinkColumns / kShrinkStep;
   const int32_t* tiles = shrink.lora.tiles;
   const int4* items = reinterpret_cast<const int4*>(tiles + __ldg(tiles + 7));
   const int32_t* row_list = tiles + __ldg(tiles + 5);
-  const int stride = kShrinkWarps * schedule.stages;
-  int j = warp * schedule.stages;
+  int j = warp;
   if (j >= schedule.count) return;
   ShrinkTask task;
   ShrinkRows x;
@@ -230,25 +223,22 @@ __device__ __forceinline__ void shrink_tasks(const Shrink& shrink, const ShrinkS
   x.open(task);
   while (true) {
     ShrinkTask next = task;
-    const bool has_next = j + stride < schedule.count;
-    if (has_next) next.read_item(shrink, schedule, items, j + stride);
+    const bool has_next = j + kShrinkWarps < schedule.count;
+    if (has_next) next.read_item(shrink, schedule, items, j + kShrinkWarps);
     float acc[2][4] = {};
-#pragma unroll 1
-    for (int part = 0; part < schedule.stages; ++part) {
-      const int stage = schedule.position(j + part) % ring.stages, first = part * kStageSteps;
-      barrier_wait(ring.a_full(j + part), (j + part) / kShrinkBarriers & 1);
-      multiply_shrink(task, x, ring.w(stage), first, min(first + kStageSteps, task.steps), lane, acc);
-      __syncwarp();
-      if (lane == 0) barrier_arrive(ring.empty(stage), kShrinkReleases);
-    }
+    const int stage = schedule.position(j) % ring.stages;
+    barrier_wait(ring.a_full(j), j / kShrinkBarriers & 1);
+    multiply_shrink(task, x, ring.w(stage), lane, acc);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(ring.empty(stage), kShrinkReleases);
     if (has_next) {
-      next.read_rows(shrink, schedule, row_list, j + stride, lane);
+      next.read_rows(shrink, schedule, row_list, j + kShrinkWarps, lane);
       x.open(next);
     }
     store_v(shrink.lora, task, lane, acc);
     if (!has_next) return;
     task = next;
-    j += stride;
+    j += kShrinkWarps;
   }
 }
 

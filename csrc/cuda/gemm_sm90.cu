@@ -260,7 +260,7 @@ __global__ __launch_bounds__(kLora ? (kTokens <= 96 ? kNarrowThreads : kShrinkTh
       barrier_init(ring.full(lane), 1);
       barrier_init(ring.empty(lane), kConsumerWarps);
     }
-    for (int j = lane; kLora && j < kShrinkBarriers; j += 32) barrier_init(ring.a_full(j), 1);
+    if (kLora && lane < kShrinkBarriers) barrier_init(ring.a_full(lane), 1);
     barrier_init_fence();
     __syncwarp();
     if (lane == 0) load_early(work, ring, &w_map);  // its own barriers: no need to wait for the block
@@ -342,7 +342,7 @@ bool has_valid_lora(const SkinnyGemmArgs& args, const SkinnyGemmPlan& plan) {
   if (args.lora == nullptr) return true;
   bool is_valid = args.lora->span_count >= 1 && args.lora->span_count <= kMaxLoraSpans && args.lora->page_elements % 8 == 0 &&
                   reinterpret_cast<uintptr_t>(args.lora->pages) % 16 == 0 && args.lora->tile_rows <= 16 && plan.least_stage >= kGemmShrinkStageBytes &&
-                  args.lora->v_planes == gemm_shrink_chunks(args.inputs) && kShrinkBarriers % (kShrinkWarps * gemm_shrink_stages(args.inputs)) == 0;
+                  gemm_shrink_chunks(args.inputs) > 0 && args.lora->v_planes == gemm_shrink_chunks(args.inputs);
   for (int m = 0; is_valid && m < args.lora->span_count; ++m) {
     is_valid = args.lora->spans[m].inputs == args.inputs && args.lora->spans[m].a_offset % 8 == 0;
   }

@@ -22,7 +22,7 @@ from node.kernels.lora import LoraPool, LoraRows
 from node.kernels.ops import Kernels
 from node.kernels.reference import lora_delta
 
-SHRINK_TILE_ROWS = 0  # of the largest tiles whose shrink is inside the skinny GEMM: none until it has been measured again
+SHRINK_TILE_ROWS = 16  # of the largest tiles whose shrink is inside the skinny GEMM
 BRANCH_ROWS = 512  # of the longest step whose shrinks run on a branch beside cuBLAS
 EXACT_ROWS = 32  # of a product whose bits may not depend on the batch, where the skinny GEMM cannot run
 
@@ -124,9 +124,8 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         return Product(y, bias, rows.tiles, v, fields)
 
     def _shrink_chunks(self, inputs: int, rows: DeviceRows) -> int:
-        """Planes of v if the shrink runs inside the skinny GEMM; 0: by itself.
-
-        By itself where bits may not depend on the batch: the two have other bits, and long steps have but one of them.
+        """Planes of v if the shrink runs inside the skinny GEMM; 0 if it runs by itself: beside rows of W that are long, where tiles
+        are large, and where bits may not depend on the batch, because long steps have but that one, which has other bits.
         """
         if self._is_deterministic or rows.tiles.tile_rows > SHRINK_TILE_ROWS:
             return 0

@@ -224,7 +224,7 @@ class CudaOps:
         self._skinny_gemm_shrink(x, weight, follow != Follow.PLAIN, *adapters, v, y)
 
     def shrink_chunks(self, inputs: int) -> int:
-        """C, 1 to 8: ranges of the inputs whose sums `skinny_gemm_shrink` keeps apart; 0 for more inputs than it can take."""
+        """C, 1 to 8: ranges of the inputs whose sums `skinny_gemm_shrink` keeps apart; 0 for rows too long for it."""
         return int(self._shrink_chunks(inputs))
 
     def _lora(self, product: Product) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, tuple[int, ...], int]:
