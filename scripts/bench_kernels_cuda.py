@@ -215,7 +215,7 @@ class Layer:
             yield self._row(f"{CONSUMERS[name]}_{name}", name, time_us(self.consumer(name, follow)), read)
 
     def linear(self, name: str, weights: dict[str, list[Tensor]]) -> list[Callable[[], None]]:
-        """The skinny GEMM of each layer; where there are adapters with the shrink in its launch, or beside it where rows are long."""
+        """The skinny GEMM of each layer; where there are adapters with their shrink, beside it where rows of W are long."""
         x, y, v = self.x[name], self.y[name], self.v[name]
         is_inside = self.ops.shrink_chunks(LINEARS[name][0]) > 0
 

@@ -124,8 +124,10 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         return Product(y, bias, rows.tiles, v, fields)
 
     def _shrink_chunks(self, inputs: int, rows: DeviceRows) -> int:
-        """Planes of v if the shrink runs inside the skinny GEMM; 0 if it runs by itself: beside rows of W that are long, where tiles
-        are large, and where bits may not depend on the batch, because long steps have but that one, which has other bits.
+        """Planes of v if the shrink runs inside the skinny GEMM; 0 if it runs by itself.
+
+        By itself it runs beside rows of W that are long, for large tiles, and where bits may not depend on the batch: long steps
+        have but that shrink, and the other one has other bits.
         """
         if self._is_deterministic or rows.tiles.tile_rows > SHRINK_TILE_ROWS:
             return 0
