@@ -16,7 +16,7 @@ template <bool kLora, bool kFloatPlanes, int G, int R>
 __global__ void __launch_bounds__(kUnitWarps* kWarp, kLora ? kLoraBlocks : kBaseBlocks)
     silu_mul_kernel(const __grid_constant__ ProductView p, __nv_bfloat16* out) {
   const int half = p.columns / 2;
-  finish_units<kLora, kFloatPlanes, G, R>(
+  finish_units<kLora, kFloatPlanes, G, R, kLora>(
       p, half / kQuad, [&](int i) { return LaneColumns{{i * kQuad, half + i * kQuad}}; }, [](int) { return NoFacts{}; },
       [&](int, const LaneColumns& lane, const int (&row)[R], const NoFacts (&)[R], float (&y)[kQuads][R][kQuad]) {
 #pragma unroll
