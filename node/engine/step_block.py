@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +55,8 @@ class BlockLayout:
 class StepBlock:
     """The run on both sides: two pinned copies on the host, taken in turns, and one on the device.
 
-    A host copy is written again two steps later. By then the tokens of the step it served are known, so it has been read.
+    A host copy is written again two steps later, once the device has read it: a step that draws no token is not waited for, so
+    the host may be more than one step ahead.
 
     Args:
         drawn: Tokens that one step can draw.
@@ -70,6 +72,7 @@ class StepBlock:
         self._memory = torch.zeros(self._drawn + capacity, dtype=torch.int32, device=device)
         self._device = self._memory[self._drawn :]
         self._turn = 0
+        self._read: list[Any] = [torch.cuda.Event() for _ in self._hosts] if is_gpu else []  # type: ignore[no-untyped-call]
         self.drawn = self._memory[:drawn]  # the last step's tokens, in the order it drew them
 
     @property
@@ -77,7 +80,7 @@ class StepBlock:
         return self._capacity
 
     def begin(self, needed: int) -> Ints:
-        """The host's copy for the next step.
+        """The host's copy for the next step; waits until the device has read what it held before.
 
         Raises:
             ValueError: The step needs more than the capacity.
@@ -85,11 +88,15 @@ class StepBlock:
         if needed > self._capacity:
             raise ValueError(f"a step needs {needed} int32 of metadata and the engine has room for {self._capacity}")
         self._turn = 1 - self._turn
+        if self._read:
+            self._read[self._turn].synchronize()
         return self._hosts[self._turn].numpy()
 
     def send(self, count: int) -> None:
         """Copy the first `count` int32 to the device, in stream order."""
         self._device[:count].copy_(self._hosts[self._turn][:count], non_blocking=True)
+        if self._read:
+            self._read[self._turn].record()
 
     def view(self, start: int, count: int) -> Tensor:
         """A section on the device."""
