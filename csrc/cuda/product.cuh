@@ -157,23 +157,6 @@ struct QuadPages {
   }
 };
 
-// Asks the second-level cache for B of an entry's page at the 32 quads from `first` on: a lane a rank of one of them. Nothing waits
-// for it, and a warp's next fetch finds it there.
-template <int G>
-__device__ __forceinline__ void foresee_pages(const ProductView& p, const Entry& entry, const LaneColumns& first) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, rank = lane % kPageRank;
-  const ModuleColumn found = module_of<G>(p.work, lane < kPageRank ? first.column[0] : first.column[1]);
-  if (found.index < 0) return;
-  const LoraSpan& span = p.work.spans[found.index];
-  if (rank >= ranks_left(p.work, span.module, entry)) return;
-  const auto* b = static_cast<const __nv_bfloat16*>(p.work.pages) + entry.page * p.work.page_elements + span.b_offset + found.column +
-                  static_cast<int64_t>(rank) * span.outputs;
-  constexpr int kLine = 64;  // elements
-#pragma unroll
-  for (int i = 0; i < kWarp * kQuad; i += kLine)
-    if (found.column + i < span.outputs) asm volatile("prefetch.global.L2 [%0];" ::"l"(b + i));
-}
-
 // v of R rows and one entry, all modules, for a warp: [R][G][16] in shared memory. Its planes are sent for together with those of
 // the rows and added up when these have arrived.
 template <int G, int R>
@@ -301,7 +284,8 @@ struct WarpRows {
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
       uint2 bias = make_uint2(0, 0);
-      if (p.bias != nullptr && lane.column[q] >= 0) bias = __ldg(reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(p.bias) + lane.column[q]));
+      if (p.bias != nullptr && lane.column[q] >= 0)
+        bias = __ldg(reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(p.bias) + lane.column[q]));
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         if constexpr (kFloatPlanes) {
@@ -343,7 +327,7 @@ __device__ __forceinline__ void store_quad(__nv_bfloat16* out, const float (&x)[
 // before the kernel before this one began, because it is read before the wait.
 //
 // kAhead: neighbouring lanes have neighbouring quads, and rows and v of R rows are on their way while those before are summed; for
-// products of one plane and recipes of one page.
+// products of one plane whose halves are whole pieces of 16 bytes, recipes of one page and units that take more than one turn.
 constexpr int kUnitWarps = 4;
 
 template <bool kLora, bool kFloatPlanes, int G, int R, bool kAhead = false, class Columns, class Facts, class Finish>
@@ -373,11 +357,6 @@ __device__ __forceinline__ void finish_units(const ProductView& p, int lanes, Co
     if constexpr (kLora)
       if (span.first < span.last && span.tile.entries > 0) pages.fetch(p, span.tile.entry, lane);
     locate(span.first);
-  };
-  auto foresee = [&](int unit) {
-    if (unit >= units) return;
-    const RowSpan next = parts[unit / per_part];
-    if (next.first < next.last && next.tile.entries > 0) foresee_pages<G>(p, next.tile.entry, columns(unit % per_part * kWarp));
   };
   auto finish_ahead = [&] {
     const LaneColumns first = columns(number - static_cast<int>(threadIdx.x) % kWarp);
@@ -415,9 +394,8 @@ __device__ __forceinline__ void finish_units(const ProductView& p, int lanes, Co
       wait_for_previous();
       start_dependents();
     }
-    if constexpr (kLora) foresee(unit + stride);
     if constexpr (kLora && kAhead) {
-      if (p.planes == 1 && span.tile.entries == 1) {
+      if (p.planes == 1 && p.columns % 16 == 0 && span.tile.entries == 1 && span.last - span.first > R) {
         finish_ahead();
         continue;
       }
