@@ -4,10 +4,14 @@
 // the producer puts stages of A between those of W, the first ones before the kernels ahead have ended, and memory gives both what
 // they ask for, in that order.
 //
-// A task is one module of an item (16 ranks of a page, up to 16 rows; lora_work.h) and one chunk of k: one stage of 512 inputs. Tasks are dealt to the blocks from the last one on, which have the fewest rows of W. A warp
-// takes a task alone: ranks are the m side of mma.m16n8k16, and lane (g, t) takes 8 neighbouring k of ranks g and g + 8 and of rows g
-// and g + 8, a permutation of k that both sides share. x comes from L2, 8 steps ahead, because a stage that waits for its warp holds up
-// W. Every chunk has a plane of v, which whoever reads v adds up: soon after x nothing is left to wait for.
+// A task is one module of an item (16 ranks of a page, up to 16 rows; lora_work.h) and one chunk of k: one stage of 512 inputs. Tasks
+// are dealt to the blocks from the last one on, which have the fewest rows of W. A warp takes a task alone: ranks are the m side of
+// mma.m16n8k16, and lane (g, t) takes 8 neighbouring k of ranks g and g + 8 and of rows g and g + 8, a permutation of k that both
+// sides share. x comes from L2, 8 steps ahead, because a stage that waits for its warp holds up W. Every chunk has a plane of v, which
+// whoever reads v adds up: soon after x nothing is left to wait for.
+//
+// Shared memory: stages of the ring, 17 KB each, and 192 bytes of barriers. Device memory: A of each item once, 16 bytes a rank and
+// 8 inputs; x and v stay in L2. Bound: A's bytes beside W's.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -19,9 +23,9 @@
 
 namespace openlora {
 
-constexpr int kShrinkWarps = 3;    // beside the producer: together they fill a third warpgroup
-constexpr int kShrinkStep = 32;    // k of one load: 4 lanes of 8
-constexpr int kShrinkDepth = 8;  // loads of x ahead
+constexpr int kShrinkWarps = 3;     // beside the producer: together they fill a third warpgroup
+constexpr int kShrinkStep = 32;     // k of one load: 4 lanes of 8
+constexpr int kShrinkDepth = 8;     // loads of x ahead
 constexpr int kShrinkReleases = 8;  // a stage is free when so many have let go of it: here one warp for all
 // No fewer than the ring's stages, so that a barrier's last stage has been left, and a multiple of the warps, so that it was left by the
 // warp that waits for the next one.
