@@ -196,8 +196,9 @@ async def _paired(session: aiohttp.ClientSession, few: str, many: str, count: in
 # ---- storm
 
 
-def storm(args: argparse.Namespace) -> dict[str, Any]:
-    """The hot load alone and beside the storm, in turns on one node; the hub is calm before each turn."""
+def storm(args: argparse.Namespace) -> None:
+    """The hot load alone and beside the storm, in turns on one node; the hub is calm before each turn. What was measured is said
+    before the node is stopped."""
     begun_s = time.monotonic()
     with tempfile.TemporaryDirectory(dir=args.files) as scratch, ExitStack() as stack:
         (adapters := Path(scratch) / "adapters").mkdir()
@@ -219,21 +220,25 @@ def storm(args: argparse.Namespace) -> dict[str, Any]:
             round_s = -time.monotonic()
             rounds.append(_round(hot, cold, hub, url, pid, args, len(rounds)))
             round_s += time.monotonic()
-    return {
-        "row": "storm",
-        "model": args.shape or BASE,
-        "layers": args.layers,
-        "cold": args.cold,
-        "fetch_workers": args.fetch_workers,
-        "latency_s": args.latency_s,
-        "failure": args.failure,
-        "shares_cores": not (args.engine_cores and args.client_cores),
-        "rounds": len(rounds),
-        "start_s": round(start_s, 1),
-        "phase_s": [args.alone_s or args.phase_s, args.phase_s],
-        "lead_s": LEAD_S,
-        **compared(rounds),
-    }
+            print(json.dumps({"round": len(rounds), "start_s": round(start_s, 1)} | compared(rounds[-1:])), flush=True)
+        keep(
+            args,
+            {
+                "row": "storm",
+                "model": args.shape or BASE,
+                "layers": args.layers,
+                "cold": args.cold,
+                "fetch_workers": args.fetch_workers,
+                "latency_s": args.latency_s,
+                "failure": args.failure,
+                "shares_cores": not (args.engine_cores and args.client_cores),
+                "rounds": len(rounds),
+                "start_s": round(start_s, 1),
+                "phase_s": [args.alone_s or args.phase_s, args.phase_s],
+                "lead_s": LEAD_S,
+                **compared(rounds),
+            },
+        )
 
 
 def client_cores(text: str) -> tuple[str, str, str]:
@@ -305,13 +310,20 @@ def main() -> int:
     if args.row == "prepare":
         prepare(args, args.prepared)
         return 0
-    row = asyncio.run(catalogue(args)) if args.row == "catalogue" else storm(args)
+    if args.row == "storm":
+        storm(args)
+    else:
+        keep(args, asyncio.run(catalogue(args)))
+    return 0
+
+
+def keep(args: argparse.Namespace, row: dict[str, Any]) -> None:
+    """Print a row, and add it to the file of --out."""
     row |= {"cores": os.cpu_count(), "load_average": os.getloadavg()[0]}
-    print(json.dumps(row))
+    print(json.dumps(row), flush=True)
     if args.out is not None:
         with args.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
-    return 0
 
 
 if __name__ == "__main__":
