@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from eth_utils.crypto import keccak
+from eth_hash.auto import keccak
 
 from attribution.errors import SignatureError
 
@@ -39,7 +39,7 @@ class StructType:
             if kind not in ("address", "bytes32", "string", "bool", "bytes32[]") and not _UINT.fullmatch(kind):
                 raise SignatureError(f"{self.name}.{name} has type {kind}; only flat EIP-712 structs are signed here")
         signature = f"{self.name}({','.join(f'{kind} {name}' for name, kind in self.fields)})"
-        object.__setattr__(self, "type_hash", keccak(text=signature))
+        object.__setattr__(self, "type_hash", keccak(signature.encode()))
 
     def struct_hash(self, message: Mapping[str, Any]) -> bytes:
         """keccak(typeHash | every field as one 32-byte word).
@@ -99,7 +99,7 @@ def full_message(domain: Domain, struct: StructType, message: Mapping[str, Any])
 def _word(kind: str, value: Any, where: str) -> bytes:
     """One field as the 32-byte word EIP-712 hashes."""
     if kind == "string" and isinstance(value, str):
-        return keccak(text=value)
+        return keccak(value.encode())
     if kind == "bytes32":
         return fixed_bytes(value, 32, where)
     if kind == "address":

@@ -129,7 +129,8 @@ def open_request(
         build_recipe(admission.terms, b"", admission.merge)
     except AttributionError as error:
         raise RequestError(f"the adapter recipe cannot be recorded: {error}", param="adapters") from error
-    prompt_salt = random_bytes(SALT_BYTES)
+    salts = random_bytes(2 * SALT_BYTES)  # one call of the system for both
+    prompt_salt, output_salt = salts[:SALT_BYTES], salts[SALT_BYTES:]
     return OpenRequest(
         request_id=admission.request_id,
         admitted_ms=admitted_ms,
@@ -139,7 +140,7 @@ def open_request(
         prompt_tokens=sum(len(ids) for ids in admission.prompts),
         prompt_digest=token_digest(prompt_salt, admission.prompts),
         prompt_salt=prompt_salt,
-        output_salt=random_bytes(SALT_BYTES),
+        output_salt=output_salt,
         terms=admission.terms,
         contributions=admission.contributions,
         price=admission.price,

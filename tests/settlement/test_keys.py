@@ -4,6 +4,8 @@ import os
 import pytest
 from eth_account import Account
 
+from attribution.signing import LocalSigner as AuditorsSigner
+from attribution.signing import recover
 from node.errors import KeystoreError
 from node.settlement.keys import ROLES, KeyDirectory
 from node.settlement.keystore import decrypt, encrypt
@@ -180,3 +182,11 @@ def test_signer_signature_recovers_to_its_address():
     assert Account._recover_hash(digest, signature=signer.sign_hash(digest)) == signer.address
     with pytest.raises(ValueError, match="32 bytes"):
         signer.sign_hash(b"short")
+
+
+def test_signer_signs_as_the_auditors_one_does():
+    for number in range(1, 9):
+        key, digest = bytes([number]) * 32, bytes([255 - number]) * 32
+        ours, theirs = LocalSigner(key), AuditorsSigner(key)
+        assert ours.sign_hash(digest) == theirs.sign_hash(digest)
+        assert recover(digest, ours.sign_hash(digest)) == ours.address == theirs.address
