@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from node.engine.memory import open_memory
 from node.engine.messages import Ready, SequenceEvent, Stats, Submit
 from node.engine.runner import LogitsWatcher
 from node.engine.scheduler import Scheduler
-from node.engine.sizing import memory_sizes, step_sizes
+from node.engine.sizing import fill_threads, memory_sizes, step_sizes
 from node.engine.step_plan import StepPlan, Work, WorkResult
 from node.models.load import DTYPES, ModelSource, load_model, open_source
 from node.models.source import resolve
@@ -320,7 +321,7 @@ def open_engine(
         max_rank=adapter_settings.max_rank,
     )
     scheduler = Scheduler(blocks, limits, adapters, loaded.base_id)
-    grammars = GrammarMasks(functools.partial(_vocabulary, ready), wake)
+    grammars = GrammarMasks(functools.partial(_vocabulary, ready), wake, fill_threads(device.type, os.cpu_count() or 1))
     runner = open_runner(
         loaded,
         kernels,

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
 from node.errors import GrammarError
 
@@ -73,7 +73,7 @@ class Vocabulary:
         if matcher.is_error():
             raise explain(matcher.get_error())
         mask = np.zeros(mask_width(self.vocab_size), dtype=np.int32)
-        fill(matcher, mask)
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if matcher.is_error() or not mask.any():
             raise explain(matcher.get_error())
         return matcher
@@ -88,9 +88,29 @@ def _slices() -> list[str]:
     return [r"[\x20\x0A\x0D\x09]+", *(f"{text}{{1,{count}}}" for count in _SLICE_CHARS), f"{text}+"]
 
 
-def fill(matcher: LLMatcher, row: np.ndarray) -> None:
-    """Write which tokens may come next. row: [ceil(V / 32)] int32, contiguous; bit i of word w is token 32 w + i."""
-    matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+class MaskFiller:
+    """Writes masks of many matchers, on threads of its own where there are several; the interpreter lock is free meanwhile.
+
+    Args:
+        threads: 1 writes on the caller's thread.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._executor = LLExecutor(threads) if threads > 1 else None
+
+    def fill(self, matchers: Sequence[tuple[LLMatcher, int]], buffer: np.ndarray) -> None:
+        """Write which tokens may come next after what each matcher has met.
+
+        Args:
+            matchers: Each with its row of the buffer; no matcher stands there twice.
+            buffer: [rows, ceil(V / 32)] int32, contiguous; bit i of word w of a row is token 32 w + i.
+        """
+        row_bytes = buffer.strides[0]
+        if self._executor is not None and len(matchers) > 1:
+            self._executor.unsafe_compute_mask_ptr(list(matchers), buffer.ctypes.data, row_bytes, len(buffer))
+            return
+        for matcher, row in matchers:
+            matcher.unsafe_compute_mask_ptr(buffer.ctypes.data + row * row_bytes, row_bytes)
 
 
 def explain(raw: str) -> GrammarError:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from llguidance import LLMatcher
 
-from node.engine.grammar import Vocabulary, fill
+from node.engine.grammar import MaskFiller, Vocabulary
 from node.engine.grammar_cache import GrammarCache
 from node.engine.messages import SequenceEvent, Submit
 from node.errors import GrammarError
@@ -42,11 +42,13 @@ class GrammarMasks:
         open_vocabulary: Makes the vocabulary. Called once and at once, on this object's own thread: it takes a quarter of a
             second and holds the interpreter lock, which nobody minds while the engine opens.
         wake: Called from that thread when a grammar is ready; compiling one releases the lock.
+        fill_threads: Threads that write the masks of a step.
     """
 
-    def __init__(self, open_vocabulary: Callable[[], Vocabulary], wake: Callable[[], None]) -> None:
+    def __init__(self, open_vocabulary: Callable[[], Vocabulary], wake: Callable[[], None], fill_threads: int = 1) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._wake = wake
+        self._filler = MaskFiller(fill_threads)
         self._vocabulary: Future[Vocabulary] = self._executor.submit(open_vocabulary)
         self._compiled: GrammarCache[LLMatcher] = GrammarCache()
         self._waiting: dict[str, tuple[Submit, Future[LLMatcher]]] = {}
@@ -157,12 +159,11 @@ class GrammarMasks:
         if not rows:
             return rows
         buffer[: len(sequence_ids)] = _ALL_ALLOWED
-        for index in rows:
-            constraint = self._constraints[sequence_ids[index]]
-            if constraint.failure is None:
-                fill(constraint.matcher, buffer[index])
-                if constraint.matcher.is_error() or not buffer[index].any():
-                    self._fail(sequence_ids[index], constraint)
+        asked = [(self._constraints[sequence_ids[index]], index) for index in rows]
+        self._filler.fill([(constraint.matcher, index) for constraint, index in asked if constraint.failure is None], buffer)
+        for constraint, index in asked:
+            if constraint.failure is None and (constraint.matcher.is_error() or not buffer[index].any()):
+                self._fail(sequence_ids[index], constraint)
             if constraint.failure is not None:
                 buffer[index] = _ALL_ALLOWED  # what is drawn is thrown away; the other rows must not suffer
         return rows

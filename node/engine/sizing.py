@@ -27,6 +27,8 @@ GRAPH_BYTES = 1 << 30  # CUDA graphs, activations in their pool, and what the li
 SMALL_STEP_ROWS = 4096  # up to here large tiles are too few to keep a GPU busy: each walks all inputs alone
 _CPU_BYTES = 256 << 20
 
+MAX_FILL_THREADS = 8
+
 DeviceKind = Literal["cpu", "cuda"]
 
 
@@ -118,3 +120,8 @@ def step_bytes(rows: int, widest: int, hidden: int, logit_rows: int, vocab: int,
     products = rows * widest * (itemsize + 2 * itemsize)
     activations = rows * hidden * (6 * itemsize)
     return products + activations + 4 * logit_rows * vocab * 4
+
+
+def fill_threads(device: str, cores: int) -> int:
+    """Threads that write the masks of grammars: beside a GPU's step half the cores rest; a CPU's kernels need them all."""
+    return 1 if device == "cpu" else max(1, min(MAX_FILL_THREADS, cores // 2))

@@ -103,6 +103,22 @@ def test_grammar_that_may_end_or_go_on_allows_both(masks, tokenizer):
     assert all(masks.allows("a", token_id) for token_id in ids(tokenizer, "o", "<|end|>"))
 
 
+def test_masks_on_several_threads_equal_those_of_one(vocabulary):
+    grammars = ['start: "yes" | "no"', "start: /[a-n]+(yes)?/", 'start: "n" "o"?', 'start: "yes" | "no"']
+    names = [f"row {index}" for index in range(len(grammars))]
+    buffers = []
+    for threads in (1, 3):
+        made = GrammarMasks(lambda: vocabulary, lambda: None, threads)
+        for name, grammar in zip(names, grammars, strict=True):
+            attach(made, name, grammar)
+        buffer = np.zeros((len(names) + 1, mask_width(VOCAB)), dtype=np.int32)
+        assert made.fill_mask([*names, "free"], buffer) == [0, 1, 2, 3]
+        buffers.append(buffer)
+        made.close()
+    assert buffers[0].any(axis=1).all()
+    assert (buffers[0] == buffers[1]).all()
+
+
 @pytest.mark.parametrize(
     ("grammar", "text"),
     [
