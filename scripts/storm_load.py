@@ -156,7 +156,8 @@ def http_post(host: str, body: dict[str, Any], key: str = "") -> bytes:
 
 
 def hot(host: str, count: int) -> None:
-    """{"seconds", "tokens", "seed"} -> {"ttft_s", "gap_s", "tokens"}: `count` clients stream until the time is over."""
+    """{"seconds", "tokens", "seed"} -> {"ttft_s", "gap_s", "tokens"}: `count` clients stream until the time is over, answers of
+    half to one and a half times as many tokens."""
     clients: list[HotClient] = []
 
     async def answer(line: dict[str, Any]) -> dict[str, Any]:
@@ -166,8 +167,10 @@ def hot(host: str, count: int) -> None:
         found: list[tuple[float, list[float]]] = []
 
         async def run(client: HotClient, seed: int) -> None:
+            draw = random.Random(seed)  # noqa: S311 - answers of unequal length, or the clients would ask in lock-step
             while time.perf_counter() < end_s:
-                found.append(await client.ask(line["tokens"], seed))
+                tokens = draw.randint(line["tokens"] // 2, line["tokens"] * 3 // 2)
+                found.append(await client.ask(tokens, seed))
                 seed += 1
 
         await asyncio.gather(*(run(client, line["seed"] + 1000 * number) for number, client in enumerate(clients)))
