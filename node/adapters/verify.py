@@ -28,6 +28,8 @@ from node.errors import AdapterInvalidError
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE)
 HASH_THREADS = 2  # verification shares the machine with the engine
 MAX_REMEMBERED = 4096
+# Pages may be bfloat16: no number of an adapter may become infinite there.
+_WITHOUT_SIGN, _ROUNDS_TO_INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F7F8000)
 _INFINITE_BF16 = np.uint16(0x7F80)  # all exponent bits: infinity or not a number
 
 Fingerprint = tuple[tuple[int, int, int, int] | None, ...]
@@ -177,10 +179,14 @@ def _hashable(weights: TensorFile, entry: TensorEntry) -> identity.TensorEntry:
 def _refuse_nonfinite(data: bytes, entry: TensorEntry) -> None:
     if entry.dtype == "BF16":
         is_finite = not ((np.frombuffer(data, np.uint16) & _INFINITE_BF16) == _INFINITE_BF16).any()
+    elif entry.dtype == "F32":
+        is_finite = not ((np.frombuffer(data, np.uint32) & _WITHOUT_SIGN) >= _ROUNDS_TO_INFINITY).any()
     else:
-        is_finite = bool(np.isfinite(np.frombuffer(data, np.float32 if entry.dtype == "F32" else np.float16)).all())
+        is_finite = bool(np.isfinite(np.frombuffer(data, np.float16)).all())
     if not is_finite:
-        raise AdapterInvalidError(f"tensor {entry.name!r} holds NaN or infinity", code="adapter_nonfinite")
+        raise AdapterInvalidError(
+            f"tensor {entry.name!r} holds NaN, infinity or what bfloat16 rounds to it", code="adapter_nonfinite"
+        )
 
 
 def _coverage(bound: Binding, table: LinearTable) -> tuple[Coverage, ...]:

@@ -151,6 +151,7 @@ def _renamed(old: str, new: str) -> Callable[[Tools], None]:
 ONE = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 PICKLE = b"\x80\x04\x95\x1b\x00\x00\x00\x00\x00\x00\x00}\x94(\x8c\x01a\x94K\x01u."
 INF32, NAN16, INF_BF16 = b"\x00\x00\x80\x7f", b"\x00\x7e", b"\x80\xff"
+NEAR_INF32 = b"\x00\x80\x7f\xff"  # finite, but bfloat16 rounds it to infinity
 
 # What PEFT writes when LoraConfig has no task_type.
 PEFT_AUTO_MAPPING = {
@@ -214,6 +215,7 @@ CASES: list[tuple[str, Callable[[Tools], None], str, str]] = [
     ("14-fewer-layers", _all_tensors(layers=1), "adapter_base_mismatch", "no weights for 3 modules"),
     ("14-half-a-pair", _tensors(self_attn__q_proj__lora_B__weight=None), "adapter_corrupt", "has no lora_B"),
     ("15-infinity-f32", _nonfinite("F32", INF32), "adapter_nonfinite", "q_proj.lora_A"),
+    ("15-infinity-once-rounded", _nonfinite("F32", NEAR_INF32), "adapter_nonfinite", "q_proj.lora_A"),
     ("15-nan-f16", _nonfinite("F16", NAN16), "adapter_nonfinite", "q_proj.lora_A"),
     ("15-infinity-bf16", _nonfinite("BF16", INF_BF16), "adapter_nonfinite", "q_proj.lora_A"),
     *[
