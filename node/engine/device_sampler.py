@@ -106,7 +106,7 @@ class DeviceSampler:
     def __init__(self, vocab_size: int, max_rows: int, device: torch.device) -> None:
         self._vocab = vocab_size
         self._device = device
-        self._again = self.new_choice(max_rows)  # of logits that were shifted
+        self._again = self.new_choice(max_rows)  # of logits that were changed
         self._spans = 1 << (-(-vocab_size // _DRAW_BLOCK) - 1).bit_length()
         if device.type == "cuda":
             self._part_values = torch.empty((max_rows, _PARTS), dtype=torch.float32, device=device)
@@ -155,11 +155,11 @@ class DeviceSampler:
         """Draw for the rows that ask for more than `greedy` chose, and send everything to the host.
 
         Args:
-            logits: [W, V] float32, those that `greedy` filled `choice` from. Rows that are greedy but for penalties or a bias,
-                and want no log-probabilities, are shifted in place.
+            logits: [W, V] float32, those that `greedy` filled `choice` from. Rows that are greedy but for penalties, a bias or
+                a mask, and want no log-probabilities, are changed in place.
             rows: W of them; their `tokens` are what the host knows.
             choice: read, and overwritten for the rows that ask for more.
-            mask: Tokens allowed, words on the CPU or this device; None allows all.
+            mask: Tokens allowed, see `forbid_rows`; None allows all.
             unseen: [W] int64 on this device: the token of the step before, which the host has not read yet and `rows` therefore
                 lack; None when they lack nothing.
 
@@ -167,21 +167,29 @@ class DeviceSampler:
             What `read` waits for. Log-probabilities are those of the unmasked, unmodified distribution.
         """
         masked = set(mask.rows) if mask is not None else set()
-        shifted = [index for index, row in enumerate(rows) if index not in masked and _is_shifted_only(row.sampling)]
-        if shifted:
-            self._choose_again(logits, [rows[index] for index in shifted], shifted, choice, unseen)
-        done = set(shifted)
-        special = [index for index, row in enumerate(rows) if index in masked or not (index in done or is_plain(row.sampling))]
+        again = [index for index, row in enumerate(rows) if _is_greedy_again(row.sampling, is_masked=index in masked)]
+        if again:
+            self._choose_again(logits, [rows[index] for index in again], again, choice, mask, unseen)
+        plain = {*again, *(index for index, row in enumerate(rows) if is_plain(row.sampling) and index not in masked)}
+        special = [index for index in range(len(rows)) if index not in plain]
         if special:
             self._draw_special(logits, [rows[index] for index in special], special, choice, mask, unseen)
         return DeviceDraw(choice, rows, _logprobs(logits, rows, choice))
 
     def _choose_again(
-        self, logits: Tensor, rows: list[DrawRow], indexes: list[int], choice: Choice, unseen: Tensor | None
+        self,
+        logits: Tensor,
+        rows: list[DrawRow],
+        indexes: list[int],
+        choice: Choice,
+        mask: RowMask | None,
+        unseen: Tensor | None,
     ) -> None:
-        """The greedy choice of rows that penalties or a bias change: no row is copied, none is searched more than once."""
+        """The greedy choice of rows that penalties, a bias or a mask change: no row is copied, or searched more than once."""
         where = to_device(np.array(indexes, dtype=np.int64), self._device)
         shift(logits, rows, None if unseen is None else unseen[where], indexes)
+        if mask is not None:
+            forbid_rows(logits, mask, indexes, indexes)
         self.greedy(logits, self._again)
         choice.next_tokens[where] = self._again.next_tokens[where]
 
@@ -224,10 +232,11 @@ class DeviceSampler:
         )  # fmt: skip
 
 
-def _is_shifted_only(sampling: Sampling) -> bool:
-    """Greedy after penalties or a bias that touch few tokens, with nothing else wanted of the row."""
+def _is_greedy_again(sampling: Sampling, *, is_masked: bool) -> bool:
+    """Greedy after a mask, or after penalties or a bias that touch few tokens, with nothing else wanted of the row."""
     counts_tokens = sampling.frequency_penalty != 0 or sampling.presence_penalty != 0  # in memory as large as the logits
-    return sampling.temperature == 0 and sampling.logprobs < 0 and is_shifted(sampling) and not counts_tokens
+    is_changed = is_masked or is_shifted(sampling)
+    return sampling.temperature == 0 and sampling.logprobs < 0 and is_changed and not counts_tokens
 
 
 def _asked(rows: Sequence[DrawRow], ahead: int) -> npt.NDArray[np.float64]:

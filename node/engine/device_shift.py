@@ -19,6 +19,7 @@ from node.engine.sampler import DrawRow, RowMask, is_shifted
 
 _LARGEST = torch.finfo(torch.float32).max
 _BITS = 32
+_FORBID_BLOCK = 4096
 
 
 def shift(x: Tensor, rows: Sequence[DrawRow], unseen: Tensor | None, at: Sequence[int] | None = None) -> None:
@@ -81,22 +82,35 @@ def _history(
     return places, owners
 
 
-def forbid_rows(x: Tensor, mask: RowMask, indexes: Sequence[int]) -> None:
-    """Set what the masked rows may not draw to -inf, in place. x: [n, V]; indexes: the n rows of the mask's [W] that x holds."""
+def forbid_rows(x: Tensor, mask: RowMask, indexes: Sequence[int], at: Sequence[int] | None = None) -> None:
+    """Set what the masked rows may not draw to -inf, in place.
+
+    Args:
+        x: [n, V], or more rows where `at` is given.
+        mask: Words of W rows, on x's device, or in memory that the copy engine can read while the host goes on.
+        indexes: The n rows of the mask.
+        at: Where in x each of them is; None: x holds them in this order.
+    """
     masked = set(mask.rows)
-    places = [place for place, index in enumerate(indexes) if index in masked]
-    if not places:
+    pairs = [pair for pair in zip(indexes, range(len(indexes)) if at is None else at, strict=True) if pair[0] in masked]
+    if not pairs:
         return
-    chosen = np.array([indexes[place] for place in places], dtype=np.int64)
-    if mask.words.device == x.device:
-        words = mask.words[to_device(chosen, x.device)]
-    else:
-        words = to_device(mask.words.numpy()[chosen], x.device)
+    both = to_device(np.array(pairs, dtype=np.int64).T, x.device)
+    words = mask.words.to(x.device, non_blocking=True)
+    if x.is_cuda:
+        _launch_forbid(x, words, both)
+        return
     bits = torch.arange(_BITS, dtype=torch.int32, device=x.device)
-    is_allowed = (words.unsqueeze(2) >> bits) & 1
-    is_allowed = is_allowed.view(len(places), -1)[:, : x.shape[1]].bool()
-    where = to_device(np.array(places, dtype=np.int64), x.device)
-    x[where] = x[where].masked_fill(~is_allowed, float("-inf"))
+    is_allowed = (words[both[0]].unsqueeze(2) >> bits) & 1
+    is_allowed = is_allowed.view(len(pairs), -1)[:, : x.shape[1]].bool()
+    x[both[1]] = x[both[1]].masked_fill(~is_allowed, float("-inf"))
+
+
+def _launch_forbid(x: Tensor, words: Tensor, both: Tensor) -> None:
+    from node.kernels.triton_sampling import forbid_kernel
+
+    grid = (both.shape[1], -(-x.shape[1] // _FORBID_BLOCK))
+    forbid_kernel[grid](x, words, both[0], both[1], x.shape[1], x.stride(0), words.stride(0), BLOCK=_FORBID_BLOCK, num_warps=4)
 
 
 def to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:

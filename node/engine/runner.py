@@ -179,9 +179,12 @@ def row_mask(masks: MaskSource | None, work: list[Work], vocab_size: int) -> Row
     """What works that draw may draw, for a device whose sampler cannot ask back; None where none of them has a grammar."""
     if masks is None:
         return None
-    buffer = np.empty((len(work), mask_width(vocab_size)), dtype=np.int32)
-    rows = masks.fill_mask([item.sequence.id for item in work], buffer)
-    return RowMask(rows, torch.from_numpy(buffer)) if rows else None
+    sequence_ids = [item.sequence.id for item in work]
+    if not masks.constrained(sequence_ids):
+        return None
+    # Pinned: the copy engine takes the words while the host goes on, and torch keeps them until it has.
+    words = torch.empty((len(work), mask_width(vocab_size)), dtype=torch.int32, pin_memory=torch.cuda.is_available())
+    return RowMask(masks.fill_mask(sequence_ids, words.numpy()), words)
 
 
 def draw_row(item: Work) -> DrawRow:

@@ -129,6 +129,28 @@ def _border(
 
 
 @triton.jit
+def forbid_kernel(
+    x_ptr,  # float32 logits, -inf is written where a token is forbidden and nothing elsewhere
+    words_ptr,  # [W, width] int32: bit i of word w allows token 32 w + i
+    index_ptr,  # [n] int64: rows of the words
+    row_ptr,  # [n] int64: rows of x
+    vocab,
+    row_stride,
+    width,
+    BLOCK: tl.constexpr,
+):
+    """A program owns a block of a row. Bytes: the words, and 32 a forbidden token's sector; x is not read."""
+    place = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_inside = column < vocab
+    words_ptr += tl.load(index_ptr + place) * width
+    word = tl.load(words_ptr + column // 32, mask=is_inside, other=-1)
+    is_forbidden = ((word >> (column % 32)) & 1) == 0
+    x_ptr += tl.load(row_ptr + place) * row_stride
+    tl.store(x_ptr + column, tl.full([BLOCK], float("-inf"), tl.float32), mask=is_inside & is_forbidden)
+
+
+@triton.jit
 def draw_kernel(
     x_ptr,  # [n, V] float32: logits after penalties, bias and masks; IN_PLACE: the step's own [W, V], read at the rows
     asked_ptr,  # [n, 6] float64: temperature, top_k, typical_p, top_p, min_p, noise

@@ -24,7 +24,7 @@ if tuple(int(part) for part in np.__version__.split(".")[:2]) >= (2, 4):
     pytest.skip("Triton's interpreter needs numpy < 2.4", allow_module_level=True)
 
 from node.kernels.attention.triton_backend import TritonAttention
-from node.kernels.triton_sampling import draw_kernel, greedy_kernel
+from node.kernels.triton_sampling import draw_kernel, forbid_kernel, greedy_kernel
 
 CPU = torch.device("cpu")
 
@@ -156,3 +156,16 @@ def test_draw_gives_the_tokens_of_the_cpu(parameters, in_place):
         ANY_KEY=0x7FFFFFFF, TINY=torch.finfo(torch.float32).tiny, SPANS=4, BLOCK=512,
     )  # fmt: skip
     assert tokens[where].tolist() == [token.token_id for token in draw(logits, rows)]
+
+
+@pytest.mark.parametrize("vocab", [2000, 2048, 2049])
+def test_forbid_writes_what_the_words_do_not_allow_and_nothing_else(vocab):
+    words = torch.randint(-(1 << 31), 1 << 31, (4, -(-vocab // 32))).to(torch.int32)
+    index, where = torch.tensor([3, 0]), torch.tensor([1, 4])
+    logits = torch.randn(6, vocab)
+    expected = logits.clone()
+    for place, row in zip(index.tolist(), where.tolist(), strict=True):
+        allowed = np.unpackbits(words[place].numpy().view(np.uint8), bitorder="little")[:vocab]
+        expected[row, torch.from_numpy(allowed) == 0] = float("-inf")
+    forbid_kernel[(2, -(-vocab // 512))](logits, words, index, where, vocab, vocab, words.shape[1], BLOCK=512)
+    assert torch.equal(logits, expected)

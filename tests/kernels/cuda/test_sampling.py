@@ -98,6 +98,15 @@ def test_masks_hold():
         assert int(words[place, token // 32]) >> (token % 32) & 1
 
 
+def test_masks_of_greedy_rows_hold():
+    words = torch.randint(-(1 << 31), 1 << 31, (64, VOCAB // 32)).to(torch.int32)
+    rows = [DrawRow(Sampling(max_new_tokens=1), 0, array("q", [1]), 1)] * 64
+    logits = torch.randn(64, VOCAB)
+    for masked in (list(range(64)), list(range(0, 64, 3))):
+        mask = RowMask(masked, words.pin_memory())
+        assert on_gpu(logits.clone(), rows, mask)[0] == draw(logits, rows, mask)
+
+
 def test_greedy_in_a_graph_follows_new_logits():
     logits = torch.randn(64, VOCAB, device="cuda")
     sampler = DeviceSampler(VOCAB, 64, torch.device("cuda"))
