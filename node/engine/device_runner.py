@@ -78,8 +78,9 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Record the steps of common shapes."""
+        """Record the steps of common shapes, and compile what some rows ask for after them."""
         self._recorded.warm_up()
+        self._sampler.warm_up()
 
     # ---- launch
 

@@ -9,6 +9,7 @@ Shape letters: W rows that want logits, n rows that ask for more than the argmax
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from node.engine.device_shift import forbid_rows, shift, to_device
+from node.engine.grammar import mask_width
 from node.engine.noise import uniforms
 from node.engine.sampler import DrawRow, RowMask, draw_random, is_plain, is_shifted
 from node.request import DrawnToken, Sampling, TokenLogprob
@@ -118,6 +120,17 @@ class DeviceSampler:
         return Choice(
             torch.zeros(rows, dtype=torch.int64, device=self._device), torch.zeros(rows, dtype=torch.int8, device=self._device)
         )
+
+    def warm_up(self) -> None:
+        """Compile what the first row that asks for more than the argmax would otherwise keep every other row waiting for."""
+        if self._device.type != "cuda":
+            return
+        choice = self.new_choice(1)
+        words = torch.full((1, mask_width(self._vocab)), -1, dtype=torch.int32, device=self._device)
+        for temperature in (0.0, 1.0):
+            row = DrawRow(Sampling(max_new_tokens=1, temperature=temperature), 0, array("q", [0]), 1)
+            for mask in (None, RowMask([0], words)):
+                self.draw(torch.zeros((1, self._vocab), device=self._device), [row], choice, mask).read()
 
     def greedy(self, logits: Tensor, choice: Choice, *, use_pdl: bool = False) -> None:
         """Choose the largest logit of every row, the lowest index among equals. Safe inside a CUDA graph.

@@ -110,7 +110,7 @@ def _launch_forbid(x: Tensor, words: Tensor, both: Tensor) -> None:
     from node.kernels.triton_sampling import forbid_kernel
 
     grid = (both.shape[1], -(-x.shape[1] // _FORBID_BLOCK))
-    forbid_kernel[grid](x, words, both[0], both[1], x.shape[1], x.stride(0), words.stride(0), BLOCK=_FORBID_BLOCK, num_warps=4)
+    forbid_kernel[grid](x, words, both, x.shape[1], x.stride(0), words.stride(0), BLOCK=_FORBID_BLOCK, num_warps=4)
 
 
 def to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:

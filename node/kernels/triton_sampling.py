@@ -132,8 +132,7 @@ def _border(
 def forbid_kernel(
     x_ptr,  # float32 logits, -inf is written where a token is forbidden and nothing elsewhere
     words_ptr,  # [W, width] int32: bit i of word w allows token 32 w + i
-    index_ptr,  # [n] int64: rows of the words
-    row_ptr,  # [n] int64: rows of x
+    pair_ptr,  # [2, n] int64: rows of the words, and their rows of x
     vocab,
     row_stride,
     width,
@@ -143,10 +142,10 @@ def forbid_kernel(
     place = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_inside = column < vocab
-    words_ptr += tl.load(index_ptr + place) * width
+    words_ptr += tl.load(pair_ptr + place) * width
     word = tl.load(words_ptr + column // 32, mask=is_inside, other=-1)
     is_forbidden = ((word >> (column % 32)) & 1) == 0
-    x_ptr += tl.load(row_ptr + place) * row_stride
+    x_ptr += tl.load(pair_ptr + tl.num_programs(0) + place) * row_stride
     tl.store(x_ptr + column, tl.full([BLOCK], float("-inf"), tl.float32), mask=is_inside & is_forbidden)
 
 

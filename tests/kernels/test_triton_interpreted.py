@@ -161,11 +161,11 @@ def test_draw_gives_the_tokens_of_the_cpu(parameters, in_place):
 @pytest.mark.parametrize("vocab", [2000, 2048, 2049])
 def test_forbid_writes_what_the_words_do_not_allow_and_nothing_else(vocab):
     words = torch.randint(-(1 << 31), 1 << 31, (4, -(-vocab // 32))).to(torch.int32)
-    index, where = torch.tensor([3, 0]), torch.tensor([1, 4])
+    pairs = torch.tensor([[3, 0], [1, 4]])
     logits = torch.randn(6, vocab)
     expected = logits.clone()
-    for place, row in zip(index.tolist(), where.tolist(), strict=True):
+    for place, row in pairs.T.tolist():
         allowed = np.unpackbits(words[place].numpy().view(np.uint8), bitorder="little")[:vocab]
         expected[row, torch.from_numpy(allowed) == 0] = float("-inf")
-    forbid_kernel[(2, -(-vocab // 512))](logits, words, index, where, vocab, vocab, words.shape[1], BLOCK=512)
+    forbid_kernel[(2, -(-vocab // 512))](logits, words, pairs, vocab, vocab, words.shape[1], BLOCK=512)
     assert torch.equal(logits, expected)
