@@ -20,9 +20,10 @@ import zmq
 import zmq.asyncio
 
 from node import errors
+from node.child_process import STOP_TIMEOUT_S, ChildProcess
 from node.config import Settings
 from node.engine.channel import command_address, event_address
-from node.engine.launch import STOP_TIMEOUT_S, EngineProcess
+from node.engine.launch import launch_engine
 from node.engine.messages import (
     Cancel,
     Command,
@@ -71,7 +72,7 @@ class EngineClient:
         self._context = zmq.asyncio.Context()
         self._commands: zmq.Socket[bytes] | None = None
         self._events: zmq.asyncio.Socket | None = None
-        self._process: EngineProcess | None = None
+        self._process: ChildProcess | None = None
         self._streams: dict[str, SequenceStream] = {}
         self._ready: Ready | None = None
         self._stats = Stats()
@@ -207,7 +208,7 @@ class EngineClient:
         self._generation += 1
         directory = self._directory()
         _remove_strays(self._runtime_dir)
-        self._process = await EngineProcess.launch(self._settings, directory, self._high_water_mark)
+        self._process = await launch_engine(self._settings, directory, self._high_water_mark)
         self._commands = zmq.Context(self._context).socket(zmq.PUSH)
         self._commands.set(zmq.SNDHWM, self._high_water_mark)
         self._commands.set(zmq.LINGER, 0)
@@ -220,7 +221,7 @@ class EngineClient:
         self._heard_s = self._clock()
         return self._ready
 
-    async def _first_word(self, process: EngineProcess, events: zmq.asyncio.Socket) -> Ready:
+    async def _first_word(self, process: ChildProcess, events: zmq.asyncio.Socket) -> Ready:
         """Wait for Ready, for the reason why not, for the child's death or for the end of patience."""
         timeout_s = self._settings.engine.start_timeout_s
         word = asyncio.ensure_future(events.recv())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import select
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import node
+from node.child_process import child_environment
 from node.errors import ChainError
 
 
@@ -55,7 +54,7 @@ class EmbeddedChainProcess:
         for address in self._fund:
             command += ["--fund", address]
         self._process = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment()
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=child_environment()
         )
         try:
             ready = self._ready(self._first_line(self._process))
@@ -104,10 +103,3 @@ class EmbeddedChainProcess:
             raise ChainError(
                 "the development chain announced itself with an unreadable line; install this version again"
             ) from error
-
-
-def _environment() -> dict[str, str]:
-    """This environment, with the directory of this very `node` package first on the module path."""
-    root = str(Path(node.__file__).resolve().parents[1])
-    inherited = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{inherited}" if inherited else root}

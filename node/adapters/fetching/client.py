@@ -7,11 +7,7 @@ are served meanwhile. A download that broke off goes on where it stopped when it
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
-import sys
-from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
@@ -19,7 +15,6 @@ from typing import TypeVar
 
 import msgspec
 
-import node
 from node.adapters.fetching.door import FetchedAdapter
 from node.adapters.fetching.messages import (
     LENGTH_BYTES,
@@ -41,16 +36,16 @@ from node.adapters.fetching.messages import (
 )
 from node.adapters.staging import Progress
 from node.adapters.verify import VerifiedAdapter
+from node.child_process import ChildProcess
 from node.config import Settings
 from node.errors import AdapterUnavailableError, ConfigError, NodeError, error_from_json
 from node.request import LinearShape
 
 START_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 3.0
+STOP_GRACE_S = 3.0
 RESTART_DELAY_S = 0.5  # doubled after each start that fails
 MAX_RESTART_DELAY_S = 30.0
 MAX_JOBS = 4096
-TAIL_LINES = 20
 RETRY_AFTER_S = 5.0
 
 _AnswerT = TypeVar("_AnswerT", bound=msgspec.Struct)
@@ -79,11 +74,9 @@ class FetchClient:
         self._decoder = event_decoder()
         self._ids = count()
         self._jobs: dict[int, asyncio.Future[Answer]] = {}
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: ChildProcess | None = None
         self._input: asyncio.StreamWriter | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self._log: asyncio.Task[None] | None = None
 
     @property
     def pid(self) -> int | None:
@@ -104,11 +97,11 @@ class FetchClient:
             ConfigError: The settings of the sources make no sense, or the process cannot be started.
         """
         try:
-            await self._launch()
+            process = await self._launch()
         except NodeError:
             await self._discard()
             raise
-        self._supervisor = asyncio.create_task(self._supervise(), name="fetch-supervisor")
+        self._supervisor = asyncio.create_task(self._supervise(process), name="fetch-supervisor")
 
     async def close(self) -> None:
         """Tell the process to stop, and end it when it does not."""
@@ -155,43 +148,45 @@ class FetchClient:
 
     # ---- the child
 
-    async def _launch(self) -> None:
-        process = self._process = await _spawn()
-        self._tail.clear()
-        self._log = asyncio.create_task(self._read_log(_required(process.stderr)), name="fetch-log")
-        writer = _required(process.stdin)
-        writer.write(packed(self._config))
+    async def _launch(self) -> ChildProcess:
+        process = self._process = await ChildProcess.start(
+            "node.adapters.fetching.process", has_output=True, environment={"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        )
+        process.input.write(packed(self._config))
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                event = await self._next(_required(process.stdout))
+                event = await self._next(process.output)
         except TimeoutError as error:
             raise ConfigError(f"the process that fetches adapters was not ready after {START_TIMEOUT_S:g} s") from error
         if isinstance(event, StartFailed):
             raise error_from_json(event.error)
         if not isinstance(event, Started):
-            raise ConfigError(f"the process that fetches adapters did not start; its last lines:\n{await self._last_words()}")
-        self._input = writer
+            await self._discard()
+            raise ConfigError(f"the process that fetches adapters did not start; its last lines:\n{process.log_tail}")
+        self._input = process.input
+        return process
 
-    async def _supervise(self) -> None:
+    async def _supervise(self, process: ChildProcess) -> None:
         """Hand out answers; replace the child when it is lost."""
         while True:
-            await self._listen()
-            self._input = None
-            self._end_jobs()
-            logger.error("the process that fetches adapters is lost; starting another: %s", await self._last_words())
-            delay_s = RESTART_DELAY_S
-            while self._input is None:
-                await self._discard()
-                await asyncio.sleep(delay_s)
-                delay_s = min(2 * delay_s, MAX_RESTART_DELAY_S)
-                try:
-                    await self._launch()
-                except NodeError as error:
-                    logger.error("the process that fetches adapters did not start again: %s", error.message)
+            await self._listen(process.output)
+            await self._discard()
+            logger.error("the process that fetches adapters is lost; starting another: %s", process.log_tail)
+            process = await self._restart()
 
-    async def _listen(self) -> None:
+    async def _restart(self) -> ChildProcess:
+        delay_s = RESTART_DELAY_S
+        while True:
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, MAX_RESTART_DELAY_S)
+            try:
+                return await self._launch()
+            except NodeError as error:
+                logger.error("the process that fetches adapters did not start again: %s", error.message)
+                await self._discard()
+
+    async def _listen(self, output: asyncio.StreamReader) -> None:
         """Until the child's output ends."""
-        output = _required(_required(self._process).stdout)
         while (event := await self._next(output)) is not None:
             if isinstance(event, Started | StartFailed):
                 continue
@@ -217,72 +212,9 @@ class FetchClient:
         """Let the child end; insist where it does not."""
         process, self._process, self._input = self._process, None, None
         self._end_jobs()
-        if process is None:
-            return
-        _required(process.stdin).close()
-        for insist in (process.terminate, process.kill):
-            try:
-                await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
-            except TimeoutError:
-                with contextlib.suppress(ProcessLookupError):
-                    insist()
-        await process.wait()
-        await self._last_words()
-
-    async def _last_words(self) -> str:
-        """What the child wrote last, once it has written all."""
-        if self._log is not None:
-            await asyncio.wait({self._log}, timeout=STOP_TIMEOUT_S)
-        return "\n".join(self._tail)
-
-    async def _read_log(self, stream: asyncio.StreamReader) -> None:
-        while True:
-            try:
-                line = await stream.readline()
-            except ValueError:  # a line beyond the stream's limit; the reader has dropped it
-                continue
-            if not line:
-                return
-            text = line.decode(errors="replace").rstrip()
-            self._tail.append(text)
-            logger.info("%s", text)
-
-
-async def _spawn() -> asyncio.subprocess.Process:
-    try:
-        return await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-P",  # never import from the directory the node happens to be started in
-            "-m",
-            "node.adapters.fetching.process",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=_environment(),
-            start_new_session=True,  # Ctrl-C goes to the parent alone, which then drains and stops this process
-        )
-    except OSError as error:
-        raise ConfigError(
-            f"the process that fetches adapters cannot be started (errno {error.errno}); check the limits"
-        ) from error
-
-
-_T = TypeVar("_T")
-
-
-def _required(value: _T | None) -> _T:
-    if value is None:
-        raise NodeError("the fetching process was never started")
-    return value
+        if process is not None:
+            await process.stop(grace_s=STOP_GRACE_S)
 
 
 def _unavailable(message: str) -> AdapterUnavailableError:
     return AdapterUnavailableError(f"{message}; try again in a few seconds", retry_after_s=RETRY_AFTER_S)
-
-
-def _environment() -> dict[str, str]:
-    """This environment, with the directory of this very `node` package first on the module path."""
-    root = str(Path(node.__file__).resolve().parents[1])
-    inherited = os.environ.get("PYTHONPATH")
-    path = f"{root}{os.pathsep}{inherited}" if inherited else root
-    return {**os.environ, "PYTHONPATH": path, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
