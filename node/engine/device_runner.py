@@ -26,7 +26,7 @@ from node.kernels.device_rows import DeviceRows
 from node.kernels.lora import LoraRows
 from node.kernels.ops import Kernels
 from node.kernels.side import SideGroup
-from node.models.inputs import CausalLM, KVCache, StepInputs
+from node.models.inputs import CausalLM, KVCache
 
 
 class DeviceRunner:
@@ -117,7 +117,14 @@ class DeviceRunner:
         """Any number of rows a sequence, operation by operation."""
         wanted = shape.logit_rows
         layout = BlockLayout.of(shape.rows, shape.sequences, 0 if wanted is None else len(wanted), shape.table_width)
-        inputs = self._inputs(layout, shape, self._send(work, shape, layout), side)
+        inputs = self._block.inputs(
+            layout,
+            self._send(work, shape, layout),
+            logit_rows=None if wanted is None else len(wanted),
+            max_query=shape.max_query,
+            max_context=shape.max_context,
+            side=side,
+        )
         hidden_rows = embedding_rows(work)
         if hidden_rows:
             inputs.hidden_rows = upload(hidden_rows, self._kernels.device)
@@ -139,29 +146,6 @@ class DeviceRunner:
         self._recorded.forget_tiles()
         self._block.send(end)
         return sent_rows(self._block, layout, tile_rows, tiles) if takes_tiles else self._adapters.plain_rows(work)
-
-    def _inputs(
-        self,
-        layout: BlockLayout,
-        shape: StepShape,
-        lora: LoraRows | DeviceRows | None,
-        side: tuple[SideGroup, ...] | None,
-    ) -> StepInputs:
-        view, rows, sequences = self._block.view, shape.rows, shape.sequences
-        tables = view(layout.tables, sequences * shape.table_width).view(sequences, shape.table_width)
-        return StepInputs(
-            token_ids=self._block.gather(view(layout.sources, rows)),
-            positions=view(layout.positions, rows),
-            kv_slots=view(layout.kv_slots, rows),
-            query_start=view(layout.query_start, sequences + 1),
-            context_lens=view(layout.context_lens, sequences),
-            block_tables=tables,
-            logit_rows=None if shape.logit_rows is None else view(layout.logits, len(shape.logit_rows)),
-            lora=lora,
-            side=side,
-            max_query=shape.max_query,
-            max_context=shape.max_context,
-        )
 
     # ---- tokens
 

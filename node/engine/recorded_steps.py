@@ -137,19 +137,9 @@ class RecordedSteps:
         return members if fits and tiles.pair_count <= GRAPH_ENTRIES * bucket else None
 
     def _run_decode(self, bucket: int, adapted: Adapted) -> Tensor:
-        layout, view = self._layouts[bucket], self.block.view
-        inputs = StepInputs(
-            token_ids=self.block.gather(view(layout.sources, bucket)),
-            positions=view(layout.positions, bucket),
-            kv_slots=view(layout.kv_slots, bucket),
-            query_start=view(layout.query_start, bucket + 1),
-            context_lens=view(layout.context_lens, bucket),
-            block_tables=view(layout.tables, bucket * self.width).view(bucket, self.width),
-            logit_rows=None,
-            lora=static_rows(self.block, layout, adapted, GRAPH_ENTRIES * bucket),
-            max_query=1,
-            max_context=self._sizes.max_model_len,
-        )
+        layout = self._layouts[bucket]
+        lora = static_rows(self.block, layout, adapted, GRAPH_ENTRIES * bucket)
+        inputs = self.block.inputs(layout, lora, logit_rows=None, max_query=1, max_context=self._sizes.max_model_len)
         logits = self._model.forward(inputs, self._kv, self._adapters.tensors)
         self._choose(logits)
         return logits
@@ -180,16 +170,6 @@ class RecordedSteps:
         return self._model.hidden(self._inputs(layout, adapted, layout.logit_rows), self._kv, self._adapters.tensors)
 
     def _inputs(self, layout: BlockLayout, adapted: Adapted, logit_rows: int) -> StepInputs:
-        view, rows, sequences = self.block.view, layout.rows, layout.sequences
-        return StepInputs(
-            token_ids=self.block.gather(view(layout.sources, rows)),
-            positions=view(layout.positions, rows),
-            kv_slots=view(layout.kv_slots, rows),
-            query_start=view(layout.query_start, sequences + 1),
-            context_lens=view(layout.context_lens, sequences),
-            block_tables=view(layout.tables, sequences * self.width).view(sequences, self.width),
-            logit_rows=view(layout.logits, logit_rows),
-            lora=static_rows(self.block, layout, adapted, GRAPH_ENTRIES * rows),
-            max_query=rows,
-            max_context=self._sizes.max_model_len,
-        )
+        lora = static_rows(self.block, layout, adapted, GRAPH_ENTRIES * layout.rows)
+        most = self._sizes.max_model_len
+        return self.block.inputs(layout, lora, logit_rows=logit_rows, max_query=layout.rows, max_context=most)

@@ -17,6 +17,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from node.kernels.device_rows import DeviceRows
+from node.kernels.lora import LoraRows
+from node.kernels.side import SideGroup
+from node.models.inputs import StepInputs
+
 Ints = npt.NDArray[np.int32]
 
 
@@ -109,6 +114,37 @@ class StepBlock:
     def gather(self, sources: Tensor) -> Tensor:
         """Token ids [T] int32 of `sources` [T]."""
         return torch.index_select(self._memory, 0, sources)
+
+    def inputs(
+        self,
+        layout: BlockLayout,
+        lora: LoraRows | DeviceRows | None,
+        *,
+        logit_rows: int | None,
+        max_query: int,
+        max_context: int,
+        side: tuple[SideGroup, ...] | None = None,
+    ) -> StepInputs:
+        """What a model reads of a run that was sent.
+
+        Args:
+            logit_rows: How many of the layout's W are wanted; None: every row is.
+            lora, side, max_query, max_context: See `StepInputs`.
+        """
+        rows, sequences, width = layout.rows, layout.sequences, layout.table_width
+        return StepInputs(
+            token_ids=self.gather(self.view(layout.sources, rows)),
+            positions=self.view(layout.positions, rows),
+            kv_slots=self.view(layout.kv_slots, rows),
+            query_start=self.view(layout.query_start, sequences + 1),
+            context_lens=self.view(layout.context_lens, sequences),
+            block_tables=self.view(layout.tables, sequences * width).view(sequences, width),
+            logit_rows=None if logit_rows is None else self.view(layout.logits, logit_rows),
+            lora=lora,
+            side=side,
+            max_query=max_query,
+            max_context=max_context,
+        )
 
 
 def upload(values: Sequence[int], device: torch.device) -> Tensor:
