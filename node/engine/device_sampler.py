@@ -172,7 +172,7 @@ class DeviceSampler:
                 a mask, and want no log-probabilities, are changed in place.
             rows: W of them; their `tokens` are what the host knows.
             choice: read, and overwritten for the rows that ask for more.
-            mask: Tokens allowed, see `forbid_rows`; None allows all.
+            mask: Tokens allowed, words on this device or in memory that it reads while the host goes on; None allows all.
             unseen: [W] int64 on this device: the token of the step before, which the host has not read yet and `rows` therefore
                 lack; None when they lack nothing.
 
@@ -180,13 +180,16 @@ class DeviceSampler:
             What `read` waits for. Log-probabilities are those of the unmasked, unmodified distribution.
         """
         masked = set(mask.rows) if mask is not None else set()
+        if mask is not None:
+            mask = RowMask(mask.rows, mask.words.to(self._device, non_blocking=True))
         again = [index for index, row in enumerate(rows) if _is_greedy_again(row.sampling, is_masked=index in masked)]
         if again:
             self._choose_again(logits, [rows[index] for index in again], again, choice, mask, unseen)
         plain = {*again, *(index for index, row in enumerate(rows) if is_plain(row.sampling) and index not in masked)}
         special = [index for index in range(len(rows)) if index not in plain]
         if special:
-            self._draw_special(logits, [rows[index] for index in special], special, choice, mask, unseen)
+            held = mask if masked.intersection(special) else None
+            self._draw_special(logits, [rows[index] for index in special], special, choice, held, unseen)
         return DeviceDraw(choice, rows, _logprobs(logits, rows, choice))
 
     def _choose_again(

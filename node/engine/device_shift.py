@@ -87,7 +87,7 @@ def forbid_rows(x: Tensor, mask: RowMask, indexes: Sequence[int], at: Sequence[i
 
     Args:
         x: [n, V], or more rows where `at` is given.
-        mask: Words of W rows, on x's device, or in memory that the copy engine can read while the host goes on.
+        mask: Words of W rows, on x's device.
         indexes: The n rows of the mask.
         at: Where in x each of them is; None: x holds them in this order.
     """
@@ -96,12 +96,11 @@ def forbid_rows(x: Tensor, mask: RowMask, indexes: Sequence[int], at: Sequence[i
     if not pairs:
         return
     both = to_device(np.array(pairs, dtype=np.int64).T, x.device)
-    words = mask.words.to(x.device, non_blocking=True)
     if x.is_cuda:
-        _launch_forbid(x, words, both)
+        _launch_forbid(x, mask.words, both)
         return
     bits = torch.arange(_BITS, dtype=torch.int32, device=x.device)
-    is_allowed = (words[both[0]].unsqueeze(2) >> bits) & 1
+    is_allowed = (mask.words[both[0]].unsqueeze(2) >> bits) & 1
     is_allowed = is_allowed.view(len(pairs), -1)[:, : x.shape[1]].bool()
     x[both[1]] = x[both[1]].masked_fill(~is_allowed, float("-inf"))
 

@@ -73,7 +73,7 @@ class Vocabulary:
         if matcher.is_error():
             raise explain(matcher.get_error())
         mask = np.zeros(mask_width(self.vocab_size), dtype=np.int32)
-        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        fill(matcher, mask)
         if matcher.is_error() or not mask.any():
             raise explain(matcher.get_error())
         return matcher
@@ -86,6 +86,11 @@ def _slices() -> list[str]:
     """
     text = r'[^"\\\x00-\x1F\x7F]'
     return [r"[\x20\x0A\x0D\x09]+", *(f"{text}{{1,{count}}}" for count in _SLICE_CHARS), f"{text}+"]
+
+
+def fill(matcher: LLMatcher, row: np.ndarray) -> None:
+    """Write which tokens may come next. row: [ceil(V / 32)] int32, contiguous; bit i of word w is token 32 w + i."""
+    matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
 
 
 class MaskFiller:
@@ -103,14 +108,13 @@ class MaskFiller:
 
         Args:
             matchers: Each with its row of the buffer; no matcher stands there twice.
-            buffer: [rows, ceil(V / 32)] int32, contiguous; bit i of word w of a row is token 32 w + i.
+            buffer: [rows, ceil(V / 32)] int32, contiguous; rows as in `fill`.
         """
-        row_bytes = buffer.strides[0]
         if self._executor is not None and len(matchers) > 1:
-            self._executor.unsafe_compute_mask_ptr(list(matchers), buffer.ctypes.data, row_bytes, len(buffer))
+            self._executor.unsafe_compute_mask_ptr(list(matchers), buffer.ctypes.data, buffer.strides[0], len(buffer))
             return
         for matcher, row in matchers:
-            matcher.unsafe_compute_mask_ptr(buffer.ctypes.data + row * row_bytes, row_bytes)
+            fill(matcher, buffer[row])
 
 
 def explain(raw: str) -> GrammarError:
