@@ -53,7 +53,7 @@ from node.request import AdapterTerm, LinearShape, Sampling
 MAX_BYTES = 1 << 30
 IDLE_S = 0.001
 PAGE_RANK = 16  # of a GPU
-SPARE_ADAPTERS = 80  # never seen before the rows cold and beside
+COLD_ADAPTERS, BESIDE_ADAPTERS = 9, 80  # of those rows, never seen before
 
 
 # ---- files
@@ -386,7 +386,7 @@ def rows(args: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
 
 
 def few_slots(args: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
-    count = args.adapters + SPARE_ADAPTERS
+    count = args.adapters + (BESIDE_ADAPTERS if "beside" in args.rows else COLD_ADAPTERS)
     stage = Stage(args, args.slots, min(count, args.staged))
     yield machine(stage, args)
     files = AdapterFiles(root, stage.linears, stage.layout, args.rank, range(count))
@@ -394,7 +394,7 @@ def few_slots(args: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
     spare, terms = files.terms[args.adapters :], files.terms[: args.adapters]
     stage.bench.run([Request((), 16, 8)])
     if "cold" in args.rows:
-        yield {"row": "cold", **cold(stage.bench, spare[:9], terms[: args.slots])}
+        yield {"row": "cold", **cold(stage.bench, spare[:COLD_ADAPTERS], terms[: args.slots])}
     if "churn" in args.rows:
         yield {"row": "churn", "adapters": len(terms), "slots": args.slots, **churn(stage.bench, terms, args.passes)}
     if "beside" in args.rows:
