@@ -130,6 +130,10 @@ class HotClient(asyncio.Protocol):
         await self._done
         return started_s, self._event_s
 
+    def hang_up(self) -> None:
+        """Leave without a word."""
+        self._transport.abort()
+
     def _fail(self, what: str) -> None:
         if self._done is not None and not self._done.done():
             self._done.set_exception(RuntimeError(f"a hot request failed: {what}"))
@@ -182,7 +186,8 @@ def hot(host: str, count: int) -> None:
 
 
 def tenant(host: str, key: str, model: str, count: int) -> None:
-    """{"seconds", "warm_up_s", "tokens", "prompt", "think_s", "seed"} -> {"ttft_s"} of requests sent after the warm-up."""
+    """{"seconds", "warm_up_s", "tokens", "prompt", "think_s", "seed"} -> {"ttft_s"} of requests sent after the warm-up. With
+    "hangs_up" whoever still waits at the end is gone at once."""
     clients: list[HotClient] = []
 
     async def run(client: HotClient, line: dict[str, Any], draw: random.Random) -> list[tuple[float, float]]:
@@ -201,8 +206,14 @@ def tenant(host: str, key: str, model: str, count: int) -> None:
         while len(clients) < count:
             clients.append(await connected(host, model, key))
         draws = [random.Random(line["seed"] + number) for number in range(count)]  # noqa: S311 - a workload
-        found = await asyncio.gather(*(run(client, line, draw) for client, draw in zip(clients, draws, strict=True)))
-        return {"ttft_s": [seconds for own in found for _, seconds in own]}
+        runs = [asyncio.create_task(run(client, line, draw)) for client, draw in zip(clients, draws, strict=True)]
+        done, late = await asyncio.wait(runs, timeout=line["seconds"] if line.get("hangs_up") else None)
+        if late:
+            for client in clients:
+                client.hang_up()
+            clients.clear()
+            await asyncio.gather(*late, return_exceptions=True)
+        return {"ttft_s": [seconds for own in done for _, seconds in own.result()]}
 
     serve(answer)
 
