@@ -45,7 +45,7 @@ class Side:
         keys.touch(0o600)
         keys.write_text("".join(f"{tenant} {key}\n" for tenant, key in KEYS.items()))
         settings = (
-            f'memory_bytes = "64MiB"\nhost_memory_bytes = "64MiB"\n[engine]\nprefix_cache = false\n'
+            f'memory_bytes = "512MiB"\nhost_memory_bytes = "512MiB"\n[engine]\nprefix_cache = false\n'
             f"max_sequences = {args.sequences // share}\nmax_batch_tokens = {args.rows // share}\n"
             f'kv_cache_bytes = "{args.kv_mib // share}MiB"\n'
         )
