@@ -155,23 +155,30 @@ async def ask(session: aiohttp.ClientSession, url: str, model: str, tokens: int,
     return found
 
 
+def prepare_catalogues(args: argparse.Namespace, place: Path) -> tuple[str, Path, Path]:
+    """The base model's path, and directories of few and of many adapters with the same resident one, where they are not yet."""
+    from random_model import SHAPES
+
+    model, sources = prepare(args, place)
+    hidden = 576 if model == BASE else SHAPES[args.shape]["hidden_size"]
+    small, large = place / "small", place / f"large-{args.adapters}"
+    for directory, count in ((small, 10), (large, args.adapters)):
+        if not directory.exists():
+            shutil.copytree(sources[0], directory / RESIDENT)
+            write_small_adapters(directory, count - 1, hidden)
+    return model, small, large
+
+
 async def catalogue(args: argparse.Namespace) -> dict[str, Any]:
     """Alternate requests between a small and a large catalogue."""
     with tempfile.TemporaryDirectory(dir=args.files) as scratch:
-        model, sources = prepare(args, args.prepared or Path(scratch))
-        from random_model import SHAPES
-
-        hidden = 576 if model == BASE else SHAPES[args.shape]["hidden_size"]
-        small, large = Path(scratch) / "small", Path(scratch) / "large"
-        for directory, count in ((small, 10), (large, args.adapters)):
-            (directory / "adapters").mkdir(parents=True)
-            (directory / "node").mkdir()
-            shutil.copytree(sources[0], directory / "adapters" / RESIDENT)
-            write_small_adapters(directory / "adapters", count - 1, hidden)
-        begun_s = time.monotonic()
-        with node(small / "node", model, small / "adapters", args, TWO_ON_ONE) as (few, _):
+        model, small, large = prepare_catalogues(args, args.prepared or Path(scratch))
+        nodes = [Path(scratch) / "small-node", Path(scratch) / "large-node"]
+        for place in nodes:
+            place.mkdir()
+        with node(nodes[0], model, small, args, TWO_ON_ONE) as (few, _):
             begun_s = time.monotonic()
-            with node(large / "node", model, large / "adapters", args, TWO_ON_ONE) as (many, _):
+            with node(nodes[1], model, large, args, TWO_ON_ONE) as (many, _):
                 start_s = time.monotonic() - begun_s
                 async with aiohttp.ClientSession() as session:
                     pairs = await _paired(session, few, many, args.pairs)
@@ -300,7 +307,11 @@ def engine_steps(url: str) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("row", choices=("prepare", "catalogue", "storm"), help="prepare makes the files of --prepared alone")
+    parser.add_argument(
+        "row",
+        choices=("prepare", "prepare-catalogue", "catalogue", "storm"),
+        help="the first two make the files of --prepared alone",
+    )
     parser.add_argument("--adapters", type=int, default=10_000)
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--cold", type=int, default=200)
@@ -331,6 +342,9 @@ def main() -> int:
         os.sched_setaffinity(0, {int(core) for cores in client_cores(args.client_cores) for core in cores.split(",")})
     if args.row == "prepare":
         prepare(args, args.prepared)
+        return 0
+    if args.row == "prepare-catalogue":
+        prepare_catalogues(args, args.prepared)
         return 0
     if args.row == "storm":
         storm(args)
