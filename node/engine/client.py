@@ -47,6 +47,9 @@ from node.request import AdapterTerm
 RESTART_LIMIT = 5  # starts in a row that fail before the client gives up
 RESTART_DELAY_S = 0.5  # doubled after each
 RETRY_AFTER_S = 5.0
+# Of the event loop. A request takes several turns from its bytes to the engine, and none of them may wait for a step's tokens
+# when those come faster than they can be written: whoever is behind finds them as one event, while an empty place costs a row.
+TURNS_BETWEEN_STEPS = 8
 
 logger = logging.getLogger(__name__)
 
@@ -282,7 +285,8 @@ class EngineClient:
             said = [self._decoder.decode(message) for message in messages]
             self._deliver([item for event in said if isinstance(event, Step) for item in event.events])
             self._stats = next((event for event in reversed(said) if isinstance(event, Stats)), self._stats)
-            await asyncio.sleep(0)  # a message that is here already would be taken at once, and everybody else kept waiting
+            for _ in range(TURNS_BETWEEN_STEPS):
+                await asyncio.sleep(0)  # a message that is here already would be taken at once
 
     def _deliver(self, events: Iterable[SequenceEvent]) -> None:
         """Steps that waited together reach each reader together."""
