@@ -123,9 +123,8 @@ async def test_every_token_is_a_chunk_of_the_same_frame_with_its_text(serve, pat
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(request(path, body))
     events = await events_of(reader)
-    texts = [
-        choice.get("text") or choice.get("delta", {}).get("content") or "" for event in events for choice in event["choices"]
-    ]
+    choices = [choice for event in events for choice in event["choices"]]
+    texts = [choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices]
     assert "".join(texts) == bench.engine.answer
     assert len([text for text in texts if text]) > 10
     assert len({json.dumps({key: event[key] for key in ("id", "object", "created", "model")}) for event in events}) == 1
