@@ -17,6 +17,7 @@
 #include "device.cuh"
 #include "launch.cuh"
 #include "lora_shrink.h"
+#include "lora_stream.h"
 
 namespace openlora {
 namespace {
@@ -340,16 +341,21 @@ bool fits_tensor_cores(const LoraShrinkArgs& args) {
 
 }  // namespace
 
+int lora_shrink_planes(int64_t inputs) { return std::max(1, lora_stream_planes(inputs)); }
+
 cudaError_t launch_lora_shrink(const LoraShrinkArgs& args, cudaStream_t stream) {
   if (args.work.span_count < 1 || args.work.span_count > kMaxLoraSpans || args.work.tile_rows < 1 || args.work.tile_rows > 64)
     return cudaErrorInvalidValue;
   const Params p{args.x, args.x_stride, args.inputs, args.follow == Follow::kWaitLast, args.work};
   if (!fits_tensor_cores(args)) {
+    if (args.work.v_planes != 1) return cudaErrorInvalidValue;
     const Shape shape{processor_count() * 4, 256};
     const Follow follow = args.follow == Follow::kWaitLast ? Follow::kWaitFirst : args.follow;
     if (args.is_float) return launch(shrink_any_kernel<float>, shape, follow, stream, p);
     return launch(shrink_any_kernel<__nv_bfloat16>, shape, follow, stream, p);
   }
+  if (is_hopper() && can_stream_lora(args)) return launch_lora_stream(args, stream);
+  if (args.work.v_planes != 1) return cudaErrorInvalidValue;
   switch (args.work.span_count) {
     case 1: return launch_modules<1, 4, 8>(args, p, stream);
     case 2: return launch_modules<2, 3, 4>(args, p, stream);
