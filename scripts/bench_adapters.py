@@ -10,7 +10,7 @@ churn   256 adapters through 32 slots, one request each (prompt 128, 64 new toke
         the page cache. Later passes: adapters in host memory.
 cold    Time to first token (prompt 16) on an idle engine of an adapter never seen, of one in host memory, of a resident one.
 beside  Inter-token latency of 63 running requests beside which a short request comes every 6 steps, in turns for a resident
-        adapter and for one that has to be loaded from its files.
+        adapter that nobody else names and for one that has to be loaded from its files.
 zipf    Requests whose adapters are drawn by Zipf's law (s = 1) from 1,000, against the same from 64, in turns. Only adapters that
         some turn draws have files; at its first draw an adapter is read from them, so turns pay more loads than a pool that
         has served for long.
@@ -53,7 +53,7 @@ from node.request import AdapterTerm, LinearShape, Sampling
 MAX_BYTES = 1 << 30
 IDLE_S = 0.001
 PAGE_RANK = 16  # of a GPU
-SPARE_ADAPTERS = 80  # never seen before the rows cold and beside
+COLD_ADAPTERS, BESIDE_ADAPTERS = 9, 80  # of those rows, never seen before
 
 
 # ---- files
@@ -258,20 +258,27 @@ def cold(bench: Bench, fresh: Sequence[AdapterTerm], fillers: Sequence[AdapterTe
 
 
 def beside(
-    bench: Bench, residents: Sequence[AdapterTerm], loads: Sequence[AdapterTerm], pairs: int, count: int, new: int
+    bench: Bench,
+    residents: Sequence[AdapterTerm],
+    another: AdapterTerm,
+    loads: Sequence[AdapterTerm],
+    pairs: int,
+    count: int,
+    new: int,
 ) -> dict[str, Any]:
     """Turns of running requests beside short ones, for resident adapters and for adapters whose files must be read.
 
     Args:
+        residents: What the running requests name. another: resident as well, for short requests.
         loads: More than the GPU and host memory hold together, or they are found there when their turn comes again.
     """
-    _gaps_ms(bench, residents, iter(lambda: residents[0], None), 24)
+    _gaps_ms(bench, residents, iter(lambda: another, None), 24)
     pending = itertools.cycle(loads)
     turns: dict[str, list[list[float]]] = {"resident": [], "loading": []}
     load_count = 0
     for index in range(pairs):
         for kind in ("resident", "loading") if index % 2 == 0 else ("loading", "resident"):
-            shorts = iter(lambda: residents[0], None) if kind == "resident" else pending
+            shorts = iter(lambda: another, None) if kind == "resident" else pending
             before = bench.engine.stats().adapter_file_loads_total
             turns[kind].append(_gaps_ms(bench, [residents[i % len(residents)] for i in range(count)], shorts, new))
             load_count += bench.engine.stats().adapter_file_loads_total - before
@@ -386,7 +393,7 @@ def rows(args: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
 
 
 def few_slots(args: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
-    count = args.adapters + SPARE_ADAPTERS
+    count = args.adapters + (BESIDE_ADAPTERS if "beside" in args.rows else COLD_ADAPTERS)
     stage = Stage(args, args.slots, min(count, args.staged))
     yield machine(stage, args)
     files = AdapterFiles(root, stage.linears, stage.layout, args.rank, range(count))
@@ -394,12 +401,12 @@ def few_slots(args: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
     spare, terms = files.terms[args.adapters :], files.terms[: args.adapters]
     stage.bench.run([Request((), 16, 8)])
     if "cold" in args.rows:
-        yield {"row": "cold", **cold(stage.bench, spare[:9], terms[: args.slots])}
+        yield {"row": "cold", **cold(stage.bench, spare[:COLD_ADAPTERS], terms[: args.slots])}
     if "churn" in args.rows:
         yield {"row": "churn", "adapters": len(terms), "slots": args.slots, **churn(stage.bench, terms, args.passes)}
     if "beside" in args.rows:
         count = min(63, args.max_sequences - 1)
-        yield {"row": "beside", **beside(stage.bench, terms[:8], spare, args.pairs, count, args.beside_tokens)}
+        yield {"row": "beside", **beside(stage.bench, terms[:8], terms[8], spare, args.pairs, count, args.beside_tokens)}
     stage.close()
 
 

@@ -39,6 +39,7 @@ class EventStream:
         self._headers: dict[str, str] = {}
         self._response: web.StreamResponse | None = None
         self._writing = asyncio.Lock()
+        self._is_chunked = False
         self._written_s = limits.clock()
 
     @property
@@ -52,7 +53,20 @@ class EventStream:
 
     async def send(self, *events: Any) -> None:
         """`data:` events in one write. Raises ConnectionError when the client is gone, or takes nothing for too long."""
-        await self._write(b"".join(b"data: " + msgspec.json.encode(event) + b"\n\n" for event in events))
+        await self._write(_encoded(events))
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether an event can be sent at once: the stream is open, and all that was written before has left."""
+        return self._response is not None and self._is_clear()
+
+    def send_at_once(self, *events: Any) -> None:
+        """`data:` events while the stream `is_clear`: the bytes that `send` writes, without a coroutine for every token."""
+        data = _encoded(events)
+        if self._is_chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        self._transport().write(data)
+        self._written_s = self._limits.clock()
 
     async def close(self, *, has_marker: bool) -> web.StreamResponse:
         """End the response; with OpenAI's end marker, but never on LoRAX's routes: lorax-client parses every event as JSON.
@@ -95,7 +109,13 @@ class EventStream:
     def _is_clear(self) -> bool:
         """Whether everything written before has been handed to the kernel, and nobody is writing now."""
         transport = self._request.transport
-        return transport is not None and not self._writing.locked() and not transport.get_write_buffer_size()
+        return not (transport is None or transport.is_closing() or transport.get_write_buffer_size() or self._writing.locked())
+
+    def _transport(self) -> asyncio.Transport:
+        transport = self._request.transport
+        if transport is None:
+            raise ConnectionResetError("the client is gone")
+        return transport
 
     async def _write_patiently(self, data: bytes) -> None:
         async with self._writing:
@@ -128,5 +148,10 @@ class EventStream:
             response.charset = "utf-8"
             self._bound_buffer()
             await response.prepare(self._request)
+            self._is_chunked = response.headers.get("Transfer-Encoding") == "chunked"  # not for HTTP/1.0
             self._response = response
         return self._response
+
+
+def _encoded(events: tuple[Any, ...]) -> bytes:
+    return b"".join([b"data: %b\n\n" % msgspec.json.encode(event) for event in events])

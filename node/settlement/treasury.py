@@ -111,6 +111,7 @@ async def open_treasury(settings: Settings, logger: FilteringBoundLogger) -> Asy
             signer=keys.operator,
             chain_id=NO_CHAIN_ID if rails is None else rails.chain.chain_id,
             group_commit_ms=settings.ledger.group_commit_ms,
+            keys_dir=settings.data_dir / "keys",
         )
         interrupted = await ledger.open()
         stack.push_async_callback(ledger.shutdown)
