@@ -27,8 +27,7 @@ namespace openlora {
 namespace {
 
 constexpr int kStreamWarps = 8;
-constexpr int kStreamRing = 6;
-constexpr int kStreamBlocks = 2;     // a processor
+constexpr int kStreamRing = 12;
 constexpr int kStreamBarriers = 32;  // at least the ring and a task's stages: a barrier's last stage has then been left by all
 constexpr int kStreamStep = 32;      // k of one load: 4 lanes of 8
 constexpr int kStreamFull = kGemmShrinkColumns / kStreamStep;  // steps of a stage
@@ -40,14 +39,11 @@ struct StreamParams {
   int64_t x_stride;
   int inputs;
   int chunks;  // stages of a task
-  int ring;
   bool waits_last;
   LoraWork work;  // v_planes: ranges of k
 };
 
-constexpr int stream_shared_bytes(int ring) {
-  return ring * kGemmShrinkStageBytes + kStreamWarps * 16 * kSumPitch * 4 + kStreamBarriers * 8;
-}
+constexpr int kStreamSharedBytes = kStreamRing * kGemmShrinkStageBytes + kStreamWarps * 16 * kSumPitch * 4 + kStreamBarriers * 8;
 
 struct StreamTasks {
   const int4* items;
@@ -127,7 +123,7 @@ __device__ __forceinline__ void load_stage(const StreamParams& p, const StreamTa
   const int from = j % kWarp, ranks = from_lane(source.ranks, from), plane = from_lane(source.plane, from);
   const auto* a = reinterpret_cast<const __nv_bfloat16*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(source.a), from));
   const int bytes = stream_columns(p, stream_column(p, plane, chunk)) * 2;
-  const uint32_t barrier = barriers + number % kStreamBarriers * 8, stage = buffers + number % p.ring * kGemmShrinkStageBytes;
+  const uint32_t barrier = barriers + number % kStreamBarriers * 8, stage = buffers + number % kStreamRing * kGemmShrinkStageBytes;
   if (lane == 0) barrier_expect(barrier, ranks * bytes);
   __syncwarp();
   if (lane < ranks && bytes > 0) {
@@ -191,18 +187,19 @@ __device__ __forceinline__ void multiply_stage(StreamRows& x, const char* stage,
     if (steps == kStreamFull) multiply_stage<1, true>(x, stage, steps, acc);
     else multiply_stage<1, false>(x, stage, steps, acc);
   } else {
-    multiply_stage<2, false>(x, stage, steps, acc);
+    if (steps == kStreamFull) multiply_stage<2, true>(x, stage, steps, acc);
+    else multiply_stage<2, false>(x, stage, steps, acc);
   }
 }
 
-__global__ void __launch_bounds__(kStreamWarps* kWarp, kStreamBlocks) shrink_stream_kernel(const __grid_constant__ StreamParams p) {
+__global__ void __launch_bounds__(kStreamWarps* kWarp, 1) shrink_stream_kernel(const __grid_constant__ StreamParams p) {
   extern __shared__ __align__(128) char shared[];
   start_dependents();
   const StreamTasks tasks(p);
   const int count = tasks.count(), stages = count * p.chunks;
   if (count == 0 && blockIdx.x > 0) return;  // the first block waits for the kernels ahead, so that who waits for this one does
   const int warp = warp_index(), lane = static_cast<int>(threadIdx.x) % kWarp;
-  float* sums = reinterpret_cast<float*>(shared + p.ring * kGemmShrinkStageBytes);
+  float* sums = reinterpret_cast<float*>(shared + kStreamRing * kGemmShrinkStageBytes);
   const uint32_t buffers = shared_address(shared), barriers = shared_address(sums + kStreamWarps * 16 * kSumPitch);
   if (threadIdx.x < kStreamBarriers) barrier_init(barriers + static_cast<int>(threadIdx.x) * 8, 1);
   if (warp == 0) barrier_init_fence();
@@ -210,7 +207,7 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, kStreamBlocks) shrink_str
   const uint64_t policy = policy_evict_first();
   StreamSource source;
   source.read(p, tasks, 0, count);
-  for (int number = warp; number < min(p.ring, stages); number += kStreamWarps) load_stage(p, tasks, source, number, count, buffers, barriers, policy);
+  for (int number = warp; number < min(kStreamRing, stages); number += kStreamWarps) load_stage(p, tasks, source, number, count, buffers, barriers, policy);
 
   StreamTask known = read_stream_task(p, tasks, lane, count);
   StreamRows x;
@@ -236,9 +233,9 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, kStreamBlocks) shrink_str
     float acc[2][4] = {};
     if (warp < p.chunks) {
       barrier_wait(barriers + number % kStreamBarriers * 8, number / kStreamBarriers & 1);
-      multiply_stage(x, shared + number % p.ring * kGemmShrinkStageBytes, rows, steps, acc);
+      multiply_stage(x, shared + number % kStreamRing * kGemmShrinkStageBytes, rows, steps, acc);
       __syncwarp();
-      if (number + p.ring < stages) load_stage(p, tasks, source, number + p.ring, count, buffers, barriers, policy);
+      if (number + kStreamRing < stages) load_stage(p, tasks, source, number + kStreamRing, count, buffers, barriers, policy);
     }
     const int ranks = from_lane(known.ranks, from), plane = from_lane(known.plane, from), span = from_lane(known.span, from);
     const int pair = from_lane(known.pair, from), entries = from_lane(known.entries, from);
@@ -289,8 +286,8 @@ bool can_stream_lora(const LoraShrinkArgs& args) {
 
 cudaError_t launch_lora_stream(const LoraShrinkArgs& args, cudaStream_t stream) {
   const int ranges = args.work.v_planes, stages = (args.inputs + kGemmShrinkColumns - 1) / kGemmShrinkColumns;
-  const StreamParams p{args.x, args.x_stride, args.inputs, (stages + ranges - 1) / ranges, kStreamRing, args.follow == Follow::kWaitLast, args.work};
-  const Shape shape{processor_count() * kStreamBlocks, kStreamWarps * kWarp, stream_shared_bytes(kStreamRing)};
+  const StreamParams p{args.x, args.x_stride, args.inputs, (stages + ranges - 1) / ranges, args.follow == Follow::kWaitLast, args.work};
+  const Shape shape{processor_count(), kStreamWarps * kWarp, kStreamSharedBytes};
   return launch(shrink_stream_kernel, shape, args.follow, stream, p);
 }
 
