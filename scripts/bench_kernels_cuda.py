@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from node.kernels.cuda_kernels import INSIDE_ROWS, STREAM_TILE_ROWS
 from node.kernels.cuda_ops import CudaOps, DeviceTiles, Follow, Product
 from node.kernels.layout import PageLayout
 from node.kernels.linear import lora_spans
@@ -147,6 +148,8 @@ class Layer:
         self.ops = CudaOps(pool)
         self.tiles: list[DeviceTiles] = []
         self.used_ranks = 0
+        can_multiply = self.ops.skinny_gemm_planes(HIDDEN, HIDDEN, rows) > 0
+        self._is_short = rows <= INSIDE_ROWS and tile_rows <= STREAM_TILE_ROWS and can_multiply
         generator = np.random.default_rng(rows)
         pairs = 1
         if draw is not None:
@@ -177,16 +180,24 @@ class Layer:
         planes = max(1, self.ops.skinny_gemm_planes(outputs, inputs, self.rows)) if y_type == torch.float32 else 1
         return torch.randn(planes, self.rows, outputs, device="cuda").to(y_type)
 
+    def _is_inside(self, name: str) -> bool:
+        return self._is_short and self.ops.shrink_chunks(LINEARS[name][0]) > 0
+
     def _ranks(self, name: str, pairs: int) -> Tensor:
         inputs, parts = LINEARS[name]
-        has_planes = self.tile_rows <= 16 and self.ops.skinny_gemm_planes(HIDDEN, HIDDEN, self.rows) > 0
-        planes = self.ops.shrink_chunks(inputs) if has_planes else 0
-        return torch.randn(planes or 1, pairs, len(parts), 16, device="cuda")
+        planes = self.ops.shrink_chunks(inputs) if self._is_inside(name) else self._own_planes(inputs)
+        return torch.randn(planes, pairs, len(parts), 16, device="cuda")
+
+    def _own_planes(self, inputs: int) -> int:
+        """Planes of the shrink by itself."""
+        return self.ops.shrink_planes(inputs) if self.tile_rows <= STREAM_TILE_ROWS else 1
 
     def shrink(self, name: str, follow: Follow) -> list[Callable[[], None]]:
+        v = self.v[name][: self._own_planes(LINEARS[name][0])]
+
         def call(layer: int, tiles: DeviceTiles) -> Callable[[], None]:
             spans = self.adapters.spans(layer, name)
-            return lambda: self.ops.lora_shrink(self.x[name], tiles, spans, self.v[name][:1], follow)
+            return lambda: self.ops.lora_shrink(self.x[name], tiles, spans, v, follow)
 
         return [call(layer, tiles) for tiles in self.tiles for layer in range(LAYERS)]
 
@@ -215,23 +226,26 @@ class Layer:
             yield self._row(f"{CONSUMERS[name]}_{name}", name, time_us(self.consumer(name, follow)), read)
 
     def linear(self, name: str, weights: dict[str, list[Tensor]]) -> list[Callable[[], None]]:
-        """The skinny GEMM of each layer; where there are adapters with their shrink, beside it where rows of W are long."""
+        """The skinny GEMM of each layer; where there are adapters with their shrink, inside, behind or before it."""
         x, y, v = self.x[name], self.y[name], self.v[name]
-        is_inside = self.ops.shrink_chunks(LINEARS[name][0]) > 0
 
         def call(layer: int, tiles: DeviceTiles | None) -> Callable[[], None]:
             weight = weights[name][layer]
             if tiles is None:
                 return lambda: self.ops.skinny_gemm(x, weight, y)
             spans = self.adapters.spans(layer, name)
-            if is_inside:
+            if self._is_inside(name):
                 return lambda: self.ops.skinny_gemm_shrink(x, weight, tiles, spans, v, y)
 
-            def both() -> None:
+            def behind() -> None:
                 self.ops.skinny_gemm(x, weight, y)
                 self.ops.lora_shrink(x, tiles, spans, v, Follow.WAIT_LAST)
 
-            return both
+            def before() -> None:
+                self.ops.lora_shrink(x, tiles, spans, v)
+                self.ops.skinny_gemm(x, weight, y)
+
+            return behind if self._is_short else before
 
         return [call(layer, tiles) for tiles in (self.tiles or [None]) for layer in range(LAYERS)]
 
