@@ -50,6 +50,7 @@ HOT = ("lincoln", "reagan", "roosevelt")
 PROMPT_TOKENS = 16
 HOT_CLIENTS = 8
 QUICK_DRAWS = 50  # for the intervals of a round, which are only looked at while a run is under way
+MOST_CALM_S, GLANCE_S, IDLE_SHARE = 5.0, 0.2, 0.15
 LEAD_S = 0.3  # from the first hot requests of a phase to the cold ones
 STATS_S = 0.7  # the engine sends its counters twice a second
 RESIDENT = "resident"
@@ -83,11 +84,11 @@ def write_small_adapters(directory: Path, count: int, hidden: int) -> None:
 
 
 def prepare(args: argparse.Namespace, place: Path) -> tuple[str, list[Path]]:
-    """The base model's path and the adapters to copy from: the packaged ones, or random ones of a known shape in `place`, where
-    they are not there yet."""
+    """The base model's path and the adapters to copy from, the last for the storm: the packaged ones, or random ones of a known
+    shape in `place`, where they are not there yet: of all linear modules, the storm's of queries and values, as most are."""
     if not args.shape:
-        return BASE, [DEMO / name for name in HOT]
-    sources = [place / f"source-{index}" for index in range(3)]
+        return BASE, [DEMO / name for name in (*HOT, HOT[0])]
+    sources = [place / f"source-{index}" for index in range(4)]
     if (place / "made").exists():
         return str(place / "model"), sources
     (place / "model").mkdir(parents=True, exist_ok=True)  # empty with --random-weights
@@ -101,7 +102,8 @@ def prepare(args: argparse.Namespace, place: Path) -> tuple[str, list[Path]]:
         write_checkpoint(args.shape, place / "model", torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.layers)
     kinds = [kind for kind in model_spec(shape_config(args.shape, args.layers), None).linear_kinds if kind.name != "lm_head"]
     for index, source in enumerate(sources):
-        write_adapter(source, kinds, 16, index)
+        is_of_storm = index == len(sources) - 1
+        write_adapter(source, [kind for kind in kinds if not is_of_storm or kind.name.endswith(("q_proj", "v_proj"))], 16, index)
     (place / "made").touch()
     return str(place / "model"), sources
 
@@ -226,7 +228,9 @@ def storm(args: argparse.Namespace) -> None:
             shutil.copytree(sources[index % 3], adapters / f"hot-{index}")
         cores = client_cores(args.client_cores)
         slow = "lookups" if args.slow_lookups else "answers"
-        hub = stack.enter_context(closing(Helper(cores[2], "hub", str(args.latency_s), str(args.failure), str(sources[0]), slow)))
+        hub = stack.enter_context(
+            closing(Helper(cores[2], "hub", str(args.latency_s), str(args.failure), str(sources[-1]), slow))
+        )
         endpoint = hub.ask(start=True)["url"]
         sizes = (("memory_bytes", args.adapter_bytes), ("host_memory_bytes", args.host_bytes))
         memory = "".join(f"{key} = {size}\n" for key, size in sizes if size)
@@ -294,8 +298,18 @@ def _round(hot: Helper, cold: Helper, hub: Helper, url: str, pid: int, args: arg
         if side == "beside":
             outcome = cold.ask(wait_s=args.cold_wait_s)
             after_hub = hub.ask(calm=True)
-            time.sleep(args.calm_s)
+            _wait_for_fetches(pid, args.calm_s)
     return Round(phases["alone"], phases["beside"], outcome, {key: after_hub[key] - before_hub[key] for key in after_hub})
+
+
+def _wait_for_fetches(pid: int, least_s: float) -> None:
+    """Until the fetching process rests, or for so long that the next phase says what it costs."""
+    time.sleep(least_s)
+    for _ in range(int(MOST_CALM_S / GLANCE_S)):
+        before_s = cpu_seconds(pid).get("fetcher", 0.0)
+        time.sleep(GLANCE_S)
+        if cpu_seconds(pid).get("fetcher", 0.0) - before_s < IDLE_SHARE * GLANCE_S:
+            return
 
 
 def engine_steps(url: str) -> float:

@@ -288,6 +288,7 @@ class OwnNode(Target):
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log, text=True)
         url = self._read_url(place)
         self.ready_s = time.monotonic() - self._begun
+        print(f"node ready after {self.ready_s:.1f} s", file=sys.stderr, flush=True)
         base = f"random-{args.shape}" if args.random_weights else args.shape
         super().__init__(clients, url, [f"adapter-{index}" for index in range(args.adapters)] or [base], base, vocab, (2,))
 

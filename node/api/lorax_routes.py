@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import aclosing
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from node.api.answering import Answering
@@ -131,7 +132,7 @@ class _Events:
     def take(self, piece: Piece) -> None:
         self.text += piece.text
         if piece.tokens:
-            self._stream.send_at_once(*map(self._answers.event, piece.tokens))
+            self._stream.send_at_once(*(msgspec.json.encode(self._answers.event(token)) for token in piece.tokens))
 
 
 def _characters(generation: Generation) -> dict[str, str]:

@@ -6,6 +6,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from node.api.answering import Answering
@@ -111,6 +112,7 @@ class _Chunks:
         self._stream = stream
         self._answers = answers
         self._offsets: dict[int, int] = {}  # by choice: where the next text begins
+        self._around: tuple[bytes, bytes] | None = None  # a text in the middle of an answer that is nothing but text
 
     def of(self, piece: Piece) -> dict[str, Any] | None:
         """None where there is nothing to show."""
@@ -124,9 +126,14 @@ class _Chunks:
         return self.opening is None and self._stream.is_clear
 
     def take(self, piece: Piece) -> None:
+        if self._around is not None and piece.text:
+            before, behind = self._around
+            self._stream.send_at_once(b"%b%b%b" % (before, msgspec.json.encode(piece.text), behind))
+            return
         chunk = self.of(piece)
         if chunk is not None:
-            self._stream.send_at_once(chunk)
+            self._stream.send_at_once(msgspec.json.encode(chunk))
+            self._around = self._answers.around_text()
 
 
 def with_bearer(generation: Generation, bearer: str | None) -> Generation:

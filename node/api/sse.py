@@ -39,6 +39,7 @@ class EventStream:
         self._headers: dict[str, str] = {}
         self._response: web.StreamResponse | None = None
         self._writing = asyncio.Lock()
+        self._tcp: asyncio.Transport | None = None  # of an open stream
         self._is_chunked = False
         self._written_s = limits.clock()
 
@@ -58,14 +59,17 @@ class EventStream:
     @property
     def is_clear(self) -> bool:
         """Whether an event can be sent at once: the stream is open, and all that was written before has left."""
-        return self._response is not None and self._is_clear()
+        tcp = self._tcp
+        return not (tcp is None or tcp.is_closing() or tcp.get_write_buffer_size() or self._writing.locked())
 
-    def send_at_once(self, *events: Any) -> None:
-        """`data:` events while the stream `is_clear`: the bytes that `send` writes, without a coroutine for every token."""
-        data = _encoded(events)
+    def send_at_once(self, *events: bytes) -> None:
+        """`data:` events, as JSON, while the stream `is_clear`: what `send` writes, without a coroutine for every token."""
+        data = b"data: %b\n\n" % b"\n\ndata: ".join(events)
         if self._is_chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
-        self._transport().write(data)
+        if self._tcp is None:
+            raise ConnectionResetError("the stream is not open")
+        self._tcp.write(data)
         self._written_s = self._limits.clock()
 
     async def close(self, *, has_marker: bool) -> web.StreamResponse:
@@ -100,22 +104,11 @@ class EventStream:
 
     async def _write(self, data: bytes) -> None:
         response = self._response
-        if response is not None and self._is_clear() and len(data) <= _SMALL_BYTES:
+        if response is not None and self.is_clear and len(data) <= _SMALL_BYTES:
             await response.write(data)  # cannot wait, so it needs neither lock nor timeout: they cost more than the event
         else:
             await self._write_patiently(data)
         self._written_s = self._limits.clock()
-
-    def _is_clear(self) -> bool:
-        """Whether everything written before has been handed to the kernel, and nobody is writing now."""
-        transport = self._request.transport
-        return not (transport is None or transport.is_closing() or transport.get_write_buffer_size() or self._writing.locked())
-
-    def _transport(self) -> asyncio.Transport:
-        transport = self._request.transport
-        if transport is None:
-            raise ConnectionResetError("the client is gone")
-        return transport
 
     async def _write_patiently(self, data: bytes) -> None:
         async with self._writing:
@@ -149,7 +142,7 @@ class EventStream:
             self._bound_buffer()
             await response.prepare(self._request)
             self._is_chunked = response.headers.get("Transfer-Encoding") == "chunked"  # not for HTTP/1.0
-            self._response = response
+            self._response, self._tcp = response, self._request.transport
         return self._response
 
 

@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from attribution.digests import tenant_digest
 from attribution.signing import Signer
+from node.child_process import ChildProcess
 from node.errors import LedgerError
 from node.settlement.admission import Admission, Outcome, SignedVoucher, open_request
 from node.settlement.ledger_client import LedgerClient
@@ -46,6 +47,7 @@ class Ledger:
         random_bytes: Source of salts.
         keys_dir: Where a process of its own, which then writes, finds the operator's key; None: a thread of this process writes.
             That process has a clock and salts of its own.
+        process: That process, where it was begun already.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Ledger:
         retry_s: float = 1.0,
         random_bytes: Callable[[int], bytes] = os.urandom,
         keys_dir: Path | None = None,
+        process: ChildProcess | None = None,
     ) -> None:
         self.url = url
         self._clock_ms, self._signer, self._random_bytes = clock_ms, signer, random_bytes
@@ -69,7 +72,9 @@ class Ledger:
         self._options = WriterOptions(group_commit_ms, queue_limit, busy_timeout_ms, retry_s)
         self._client: LedgerClient | None = None
         if keys_dir is not None:
-            self._client = LedgerClient(url, self._options, keys_dir=keys_dir, operator=signer.address, chain_id=chain_id)
+            self._client = LedgerClient(
+                url, self._options, keys_dir=keys_dir, operator=signer.address, chain_id=chain_id, started=process
+            )
         self._reader_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger-reader")
         self._transactor_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger-transactor")
         self._store: LedgerStore | None = None

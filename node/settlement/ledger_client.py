@@ -43,6 +43,15 @@ MAX_RESTART_DELAY_S = 10.0
 logger = logging.getLogger(__name__)
 
 
+async def begin() -> ChildProcess:
+    """Begin a ledger process, whose imports take a second; it opens nothing before it is told what.
+
+    Raises:
+        ConfigError: The machine does not start it.
+    """
+    return await ChildProcess.start("node.settlement.ledger_process", has_output=True)
+
+
 class LedgerClient:
     """Talks to one ledger process. All methods are for one event loop.
 
@@ -50,11 +59,22 @@ class LedgerClient:
         url: The ledger's. keys_dir: Where the process finds the operator's key.
         operator: Address that key must have.
         chain_id: What receipts are signed for.
+        started: A process begun earlier, see `begin`; None: `start` begins one.
     """
 
-    def __init__(self, url: str, options: WriterOptions, *, keys_dir: Path, operator: str, chain_id: int) -> None:
+    def __init__(
+        self,
+        url: str,
+        options: WriterOptions,
+        *,
+        keys_dir: Path,
+        operator: str,
+        chain_id: int,
+        started: ChildProcess | None = None,
+    ) -> None:
         self._url, self._options, self._keys_dir, self._chain_id = url, options, keys_dir, chain_id
         self._operator = operator
+        self._started = started
         self._decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
         self._ids = count()
         self._calls: dict[int, tuple[str, asyncio.Future[Any]]] = {}  # request id and who waits
@@ -136,7 +156,8 @@ class LedgerClient:
     # ---- the child
 
     async def _launch(self, lost: list[str] | None) -> Opened:
-        process = self._process = await ChildProcess.start("node.settlement.ledger_process", has_output=True)
+        process, self._started = self._started or await begin(), None
+        self._process = process
         config = LedgerConfig(
             url=self._url,
             keys_dir=str(self._keys_dir),

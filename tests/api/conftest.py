@@ -160,6 +160,7 @@ class FakeEngine:
     cancelled: list[str] = field(default_factory=list)
     wishes: list[tuple[str, str]] = field(default_factory=list)
     held: asyncio.Event = field(default_factory=asyncio.Event)
+    may_begin: asyncio.Event | None = None  # nothing is answered before it is set
     _waits: dict[str, asyncio.Event] = field(default_factory=dict)
 
     def submit(self, submit: Submit) -> FakeSequence:
@@ -168,6 +169,8 @@ class FakeEngine:
     async def _events(self, submit: Submit) -> AsyncIterator[SequenceEvent]:
         self.submits.append(submit)
         self._waits[submit.sequence_id] = asyncio.Event()
+        if self.may_begin is not None:
+            await self.may_begin.wait()
         if submit.embeds:
             yield SequenceEvent(sequence_id=submit.sequence_id, finish_reason="length", embedding=self.embedding)
             return
