@@ -16,14 +16,13 @@ from torch import Tensor
 from node.errors import ConfigError
 from node.kernels.attention.paged import DecodePlan, PagedAttention, PrefillPlan
 from node.kernels.cuda_ops import CudaOps, Follow, Product, span_list
-from node.kernels.device_rows import DeviceRows
+from node.kernels.device_rows import SHORT_ROWS, DeviceRows
 from node.kernels.linear import LoraSpans, PackedLinear
 from node.kernels.lora import LoraPool, LoraRows
 from node.kernels.ops import Kernels
 from node.kernels.reference import lora_delta
 
 STREAM_TILE_ROWS = 16  # of the largest tiles that the streaming shrink takes
-INSIDE_ROWS = 64  # of the longest step whose shrink is inside the skinny GEMM, or behind it where rows of W are long
 EXACT_ROWS = 32  # of a product whose bits may not depend on the batch, where the skinny GEMM cannot run
 
 
@@ -103,17 +102,9 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         if rows is None or spans is None:
             return Product(self._multiply(x, weight, planes, wide), bias)
         fields = self._span_list(spans)
-        shape = rows.pair_count, len(fields) // 6, 16
-        is_short = planes > 0 and x.shape[0] <= INSIDE_ROWS and rows.tiles.tile_rows <= STREAM_TILE_ROWS
-        chunks = self._ops.shrink_chunks(x.shape[1]) if is_short else 0
-        if chunks:
-            v = torch.empty((chunks, *shape), dtype=torch.float32, device=x.device)
-            y = torch.empty((planes, x.shape[0], weight.shape[0]), dtype=wide, device=x.device)
-            self._ops.skinny_gemm_shrink(x, weight, rows.tiles, fields, v, y, self._follow)
-            return Product(y, bias, rows.tiles, v, fields)
-        v = torch.empty((self._shrink_planes(x, rows), *shape), dtype=torch.float32, device=x.device)
-        if is_short:
-            # Behind the GEMM, which leaves it processors: the shrink waits for it last, so whoever waits for the shrink has both.
+        shape = self._shrink_planes(x, rows), rows.pair_count, len(fields) // 6, 16
+        v = torch.empty(shape, dtype=torch.float32, device=x.device)
+        if self._is_behind(x, planes, rows):
             y = self._multiply(x, weight, planes, wide)
             after = Follow.WAIT_LAST if self._follow is Follow.WAIT_FIRST else Follow.PLAIN
             self._ops.lora_shrink(x, rows.tiles, fields, v, after)
@@ -122,8 +113,16 @@ class CudaKernels(Kernels[Product, DeviceRows]):
             y = self._multiply(x, weight, planes, wide)
         return Product(y, bias, rows.tiles, v, fields)
 
+    def _is_behind(self, x: Tensor, planes: int, rows: DeviceRows) -> bool:
+        """Whether the shrink runs behind the skinny GEMM and waits for it last, so that whoever waits for the shrink has both.
+
+        The GEMM leaves processors idle, which a few pages fit on. Many pages had better come before: they arrive while the kernel
+        ahead still runs. Both have the same bits.
+        """
+        return planes > 0 and x.shape[0] <= SHORT_ROWS and not rows.has_many
+
     def _shrink_planes(self, x: Tensor, rows: DeviceRows) -> int:
-        """Planes of v of the shrink by itself. Where it streams it has the bits of the one inside the GEMM."""
+        """Planes of v."""
         can_stream = x.dtype == torch.bfloat16 and self._is_hopper and rows.tiles.tile_rows <= STREAM_TILE_ROWS
         return self._ops.shrink_planes(x.shape[1]) if can_stream else 1
 

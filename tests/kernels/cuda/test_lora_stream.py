@@ -1,4 +1,4 @@
-"""The LoRA shrink that streams pages through shared memory, on a Hopper GPU: float64, bits, what it follows and what follows it."""
+"""The LoRA shrink that streams pages through shared memory, on a Hopper GPU: float64, bits, what it follows and what follows."""
 
 from __future__ import annotations
 
