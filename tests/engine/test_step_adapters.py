@@ -26,7 +26,8 @@ def test_room_for_tiles_is_enough_for_every_step(asks):
 
 
 def test_short_steps_with_many_pages_are_steps_of_their_own():
-    few, many = (
+    pages = np.arange(128, dtype=np.int32)[:, None]
+    few, many = (build_tiles([[(slot, 1.0)] for slot in range(count)], [1] * count, pages, 16) for count in (8, 64))
         build_tiles([[(slot, 1.0)] for slot in range(count)], [1] * count, np.arange(128, dtype=np.int32)[:, None], 16)
         for count in (8, 64)
     )
