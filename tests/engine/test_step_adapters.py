@@ -28,8 +28,5 @@ def test_room_for_tiles_is_enough_for_every_step(asks):
 def test_short_steps_with_many_pages_are_steps_of_their_own():
     pages = np.arange(128, dtype=np.int32)[:, None]
     few, many = (build_tiles([[(slot, 1.0)] for slot in range(count)], [1] * count, pages, 16) for count in (8, 64))
-        build_tiles([[(slot, 1.0)] for slot in range(count)], [1] * count, np.arange(128, dtype=np.int32)[:, None], 16)
-        for count in (8, 64)
-    )
     assert [adapted_of(rows, few) for rows in (8, 256)] == [Adapted.LAYERS, Adapted.LAYERS]
     assert [adapted_of(rows, many) for rows in (64, 256)] == [Adapted.MANY_LAYERS, Adapted.LAYERS]
