@@ -193,7 +193,7 @@ cudaError_t launch_blocks(const Product& product, Params params, cudaStream_t st
       if (C == 1 && product.rows <= NORM_MOST && fits_norm_lora(product)) {
         const Shape shape{std::min(product.rows, processors), threads + kNormHelpers * kWarp, norm_lora_shared_bytes(product.columns)};
         if (product.rows <= (NORM_HALF ? processors / 2 : processors)) return launch(add_rms_norm_lora_kernel<P, 1>, shape, product.follow, stream, params);
-        return launch(add_rms_norm_lora_kernel<P, NORM_ROWS>, shape, product.follow, stream, params);
+        return launch(add_rms_norm_lora_kernel<P, P ? 2 : NORM_ROWS>, shape, product.follow, stream, params);
       }
       if (C > 1 || product.rows <= processors) return go(add_rms_norm_kernel<L, P, 1, C>, 1, processors);
       return go(add_rms_norm_kernel<L, P, 2, 1>, product.rows <= 2 * processors ? 2 : kPrefillRows, processors);

@@ -104,7 +104,7 @@ __device__ __forceinline__ int4 find_norm_share(const TileTable& table) {
 #ifndef NORM_HALF
 #define NORM_HALF 0
 #endif
-  const int wanted = NORM_HALF && table.row_count <= blocks ? blocks / 2 : blocks;
+  const int wanted = NORM_HALF ? blocks / 2 : blocks;
   auto by_place = [&]() -> int4 {  // a unit is a place
     const int index = block < table.row_count ? __ldg(table.tile_of + block) : 0;
     return {index, block < table.row_count ? block - __ldg(reinterpret_cast<const int*>(table.tiles + 2 * index)) : 0, 1, block < table.row_count};
@@ -119,12 +119,13 @@ __device__ __forceinline__ int4 find_norm_share(const TileTable& table) {
     for (int size = 2; size <= R; ++size) counts[size - 2] += (rows + size - 1) / size;
   }
   int size = R, mine = counts[R > 1 ? R - 2 : 0], total = 0;
+  bool is_half = false;
 #pragma unroll
   for (int s = R; s >= 2; --s) {
     const int all = static_cast<int>(__reduce_add_sync(kAllLanes, static_cast<unsigned>(counts[s - 2])));
-    if (s == R || all <= wanted) size = s, mine = counts[s - 2], total = all;
+    if (s == R || all <= wanted || (all <= blocks && !is_half)) size = s, mine = counts[s - 2], total = all;
+    is_half = is_half || all <= wanted;
   }
-  if (NORM_HALF && total > wanted && table.row_count <= blocks) return by_place();
   int unit = block, count = block < total;
   if (total > blocks) {
     unit = static_cast<int>(static_cast<int64_t>(total) * block / blocks);
@@ -230,7 +231,7 @@ __device__ __forceinline__ void send_ranks(const ProductView& p, NormShared<R>& 
   const int lane = threadIdx.x % kWarp;
   if (static_cast<int>(blockIdx.x) < kNormEarlyBlocks) {
     const int t = blockIdx.x + lane * kNormEarlyBlocks;
-    if (lane < kNormEarlyTiles && t < units.table.tile_count) {
+    if (lane < kNormEarlyTiles && t < units.table.tile_count && t != units.index) {
       const Tile tile = read_tile(units.table, t);
       const bool is_first = t == 0 || __ldg(reinterpret_cast<const int*>(units.table.tiles + 2 * t - 2) + 2) != tile.first_entry;
       if (tile.entries > 0 && is_first) {
@@ -350,6 +351,18 @@ __device__ __forceinline__ void load_half_rows(float (&y)[kQuads][R][kQuad], con
   }
 }
 
+// The same of float32 planes, one row after another: they are for the deterministic setting's long steps.
+template <int R>
+__device__ __forceinline__ void load_float_rows(float (&y)[kQuads][R][kQuad], const ProductView& p, const int (&row)[R], const int (&column)[kQuads]) {
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q)
+      if (row[r] >= 0 && column[q] >= 0) load_quad<true>(y[q][r], p, row[r], column[q]);
+    asm volatile("" ::: "memory");
+  }
+}
+
 __device__ __forceinline__ void unpack_quad(float (&x)[kQuad], uint2 raw) {
   x[0] = low_half(raw.x), x[1] = high_half(raw.x), x[2] = low_half(raw.y), x[3] = high_half(raw.y);
 }
@@ -410,7 +423,7 @@ __device__ __forceinline__ void finish_norm(const NormParams& a, NormShared<R>& 
       for (int r = 0; r < R; ++r)
 #pragma unroll
         for (int i = 0; i < kQuad; ++i) y[q][r][i] = -0.f;
-    if constexpr (kFloatPlanes) load_rows<true, R>(y, p, row, LaneColumns{{column[0], column[1]}});
+    if constexpr (kFloatPlanes) load_float_rows<R>(y, p, row, column);
     else if (R <= 2 || rows <= 2) load_half_rows<R, (R < 2 ? R : 2), 4>(y, p, row, column);
     else load_half_rows<R, R, 2>(y, p, row, column);
     if (R > 2) load_old();  // registers for both are not there; the multiply-adds hide it
