@@ -23,12 +23,15 @@
 namespace openlora {
 
 constexpr int kNormWarps = 16;        // with columns, at most
-constexpr int kNormHelpers = 2;       // warps: one for B, one for v
+constexpr int kNormHelpers = 3;       // warps: one for B, one for v, one that fetches ahead
 constexpr int kNormStageRanks = 4;
 constexpr int kNormStages = 6;
 constexpr int kNormEntries = 32;      // of v that shared memory holds at once
 #ifndef NORM_EARLY
-#define NORM_EARLY 4
+#define NORM_EARLY 0
+#endif
+#ifndef NORM_BOUND1
+#define NORM_BOUND1 640
 #endif
 constexpr int kNormEarlyBlocks = NORM_EARLY;  // processors that o and down leave free
 constexpr int kNormEarlyTiles = 32;      // of each of them: 16 MB in all
@@ -184,7 +187,11 @@ __device__ __forceinline__ void send_pages(const ProductView& p, NormShared<R>& 
     shared.stages[turn.slot] = stage;
     const uint32_t full = shared_address(&shared.full[turn.slot]);
     if (stage.count > 0) {
+#ifdef NORM_FAKE
+      const int bytes = NORM_FAKE == 0 ? 16 : stage.count * p.columns * 2 / NORM_FAKE;
+#else
       const int bytes = stage.count * p.columns * 2;
+#endif
       barrier_expect(full, bytes);
       bulk_load(shared_address(ring) + turn.slot * stage_bytes, from + static_cast<int64_t>(stage.rank) * p.columns, bytes, full);
     } else {
@@ -225,23 +232,22 @@ __device__ __forceinline__ void send_pages(const ProductView& p, NormShared<R>& 
   }
 }
 
-// The warp of v: before the wait it sends for all tiles' first pages, after it for v of every unit, its planes added up in order.
+// The warp of the first blocks that sends for all tiles' first pages into L2.
+__device__ __forceinline__ void fetch_ahead(const ProductView& p, const NormUnits& units) {
+  if (static_cast<int>(blockIdx.x) >= kNormEarlyBlocks) return;
+  const int lane = threadIdx.x % kWarp, t = blockIdx.x + lane * kNormEarlyBlocks;
+  if (lane >= kNormEarlyTiles || t >= units.table.tile_count || t == units.index) return;
+  const Tile tile = read_tile(units.table, t);
+  const bool is_first = t == 0 || __ldg(reinterpret_cast<const int*>(units.table.tiles + 2 * t - 2) + 2) != tile.first_entry;
+  if (tile.entries == 0 || !is_first) return;
+  const int ranks = min(kPageRank, ranks_left(p.work, p.work.spans[0].module, tile.entry));
+  if (ranks > 0) prefetch_bulk(norm_page(p, tile.entry.page), ranks * p.columns * 2);
+}
+
+// The warp of v: v of every unit, its planes added up in order.
 template <int R>
 __device__ __forceinline__ void send_ranks(const ProductView& p, NormShared<R>& shared, NormUnits units) {
   const int lane = threadIdx.x % kWarp;
-  if (static_cast<int>(blockIdx.x) < kNormEarlyBlocks) {
-    const int t = blockIdx.x + lane * kNormEarlyBlocks;
-    if (lane < kNormEarlyTiles && t < units.table.tile_count && t != units.index) {
-      const Tile tile = read_tile(units.table, t);
-      const bool is_first = t == 0 || __ldg(reinterpret_cast<const int*>(units.table.tiles + 2 * t - 2) + 2) != tile.first_entry;
-      if (tile.entries > 0 && is_first) {
-        const int ranks = ranks_left(p.work, p.work.spans[0].module, tile.entry);
-        for (int rank = 0; rank < kPageRank && rank < ranks; ++rank)
-          prefetch_bulk(norm_page(p, tile.entry.page) + static_cast<int64_t>(rank) * p.columns, p.columns * 2);
-      }
-    }
-    __syncwarp();
-  }
   wait_for_previous();
   NormTurn<2> turn;
   int sent = 0;
@@ -409,7 +415,7 @@ __device__ __forceinline__ void finish_norm(const NormParams& a, NormShared<R>& 
           if (row[r] >= 0 && column[q] >= 0)
             old[r][q] = __ldcg(reinterpret_cast<const uint2*>(residual + static_cast<int64_t>(row[r]) * p.columns + column[q]));
     };
-    if (R <= 2) load_old();
+    if (R <= 2 || rows <= 2) load_old();
     const bool keeps = units.keeps_page();
     if (!has_waited) {
       has_waited = true;
@@ -426,7 +432,7 @@ __device__ __forceinline__ void finish_norm(const NormParams& a, NormShared<R>& 
     if constexpr (kFloatPlanes) load_float_rows<R>(y, p, row, column);
     else if (R <= 2 || rows <= 2) load_half_rows<R, (R < 2 ? R : 2), 4>(y, p, row, column);
     else load_half_rows<R, R, 2>(y, p, row, column);
-    if (R > 2) load_old();  // registers for both are not there; the multiply-adds hide it
+    if (R > 2 && rows > 2) load_old();  // registers for both are not there; the multiply-adds hide it
     const int groups = (units.tile.entries + kNormEntries - 1) / kNormEntries;
     int group = -1;
     auto next_group = [&] {
@@ -447,6 +453,9 @@ __device__ __forceinline__ void finish_norm(const NormParams& a, NormShared<R>& 
       if (stage.count > 0) {
 #pragma unroll 1
         while (group < static_cast<int>(static_cast<unsigned>(stage.entry) / kNormEntries)) next_group();
+#ifdef NORM_NOFMA
+        if (stage.rank == 0)
+#endif
         expand_stage_of<R>(rows, y, ring + turn.slot * kNormStageRanks * pitch, pitch, at, shared.v[v_turn.slot], stage);
       }
       if (!keeps) {
@@ -507,7 +516,7 @@ __device__ __forceinline__ void finish_norm(const NormParams& a, NormShared<R>& 
 #endif
 
 template <bool kFloatPlanes, int R>
-__global__ void __launch_bounds__((kNormWarps + kNormHelpers) * kWarp, 1) add_rms_norm_lora_kernel(const __grid_constant__ NormParams a) {
+__global__ void __launch_bounds__(R == 1 ? NORM_BOUND1 : (kNormWarps + kNormHelpers) * kWarp, 1) add_rms_norm_lora_kernel(const __grid_constant__ NormParams a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint8_t norm_ring[];
   __shared__ NormShared<R> shared;
@@ -533,7 +542,8 @@ __global__ void __launch_bounds__((kNormWarps + kNormHelpers) * kWarp, 1) add_rm
   units.index = shared.share[0], units.first = shared.share[1], units.size = shared.share[2], units.left = shared.share[3];
   if (units.left > 0) units.tile = read_tile(units.table, units.index);
   if (warp == warps) send_pages<R>(a.p, shared, norm_ring, units);
-  else if (warp > warps) send_ranks<R>(a.p, shared, units);
+  else if (warp == warps + 1) send_ranks<R>(a.p, shared, units);
+  else if (warp > warps) fetch_ahead(a.p, units);
   else finish_norm<kFloatPlanes, R>(a, shared, norm_ring, units, warps);
 #endif
 }
