@@ -12,13 +12,6 @@
 #include "norm_lora.cuh"
 #include "product.cuh"
 
-#ifndef NORM_ROWS
-#define NORM_ROWS 3
-#endif
-#ifndef NORM_MOST
-#define NORM_MOST 1024
-#endif
-
 namespace openlora {
 namespace {
 
@@ -190,10 +183,10 @@ cudaError_t launch_blocks(const Product& product, Params params, cudaStream_t st
       if (C > 1 || product.rows <= 1024) return go(add_rms_norm_kernel<L, P, 1, C>, 1, processors * 2);
       return go(add_rms_norm_kernel<L, P, 2, 1>, 2, processors * 2);
     } else {
-      if (C == 1 && product.rows <= NORM_MOST && fits_norm_lora(product)) {
+      if (C == 1 && fits_norm_lora(product)) {
         const Shape shape{std::min(product.rows, processors), threads + kNormHelpers * kWarp, norm_lora_shared_bytes(product.columns)};
-        if (product.rows <= (NORM_HALF ? processors / 2 : processors)) return launch(add_rms_norm_lora_kernel<P, 1>, shape, product.follow, stream, params);
-        return launch(add_rms_norm_lora_kernel<P, P ? 2 : NORM_ROWS>, shape, product.follow, stream, params);
+        if (product.rows <= processors) return launch(add_rms_norm_lora_kernel<P, 1>, shape, product.follow, stream, params);
+        return launch(add_rms_norm_lora_kernel<P, P ? 2 : 3>, shape, product.follow, stream, params);
       }
       if (C > 1 || product.rows <= processors) return go(add_rms_norm_kernel<L, P, 1, C>, 1, processors);
       return go(add_rms_norm_kernel<L, P, 2, 1>, product.rows <= 2 * processors ? 2 : kPrefillRows, processors);

@@ -23,18 +23,10 @@
 namespace openlora {
 
 constexpr int kNormWarps = 16;        // with columns, at most
-constexpr int kNormHelpers = 3;       // warps: one for B, one for v, one that fetches ahead
+constexpr int kNormHelpers = 2;       // warps: one for B, one for v
 constexpr int kNormStageRanks = 4;
 constexpr int kNormStages = 6;
 constexpr int kNormEntries = 32;      // of v that shared memory holds at once
-#ifndef NORM_EARLY
-#define NORM_EARLY 0
-#endif
-#ifndef NORM_BOUND1
-#define NORM_BOUND1 640
-#endif
-constexpr int kNormEarlyBlocks = NORM_EARLY;  // processors that o and down leave free
-constexpr int kNormEarlyTiles = 32;      // of each of them: 16 MB in all
 
 struct NormParams {
   ProductView p;
@@ -74,27 +66,33 @@ struct NormTurn {
   }
 };
 
-// A block's units, one after another.
+// A block's units, one after another. Offsets, not pointers: registers are scarce.
 struct NormUnits {
-  TileTable table;
+  const int32_t* block;  // of tiles
+  int tiles_at, rows_at, entries_at;
   Tile tile;
   int index;  // of the tile
   int first;  // place in the tile
   int size;
   int left;
 
+  __device__ __forceinline__ const int4* tiles() const { return reinterpret_cast<const int4*>(block + tiles_at); }
+  __device__ __forceinline__ void read() {
+    const int4 raw = __ldg(tiles() + 2 * index), entry = __ldg(tiles() + 2 * index + 1);
+    tile = {raw.x, raw.y & 0xffff, raw.y >> 16, raw.z, raw.w, as_entry(entry)};
+  }
   __device__ __forceinline__ int rows() const { return min(size, tile.rows - first); }
   // Whether the next unit has the same page and no other.
   __device__ __forceinline__ bool keeps_page() const {
     if (left <= 1 || tile.entries != 1) return false;
     if (first + size < tile.rows) return true;
-    const int4 raw = __ldg(table.tiles + 2 * index + 2);
-    return raw.y >> 16 == 1 && __ldg(reinterpret_cast<const int*>(table.tiles + 2 * index + 3)) == tile.entry.page;
+    const int4 raw = __ldg(tiles() + 2 * index + 2);
+    return raw.y >> 16 == 1 && __ldg(reinterpret_cast<const int*>(tiles() + 2 * index + 3)) == tile.entry.page;
   }
   __device__ __forceinline__ void next() {
     --left;
     first += size;
-    if (left > 0 && first >= tile.rows) tile = read_tile(table, ++index), first = 0;
+    if (left > 0 && first >= tile.rows) ++index, first = 0, read();
   }
 };
 
@@ -104,15 +102,10 @@ struct NormUnits {
 template <int R>
 __device__ __forceinline__ int4 find_norm_share(const TileTable& table) {
   const int lane = threadIdx.x % kWarp, blocks = gridDim.x, block = blockIdx.x;
-#ifndef NORM_HALF
-#define NORM_HALF 0
-#endif
-  const int wanted = NORM_HALF ? blocks / 2 : blocks;
-  auto by_place = [&]() -> int4 {  // a unit is a place
+  if (R == 1 || table.row_count <= blocks) {  // a unit is a place
     const int index = block < table.row_count ? __ldg(table.tile_of + block) : 0;
     return {index, block < table.row_count ? block - __ldg(reinterpret_cast<const int*>(table.tiles + 2 * index)) : 0, 1, block < table.row_count};
-  };
-  if (R == 1 || table.row_count <= wanted) return by_place();
+  }
   const int each = (table.tile_count + kWarp - 1) / kWarp, begin = min(table.tile_count, lane * each), end = min(table.tile_count, begin + each);
   int counts[R > 1 ? R - 1 : 1] = {};
 #pragma unroll 8
@@ -122,12 +115,10 @@ __device__ __forceinline__ int4 find_norm_share(const TileTable& table) {
     for (int size = 2; size <= R; ++size) counts[size - 2] += (rows + size - 1) / size;
   }
   int size = R, mine = counts[R > 1 ? R - 2 : 0], total = 0;
-  bool is_half = false;
 #pragma unroll
   for (int s = R; s >= 2; --s) {
     const int all = static_cast<int>(__reduce_add_sync(kAllLanes, static_cast<unsigned>(counts[s - 2])));
-    if (s == R || all <= wanted || (all <= blocks && !is_half)) size = s, mine = counts[s - 2], total = all;
-    is_half = is_half || all <= wanted;
+    if (s == R || all <= blocks) size = s, mine = counts[s - 2], total = all;
   }
   int unit = block, count = block < total;
   if (total > blocks) {
@@ -157,10 +148,6 @@ __device__ __forceinline__ int4 find_norm_share(const TileTable& table) {
   return {__shfl_sync(kAllLanes, index, source), __shfl_sync(kAllLanes, first, source), size, count};
 }
 
-__device__ __forceinline__ void prefetch_bulk(const void* from, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-
 // A run of bytes to shared memory, under the usual policy of the L2: other blocks may want the page too.
 __device__ __forceinline__ void bulk_load(uint32_t target, const void* source, int bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target), "l"(source), "r"(bytes), "r"(barrier)
@@ -187,11 +174,7 @@ __device__ __forceinline__ void send_pages(const ProductView& p, NormShared<R>& 
     shared.stages[turn.slot] = stage;
     const uint32_t full = shared_address(&shared.full[turn.slot]);
     if (stage.count > 0) {
-#ifdef NORM_FAKE
-      const int bytes = NORM_FAKE == 0 ? 16 : stage.count * p.columns * 2 / NORM_FAKE;
-#else
       const int bytes = stage.count * p.columns * 2;
-#endif
       barrier_expect(full, bytes);
       bulk_load(shared_address(ring) + turn.slot * stage_bytes, from + static_cast<int64_t>(stage.rank) * p.columns, bytes, full);
     } else {
@@ -209,7 +192,7 @@ __device__ __forceinline__ void send_pages(const ProductView& p, NormShared<R>& 
       for (int group = 0; group < tile.entries; group += kWarp) {
         const bool is_mine = group + lane < tile.entries;
         Entry entry = tile.entry;
-        if (is_mine && group + lane > 0) entry = as_entry(__ldg(units.table.entries + tile.first_entry + group + lane));
+        if (is_mine && group + lane > 0) entry = as_entry(__ldg(reinterpret_cast<const int4*>(units.block + units.entries_at) + tile.first_entry + group + lane));
         const int ranks = is_mine ? ranks_left(p.work, p.work.spans[0].module, entry) : 0;
         const unsigned found = __ballot_sync(kAllLanes, ranks > 0);
         const int last = group + kWarp >= tile.entries && found != 0 ? 31 - __clz(static_cast<int>(found)) : -1;
@@ -230,18 +213,6 @@ __device__ __forceinline__ void send_pages(const ProductView& p, NormShared<R>& 
     }
     has_page = keeps;
   }
-}
-
-// The warp of the first blocks that sends for all tiles' first pages into L2.
-__device__ __forceinline__ void fetch_ahead(const ProductView& p, const NormUnits& units) {
-  if (static_cast<int>(blockIdx.x) >= kNormEarlyBlocks) return;
-  const int lane = threadIdx.x % kWarp, t = blockIdx.x + lane * kNormEarlyBlocks;
-  if (lane >= kNormEarlyTiles || t >= units.table.tile_count || t == units.index) return;
-  const Tile tile = read_tile(units.table, t);
-  const bool is_first = t == 0 || __ldg(reinterpret_cast<const int*>(units.table.tiles + 2 * t - 2) + 2) != tile.first_entry;
-  if (tile.entries == 0 || !is_first) return;
-  const int ranks = min(kPageRank, ranks_left(p.work, p.work.spans[0].module, tile.entry));
-  if (ranks > 0) prefetch_bulk(norm_page(p, tile.entry.page), ranks * p.columns * 2);
 }
 
 // The warp of v: v of every unit, its planes added up in order.
@@ -277,60 +248,79 @@ __device__ __forceinline__ void send_ranks(const ProductView& p, NormShared<R>& 
   }
 }
 
+__device__ __forceinline__ void unpack_quad(float (&x)[kQuad], uint2 raw) {
+  x[0] = low_half(raw.x), x[1] = high_half(raw.x), x[2] = low_half(raw.y), x[3] = high_half(raw.y);
+}
+
 // y[q][r] += v B of a stage, for the first kRows rows.
-template <int R, int kRows>
+template <int R, int kRows, int kHeld>
 __device__ __forceinline__ void expand_stage(float (&y)[kQuads][R][kQuad], const uint8_t* b, int pitch, const int (&at)[kQuads],
-                                             const float4 (&v)[R][kNormEntries][kPageRank / 4], const NormStage& stage) {
+                                             const float4 (&v)[kHeld][kNormEntries][kPageRank / 4], const NormStage& stage) {
   const unsigned entry = static_cast<unsigned>(stage.entry) % kNormEntries, four = static_cast<unsigned>(stage.rank) / kNormStageRanks;
-  float4 scales[kRows];
+  if (stage.count == kNormStageRanks) {
+    constexpr int kTogether = kRows <= 2 ? kNormStageRanks : kNormStageRanks / 2;
+    float4 scales[kRows];
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) scales[r] = v[r][entry][four];
-  auto add = [&](int i) {
+    for (int r = 0; r < kRows; ++r) scales[r] = v[r][entry][four];
+#pragma unroll
+    for (int first = 0; first < kNormStageRanks; first += kTogether) {
+      uint2 raw[kTogether][kQuads];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i)
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) raw[i][q] = *reinterpret_cast<const uint2*>(b + (first + i) * pitch + at[q]);
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i)
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
+          float x[kQuad];
+          unpack_quad(x, raw[i][q]);
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) {
+            const int rank = first + i;
+            const float scale = rank == 0 ? scales[r].x : (rank == 1 ? scales[r].y : (rank == 2 ? scales[r].z : scales[r].w));
+#pragma unroll
+            for (int c = 0; c < kQuad; ++c) y[q][r][c] = fmaf(scale, x[c], y[q][r][c]);
+          }
+        }
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < stage.count; ++i)  // the last ranks of a module
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
-      const uint2 raw = *reinterpret_cast<const uint2*>(b + i * pitch + at[q]);
-      const float x[kQuad] = {low_half(raw.x), high_half(raw.x), low_half(raw.y), high_half(raw.y)};
+      float x[kQuad];
+      unpack_quad(x, *reinterpret_cast<const uint2*>(b + i * pitch + at[q]));
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const float scale = i == 0 ? scales[r].x : (i == 1 ? scales[r].y : (i == 2 ? scales[r].z : scales[r].w));
+        const float scale = reinterpret_cast<const float*>(&v[r][entry][four])[i];
 #pragma unroll
         for (int c = 0; c < kQuad; ++c) y[q][r][c] = fmaf(scale, x[c], y[q][r][c]);
       }
     }
-  };
-  if (stage.count == kNormStageRanks) {
-#pragma unroll
-    for (int i = 0; i < kNormStageRanks; ++i) add(i);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kNormStageRanks - 1; ++i)
-      if (i < stage.count) add(i);
-  }
 }
 
-template <int R>
+template <int R, int kHeld>
 __device__ __forceinline__ void expand_stage_of(int rows, float (&y)[kQuads][R][kQuad], const uint8_t* b, int pitch, const int (&at)[kQuads],
-                                                const float4 (&v)[R][kNormEntries][kPageRank / 4], const NormStage& stage) {
+                                                const float4 (&v)[kHeld][kNormEntries][kPageRank / 4], const NormStage& stage) {
   if (R == 1 || rows == 1) return expand_stage<R, 1>(y, b, pitch, at, v, stage);
   if constexpr (R >= 2)
-    if (rows == 2) return expand_stage<R, 2>(y, b, pitch, at, v, stage);
-  if constexpr (R >= 3) {
-    if (R == 3 || rows == 3) return expand_stage<R, 3>(y, b, pitch, at, v, stage);
-    if constexpr (R >= 4) expand_stage<R, 4>(y, b, pitch, at, v, stage);
-  }
+    if (R == 2 || rows == 2) return expand_stage<R, 2>(y, b, pitch, at, v, stage);
+  if constexpr (R >= 3) expand_stage<R, 3>(y, b, pitch, at, v, stage);
 }
 
-// The first kRows rows of bf16 planes: all loads of kTogether planes are on their way together.
-template <int R, int kRows, int kTogether>
+// Rows of bf16 planes: all loads of kTogether planes are on their way together.
+template <int R, int kTogether>
 __device__ __forceinline__ void load_half_rows(float (&y)[kQuads][R][kQuad], const ProductView& p, const int (&row)[R], const int (&column)[kQuads]) {
   const auto* from = static_cast<const __nv_bfloat16*>(p.y);
-  uint2 raw[kTogether][kRows][kQuads];
+  uint2 raw[kTogether][R][kQuads];
 #pragma unroll 1
   for (int first = 0; first < p.planes; first += kTogether) {
 #pragma unroll
     for (int s = 0; s < kTogether; ++s)
 #pragma unroll
-      for (int r = 0; r < kRows; ++r)
+      for (int r = 0; r < R; ++r)
 #pragma unroll
         for (int q = 0; q < kQuads; ++q) {
           raw[s][r][q] = make_uint2(0x80008000u, 0x80008000u);  // -0, which adds nothing to -0 or anything else
@@ -340,7 +330,7 @@ __device__ __forceinline__ void load_half_rows(float (&y)[kQuads][R][kQuad], con
 #pragma unroll
     for (int s = 0; s < kTogether; ++s)
 #pragma unroll
-      for (int r = 0; r < kRows; ++r)
+      for (int r = 0; r < R; ++r)
 #pragma unroll
         for (int q = 0; q < kQuads; ++q) {
           const uint2 x = raw[s][r][q];
@@ -353,7 +343,7 @@ __device__ __forceinline__ void load_half_rows(float (&y)[kQuads][R][kQuad], con
     if (column[q] < 0) continue;
     const uint2 x = __ldg(reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(p.bias) + column[q]));
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) y[q][r][0] += low_half(x.x), y[q][r][1] += high_half(x.x), y[q][r][2] += low_half(x.y), y[q][r][3] += high_half(x.y);
+    for (int r = 0; r < R; ++r) y[q][r][0] += low_half(x.x), y[q][r][1] += high_half(x.x), y[q][r][2] += low_half(x.y), y[q][r][3] += high_half(x.y);
   }
 }
 
@@ -369,13 +359,9 @@ __device__ __forceinline__ void load_float_rows(float (&y)[kQuads][R][kQuad], co
   }
 }
 
-__device__ __forceinline__ void unpack_quad(float (&x)[kQuad], uint2 raw) {
-  x[0] = low_half(raw.x), x[1] = high_half(raw.x), x[2] = low_half(raw.y), x[3] = high_half(raw.y);
-}
-
 // The warps with columns.
-template <bool kFloatPlanes, int R>
-__device__ __forceinline__ void finish_norm(const NormParams& a, NormShared<R>& shared, const uint8_t* ring, NormUnits units, int warps) {
+template <bool kFloatPlanes, int R, int kHeld>
+__device__ __forceinline__ void finish_norm(const NormParams& a, NormShared<kHeld>& shared, const uint8_t* ring, NormUnits units, int warps) {
   const ProductView& p = a.p;
   const int threads = warps * kWarp, warp = warp_index(), quads = p.columns / kQuad, pitch = p.columns * 2;
   auto* residual = static_cast<__nv_bfloat16*>(a.residual);
@@ -394,7 +380,7 @@ __device__ __forceinline__ void finish_norm(const NormParams& a, NormShared<R>& 
       if (column[q] >= 0) weight[q] = __ldg(reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(a.weight) + column[q]));
   };
   if (R <= 2) load_weight();
-  for (int i = threadIdx.x; i < 2 * R * kNormWarps; i += threads)
+  for (int i = threadIdx.x; i < 2 * kHeld * kNormWarps; i += threads)
     if (i % kNormWarps >= warps) (&shared.squares[0][0][0])[i] = 0.f;
   NormTurn<kNormStages> turn, kept;
   NormTurn<2> v_turn;
@@ -406,7 +392,7 @@ __device__ __forceinline__ void finish_norm(const NormParams& a, NormShared<R>& 
     int row[R];
     uint2 old[R][kQuads];
 #pragma unroll
-    for (int r = 0; r < R; ++r) row[r] = r < rows ? __ldg(units.table.rows + units.tile.place + units.first + r) : -1;
+    for (int r = 0; r < R; ++r) row[r] = r < rows ? __ldg(units.block + units.rows_at + units.tile.place + units.first + r) : -1;
     auto load_old = [&] {  // the residual, which no kernel in flight writes
 #pragma unroll
       for (int r = 0; r < R; ++r)
@@ -415,7 +401,7 @@ __device__ __forceinline__ void finish_norm(const NormParams& a, NormShared<R>& 
           if (row[r] >= 0 && column[q] >= 0)
             old[r][q] = __ldcg(reinterpret_cast<const uint2*>(residual + static_cast<int64_t>(row[r]) * p.columns + column[q]));
     };
-    if (R <= 2 || rows <= 2) load_old();
+    if (R <= 2) load_old();
     const bool keeps = units.keeps_page();
     if (!has_waited) {
       has_waited = true;
@@ -430,9 +416,8 @@ __device__ __forceinline__ void finish_norm(const NormParams& a, NormShared<R>& 
 #pragma unroll
         for (int i = 0; i < kQuad; ++i) y[q][r][i] = -0.f;
     if constexpr (kFloatPlanes) load_float_rows<R>(y, p, row, column);
-    else if (R <= 2 || rows <= 2) load_half_rows<R, (R < 2 ? R : 2), 4>(y, p, row, column);
-    else load_half_rows<R, R, 2>(y, p, row, column);
-    if (R > 2 && rows > 2) load_old();  // registers for both are not there; the multiply-adds hide it
+    else load_half_rows<R, (R <= 2 ? 4 : 2)>(y, p, row, column);
+    if (R > 2) load_old();  // registers for both are not there; the multiply-adds hide it
     const int groups = (units.tile.entries + kNormEntries - 1) / kNormEntries;
     int group = -1;
     auto next_group = [&] {
@@ -453,9 +438,6 @@ __device__ __forceinline__ void finish_norm(const NormParams& a, NormShared<R>& 
       if (stage.count > 0) {
 #pragma unroll 1
         while (group < static_cast<int>(static_cast<unsigned>(stage.entry) / kNormEntries)) next_group();
-#ifdef NORM_NOFMA
-        if (stage.rank == 0)
-#endif
         expand_stage_of<R>(rows, y, ring + turn.slot * kNormStageRanks * pitch, pitch, at, shared.v[v_turn.slot], stage);
       }
       if (!keeps) {
@@ -516,13 +498,15 @@ __device__ __forceinline__ void finish_norm(const NormParams& a, NormShared<R>& 
 #endif
 
 template <bool kFloatPlanes, int R>
-__global__ void __launch_bounds__(R == 1 ? NORM_BOUND1 : (kNormWarps + kNormHelpers) * kWarp, 1) add_rms_norm_lora_kernel(const __grid_constant__ NormParams a) {
+__global__ void __launch_bounds__((kNormWarps + kNormHelpers) * kWarp, 1) add_rms_norm_lora_kernel(const __grid_constant__ NormParams a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint8_t norm_ring[];
   __shared__ NormShared<R> shared;
   const int warp = warp_index(), warps = static_cast<int>(blockDim.x) / kWarp - kNormHelpers;
   NormUnits units;
-  units.table = read_tile_table(a.p.work.tiles);
+  units.block = a.p.work.tiles;
+  const int4 offsets = __ldg(reinterpret_cast<const int4*>(units.block) + 1);  // lora_work.h
+  units.tiles_at = offsets.x, units.rows_at = offsets.y, units.entries_at = offsets.z;
   if (warp == warps) {
     if (threadIdx.x % kWarp == 0) {
 #pragma unroll
@@ -531,7 +515,7 @@ __global__ void __launch_bounds__(R == 1 ? NORM_BOUND1 : (kNormWarps + kNormHelp
       for (int s = 0; s < 2; ++s) barrier_init(shared_address(&shared.v_full[s]), kWarp), barrier_init(shared_address(&shared.v_empty[s]), warps);
       barrier_init_fence();
     }
-    const int4 share = find_norm_share<R>(units.table);
+    const int4 share = find_norm_share<R>(read_tile_table(units.block));
     if (threadIdx.x % kWarp == 0) *reinterpret_cast<int4*>(shared.share) = share;
     __syncwarp();
     arrive_for(kShareBarrier, blockDim.x);
@@ -540,11 +524,11 @@ __global__ void __launch_bounds__(R == 1 ? NORM_BOUND1 : (kNormWarps + kNormHelp
   }
   __syncwarp();
   units.index = shared.share[0], units.first = shared.share[1], units.size = shared.share[2], units.left = shared.share[3];
-  if (units.left > 0) units.tile = read_tile(units.table, units.index);
+  if (units.left > 0) units.read();
   if (warp == warps) send_pages<R>(a.p, shared, norm_ring, units);
-  else if (warp == warps + 1) send_ranks<R>(a.p, shared, units);
-  else if (warp > warps) fetch_ahead(a.p, units);
-  else finish_norm<kFloatPlanes, R>(a, shared, norm_ring, units, warps);
+  else if (warp > warps) send_ranks<R>(a.p, shared, units);
+  else if (R > 2 && units.size > 2) finish_norm<kFloatPlanes, R>(a, shared, norm_ring, units, warps);
+  else finish_norm<kFloatPlanes, (R < 2 ? R : 2)>(a, shared, norm_ring, units, warps);
 #endif
 }
 
