@@ -24,8 +24,11 @@ namespace openlora {
 
 constexpr int kNormWarps = 16;        // with columns, at most
 constexpr int kNormHelpers = 2;       // warps: one for B, one for v
-constexpr int kNormStageRanks = 4;
-constexpr int kNormStages = 6;
+#ifndef NORM_STAGE
+#define NORM_STAGE 4
+#endif
+constexpr int kNormStageRanks = NORM_STAGE;
+constexpr int kNormStages = 24 / NORM_STAGE;
 constexpr int kNormEntries = 32;      // of v that shared memory holds at once
 
 struct NormParams {
@@ -255,20 +258,32 @@ __device__ __forceinline__ void unpack_quad(float (&x)[kQuad], uint2 raw) {
 // y[q][r] += v B of a stage, for the first kRows rows.
 template <int R, int kRows, int kHeld>
 __device__ __forceinline__ void expand_stage(float (&y)[kQuads][R][kQuad], const uint8_t* b, int pitch, const int (&at)[kQuads],
-                                             const float4 (&v)[kHeld][kNormEntries][kPageRank / 4], const NormStage& stage) {
-  const unsigned entry = static_cast<unsigned>(stage.entry) % kNormEntries, four = static_cast<unsigned>(stage.rank) / kNormStageRanks;
+                                             const float4 (&v)[kHeld][kNormEntries][kPageRank / 4], const NormStage& stage, uint32_t b_at, uint32_t v_at) {
+  const unsigned entry = static_cast<unsigned>(stage.entry) % kNormEntries, four = static_cast<unsigned>(stage.rank) / 4;
   if (stage.count == kNormStageRanks) {
-    constexpr int kTogether = kRows <= 2 ? kNormStageRanks : kNormStageRanks / 2;
+    constexpr int kTogether = kRows <= 2 ? 4 : 2;
     float4 scales[kRows];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) scales[r] = v[r][entry][four];
-#pragma unroll
     for (int first = 0; first < kNormStageRanks; first += kTogether) {
+      if (first % 4 == 0)
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+#ifdef NORM_ASM
+          asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(scales[r].x), "=f"(scales[r].y), "=f"(scales[r].z), "=f"(scales[r].w)
+                       : "r"(v_at + ((r * kNormEntries + entry) * 4 + four + first / 4) * 16));
+#else
+          scales[r] = v[r][entry][four + first / 4];
+#endif
       uint2 raw[kTogether][kQuads];
 #pragma unroll
       for (int i = 0; i < kTogether; ++i)
 #pragma unroll
+#ifdef NORM_ASM
+        for (int q = 0; q < kQuads; ++q)
+          asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(raw[i][q].x), "=r"(raw[i][q].y) : "r"(b_at + (first + i) * pitch + at[q]));
+#else
         for (int q = 0; q < kQuads; ++q) raw[i][q] = *reinterpret_cast<const uint2*>(b + (first + i) * pitch + at[q]);
+#endif
 #pragma unroll
       for (int i = 0; i < kTogether; ++i)
 #pragma unroll
@@ -277,7 +292,7 @@ __device__ __forceinline__ void expand_stage(float (&y)[kQuads][R][kQuad], const
           unpack_quad(x, raw[i][q]);
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
-            const int rank = first + i;
+            const int rank = (first + i) % 4;
             const float scale = rank == 0 ? scales[r].x : (rank == 1 ? scales[r].y : (rank == 2 ? scales[r].z : scales[r].w));
 #pragma unroll
             for (int c = 0; c < kQuad; ++c) y[q][r][c] = fmaf(scale, x[c], y[q][r][c]);
@@ -303,11 +318,11 @@ __device__ __forceinline__ void expand_stage(float (&y)[kQuads][R][kQuad], const
 
 template <int R, int kHeld>
 __device__ __forceinline__ void expand_stage_of(int rows, float (&y)[kQuads][R][kQuad], const uint8_t* b, int pitch, const int (&at)[kQuads],
-                                                const float4 (&v)[kHeld][kNormEntries][kPageRank / 4], const NormStage& stage) {
-  if (R == 1 || rows == 1) return expand_stage<R, 1>(y, b, pitch, at, v, stage);
+                                                const float4 (&v)[kHeld][kNormEntries][kPageRank / 4], const NormStage& stage, uint32_t b_at, uint32_t v_at) {
+  if (R == 1 || rows == 1) return expand_stage<R, 1>(y, b, pitch, at, v, stage, b_at, v_at);
   if constexpr (R >= 2)
-    if (R == 2 || rows == 2) return expand_stage<R, 2>(y, b, pitch, at, v, stage);
-  if constexpr (R >= 3) expand_stage<R, 3>(y, b, pitch, at, v, stage);
+    if (R == 2 || rows == 2) return expand_stage<R, 2>(y, b, pitch, at, v, stage, b_at, v_at);
+  if constexpr (R >= 3) expand_stage<R, 3>(y, b, pitch, at, v, stage, b_at, v_at);
 }
 
 // Rows of bf16 planes: all loads of kTogether planes are on their way together.
@@ -382,6 +397,8 @@ __device__ __forceinline__ void finish_norm(const NormParams& a, NormShared<kHel
   if (R <= 2) load_weight();
   for (int i = threadIdx.x; i < 2 * kHeld * kNormWarps; i += threads)
     if (i % kNormWarps >= warps) (&shared.squares[0][0][0])[i] = 0.f;
+  uint32_t ring_at = shared_address(ring), v_base = shared_address(&shared.v[0]);
+  asm volatile("" : "+r"(ring_at), "+r"(v_base));
   NormTurn<kNormStages> turn, kept;
   NormTurn<2> v_turn;
   bool has_waited = false, has_page = false;
@@ -438,7 +455,8 @@ __device__ __forceinline__ void finish_norm(const NormParams& a, NormShared<kHel
       if (stage.count > 0) {
 #pragma unroll 1
         while (group < static_cast<int>(static_cast<unsigned>(stage.entry) / kNormEntries)) next_group();
-        expand_stage_of<R>(rows, y, ring + turn.slot * kNormStageRanks * pitch, pitch, at, shared.v[v_turn.slot], stage);
+        expand_stage_of<R>(rows, y, ring + turn.slot * kNormStageRanks * pitch, pitch, at, shared.v[v_turn.slot], stage,
+                            ring_at + turn.slot * kNormStageRanks * pitch, v_base + v_turn.slot * static_cast<uint32_t>(sizeof(shared.v[0])));
       }
       if (!keeps) {
         __syncwarp();
