@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from eth_hash.auto import keccak
 
 from attribution.errors import SignatureError
 
+_SHORT_BYTES = 1024
 _UINT = re.compile(r"uint(\d{1,3})")
 _HEX = re.compile(r"0x[0-9a-fA-F]*")
 _DOMAIN_FIELDS = (
@@ -96,16 +98,26 @@ def full_message(domain: Domain, struct: StructType, message: Mapping[str, Any])
     }
 
 
+def hashed(data: bytes) -> bytes:
+    """keccak of something that is often the same: a finish reason, a recipe's adapters, a request's id in receipt and record."""
+    return _short_hash(data) if len(data) <= _SHORT_BYTES else keccak(data)
+
+
+@lru_cache(maxsize=1024)
+def _short_hash(data: bytes) -> bytes:
+    return keccak(data)
+
+
 def _word(kind: str, value: Any, where: str) -> bytes:
     """One field as the 32-byte word EIP-712 hashes."""
     if kind == "string" and isinstance(value, str):
-        return keccak(value.encode())
+        return hashed(value.encode())
     if kind == "bytes32":
         return fixed_bytes(value, 32, where)
     if kind == "address":
         return fixed_bytes(value, 20, where).rjust(32, b"\x00")
     if kind == "bytes32[]" and isinstance(value, list | tuple):
-        return keccak(b"".join(fixed_bytes(item, 32, where) for item in value))
+        return hashed(b"".join(fixed_bytes(item, 32, where) for item in value))
     if kind == "bool" and isinstance(value, bool):
         return int(value).to_bytes(32, "big")
     matched = _UINT.fullmatch(kind)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from eth_utils.crypto import keccak
+from eth_hash.auto import keccak
 
+from attribution.eip712 import hashed
 from attribution.errors import SplitError
 
 PPM = 1_000_000
@@ -47,7 +48,7 @@ def split(total_wei: int, weights: Mapping[str, int], tie: bytes) -> dict[str, i
 
 def request_tie(request_id: str) -> bytes:
     """What breaks ties within one request: 32 bytes that anyone with the record can recompute."""
-    return keccak(text=request_id)
+    return hashed(request_id.encode())
 
 
 def _largest(remainders: Mapping[str, int], count: int, tie: bytes) -> list[str]:

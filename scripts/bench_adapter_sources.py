@@ -4,13 +4,15 @@ catalogue: time to first token of a resident adapter's request on a node that kn
 requests alternate between the two nodes, so the machine's moods fall on both.
 
 storm: eight clients stream from resident adapters, for some seconds alone and for as many beside 200 requests for unknown
-adapters, which all come at once, from a hub that takes 5 s for each answer and fails one time in five; --rounds such pairs on
+adapters, which all come at once, from a hub that takes 5 s and fails one time in five: for each answer, or with --slow-lookups
+for each adapter, so that the others' files arrive together and are served while the hot load is measured; --rounds such pairs on
 one node. Every hot request counts, those of the storm's first instant too. Ratios of quantiles over all rounds have bootstrap
 intervals. Clients and hub are processes of their own (`storm_load`); where they and the node share cores, wall-clock ratios say
-little: the row also has the engine process's CPU time and steps a token on both sides, and the API process's.
+little: the row also has the engine process's CPU time and steps a token on both sides, and the API process's, and which moments
+of the storm the slowest hot requests fell into, how many steps each waited for, and how long those were (`storm_moments`).
 
     python scripts/bench_adapter_sources.py catalogue --pairs 200
-    python scripts/bench_adapter_sources.py storm --shape llama-3.1-8b --layers 4 --engine-cores 0-9 --client-cores 10-15
+    python scripts/bench_adapter_sources.py storm --shape llama-3.1-8b --random-weights --engine-cores 0-9 --client-cores 10-15
 """
 
 from __future__ import annotations
@@ -35,20 +37,25 @@ from typing import Any
 import aiohttp
 import numpy as np
 from bench_engine import median_interval
+from bench_serving import SERVE
 from safetensors.numpy import save_file
 from storm_figures import Phase, Round, compared, cpu_seconds
 from storm_load import Helper
+from storm_moments import Streamed, slowest_requests
 
+SERVING = Path(__file__).with_name("bench_serving.py")
 DEMO = Path(__file__).resolve().parents[1] / "config/demo/adapters"
 BASE = "smollm2-135m-instruct"
 HOT = ("lincoln", "reagan", "roosevelt")
 PROMPT_TOKENS = 16
 HOT_CLIENTS = 8
+QUICK_DRAWS = 50  # for the intervals of a round, which are only looked at while a run is under way
+MOST_CALM_S, GLANCE_S, IDLE_SHARE = 5.0, 0.2, 0.15
 LEAD_S = 0.3  # from the first hot requests of a phase to the cold ones
 STATS_S = 0.7  # the engine sends its counters twice a second
 RESIDENT = "resident"
 TWO_ON_ONE = 'memory_bytes = "1GiB"\n[engine]\nkv_cache_bytes = "512MiB"\nprefix_cache = false'  # two nodes share the device
-STORM_SETTINGS = "allow_hub = true\nfetch_workers = {workers}\n[engine]\nprefix_cache = false"
+STORM_SETTINGS = "allow_hub = true\nfetch_workers = {workers}\n{memory}[engine]\nprefix_cache = false"
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -77,33 +84,35 @@ def write_small_adapters(directory: Path, count: int, hidden: int) -> None:
 
 
 def prepare(args: argparse.Namespace, place: Path) -> tuple[str, list[Path]]:
-    """The base model's path and the adapters to copy from: the packaged ones, or random ones of a known shape in `place`, where
-    they are not there yet."""
+    """The base model's path and the adapters to copy from, the last for the storm: the packaged ones, or random ones of a known
+    shape in `place`, where they are not there yet: of all linear modules, the storm's of queries and values, as most are."""
     if not args.shape:
-        return BASE, [DEMO / name for name in HOT]
-    sources = [place / f"source-{index}" for index in range(3)]
+        return BASE, [DEMO / name for name in (*HOT, HOT[0])]
+    sources = [place / f"source-{index}" for index in range(4)]
     if (place / "made").exists():
         return str(place / "model"), sources
-    (place / "model").mkdir(parents=True, exist_ok=True)
+    (place / "model").mkdir(parents=True, exist_ok=True)  # empty with --random-weights
     import torch
     from bench_adapters import write_adapter
     from random_model import shape_config, write_checkpoint
 
     from node.models.spec import model_spec
 
-    write_checkpoint(args.shape, place / "model", torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.layers)
+    if not args.random_weights:
+        write_checkpoint(args.shape, place / "model", torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.layers)
     kinds = [kind for kind in model_spec(shape_config(args.shape, args.layers), None).linear_kinds if kind.name != "lm_head"]
     for index, source in enumerate(sources):
-        write_adapter(source, kinds, 16, index)
+        is_of_storm = index == len(sources) - 1
+        write_adapter(source, [kind for kind in kinds if not is_of_storm or kind.name.endswith(("q_proj", "v_proj"))], 16, index)
     (place / "made").touch()
     return str(place / "model"), sources
 
 
 @contextmanager
 def node(
-    place: Path, model: str, adapters: Path, cores: str, settings: str, server: str = "", **environment: str
+    place: Path, model: str, adapters: Path, args: argparse.Namespace, settings: str, server: str = "", **environment: str
 ) -> Iterator[tuple[str, int]]:
-    """A node of its own; yields its URL and process id."""
+    """A node of its own; yields its URL and process id. With --random-weights they are made where they run, and not read."""
     config = place / "node.toml"
     config.write_text(
         f'data_dir = "{place}"\n[server]\nport = 0\nmax_concurrent_requests = 1024\n{server}\n[model]\npath = "{model}"\n'
@@ -111,8 +120,10 @@ def node(
         '[chain]\nprofile = "none"\n[telemetry]\nlog_level = "error"\n'
     )
     command = [sys.executable, "-m", "node.cli.main", "start", "--config", str(config)]
-    if cores:
-        command = ["taskset", "-c", cores, *command]
+    if args.random_weights:
+        command = [sys.executable, str(SERVING), SERVE, str(config), args.shape, str(args.layers or "")]
+    if args.engine_cores:
+        command = ["taskset", "-c", args.engine_cores, *command]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
     try:
         url = next((line.split(" serves at ")[1].split()[0] for line in process.stdout or () if " serves at " in line), "")
@@ -146,21 +157,30 @@ async def ask(session: aiohttp.ClientSession, url: str, model: str, tokens: int,
     return found
 
 
+def prepare_catalogues(args: argparse.Namespace, place: Path) -> tuple[str, Path, Path]:
+    """The base model's path, and directories of few and of many adapters with the same resident one, where they are not yet."""
+    from random_model import SHAPES
+
+    model, sources = prepare(args, place)
+    hidden = 576 if model == BASE else SHAPES[args.shape]["hidden_size"]
+    small, large = place / "small", place / f"large-{args.adapters}"
+    for directory, count in ((small, 10), (large, args.adapters)):
+        if not directory.exists():
+            shutil.copytree(sources[0], directory / RESIDENT)
+            write_small_adapters(directory, count - 1, hidden)
+    return model, small, large
+
+
 async def catalogue(args: argparse.Namespace) -> dict[str, Any]:
     """Alternate requests between a small and a large catalogue."""
     with tempfile.TemporaryDirectory(dir=args.files) as scratch:
-        model, sources = prepare(args, args.prepared or Path(scratch))
-        hidden = 576 if model == BASE else json.loads((Path(model) / "config.json").read_text())["hidden_size"]
-        small, large = Path(scratch) / "small", Path(scratch) / "large"
-        for directory, count in ((small, 10), (large, args.adapters)):
-            (directory / "adapters").mkdir(parents=True)
-            (directory / "node").mkdir()
-            shutil.copytree(sources[0], directory / "adapters" / RESIDENT)
-            write_small_adapters(directory / "adapters", count - 1, hidden)
-        begun_s = time.monotonic()
-        with node(small / "node", model, small / "adapters", args.engine_cores, TWO_ON_ONE) as (few, _):
+        model, small, large = prepare_catalogues(args, args.prepared or Path(scratch))
+        nodes = [Path(scratch) / "small-node", Path(scratch) / "large-node"]
+        for place in nodes:
+            place.mkdir()
+        with node(nodes[0], model, small, args, TWO_ON_ONE) as (few, _):
             begun_s = time.monotonic()
-            with node(large / "node", model, large / "adapters", args.engine_cores, TWO_ON_ONE) as (many, _):
+            with node(nodes[1], model, large, args, TWO_ON_ONE) as (many, _):
                 start_s = time.monotonic() - begun_s
                 async with aiohttp.ClientSession() as session:
                     pairs = await _paired(session, few, many, args.pairs)
@@ -207,10 +227,15 @@ def storm(args: argparse.Namespace) -> None:
         for index in range(HOT_CLIENTS):
             shutil.copytree(sources[index % 3], adapters / f"hot-{index}")
         cores = client_cores(args.client_cores)
-        hub = stack.enter_context(closing(Helper(cores[2], "hub", str(args.latency_s), str(args.failure), str(sources[0]))))
+        slow = "lookups" if args.slow_lookups else "answers"
+        hub = stack.enter_context(
+            closing(Helper(cores[2], "hub", str(args.latency_s), str(args.failure), str(sources[-1]), slow))
+        )
         endpoint = hub.ask(start=True)["url"]
-        place, settings = Path(scratch) / "node", STORM_SETTINGS.format(workers=args.fetch_workers)
-        url, pid = stack.enter_context(node(place, model, adapters, args.engine_cores, settings, HF_ENDPOINT=endpoint))
+        sizes = (("memory_bytes", args.adapter_bytes), ("host_memory_bytes", args.host_bytes))
+        memory = "".join(f"{key} = {size}\n" for key, size in sizes if size)
+        place, settings = Path(scratch) / "node", STORM_SETTINGS.format(workers=args.fetch_workers, memory=memory)
+        url, pid = stack.enter_context(node(place, model, adapters, args, settings, HF_ENDPOINT=endpoint))
         host = url.removeprefix("http://")
         hot = stack.enter_context(closing(Helper(cores[0], "hot", host, str(HOT_CLIENTS))))
         cold = stack.enter_context(closing(Helper(cores[1], "cold", host)))
@@ -220,7 +245,8 @@ def storm(args: argparse.Namespace) -> None:
             round_s = -time.monotonic()
             rounds.append(_round(hot, cold, hub, url, pid, args, len(rounds)))
             round_s += time.monotonic()
-            print(json.dumps({"round": len(rounds), "start_s": round(start_s, 1)} | compared(rounds[-1:])), flush=True)
+            found = {"round": len(rounds), "start_s": round(start_s, 1)} | compared(rounds[-1:], QUICK_DRAWS)
+            print(json.dumps(found | slowest_requests(rounds[-1:], args.latency_s)), flush=True)
         keep(
             args,
             {
@@ -230,6 +256,7 @@ def storm(args: argparse.Namespace) -> None:
                 "cold": args.cold,
                 "fetch_workers": args.fetch_workers,
                 "latency_s": args.latency_s,
+                "slow": slow,
                 "failure": args.failure,
                 "shares_cores": not (args.engine_cores and args.client_cores),
                 "rounds": len(rounds),
@@ -237,6 +264,7 @@ def storm(args: argparse.Namespace) -> None:
                 "phase_s": [args.alone_s or args.phase_s, args.phase_s],
                 "lead_s": LEAD_S,
                 **compared(rounds),
+                **slowest_requests(rounds, args.latency_s),
             },
         )
 
@@ -265,12 +293,23 @@ def _round(hot: Helper, cold: Helper, hub: Helper, url: str, pid: int, args: arg
         spent = {name: seconds - before_cpu.get(name, 0.0) for name, seconds in cpu_seconds(pid).items()}
         time.sleep(STATS_S)
         steps = engine_steps(url) - before_steps
-        phases[side] = Phase(found["ttft_s"], found["gap_s"], found["tokens"], steps, spent)
+        streamed = [Streamed(sent_s, event_s) for sent_s, event_s in found["answers"]]
+        phases[side] = Phase(streamed, steps, spent)
         if side == "beside":
             outcome = cold.ask(wait_s=args.cold_wait_s)
             after_hub = hub.ask(calm=True)
-            time.sleep(args.calm_s)
+            _wait_for_fetches(pid, args.calm_s)
     return Round(phases["alone"], phases["beside"], outcome, {key: after_hub[key] - before_hub[key] for key in after_hub})
+
+
+def _wait_for_fetches(pid: int, least_s: float) -> None:
+    """Until the fetching process rests, or for so long that the next phase says what it costs."""
+    time.sleep(least_s)
+    for _ in range(int(MOST_CALM_S / GLANCE_S)):
+        before_s = cpu_seconds(pid).get("fetcher", 0.0)
+        time.sleep(GLANCE_S)
+        if cpu_seconds(pid).get("fetcher", 0.0) - before_s < IDLE_SHARE * GLANCE_S:
+            return
 
 
 def engine_steps(url: str) -> float:
@@ -282,12 +321,17 @@ def engine_steps(url: str) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("row", choices=("prepare", "catalogue", "storm"), help="prepare makes the files of --prepared alone")
+    parser.add_argument(
+        "row",
+        choices=("prepare", "prepare-catalogue", "catalogue", "storm"),
+        help="the first two make the files of --prepared alone",
+    )
     parser.add_argument("--adapters", type=int, default=10_000)
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--cold", type=int, default=200)
     parser.add_argument("--latency-s", type=float, default=5.0)
     parser.add_argument("--failure", type=float, default=0.2)
+    parser.add_argument("--slow-lookups", action="store_true", help="latency and failures once an adapter, not for each answer")
     parser.add_argument("--fetch-workers", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--within-s", type=float, help="begin no round that would end later than this after the start")
@@ -301,6 +345,9 @@ def main() -> int:
     parser.add_argument("--client-cores", default="", help="cores of this process")
     parser.add_argument("--shape", default="", help="random weights of a shape (scripts/random_model.py) instead of the package")
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--random-weights", action="store_true", help="weights of --shape made where they run, not read")
+    parser.add_argument("--adapter-bytes", type=int, help="adapters.memory_bytes of the storm's node")
+    parser.add_argument("--host-bytes", type=int, help="adapters.host_memory_bytes of the storm's node")
     parser.add_argument("--prepared", type=Path, help="a directory for the shape's files, which are made once")
     parser.add_argument("--files", type=Path, help="where files are made; default: the temporary directory")
     parser.add_argument("--out", type=Path)
@@ -309,6 +356,9 @@ def main() -> int:
         os.sched_setaffinity(0, {int(core) for cores in client_cores(args.client_cores) for core in cores.split(",")})
     if args.row == "prepare":
         prepare(args, args.prepared)
+        return 0
+    if args.row == "prepare-catalogue":
+        prepare_catalogues(args, args.prepared)
         return 0
     if args.row == "storm":
         storm(args)

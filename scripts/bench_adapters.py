@@ -10,8 +10,10 @@ churn   256 adapters through 32 slots, one request each (prompt 128, 64 new toke
         the page cache. Later passes: adapters in host memory.
 cold    Time to first token (prompt 16) on an idle engine of an adapter never seen, of one in host memory, of a resident one.
 beside  Inter-token latency of 63 running requests beside which a short request comes every 6 steps, in turns for a resident
-        adapter and for one that has to be loaded from its files.
-zipf    Requests whose adapters are drawn by Zipf's law (s = 1) from 1,000, against the same from 64.
+        adapter that nobody else names and for one that has to be loaded from its files.
+zipf    Requests whose adapters are drawn by Zipf's law (s = 1) from 1,000, against the same from 64, in turns. Only adapters that
+        some turn draws have files; at its first draw an adapter is read from them, so turns pay more loads than a pool that
+        has served for long.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ from node.request import AdapterTerm, LinearShape, Sampling
 MAX_BYTES = 1 << 30
 IDLE_S = 0.001
 PAGE_RANK = 16  # of a GPU
-SPARE_ADAPTERS = 80  # never seen before the rows cold and beside
+COLD_ADAPTERS, BESIDE_ADAPTERS = 9, 80  # of those rows, never seen before
 
 
 # ---- files
@@ -86,9 +88,10 @@ class AdapterFiles:
 
     Args:
         linears: Modules to adapt. layout: the engine's pages, through which the hashes are computed.
+        seeds: One adapter each, which decides its bytes.
     """
 
-    def __init__(self, root: Path, linears: Sequence[LinearShape], layout: PageLayout, rank: int, count: int) -> None:
+    def __init__(self, root: Path, linears: Sequence[LinearShape], layout: PageLayout, rank: int, seeds: Sequence[int]) -> None:
         self._root, self._linears, self._rank = root, linears, rank
         library = library_path()
         if library is None:
@@ -99,8 +102,8 @@ class AdapterFiles:
         self._scratch = threading.local()  # a reader and its pages: reads on one reader follow each other
         started = time.perf_counter()
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            self.terms = list(threads.map(self._make, range(count)))
-        if len({term.adapter_id for term in self.terms}) != count:
+            self.terms = list(threads.map(self._make, seeds))
+        if len({term.adapter_id for term in self.terms}) != len(seeds):
             raise SystemExit("two adapters have the same bytes")
         self.seconds = time.perf_counter() - started
 
@@ -255,15 +258,27 @@ def cold(bench: Bench, fresh: Sequence[AdapterTerm], fillers: Sequence[AdapterTe
 
 
 def beside(
-    bench: Bench, residents: Sequence[AdapterTerm], loads: Sequence[AdapterTerm], pairs: int, count: int, new: int
+    bench: Bench,
+    residents: Sequence[AdapterTerm],
+    another: AdapterTerm,
+    loads: Sequence[AdapterTerm],
+    pairs: int,
+    count: int,
+    new: int,
 ) -> dict[str, Any]:
-    """Turns of running requests beside short ones, for resident adapters and for adapters never seen."""
+    """Turns of running requests beside short ones, for resident adapters and for adapters whose files must be read.
+
+    Args:
+        residents: What the running requests name. another: resident as well, for short requests.
+        loads: More than the GPU and host memory hold together, or they are found there when their turn comes again.
+    """
+    _gaps_ms(bench, residents, iter(lambda: another, None), 24)
     pending = itertools.cycle(loads)
     turns: dict[str, list[list[float]]] = {"resident": [], "loading": []}
     load_count = 0
     for index in range(pairs):
         for kind in ("resident", "loading") if index % 2 == 0 else ("loading", "resident"):
-            shorts = iter(lambda: residents[0], None) if kind == "resident" else pending
+            shorts = iter(lambda: another, None) if kind == "resident" else pending
             before = bench.engine.stats().adapter_file_loads_total
             turns[kind].append(_gaps_ms(bench, [residents[i % len(residents)] for i in range(count)], shorts, new))
             load_count += bench.engine.stats().adapter_file_loads_total - before
@@ -298,16 +313,21 @@ def _gaps_ms(
     return [float(gap) * 1e3 for name in names for gap in np.diff(trace.token_s[name][skipped:])]
 
 
-def zipf(bench: Bench, terms: Sequence[AdapterTerm], request_count: int, seed: int = 1) -> dict[str, Any]:
-    weights = 1 / np.arange(1, len(terms) + 1)
-    drawn = np.random.default_rng(seed).choice(len(terms), request_count, p=weights / weights.sum())
-    requests = [Request((terms[index],), 128, 64) for index in drawn]
+def draw_zipf(count: int, request_count: int, seed: int) -> list[int]:
+    """Which of `count` adapters each request names."""
+    weights = 1 / np.arange(1, count + 1)
+    drawn: list[int] = np.random.default_rng(seed).choice(count, request_count, p=weights / weights.sum()).tolist()
+    return drawn
+
+
+def zipf(bench: Bench, terms: Sequence[AdapterTerm]) -> dict[str, Any]:
+    """One request for each term."""
+    requests = [Request((term,), 128, 64) for term in terms]
     before = bench.engine.stats()
     trace = bench.run(requests)
     after = bench.engine.stats()
     return {
-        "adapters": len(terms),
-        "distinct": len(set(drawn.tolist())),
+        "distinct": len({term.adapter_id for term in terms}),
         "out_tok_s": trace.token_count / trace.total_s,
         "loads": after.adapter_loads_total - before.adapter_loads_total,
         "file_loads": after.adapter_file_loads_total - before.adapter_file_loads_total,
@@ -373,20 +393,20 @@ def rows(args: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
 
 
 def few_slots(args: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
-    count = args.adapters + SPARE_ADAPTERS
+    count = args.adapters + (BESIDE_ADAPTERS if "beside" in args.rows else COLD_ADAPTERS)
     stage = Stage(args, args.slots, min(count, args.staged))
     yield machine(stage, args)
-    files = AdapterFiles(root, stage.linears, stage.layout, args.rank, count)
+    files = AdapterFiles(root, stage.linears, stage.layout, args.rank, range(count))
     yield {"row": "files", "count": count, "seconds": files.seconds, "rank": args.rank}
     spare, terms = files.terms[args.adapters :], files.terms[: args.adapters]
     stage.bench.run([Request((), 16, 8)])
     if "cold" in args.rows:
-        yield {"row": "cold", **cold(stage.bench, spare[:9], terms[: args.slots])}
+        yield {"row": "cold", **cold(stage.bench, spare[:COLD_ADAPTERS], terms[: args.slots])}
     if "churn" in args.rows:
         yield {"row": "churn", "adapters": len(terms), "slots": args.slots, **churn(stage.bench, terms, args.passes)}
     if "beside" in args.rows:
         count = min(63, args.max_sequences - 1)
-        yield {"row": "beside", **beside(stage.bench, terms[:8], spare, args.pairs, count, args.beside_tokens)}
+        yield {"row": "beside", **beside(stage.bench, terms[:8], terms[8], spare, args.pairs, count, args.beside_tokens)}
     stage.close()
 
 
@@ -394,16 +414,28 @@ def large_pool(args: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]
     """A pool of all adapters against one of 64, on one engine, in turns; the first turn fills the tiers and does not count."""
     stage = Stage(args, args.large_slots, args.large_staged)
     yield machine(stage, args)
-    terms = AdapterFiles(root, stage.linears, stage.layout, args.rank, args.large).terms
-    found: dict[int, list[float]] = {64: [], len(terms): []}
+    pools = (args.large, 64)
+    draws = {(turn, count): draw_zipf(count, args.requests, turn) for turn in range(args.turns) for count in pools}
+    named = sorted({index for drawn in draws.values() for index in drawn})
+    files = AdapterFiles(root, stage.linears, stage.layout, args.rank, named)
+    yield {"row": "files", "count": len(named), "seconds": files.seconds, "rank": args.rank}
+    terms = dict(zip(named, files.terms, strict=True))
+    found: list[dict[int, float]] = []
     for turn in range(args.turns):
-        for count in found:
-            row = zipf(stage.bench, terms[:count], args.requests, seed=turn)
-            found[count] += [row["out_tok_s"]] if turn else []
-            yield {"row": "zipf", "turn": turn, "slots": stage.engine.stats().adapter_slots, **row}
-    small, large = (statistics.median(figures) for figures in found.values())
-    yield {"row": "zipf ratio", "adapters": len(terms), "of_64": large / small}
+        found.append({})
+        for count in pools[:: 1 if turn % 2 else -1]:
+            row = zipf(stage.bench, [terms[index] for index in draws[turn, count]])
+            found[-1][count] = row["out_tok_s"]
+            yield {"row": "zipf", "turn": turn, "slots": stage.engine.stats().adapter_slots, "adapters": count, **row}
+        if turn > 0:
+            yield zipf_ratio(args.large, found[1:])
     stage.close()
+
+
+def zipf_ratio(large: int, found: Sequence[dict[int, float]]) -> dict[str, Any]:
+    """Throughput of the large pool over that of the small one, over the turns so far."""
+    pairs = [(turn[large], turn[64]) for turn in found]
+    return {"row": "zipf ratio", "adapters": large, "pairs": len(pairs), **ratio_of(pairs, "out_tok_s")}
 
 
 def machine(stage: Stage, args: argparse.Namespace) -> dict[str, Any]:

@@ -2,22 +2,22 @@
 """Measure a server through HTTP: closed loop for throughput, open loop for latency.
 
     scripts/bench_serving.py --url http://127.0.0.1:8000 --models base --rows closed open --rates 4 8 16
-    scripts/bench_serving.py --own --shape llama-3.1-8b --adapters 64 --rows start closed open --in-process-tok-s 9800
+    scripts/bench_serving.py --own --shape llama-3.1-8b --adapters 64 --rows start closed in-process open
 
 Any server of OpenAI's completions interface, or a node that this script starts on random weights of a known shape (--own).
 Prompts are random token ids, answers have a fixed length: end-of-sequence ids are banned by logit_bias.
 
 start       Seconds from starting the process to its first token, with the weights in the page cache (only --own).
-closed      --streams requests at once, each followed by the next: output tokens/s, and their share of --in-process-tok-s.
-in-process  The same requests in the same closed loop on an engine in this process, once the node is gone: what HTTP could reach,
-            and which share of it the row closed reached (only --own).
+closed      --streams requests at once, each followed by the next: output tokens/s.
+in-process  The same requests in the same closed loop on an engine of its own, opened while the node starts, by turns with the row
+            closed: what HTTP could reach, and which share of it the row closed reached. Both need room at once (only --own).
 books       One round of the closed loop with and without records and receipts, in turns, on one node whose books this script can
             switch off; the product cannot (only --own).
 open        Poisson arrivals at each of --rates requests/s for --seconds: time to first token, time between tokens, and goodput:
             requests/s whose first token came within --slo-ttft-ms and whose tokens came every --slo-itl-ms on average.
 
 The client is --clients processes, so that it is not the limit itself; `client_cpu_share` says how busy they were. Of a node of
-our own `api_us_per_token` says what the API process spent.
+our own `api_us_per_token` says what the API process spent, `loop_us_per_token` what its event loop's thread spent of it.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import count
+from multiprocessing.connection import Connection
 from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
@@ -176,9 +177,9 @@ def warm_up(args: argparse.Namespace, target: Target) -> None:
 
 def closed(args: argparse.Namespace, target: Target, distinct: int | None = None, rounds: int | None = None) -> dict[str, Any]:
     """Every stream sends `--rounds` requests."""
-    begun_s = target.cpu_s()
+    before = target.cpu_s()
     answers, share = send(target, _closed_loads(args, target, args.rounds if rounds is None else rounds, distinct))
-    spent_s = target.cpu_s() - begun_s
+    spent_s, loop_s = (after - begun for after, begun in zip(target.cpu_s(), before, strict=True))
     total_s = max(answer.chunk_s[-1] for answer in answers) - min(answer.sent_s for answer in answers)
     tokens = sum(answer.count for answer in answers)
     row = {
@@ -190,10 +191,9 @@ def closed(args: argparse.Namespace, target: Target, distinct: int | None = None
     }
     if distinct is not None:
         row["adapters"] = distinct
-    if args.in_process_tok_s:
-        row["share_of_in_process"] = row["out_tok_s"] / args.in_process_tok_s
     if spent_s:
         row |= {"api_cpu_share": spent_s / total_s, "api_us_per_token": 1e6 * spent_s / tokens}
+        row["loop_us_per_token"] = 1e6 * loop_s / tokens
     return {**row, "client_cpu_share": share}
 
 
@@ -260,9 +260,9 @@ class Target:
         models = self._models if distinct is None else self._models[:distinct] or (self._base,)
         return Load(self.url, models, args.prompt_tokens, args.new_tokens, self._vocab_size, self._banned, seed, **more)
 
-    def cpu_s(self) -> float:
-        """Processor time that the process which answers has taken; 0 where nobody can tell."""
-        return 0.0
+    def cpu_s(self) -> tuple[float, float]:
+        """Processor time that the process which answers has taken, and its first thread; 0 where nobody can tell."""
+        return 0.0, 0.0
 
     def close(self) -> None:
         pass
@@ -288,6 +288,7 @@ class OwnNode(Target):
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log, text=True)
         url = self._read_url(place)
         self.ready_s = time.monotonic() - self._begun
+        print(f"node ready after {self.ready_s:.1f} s", file=sys.stderr, flush=True)
         base = f"random-{args.shape}" if args.random_weights else args.shape
         super().__init__(clients, url, [f"adapter-{index}" for index in range(args.adapters)] or [base], base, vocab, (2,))
 
@@ -310,13 +311,18 @@ class OwnNode(Target):
         else:
             self._switch.touch()
 
-    def cpu_s(self) -> float:
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    def cpu_s(self) -> tuple[float, float]:
+        pid = self._process.pid
+        return _spent_s(Path(f"/proc/{pid}/stat")), _spent_s(Path(f"/proc/{pid}/task/{pid}/stat"))
 
     def close(self) -> None:
         self._process.terminate()
         self._process.wait(60)
+
+
+def _spent_s(stat: Path) -> float:
+    fields = stat.read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def own_node(args: argparse.Namespace, clients: Pool, directory: Path) -> OwnNode:
@@ -434,8 +440,8 @@ def open_on_random_weights(
     return open_engine(model, *settings, **options, source=source)
 
 
-def books(args: argparse.Namespace, node: OwnNode) -> dict[str, Any]:
-    """Pairs of closed loops."""
+def books(args: argparse.Namespace, node: OwnNode) -> Iterator[dict[str, Any]]:
+    """Pairs of closed loops; the row again after each pair, with all pairs so far."""
     from bench_engine import median_interval
 
     rows: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
@@ -443,37 +449,61 @@ def books(args: argparse.Namespace, node: OwnNode) -> dict[str, Any]:
         for is_on in (True, False) if index % 2 else (False, True):
             node.switch_books(is_on)
             rows[is_on].append(closed(args, node, rounds=1))
-    ratios = [on["out_tok_s"] / off["out_tok_s"] for off, on in zip(*rows, strict=True)]
-    median, low, high = median_interval(ratios)
-    row: dict[str, Any] = {"row": "books on / off", "streams": args.streams, "pairs": args.pairs, "ratio": median}
-    row |= {"low": low, "high": high}
-    for name, side in (("off", rows[0]), ("on", rows[1])):
-        row |= {f"{name}_{key}": statistics.median(found[key] for found in side) for key in ("out_tok_s", "api_us_per_token")}
-    return row
+        ratios = [on["out_tok_s"] / off["out_tok_s"] for off, on in zip(*rows, strict=True)]
+        median, low, high = median_interval(ratios)
+        row: dict[str, Any] = {"row": "books on / off", "streams": args.streams, "pairs": len(ratios), "ratio": median}
+        row |= {"low": low, "high": high}
+        for name, side in (("off", rows[0]), ("on", rows[1])):
+            keys = ("out_tok_s", "api_us_per_token", "loop_us_per_token", "ttft_p50_ms")
+            row |= {f"{name}_{key}": statistics.median(found[key] for found in side) for key in keys}
+        yield row
 
 
-def in_process(args: argparse.Namespace, directory: Path, config: Path, http_tok_s: dict[int, float]) -> Iterator[dict[str, Any]]:
-    """The closed loop without HTTP, API process and books."""
+class InProcess:
+    """An engine in a process of its own, without HTTP, API process and books. Opens while others go on."""
+
+    def __init__(self, args: argparse.Namespace, directory: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=run_in_process, args=(theirs, args, directory), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def closed(self, distinct: int) -> dict[str, Any]:
+        """The row of `--rounds` rounds with requests to so many adapters."""
+        try:
+            self._pipe.send(distinct)
+            tokens, total_s = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            raise SystemExit("the engine in a process of its own is gone") from error
+        return {"row": "in-process", "adapters": distinct, "out_tok_s": tokens / total_s}
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def run_in_process(pipe: Connection, args: argparse.Namespace, directory: Path) -> None:
+    """Run one closed loop after another, as they are asked for."""
     from node.config import load_settings
     from node.engine.engine import open_engine
 
-    settings = load_settings(config)
+    place = directory / "engine"
+    place.mkdir()
+    settings = load_settings(write_config(args, directory, place))
     opened = (
         functools.partial(open_on_random_weights, open_engine, args.shape, args.layers) if args.random_weights else open_engine
     )
     engine = opened(settings.model, settings.engine, settings.adapters, settings.data_dir / "engine")
-    try:
-        gc.collect()
-        gc.freeze()
-        submits = _submits(args, directory, engine.ready)
-        short = [msgspec.structs.replace(item, sampling=_sampling(4)) for item in submits(1, args.adapters)]
-        _loop_in_process(engine, short, args.streams)
-        for distinct in args.distinct:
-            tokens, total_s = _loop_in_process(engine, submits(args.rounds, distinct), args.streams)
-            row = {"row": "in-process", "streams": args.streams, "adapters": distinct, "out_tok_s": tokens / total_s}
-            yield {**row, "http_share": http_tok_s[distinct] / row["out_tok_s"]} if distinct in http_tok_s else row
-    finally:
-        engine.close()
+    asked = pipe.recv()
+    submits = _submits(args, directory, engine.ready)
+    short = [msgspec.structs.replace(item, sampling=_sampling(4)) for item in submits(1, args.adapters)]
+    gc.collect()
+    gc.freeze()
+    _loop_in_process(engine, short, args.streams)
+    while True:
+        pipe.send(_loop_in_process(engine, submits(args.rounds, asked), args.streams))
+        asked = pipe.recv()
 
 
 def _submits(args: argparse.Namespace, directory: Path, ready: Any) -> Callable[[int, int], list[Any]]:
@@ -530,8 +560,7 @@ def _loop_in_process(engine: Any, submits: list[Any], streams: int) -> tuple[int
     return tokens, time.perf_counter() - begun_s
 
 
-def run(args: argparse.Namespace, target: Target, directory: Path) -> Iterator[dict[str, Any]]:
-    http_tok_s: dict[int, float] = {}
+def run(args: argparse.Namespace, target: Target, engine: InProcess | None) -> Iterator[dict[str, Any]]:
     if isinstance(target, OwnNode):
         first_s = target.first_token_s(args)
         if "start" in args.rows:
@@ -539,18 +568,29 @@ def run(args: argparse.Namespace, target: Target, directory: Path) -> Iterator[d
     if {"closed", "books"} & set(args.rows):
         warm_up(args, target)
     if "closed" in args.rows:
-        for distinct in args.distinct if args.own else [None]:
-            row = closed(args, target, distinct)
-            http_tok_s[distinct or 0] = row["out_tok_s"]
-            yield row
+        for place, distinct in enumerate(args.distinct if args.own else [None]):
+            yield from by_turns(args, target, engine, distinct, place)
     if "books" in args.rows and isinstance(target, OwnNode):
-        yield books(args, target)
+        yield from books(args, target)
     if "open" in args.rows:
         for rate in args.rates:
             yield open_loop(args, target, rate)
-    if "in-process" in args.rows and isinstance(target, OwnNode):
-        target.close()
-        yield from in_process(args, directory, target.config, http_tok_s)
+
+
+def by_turns(
+    args: argparse.Namespace, target: Target, engine: InProcess | None, distinct: int | None, place: int
+) -> Iterator[dict[str, Any]]:
+    """The row closed, and with an engine to compare with the row in-process, before it or after it."""
+    if engine is None or distinct is None:
+        yield closed(args, target, distinct)
+        return
+    rows: dict[str, dict[str, Any]] = {}
+    for ask in (engine.closed, functools.partial(closed, args, target))[:: -1 if place % 2 else 1]:
+        row = ask(distinct)
+        rows[row["row"]] = row
+        if len(rows) == 2:
+            row["http_share"] = rows["closed"]["out_tok_s"] / rows["in-process"]["out_tok_s"]
+        yield row
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -583,7 +623,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--slo-ttft-ms", type=float, default=500.0)
     parser.add_argument("--slo-itl-ms", type=float, default=20.0)
-    parser.add_argument("--in-process-tok-s", type=float, default=0.0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     args.distinct = args.distinct or [args.adapters]
@@ -599,12 +638,13 @@ def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     spawned = multiprocessing.get_context("spawn").Pool(args.clients)
     with spawned as clients, tempfile.TemporaryDirectory(prefix="bench", dir=args.files) as directory:
+        engine = InProcess(args, Path(directory)) if "in-process" in args.rows else None
         if args.own:
             target: Target = own_node(args, clients, Path(directory))
         else:
             target = Target(clients, args.url, args.models, args.models[0], args.vocab_size, args.eos_ids)
         try:
-            for row in run(args, target, Path(directory)):
+            for row in run(args, target, engine):
                 line = json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
                 print(line, flush=True)
                 if args.out is not None:
@@ -612,6 +652,8 @@ def main(argv: Sequence[str]) -> int:
                         file.write(line + "\n")
         finally:
             target.close()
+            if engine is not None:
+                engine.close()
     return 0
 
 

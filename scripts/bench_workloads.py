@@ -61,7 +61,7 @@ def _anchors() -> list[Row]:
 
 TABLES = {
     "anchors": _anchors(),
-    "musts": _anchors()[:8],
+    "all": [*_anchors()[:8], Row(64, 64, "round robin", "64"), *_anchors()[8:]],  # what has a goal first
     "draws": [Row(64, 64, draw) for draw in ("distinct", "uniform", "zipf", "identical")],
     "ranks": [Row(64, 64, "round robin", rank) for rank in ("64", "16", "8", "mixed")],
 }
@@ -87,7 +87,7 @@ class Pools:
         made = self._made.get(rank, [])
         if len(made) < count:
             root = self._root / f"rank-{rank}-{count}"
-            made = self._made[rank] = AdapterFiles(root, self._linears, self._layout, rank, count).terms
+            made = self._made[rank] = AdapterFiles(root, self._linears, self._layout, rank, range(count)).terms
         return made
 
 
@@ -252,7 +252,7 @@ def lora_engine_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield facts(able.engine, args, able.start_s)
         pools = Pools(Path(directory), able.engine, able.source.spec, able.page_rank)
         able.bench.run([Request((term,), 16, 2) for term, _ in pools.terms("16", 64)])
-        yield from _paired_rows(Paired("lora engine on / off", able.bench, bare.bench), (Row(b, 0) for b in (64, 256, 1)), args)
+        yield from _paired_rows(Paired("lora engine on / off", able.bench, bare.bench), (Row(b, 0) for b in (64, 1, 256)), args)
         able.engine.close()
         bare.engine.close()
 
@@ -269,7 +269,7 @@ def deterministic_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for opened in (free, exact):
             opened.bench.run([Request((term,), 16, 2) for term in terms])
         paired = Paired("deterministic / not", exact.bench, free.bench, terms)
-        yield from _paired_rows(paired, (Row(64, 64), Row(64, 0), Row(256, 64), Row(1, 1)), args)
+        yield from _paired_rows(paired, (Row(64, 64), Row(64, 0), Row(1, 1), Row(256, 64)), args)
         free.engine.close()
         exact.engine.close()
 

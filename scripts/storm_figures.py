@@ -5,22 +5,37 @@ from __future__ import annotations
 import os
 import statistics
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from bench_engine import median_interval
+from storm_moments import Streamed
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
     """The hot load for a while. CPU seconds are those of the node's processes meanwhile."""
 
-    ttft_s: list[float]
-    gap_s: list[float]
-    tokens: int
+    answers: list[Streamed]
     steps: float
     cpu_s: dict[str, float]
+
+    @property
+    def ttft_s(self) -> list[float]:
+        """Of every request."""
+        return [found.ttft_s for found in self.answers]
+
+    @property
+    def gap_s(self) -> list[float]:
+        """Between a request's events."""
+        return [late_s - early_s for found in self.answers for early_s, late_s in pairwise(found.event_s)]
+
+    @property
+    def tokens(self) -> int:
+        """Events of all requests."""
+        return sum(len(found.event_s) for found in self.answers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +57,13 @@ QUANTILES: tuple[Quantile, ...] = (
 )
 
 
-def compared(rounds: list[Round]) -> dict[str, Any]:
+def compared(rounds: list[Round], draws: int = 1000) -> dict[str, Any]:
     """Quantiles of both sides over all rounds in milliseconds, their ratios with 95 % intervals, CPU and steps a token."""
     row: dict[str, Any] = {"hot_requests": [sum(len(getattr(r, side).ttft_s) for r in rounds) for side in ("alone", "beside")]}
     for name, values, quantile in QUANTILES:
         sides = [[np.asarray(getattr(getattr(r, side), values)) for r in rounds] for side in ("alone", "beside")]
         alone, beside = (1000 * float(np.quantile(np.concatenate(side), quantile)) for side in sides)
-        low, high = bootstrap(sides[0], sides[1], quantile)
+        low, high = bootstrap(sides[0], sides[1], quantile, draws)
         row |= {f"{name}_ms": [round(alone, 3), round(beside, 3)], f"{name}_ratio": [round(beside / alone, 4), low, high]}
     row["ttft_max_ms"] = [round(1000 * max(max(getattr(r, side).ttft_s) for r in rounds), 2) for side in ("alone", "beside")]
     row["ttft_p99_ratio_by_round"] = [
@@ -101,8 +116,8 @@ def cpu_seconds(pid: int) -> dict[str, float]:
     found = {"api": _process_s(pid), "api_loop": int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[0]) / 1e9}
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         command = Path(f"/proc/{child}/cmdline").read_bytes()
-        for name, module in (("engine", b"node.engine"), ("fetcher", b"node.adapters.fetch")):
-            if module in command:
+        for name, modules in (("engine", (b"node.engine", b"--engine")), ("fetcher", (b"node.adapters.fetch",))):
+            if any(module in command for module in modules):
                 found[name] = _process_s(int(child))
     return found
 

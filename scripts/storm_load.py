@@ -21,7 +21,6 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Coroutine
-from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -131,6 +130,10 @@ class HotClient(asyncio.Protocol):
         await self._done
         return started_s, self._event_s
 
+    def hang_up(self) -> None:
+        """Leave without a word."""
+        self._transport.abort()
+
     def _fail(self, what: str) -> None:
         if self._done is not None and not self._done.done():
             self._done.set_exception(RuntimeError(f"a hot request failed: {what}"))
@@ -156,8 +159,8 @@ def http_post(host: str, body: dict[str, Any], key: str = "") -> bytes:
 
 
 def hot(host: str, count: int) -> None:
-    """{"seconds", "tokens", "seed"} -> {"ttft_s", "gap_s", "tokens"}: `count` clients stream until the time is over, answers of
-    half to one and a half times as many tokens."""
+    """{"seconds", "tokens", "seed"} -> {"answers"}: `count` clients stream until the time is over, answers of half to one and a
+    half times as many tokens; of each when it was asked for and when its events came."""
     clients: list[HotClient] = []
 
     async def answer(line: dict[str, Any]) -> dict[str, Any]:
@@ -174,11 +177,7 @@ def hot(host: str, count: int) -> None:
                 seed += 1
 
         await asyncio.gather(*(run(client, line["seed"] + 1000 * number) for number, client in enumerate(clients)))
-        return {
-            "ttft_s": [event_s[0] - started_s for started_s, event_s in found],
-            "gap_s": [late - early for _, event_s in found for early, late in pairwise(event_s)],
-            "tokens": sum(len(event_s) for _, event_s in found),
-        }
+        return {"answers": found}
 
     serve(answer)
 
@@ -187,7 +186,8 @@ def hot(host: str, count: int) -> None:
 
 
 def tenant(host: str, key: str, model: str, count: int) -> None:
-    """{"seconds", "warm_up_s", "tokens", "prompt", "think_s", "seed"} -> {"ttft_s"} of requests sent after the warm-up."""
+    """{"seconds", "warm_up_s", "tokens", "prompt", "think_s", "seed"} -> {"ttft_s"} of requests sent after the warm-up. With
+    "hangs_up" whoever still waits at the end is gone at once."""
     clients: list[HotClient] = []
 
     async def run(client: HotClient, line: dict[str, Any], draw: random.Random) -> list[tuple[float, float]]:
@@ -206,8 +206,14 @@ def tenant(host: str, key: str, model: str, count: int) -> None:
         while len(clients) < count:
             clients.append(await connected(host, model, key))
         draws = [random.Random(line["seed"] + number) for number in range(count)]  # noqa: S311 - a workload
-        found = await asyncio.gather(*(run(client, line, draw) for client, draw in zip(clients, draws, strict=True)))
-        return {"ttft_s": [seconds for own in found for _, seconds in own]}
+        runs = [asyncio.create_task(run(client, line, draw)) for client, draw in zip(clients, draws, strict=True)]
+        done, late = await asyncio.wait(runs, timeout=line["seconds"] if line.get("hangs_up") else None)
+        if late:
+            for client in clients:
+                client.hang_up()
+            clients.clear()
+            await asyncio.gather(*late, return_exceptions=True)
+        return {"ttft_s": [seconds for own in done for _, seconds in own.result()]}
 
     serve(answer)
 
@@ -216,10 +222,12 @@ def tenant(host: str, key: str, model: str, count: int) -> None:
 
 
 def cold(host: str) -> None:
-    """{"names"} -> how long the burst took; {"wait_s"} -> the statuses, "under way" for those that hang up after `wait_s`."""
-    flood: list[asyncio.Task[tuple[int, float]]] = []
+    """{"names", "after_s"} -> when the burst began; {"wait_s"} -> the statuses, "under way" for those that hang up after
+    `wait_s`, and when each answer ended."""
+    flood: list[asyncio.Task[tuple[int, float, float]]] = []
+    begun: list[float] = []
 
-    async def one(name: str) -> tuple[int, float]:
+    async def one(name: str) -> tuple[int, float, float]:
         address, _, port = host.rpartition(":")
         begun_s = time.perf_counter()
         reader, writer = await asyncio.open_connection(address, int(port))
@@ -228,26 +236,33 @@ def cold(host: str) -> None:
             head = await reader.readuntil(b"\r\n\r\n")
             length = re.search(rb"content-length: (\d+)", head.lower())
             await reader.readexactly(int(length[1]) if length else 0)
-            return int(head[9:12]), time.perf_counter() - begun_s
+            return int(head[9:12]), begun_s, time.perf_counter()
         finally:
             writer.close()
 
     async def answer(line: dict[str, Any]) -> dict[str, Any]:
         if "names" in line:
             await asyncio.sleep(line["after_s"])
+            begun[:] = [time.perf_counter()]
             flood.extend(asyncio.create_task(one(name)) for name in line["names"])
             await asyncio.sleep(0)
-            return {"sent": len(flood)}
+            return {"begun_s": begun[0]}
         done, pending = await asyncio.wait(flood, timeout=line["wait_s"])
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
         flood.clear()
         statuses: dict[str, int] = {"under way": len(pending)} if pending else {}
-        for task in done:
-            statuses[str(task.result()[0])] = statuses.get(str(task.result()[0]), 0) + 1
-        refused_s = sorted(seconds for status, seconds in (task.result() for task in done) if status == 429)
-        return {"statuses": statuses, "refused_ms": round(1000 * refused_s[-1], 1) if refused_s else None}
+        answers = [task.result() for task in done]
+        for status, _, _ in answers:
+            statuses[str(status)] = statuses.get(str(status), 0) + 1
+        refused_s = max((ended_s - asked_s for status, asked_s, ended_s in answers if status == 429), default=None)
+        return {
+            "statuses": statuses,
+            "refused_ms": None if refused_s is None else round(1000 * refused_s, 1),
+            "begun_s": begun[0],
+            "ended": [(status, ended_s) for status, _, ended_s in answers],
+        }
 
     serve(answer)
 
@@ -255,8 +270,9 @@ def cold(host: str) -> None:
 # ---- hub
 
 
-def hub(latency_s: float, failure: float, source: Path) -> None:
-    """First line out: its URL. {"calm": true} answers 404 to whoever waits, and at once from then on; {"calm": false} ends that.
+def hub(latency_s: float, failure: float, source: Path, slow: str) -> None:
+    """{"start"} -> its URL. {"calm": true} answers 404 to whoever waits, and at once from then on; {"calm": false} ends that.
+    `slow`: whether all "answers" are late and may fail, or "lookups" alone.
 
     Every repository has the weights of `source` and an alpha of its own, so that all are different adapters.
     """
@@ -272,15 +288,16 @@ def hub(latency_s: float, failure: float, source: Path) -> None:
 
     async def respond(request: web.Request) -> web.StreamResponse:
         counts["asked"] += 1
+        parts = request.path.strip("/").split("/")
+        is_slow = slow == "answers" or parts[0] == "api"
         try:
-            await asyncio.wait_for(calm.wait(), latency_s)
+            await asyncio.wait_for(calm.wait(), latency_s if is_slow else 0)
             return web.Response(status=404)
         except TimeoutError:
             pass
-        if draw.random() < failure:
+        if is_slow and draw.random() < failure:
             counts["failed"] += 1
             return web.Response(status=503)
-        parts = request.path.strip("/").split("/")
         if parts[0] == "api":
             found = files_of("/".join(parts[2:4]))
             siblings = [{"rfilename": name, "size": len(content)} for name, content in found.items()]
@@ -316,4 +333,4 @@ if __name__ == "__main__":
     elif sys.argv[1] == "cold":
         cold(sys.argv[2])
     else:
-        hub(float(sys.argv[2]), float(sys.argv[3]), Path(sys.argv[4]))
+        hub(float(sys.argv[2]), float(sys.argv[3]), Path(sys.argv[4]), sys.argv[5])

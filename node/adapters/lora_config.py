@@ -103,6 +103,10 @@ class LoraConfig:
     has_lora_bias: bool
     raw: Mapping[str, Any]
 
+    def scale(self, alpha: float, rank: int) -> float:
+        """The factor on B A x."""
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
 
 @dataclass(frozen=True, slots=True)
 class ModuleScale:
@@ -175,7 +179,7 @@ class ScaleTable:
         """Rank and scale of `module`, for example "model.layers.3.self_attn.q_proj"."""
         rank = self._first(self._ranks, module, self._config.rank)
         alpha = self._first(self._alphas, module, self._config.alpha)
-        return ModuleScale(rank, alpha / (math.sqrt(rank) if self._config.use_rslora else rank))
+        return ModuleScale(rank, self._config.scale(alpha, rank))
 
     def _first(self, patterns: list[tuple[str | NamePattern, _Value]], module: str, default: _Value) -> _Value:
         for pattern, value in patterns:

@@ -99,7 +99,7 @@ def open_pool(
         max_rank=limits.max_rank,
         max_bytes=limits.max_adapter_bytes,
         base=base,
-        read_threads=read_threads(device.type, os.cpu_count() or 1),
+        read_threads=read_threads(device.type, len(os.sched_getaffinity(0))),
         library=library_path(),
         wake=wake,
     )

@@ -11,16 +11,15 @@ does. That order makes progress certain: the first in line only ever waits for a
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from node.adapters.arrivals import Arrivals
 from node.adapters.charges import Charges
 from node.adapters.copies import Copies
 from node.adapters.file_plan import FilePlan
 from node.adapters.host_arena import HostArena, Staged
-from node.adapters.load_failures import LoadFailures
-from node.adapters.loader import AdapterLoader, AdapterPlan, Failed, Filled, Inspected
+from node.adapters.loader import AdapterLoader, AdapterPlan, Filled
 from node.adapters.page_filler import Page
 from node.adapters.page_store import DevicePages, HostPages
 from node.adapters.residency import LOADING, READY, Residency
@@ -29,8 +28,6 @@ from node.adapters.wishes import Wishes
 from node.kernels.layout import PageLayout
 from node.kernels.lora import LoraPool
 from node.request import AdapterTerm
-
-REMEMBERED_PLANS = 4096  # small: what headers say is shared by all adapters of a shape (`file_plan`)
 
 
 class AdapterPool:
@@ -61,15 +58,11 @@ class AdapterPool:
         pages, ranks = store.tensors.pages, store.tensors.ranks
         self._page_bytes = layout.page_elements * pages.dtype.itemsize
         self._tier = Tier(int(pages.shape[0]) - store.first_page, int(ranks.shape[1]), store.first_page)
-        self._resident: set[str] = set()  # of the tier: those a batch may name
-        self._files: dict[str, FilePlan] = {}  # of those
+        self._resident: dict[str, FilePlan] = {}  # of the tier: those a batch may name
         self._copies = Copies(clock)  # of those: on their way
         self._marks: dict[str, int] = {}  # of those: after their last step
-        self._filling: set[str] = set()
-        self._inspecting: set[str] = set()
+        self._arrivals = Arrivals(loader, clock)
         self._running_count = 0
-        self._plans: OrderedDict[str, AdapterPlan] = OrderedDict()
-        self._failures = LoadFailures(clock)
         self._wanted: set[str] = set()
         self._borrow: Callable[[int], None] | None = None
         arena_pages = None if arena is None else arena.page_count
@@ -124,7 +117,7 @@ class AdapterPool:
     @property
     def is_loading(self) -> bool:
         """Whether the loader has anything of ours, or a copy is under way."""
-        return bool(self._inspecting or self._filling or len(self._copies))
+        return bool(len(self._arrivals) or len(self._copies))
 
     def slot_of(self, adapter_id: str) -> int:
         """Slot of a resident adapter."""
@@ -134,7 +127,7 @@ class AdapterPool:
 
     def adapts(self, adapter_id: str, module: int) -> bool:
         """Whether a resident adapter changes a linear module, by its row in `LoraPool.ranks`: the host's side of that table."""
-        return bool((self._files[adapter_id].module_indices == module).any())
+        return bool((self._resident[adapter_id].module_indices == module).any())
 
     # ---- the border with other memory, where there is one
 
@@ -165,24 +158,20 @@ class AdapterPool:
         self._wanted.clear()
         self._store.begin_step()
         self._settle()
-        for outcome in self._loader.outcomes():
-            if isinstance(outcome, Inspected):
-                self._inspecting.discard(outcome.plan.adapter_id)
-                self._remember(outcome.plan)
-            elif isinstance(outcome, Filled):
-                self._take_over(outcome)
-            else:
-                self._fail(outcome)
+        filled, given_up = self._arrivals.take()
+        for arrived in filled:
+            self._take_over(arrived)
+        for adapter_id in given_up:
+            self._give_up(adapter_id)
 
     def ensure(self, terms: Sequence[AdapterTerm]) -> Residency:
         """Want all adapters of a recipe, start what is missing, say whether they can run."""
         directories = {term.adapter_id: term.directory for term in terms}
         for adapter_id in directories:
-            failure = self._failures.of(adapter_id)
+            failure = self._arrivals.failure_of(adapter_id)
             if failure is not None:
                 return failure
-        known = [self._plans[adapter_id].file for adapter_id in directories if adapter_id in self._plans]
-        too_large = self._charges.refusal(len(directories), known)
+        too_large = self._charges.refusal(len(directories), self._arrivals.files_of(directories))
         if too_large is not None:
             return too_large
         self._wanted.update(directories)
@@ -230,9 +219,9 @@ class AdapterPool:
             if adapter_id not in self._wanted:
                 self._forget(adapter_id)
         for adapter_id, directory in self._wishes.coming:
-            if adapter_id in self._resident or self._failures.of(adapter_id) is not None:
+            if adapter_id in self._resident or self._arrivals.failure_of(adapter_id) is not None:
                 self._wishes.has_come(adapter_id)
-            elif self._loader.job_count < self._loader.job_limit:
+            elif self._arrivals.has_room:
                 self._start(adapter_id, directory)
 
     def _is_known(self, adapter_id: str) -> bool:
@@ -248,7 +237,7 @@ class AdapterPool:
             self._evict(adapter_id)
         if self._arena is not None:
             self._arena.forget(adapter_id)
-        self._plans.pop(adapter_id, None)
+        self._arrivals.forget(adapter_id)
 
     def _can_run(self, adapter_id: str) -> bool:
         """A step that names an adapter on its way waits for it, everybody else in that step too: only while nobody runs, or
@@ -265,17 +254,12 @@ class AdapterPool:
         if staged is not None:
             self._send(adapter_id, staged)
             return
-        if adapter_id in self._inspecting or adapter_id in self._filling or self._loader.job_count >= self._loader.job_limit:
+        if adapter_id in self._arrivals or not self._arrivals.has_room:
             return
-        plan = self._plans.get(adapter_id)
-        if plan is None or plan.directory != directory:
-            self._inspecting.add(adapter_id)
-            self._loader.inspect(adapter_id, directory)
-            return
-        pages = self._fill_pages(plan)
-        if pages is not None:
-            self._filling.add(adapter_id)
-            self._loader.fill(plan, pages)
+        plan = self._arrivals.plan(adapter_id, directory)
+        pages = None if plan is None else self._fill_pages(plan)
+        if plan is not None and pages is not None:
+            self._arrivals.fill(plan, pages)
 
     def _fill_pages(self, plan: AdapterPlan) -> list[Page] | None:
         """Pages for the loader to write; None when there are none now."""
@@ -300,8 +284,7 @@ class AdapterPool:
 
     def _evict(self, adapter_id: str) -> None:
         place = self._tier.drop(adapter_id, self._marks.pop(adapter_id, 0))
-        self._resident.discard(adapter_id)
-        self._files.pop(adapter_id, None)
+        self._resident.pop(adapter_id, None)
         self._store.hide(place.slot)
         self.evictions_total += 1
         if self._arena is not None:
@@ -315,8 +298,7 @@ class AdapterPool:
         sources = self._arena.lend(adapter_id)
         byte_count = len(sources) * staged.file.extent * self._page_bytes // self._layout.page_elements
         self._copies.add(adapter_id, self._device.send(place, sources, staged.file, staged.side), byte_count)
-        self._resident.add(adapter_id)
-        self._files[adapter_id] = staged.file
+        self._resident[adapter_id] = staged.file
         self.loads_total += 1
         self.sent_bytes_total += byte_count
 
@@ -330,7 +312,6 @@ class AdapterPool:
     def _take_over(self, filled: Filled) -> None:
         """Pages that the loader completed: staged in the arena, or visible at once where steps compute from them."""
         adapter_id, file = filled.plan.adapter_id, filled.plan.file
-        self._filling.discard(adapter_id)
         self.file_loads_total += 1
         self.load_seconds_total += filled.seconds
         if self._arena is not None:
@@ -338,29 +319,16 @@ class AdapterPool:
             return
         self._in_place.show(self._tier[adapter_id], file, filled.side)
         self._tier.unpin(adapter_id)
-        self._resident.add(adapter_id)
-        self._files[adapter_id] = file
+        self._resident[adapter_id] = file
         self.loads_total += 1
 
-    def _remember(self, plan: AdapterPlan) -> None:
-        self._plans[plan.adapter_id] = plan
-        while len(self._plans) > REMEMBERED_PLANS:
-            self._plans.popitem(last=False)
-
-    # ---- failing
-
-    def _fail(self, failed: Failed) -> None:
-        adapter_id = failed.adapter_id
-        self._inspecting.discard(adapter_id)
-        self._plans.pop(adapter_id, None)
-        if adapter_id in self._filling:
-            self._filling.discard(adapter_id)
-            if self._arena is not None:
-                self._arena.abandon(adapter_id)
-            else:
-                self._tier.unpin(adapter_id)
-                self._tier.drop(adapter_id)
-        self._failures.note(adapter_id, failed.error)
+    def _give_up(self, adapter_id: str) -> None:
+        """Pages that will never be complete."""
+        if self._arena is not None:
+            self._arena.abandon(adapter_id)
+            return
+        self._tier.unpin(adapter_id)
+        self._tier.drop(adapter_id)
 
     def close(self) -> None:
         """End the loader's threads."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+
+import msgspec
 
 from node.api.detokenizer import IncrementalDetokenizer
 from node.api.stops import StopMatcher
@@ -12,16 +13,14 @@ from node.engine.messages import SequenceEvent
 from node.request import DrawnToken
 
 
-@dataclass(frozen=True, slots=True)
-class TextToken:
+class TextToken(msgspec.Struct, frozen=True, gc=False):
     """A token together with the text it added to the answer; "" for control tokens and inside a stop string."""
 
     drawn: DrawnToken
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True, gc=False):
     """What became certain for one choice at once.
 
     Attributes:
@@ -64,6 +63,8 @@ class Choice:
         if event.embedding is not None:
             self.embedding = event.embedding
         self.cached_prompt_tokens = max(self.cached_prompt_tokens, event.cached_prompt_tokens)
+        if not self._stops.has_stops and event.finish_reason is None and len(event.tokens) == 1:
+            return self._plain(event.tokens[0])
         text = ""
         for drawn in event.tokens:
             text += self._add(drawn)
@@ -76,10 +77,18 @@ class Choice:
                 text += self._flush()
         return Piece(self.index, text, tuple(self._release()), self.finish_reason)
 
+    def _plain(self, drawn: DrawnToken) -> Piece:
+        """One token in the middle of a text without stop strings, where nothing ever waits."""
+        text = self._text(drawn.token_id)
+        return Piece(self.index, text, (TextToken(drawn, text),), None)
+
+    def _text(self, token_id: int) -> str:
+        self.token_ids.append(token_id)
+        is_silent = token_id in self._end_ids or self._tokenizer.is_special(token_id)
+        return "" if is_silent else self._detokenizer.feed(token_id)
+
     def _add(self, drawn: DrawnToken) -> str:
-        self.token_ids.append(drawn.token_id)
-        is_silent = drawn.token_id in self._end_ids or self._tokenizer.is_special(drawn.token_id)
-        added = "" if is_silent else self._detokenizer.feed(drawn.token_id)
+        added = self._text(drawn.token_id)
         self._waiting.append(TextToken(drawn, added))
         safe = self._stops.feed(added)
         self._free_chars += len(safe)

@@ -43,7 +43,13 @@ class Connection(web.RequestHandler):
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
-        """A refusal without the parser's words; the connection is closed."""
+        """A refusal without the parser's words; the connection is closed. Whoever hung up gets none.
+
+        Raises:
+            ConnectionError: Whoever asked is gone: aiohttp ends the connection on it without a word in the log.
+        """
+        if isinstance(exc, ConnectionError):
+            raise exc
         if status >= 500 or request.writer.output_size > 0:
             return super().handle_error(request, status, exc, message)
         error = RequestError("the bytes sent are not a well-formed HTTP request within this node's limits", code="invalid_http")

@@ -28,6 +28,9 @@ class SequenceEvents(Protocol):
 
     def __aiter__(self) -> AsyncIterator[SequenceEvent]: ...
 
+    def hand_to(self, take: Callable[[SequenceEvent], bool]) -> None:
+        """Offer every event but the last to `take` while the reader waits; only what it does not take is iterated over."""
+
     async def aclose(self) -> None:
         """Stop following; a sequence that still runs is cancelled."""
 

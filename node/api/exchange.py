@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Protocol
 
 from node.api.choice import Choice, Piece
 from node.api.doors import Books, Closing, Engine, Opening
@@ -13,6 +14,17 @@ from node.api.errors import engine_error
 from node.api.interleave import interleave
 from node.engine.messages import SequenceEvent, Submit
 from node.errors import EngineError
+
+
+class PieceSink(Protocol):
+    """Takes the pieces in the middle of an answer without a task of the event loop in between."""
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether a piece would be taken now, without waiting."""
+
+    def take(self, piece: Piece) -> None:
+        """Pass a piece on; called only while clear."""
 
 
 class Exchange:
@@ -45,6 +57,7 @@ class Exchange:
         self._is_streamed = is_streamed
         self._closing: asyncio.Task[dict[str, Any]] | None = None
         self._status: str | None = None
+        self._ends: dict[int, Piece] = {}  # by choice: pieces that ended an answer where only the middle was wanted
 
     @property
     def request_id(self) -> str:
@@ -86,20 +99,22 @@ class Exchange:
             best[choice.prompt_index] = max(best.get(choice.prompt_index, 0), choice.cached_prompt_tokens)
         return sum(best.values())
 
-    async def pieces(self) -> AsyncGenerator[Piece, None]:
+    async def pieces(self, sink: PieceSink | None = None) -> AsyncGenerator[Piece, None]:
         """The answer as it grows. A piece counts as delivered when the reader comes back for the next one.
+
+        Args:
+            sink: Of a single choice it gets, while it is clear, every piece but the last. They are not yielded then.
 
         Raises:
             NodeError: The engine failed or is gone; the typed error says which.
         """
-        async with aclosing(interleave([self._follow(submit) for submit in self._submits])) as events:
+        sink = sink if len(self._submits) == 1 else None
+        async with aclosing(interleave([self._follow(submit, sink) for submit in self._submits])) as events:
             async for index, event in events:
                 choice = self.choices[index]
                 if choice.finish_reason is not None:
                     continue
-                if self.first_token_s is None and event.tokens:
-                    self.first_token_s = self._clock()
-                piece = choice.take(event)
+                piece = self._ends.pop(index, None) or self._taken(choice, event)
                 if piece.finish_reason == "stop_sequence" and event.finish_reason is None:
                     self._engine.cancel(self._submits[index].sequence_id)
                 yield piece
@@ -110,8 +125,27 @@ class Exchange:
         if not self.is_finished:
             raise EngineError("the engine ended the answer without a finish reason; send the request again", retry_after_s=1.0)
 
-    async def _follow(self, submit: Submit) -> AsyncIterator[SequenceEvent]:
+    def _taken(self, choice: Choice, event: SequenceEvent) -> Piece:
+        if self.first_token_s is None and event.tokens:
+            self.first_token_s = self._clock()
+        return choice.take(event)
+
+    def _take_at_once(self, sink: PieceSink, event: SequenceEvent) -> bool:
+        if not sink.is_clear:
+            return False
+        choice = self.choices[0]
+        piece = self._taken(choice, event)
+        if piece.finish_reason is not None:
+            self._ends[0] = piece
+            return False
+        sink.take(piece)
+        choice.delivered_count = len(choice.token_ids)
+        return True
+
+    async def _follow(self, submit: Submit, sink: PieceSink | None) -> AsyncIterator[SequenceEvent]:
         async with aclosing(self._engine.submit(submit)) as events:
+            if sink is not None:
+                events.hand_to(functools.partial(self._take_at_once, sink))
             async for event in events:
                 if event.finish_reason == "error":
                     raise engine_error(event.error_code, event.error_message)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from contextlib import aclosing
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from node.api.answering import Answering
 from node.api.body import read_json
+from node.api.choice import Piece
 from node.api.errors import lorax_body
 from node.api.exchange import Exchange
 from node.api.generation import Generation
@@ -81,10 +83,10 @@ class LoraxRoutes:
         return await stream.close(has_marker=False)
 
     async def _send_tokens(self, stream: EventStream, answers: LoraxAnswers, exchange: Exchange) -> None:
-        text = ""
-        async with aclosing(exchange.pieces()) as pieces:
+        events = _Events(stream, answers)
+        async with aclosing(exchange.pieces(events)) as pieces:
             async for piece in pieces:
-                text += piece.text
+                events.text += piece.text
                 last = len(piece.tokens) - 1 if exchange.is_finished else len(piece.tokens)
                 for token in piece.tokens[:last]:
                     await stream.send(answers.event(token))
@@ -92,7 +94,7 @@ class LoraxRoutes:
                     if not piece.tokens:
                         raise EngineError("the answer ended without a last token", code="incomplete_generation")
                     receipt = await exchange.commit()
-                    await stream.send(answers.last_event(piece.tokens[-1], text, receipt))
+                    await stream.send(answers.last_event(piece.tokens[-1], events.text, receipt))
 
     def _figures(self, exchange: Exchange) -> dict[str, str]:
         """LoRAX's token and time headers; times are whole milliseconds. Inference holds the queue, not measured apart."""
@@ -113,6 +115,24 @@ class LoraxRoutes:
             "x-skipped-tokens": "0",
             "x-total-tokens": str(exchange.prompt_token_count + output_count),
         }
+
+
+class _Events:
+    """Pieces as events of a stream, a `PieceSink` of those in the middle, and the text so far."""
+
+    def __init__(self, stream: EventStream, answers: LoraxAnswers) -> None:
+        self.text = ""
+        self._stream = stream
+        self._answers = answers
+
+    @property
+    def is_clear(self) -> bool:
+        return self._stream.is_clear
+
+    def take(self, piece: Piece) -> None:
+        self.text += piece.text
+        if piece.tokens:
+            self._stream.send_at_once(*(msgspec.json.encode(self._answers.event(token)) for token in piece.tokens))
 
 
 def _characters(generation: Generation) -> dict[str, str]:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from node.api.best_of import ranked
 from node.api.choice import Choice, Piece, TextToken
 from node.api.exchange import Exchange
@@ -16,6 +18,7 @@ from node.api.tokenizer import TextTokenizer
 from node.api.tool_calls import ToolCallReader, merged
 from node.request import TokenLogprob
 
+_MARK = "\x00text\x00"
 _FINISH = {"stop": "stop", "stop_sequence": "stop", "length": "length"}
 
 
@@ -83,6 +86,14 @@ class OpenAiAnswers:
             if not entry["delta"] and finish is None and logprobs is None:
                 return None
         return {**self._frame("chat.completion.chunk"), "choices": [entry]}
+
+    def around_text(self) -> tuple[bytes, bytes] | None:
+        """What stands before and behind the text in later chunks of the only choice, as JSON; None where there is more in them
+        than a text."""
+        if self.generation.top_logprobs >= 0 or self.generation.calls is not None:
+            return None
+        parts = msgspec.json.encode(self.chunk(Piece(0, _MARK, (), None), text_offset=1)).split(msgspec.json.encode(_MARK))
+        return (parts[0], parts[1]) if len(parts) == 2 else None
 
     def _read_calls(self, choice_index: int, text: str, *, is_last: bool) -> dict[str, Any]:
         """What a piece of text adds to a message that may call tools."""

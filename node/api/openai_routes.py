@@ -6,12 +6,13 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from node.api.answering import Answering
 from node.api.body import read_json
 from node.api.chat_request import read_chat
-from node.api.choice import TextToken
+from node.api.choice import Piece, TextToken
 from node.api.completion_request import read_completion
 from node.api.errors import openai_body
 from node.api.exchange import Exchange
@@ -71,19 +72,18 @@ class OpenAiRoutes:
         return await stream.close(has_marker=True)
 
     async def _send_pieces(self, stream: EventStream, answers: OpenAiAnswers, exchange: Exchange) -> None:
-        offsets, opening = [0] * len(exchange.choices), answers.opening_chunk()
-        async with aclosing(exchange.pieces()) as pieces:
+        chunks = _Chunks(stream, answers)
+        async with aclosing(exchange.pieces(chunks)) as pieces:
             async for piece in pieces:
-                if opening is not None:
-                    await stream.send(opening)
-                    opening = None
-                chunk = answers.chunk(piece, offsets[piece.choice_index])
-                offsets[piece.choice_index] += len(piece.text)
+                if chunks.opening is not None:
+                    await stream.send(chunks.opening)
+                    chunks.opening = None
+                chunk = chunks.of(piece)
                 if chunk is None:
                     continue
                 if piece.finish_reason is not None and exchange.is_finished:
                     await self._send_last(stream, answers, exchange, chunk)
-                elif piece.text or piece.tokens or piece.finish_reason:
+                else:
                     await stream.send(chunk)
 
     async def _send_last(self, stream: EventStream, answers: OpenAiAnswers, exchange: Exchange, chunk: dict[str, Any]) -> None:
@@ -102,6 +102,38 @@ class OpenAiRoutes:
             int(self._answering.now().timestamp()),
             generation.model or self._answering.base_name,
         )
+
+
+class _Chunks:
+    """Pieces as chunks of a stream; a `PieceSink` of those in the middle."""
+
+    def __init__(self, stream: EventStream, answers: OpenAiAnswers) -> None:
+        self.opening = answers.opening_chunk()  # None: there is none, or it has left
+        self._stream = stream
+        self._answers = answers
+        self._offsets: dict[int, int] = {}  # by choice: where the next text begins
+        self._around: tuple[bytes, bytes] | None = None  # a text in the middle of an answer that is nothing but text
+
+    def of(self, piece: Piece) -> dict[str, Any] | None:
+        """None where there is nothing to show."""
+        offset = self._offsets.get(piece.choice_index, 0)
+        self._offsets[piece.choice_index] = offset + len(piece.text)
+        chunk = self._answers.chunk(piece, offset)
+        return chunk if piece.text or piece.tokens or piece.finish_reason else None
+
+    @property
+    def is_clear(self) -> bool:
+        return self.opening is None and self._stream.is_clear
+
+    def take(self, piece: Piece) -> None:
+        if self._around is not None and piece.text:
+            before, behind = self._around
+            self._stream.send_at_once(b"%b%b%b" % (before, msgspec.json.encode(piece.text), behind))
+            return
+        chunk = self.of(piece)
+        if chunk is not None:
+            self._stream.send_at_once(msgspec.json.encode(chunk))
+            self._around = self._answers.around_text()
 
 
 def with_bearer(generation: Generation, bearer: str | None) -> Generation:

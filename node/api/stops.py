@@ -15,6 +15,7 @@ class StopMatcher:
         self._stops = stops
         self._held = ""
         self.is_matched = False
+        self.has_stops = bool(stops)
 
     def feed(self, text: str) -> str:
         """Add text; return what is safe to show. After a match nothing more is."""

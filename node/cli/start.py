@@ -44,7 +44,7 @@ def start(
     )
     import uvloop
 
-    # The thread that commits records waits for the interpreter lock at most so long, however busy the event loop is.
+    # Threads that read the ledger or a long prompt wait for the interpreter lock at most so long, however busy the event loop is.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     uvloop.run(_serve(settings))
 

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -47,6 +47,9 @@ from node.request import AdapterTerm
 RESTART_LIMIT = 5  # starts in a row that fail before the client gives up
 RESTART_DELAY_S = 0.5  # doubled after each
 RETRY_AFTER_S = 5.0
+# Of the event loop. A request takes several turns from its bytes to the engine, and none of them may wait for a step's tokens
+# when those come faster than they can be written: whoever is behind finds them as one event, while an empty place costs a row.
+TURNS_BETWEEN_STEPS = 8
 
 logger = logging.getLogger(__name__)
 
@@ -275,30 +278,40 @@ class EngineClient:
             await asyncio.gather(death, receiver, return_exceptions=True)
 
     async def _receive(self, events: zmq.asyncio.Socket) -> None:
+        waiting: zmq.Socket[bytes] = zmq.Socket.shadow(events.underlying)
         while True:
-            event = self._decoder.decode(await events.recv())
+            messages = [await events.recv(), *_rest(waiting)]
             self._heard_s = self._clock()
-            if isinstance(event, Step):
-                for item in event.events:
-                    self._deliver(item)
-            elif isinstance(event, Stats):
-                self._stats = event
+            said = [self._decoder.decode(message) for message in messages]
+            self._deliver([item for event in said if isinstance(event, Step) for item in event.events])
+            self._stats = next((event for event in reversed(said) if isinstance(event, Stats)), self._stats)
+            for _ in range(TURNS_BETWEEN_STEPS):
+                await asyncio.sleep(0)  # a message that is here already would be taken at once
 
-    def _deliver(self, event: SequenceEvent) -> None:
-        stream = self._streams.get(event.sequence_id)
-        if stream is not None:
-            stream.put(event)
+    def _deliver(self, events: Iterable[SequenceEvent]) -> None:
+        """Steps that waited together reach each reader together."""
+        reached: dict[SequenceStream, None] = {}
+        for event in events:
+            stream = self._streams.get(event.sequence_id)
+            if stream is None:
+                continue
+            stream.add(event)
+            reached[stream] = None
             if event.finish_reason is not None:
                 del self._streams[event.sequence_id]
                 self._places.leave(stream.tenant)
+        for stream in reached:
+            stream.hand_over()
 
     def _end_all(self, message: str) -> None:
-        for sequence_id in list(self._streams):
-            self._deliver(
+        self._deliver(
+            [
                 SequenceEvent(
                     sequence_id=sequence_id, finish_reason="error", error_code="engine_unavailable", error_message=message
                 )
-            )
+                for sequence_id in self._streams
+            ]
+        )
 
     async def _restart(self) -> bool:
         """Start another child; gives up after `RESTART_LIMIT` failures in a row."""
@@ -339,6 +352,13 @@ def _remove_strays(runtime_dir: Path) -> None:
     for stray in runtime_dir.glob("engine-*-*"):
         if not Path("/proc", stray.name.split("-")[1]).exists():
             shutil.rmtree(stray, ignore_errors=True)
+
+
+def _rest(socket: zmq.Socket[bytes]) -> Iterator[bytes]:
+    """Messages that have arrived already."""
+    with contextlib.suppress(zmq.Again):
+        while True:
+            yield socket.recv(zmq.NOBLOCK)
 
 
 def _unavailable(message: str) -> EngineError:

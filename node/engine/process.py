@@ -24,6 +24,7 @@ from node.errors import NodeError
 
 EXIT_START_FAILED = 3
 EXIT_ORPHANED = 4
+_SWITCH_INTERVAL_S = 0.0005
 
 
 def main() -> int:
@@ -61,6 +62,8 @@ def _serve(config: LaunchConfig, channel: EngineChannel) -> int:
     # What was imported and loaded stays: the collector need not walk it again in the middle of a step.
     gc.collect()
     gc.freeze()
+    # The step loop waits for the interpreter lock at most so long while a loader thread reads an adapter's headers.
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     channel.send(ready)
     try:
         EngineLoop(engine, channel).run()

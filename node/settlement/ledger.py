@@ -1,32 +1,34 @@
 """The ledger: every admitted request gets exactly one record, committed before its answer ends.
 
 `admit` returns when "this request exists" is on the disk, `close` when its record is. Both run on the event loop and hand the
-work to one writer thread; reads run on a thread and a connection of their own. Nothing here knows of tensors or HTTP.
+work to one writer: in a node a process of its own, else a thread. Reads and other transactions run on threads and connections of
+their own. Nothing here knows of tensors or HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, insert, select
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from attribution.digests import tenant_digest
-from attribution.receipt import receipt_domain
 from attribution.signing import Signer
+from node.child_process import ChildProcess
 from node.errors import LedgerError
 from node.settlement.admission import Admission, Outcome, SignedVoucher, open_request
-from node.settlement.ledger_database import DatabaseLock, explain, make_engine, migrate, parse_url
+from node.settlement.ledger_client import LedgerClient
+from node.settlement.ledger_database import explain, make_engine, parse_url
 from node.settlement.ledger_reads import EarningRow, LedgerReads, LedgerTotals, StoredRecord, UsageRow
-from node.settlement.ledger_writer import HEALED_KEY, Admit, Close, LedgerWriter, SignedReceipt, Transact
-from node.settlement.tables import META
+from node.settlement.ledger_state import PayerState
+from node.settlement.ledger_store import LedgerStore, WriterOptions
+from node.settlement.ledger_writer import Admit, Close, LedgerWriter, SignedReceipt, Transact
 
-TENANT_SALT_KEY = "tenant_salt"
 _Result = TypeVar("_Result")
 
 
@@ -43,6 +45,9 @@ class Ledger:
         busy_timeout_ms: How long a commit waits for another process on the same SQLite file.
         retry_s: Pause between attempts while the database does not commit.
         random_bytes: Source of salts.
+        keys_dir: Where a process of its own, which then writes, finds the operator's key; None: a thread of this process writes.
+            That process has a clock and salts of its own.
+        process: That process, where it was begun already.
     """
 
     def __init__(
@@ -57,21 +62,23 @@ class Ledger:
         busy_timeout_ms: int = 5000,
         retry_s: float = 1.0,
         random_bytes: Callable[[int], bytes] = os.urandom,
+        keys_dir: Path | None = None,
+        process: ChildProcess | None = None,
     ) -> None:
         self.url = url
         self._clock_ms, self._signer, self._random_bytes = clock_ms, signer, random_bytes
         self._parsed = parse_url(url)
-        self._busy_timeout_ms = busy_timeout_ms
-        self._writer_options: dict[str, Any] = {
-            "group_commit_ms": group_commit_ms,
-            "retry_s": retry_s,
-            "queue_limit": queue_limit,
-        }
-        self._domain = receipt_domain(chain_id)
+        self._chain_id = chain_id
+        self._options = WriterOptions(group_commit_ms, queue_limit, busy_timeout_ms, retry_s)
+        self._client: LedgerClient | None = None
+        if keys_dir is not None:
+            self._client = LedgerClient(
+                url, self._options, keys_dir=keys_dir, operator=signer.address, chain_id=chain_id, started=process
+            )
         self._reader_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger-reader")
-        self._lock: DatabaseLock | None = None
+        self._transactor_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger-transactor")
+        self._store: LedgerStore | None = None
         self._engine: Engine | None = None
-        self._writer: LedgerWriter | None = None
         self._reads: LedgerReads | None = None
         self._tenant_salt = b""
 
@@ -83,7 +90,9 @@ class Ledger:
     @property
     def is_healthy(self) -> bool:
         """Whether the last commit succeeded. While False nothing is admitted and readiness says 503."""
-        return self._writer is not None and self._writer.is_healthy
+        if self._client is not None:
+            return self._client.is_healthy
+        return self._store is not None and self._store.writer.is_healthy
 
     @property
     def engine(self) -> Engine:
@@ -101,10 +110,18 @@ class Ledger:
         Raises:
             LedgerError: ledger_locked, ledger_schema_newer, ledger_corrupt, or ledger_unavailable with the reason.
         """
-        return await asyncio.to_thread(self._open)
+        if self._client is None:
+            return await asyncio.to_thread(self._open)
+        opened = await self._client.start()
+        self._tenant_salt = opened.tenant_salt
+        self._engine = make_engine(self._parsed, busy_timeout_ms=self._options.busy_timeout_ms)
+        self._reads = LedgerReads(self.url)
+        return opened.interrupted
 
     async def shutdown(self) -> None:
-        """Commit what waits, then let go of files, threads and the lock."""
+        """Commit what waits, then let go of files, threads, the lock and the process."""
+        if self._client is not None:
+            await self._client.close()
         await asyncio.to_thread(self._shutdown)
 
     async def admit(self, admission: Admission) -> None:
@@ -116,6 +133,9 @@ class Ledger:
         """
         if not self.is_healthy:
             raise LedgerError("the ledger does not commit; nothing is admitted until it does", retry_after_s=5.0)
+        if self._client is not None:
+            await self._client.admit(admission, self._clock_ms())
+            return
         request = open_request(
             admission,
             operator=self.operator,
@@ -133,25 +153,31 @@ class Ledger:
         Raises:
             LedgerError: ledger_unavailable; the answer must end with that error instead of a receipt.
         """
+        if self._client is not None:
+            return await self._client.close_request(outcome)
         signed: SignedReceipt = await self._submit(lambda done: Close(outcome, done))
         return signed
 
     async def transact(self, work: Callable[[Connection], _Result]) -> _Result:
-        """Run `work` in one write transaction on the writer's thread; it commits when `work` returns.
+        """Run `work` in one write transaction on a thread; it commits when `work` returns.
 
         Raises:
             NodeError: What `work` raised. LedgerError: The transaction did not commit.
         """
+        if self._client is not None:
+            return await asyncio.get_running_loop().run_in_executor(self._transactor_thread, self._transacted, work)
         result: _Result = await self._submit(lambda done: Transact(work, done))
         return result
 
     def used_wei(self, payer: str) -> int:
         """What a payer's records cost so far, of usage it signed for."""
-        return self._opened_writer().used_wei(payer)
+        known = self._payers.get(payer)
+        return 0 if known is None else known.used_wei
 
     def best_voucher(self, payer: str) -> SignedVoucher | None:
         """The best voucher that a payer signed for an admitted request: what its usage can be collected with."""
-        return self._opened_writer().best_voucher(payer)
+        known = self._payers.get(payer)
+        return None if known is None else known.voucher
 
     async def receipt(self, request_id: str, tenant: str | None = None) -> dict[str, Any] | None:
         """The receipt bundle of a request, or None when it has no record (yet), or not one of `tenant` where that is given."""
@@ -193,54 +219,40 @@ class Ledger:
         return await asyncio.get_running_loop().run_in_executor(self._reader_thread, query, reads)
 
     def _open(self) -> int:
-        engine = make_engine(self._parsed, busy_timeout_ms=self._busy_timeout_ms)
-        try:
-            self._lock = DatabaseLock(self._parsed, engine)
-            migrate(engine)
-            with engine.begin() as connection:
-                self._tenant_salt = _single_values(connection, self._clock_ms())
-            writer = LedgerWriter(
-                engine,
-                clock_ms=self._clock_ms,
-                signer=self._signer,
-                domain=self._domain,
-                explain=lambda error: explain(error, self._parsed),
-                **self._writer_options,
-            )
-            interrupted = writer.load()
-            self._reads = LedgerReads(self.url)
-        except (SQLAlchemyError, OSError) as error:
-            engine.dispose()
-            self._release()
-            raise explain(error, self._parsed) from error
-        except LedgerError:
-            engine.dispose()
-            self._release()
-            raise
-        writer.start()
-        self._engine, self._writer = engine, writer
-        return interrupted
+        store = LedgerStore.open(self.url, self._options, signer=self._signer, chain_id=self._chain_id, clock_ms=self._clock_ms)
+        self._store, self._engine, self._tenant_salt = store, store.engine, store.tenant_salt
+        self._reads = LedgerReads(self.url)
+        return store.interrupted
 
     def _shutdown(self) -> None:
-        if self._writer is not None:
-            self._writer.stop()
+        if self._store is not None:
+            self._store.close()
         self._reader_thread.shutdown(wait=True)
+        self._transactor_thread.shutdown(wait=True)
         if self._reads is not None:
             self._reads.close()
             self._reads = None
         if self._engine is not None:
             self._engine.dispose()
-        self._release()
 
-    def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+    @property
+    def _payers(self) -> Mapping[str, PayerState]:
+        """As committed. Payers are replaced, never changed."""
+        return self._client.payers if self._client is not None else self._opened_writer().payers
+
+    def _transacted(self, work: Callable[[Connection], _Result]) -> _Result:
+        if not self.is_healthy:
+            raise LedgerError("the ledger does not commit; nothing is changed until it does", retry_after_s=5.0)
+        try:
+            with self.engine.begin() as connection:
+                return work(connection)
+        except (SQLAlchemyError, OSError) as error:
+            raise explain(error, self._parsed) from error
 
     def _opened_writer(self) -> LedgerWriter:
-        if self._writer is None:
+        if self._store is None:
             raise LedgerError("the ledger is not open; start the node again")
-        return self._writer
+        return self._store.writer
 
     async def _submit(self, make: Callable[[Callable[[Any, BaseException | None], None]], Admit | Close | Transact]) -> Any:
         """Put work on the writer's queue and wait for its commit."""
@@ -261,13 +273,3 @@ class Ledger:
 
         self._opened_writer().put(make(done))
         return await future
-
-
-def _single_values(connection: Connection, now_ms: int) -> bytes:
-    """Make the ledger's single values at first open; the tenant salt."""
-    known = {row.key: row.value for row in connection.execute(select(META))}
-    for key, value in ((TENANT_SALT_KEY, secrets.token_hex(32)), (HEALED_KEY, str(now_ms))):
-        if key not in known:
-            connection.execute(insert(META).values(key=key, value=value))
-            known[key] = value
-    return bytes.fromhex(known[TENANT_SALT_KEY])

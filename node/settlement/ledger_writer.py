@@ -11,12 +11,12 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Engine, select, update
+from sqlalchemy import Connection, Engine, bindparam, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from attribution import receipt, record
@@ -25,12 +25,13 @@ from attribution.errors import AttributionError
 from attribution.receipt import Salts
 from attribution.signing import Signer
 from node.errors import LedgerError, NodeError, OverloadedError
-from node.settlement.admission import OpenRequest, Outcome, SignedVoucher
-from node.settlement.ledger_state import Group, LedgerState
+from node.settlement.admission import OpenRequest, Outcome
+from node.settlement.ledger_state import Group, LedgerState, PayerState
 from node.settlement.tables import META, RECORDS
 
 MAX_GROUP = 256
 HEALED_KEY = "healed_ms"
+_RECORDED = select(RECORDS.c.request_id).where(RECORDS.c.request_id.in_(bindparam("asked", expanding=True)))
 _LOG = logging.getLogger(__name__)
 
 Done = Callable[[Any, BaseException | None], None]
@@ -82,6 +83,7 @@ class LedgerWriter:
         retry_s: Pause between attempts while the database does not commit.
         queue_limit: Pieces of work that may wait.
         explain: Turns a database's error into a LedgerError.
+        settled: Called by the writer's thread after each group, however it ended; its callers have been told then.
     """
 
     def __init__(
@@ -95,9 +97,11 @@ class LedgerWriter:
         retry_s: float,
         queue_limit: int,
         explain: Callable[[BaseException], LedgerError],
+        settled: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine, self._clock_ms, self._signer, self._domain = engine, clock_ms, signer, domain
         self._group_s, self._retry_s, self._explain = group_commit_ms / 1000, retry_s, explain
+        self._settled = settled
         self._queue: queue.Queue[Admit | Close | Transact | None] = queue.Queue(queue_limit)
         self._connection: Connection | None = None
         self._state = LedgerState()
@@ -105,22 +109,26 @@ class LedgerWriter:
         self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
         self.is_healthy = True
 
-    def load(self) -> int:
+    def load(self, lost: Collection[str] | None = None) -> int:
         """Read the state and close what a crash left open as interrupted, fee 0. Called before `start`.
 
+        Args:
+            lost: Where only this process was lost and the node goes on: the requests whose answers ended without a receipt. They
+                alone are closed, as failed.
+
         Returns:
-            How many requests were interrupted.
+            How many requests were closed.
         """
         with self._begin() as connection:
             self._state = LedgerState.load(connection)
-            interrupted = list(self._state.open_requests.values())
+            status, reason = ("interrupted", "interrupted") if lost is None else ("failed", "ledger_unavailable")
+            ended = [request for key, request in self._state.open_requests.items() if lost is None or key in lost]
             group = Group(self._state)
-            for request in interrupted:
-                outcome = Outcome(request_id=request.request_id, status="interrupted", finish_reason="interrupted")
-                self._append(group, request, outcome)
+            for request in ended:
+                self._append(group, request, Outcome(request_id=request.request_id, status=status, finish_reason=reason))
             group.write(connection)
         group.merge()
-        return len(interrupted)
+        return len(ended)
 
     def start(self) -> None:
         """Begin to write."""
@@ -148,15 +156,11 @@ class LedgerWriter:
                 f"{self._queue.maxsize} pieces of ledger work wait already; try again later", retry_after_s=1.0
             ) from None
 
-    def used_wei(self, payer: str) -> int:
-        """What a payer's committed records cost so far. Safe from any thread: payers are replaced, never changed."""
-        known = self._state.payers.get(payer)
-        return 0 if known is None else known.used_wei
-
-    def best_voucher(self, payer: str) -> SignedVoucher | None:
-        """The best voucher of a payer that a committed admission brought. Safe from any thread, as `used_wei`."""
-        known = self._state.payers.get(payer)
-        return None if known is None else known.voucher
+    @property
+    def payers(self) -> dict[str, PayerState]:
+        """What is committed of every payer, safe from any thread: payers are replaced, never changed. Another dictionary after a
+        failure, for the writer has read the ledger again."""
+        return self._state.payers
 
     def _run(self) -> None:
         is_last = False
@@ -169,6 +173,8 @@ class LedgerWriter:
                 self.is_healthy = False
                 self._refuse(items)
                 raise
+            finally:
+                self._settled()
 
     def _serve(self, items: list[Admit | Close | Transact]) -> None:
         if not self.is_healthy:
@@ -275,7 +281,7 @@ class LedgerWriter:
         asked = [item.request.request_id for item in items if isinstance(item, Admit)]
         if not asked:
             return set()
-        return set(connection.execute(select(RECORDS.c.request_id).where(RECORDS.c.request_id.in_(asked))).scalars())
+        return set(connection.execute(_RECORDED, {"asked": asked}).scalars())
 
     def _commit_transaction(self, item: Transact) -> None:
         try:

@@ -19,6 +19,7 @@ from node.settlement.epochs import EpochCloser
 from node.settlement.intents import DONE, FAILED, INTENTS, submit_intent
 from node.settlement.keys import KeyDirectory, NodeKeys
 from node.settlement.ledger import Ledger
+from node.settlement.ledger_client import begin
 from node.settlement.ledger_epochs import SettlementPlace
 from node.settlement.outbox import Outbox, OutboxLimits
 from node.settlement.rails import Rails, open_rails
@@ -102,6 +103,8 @@ async def open_treasury(settings: Settings, logger: FilteringBoundLogger) -> Asy
         KeystoreError, ChainError, LedgerError, ConfigError: Whatever cannot be opened.
     """
     async with AsyncExitStack() as stack:
+        writer = await begin()  # its imports take as long as opening the keys
+        stack.push_async_callback(writer.stop)
         directory = KeyDirectory(settings.data_dir / "keys")
         keys = await asyncio.to_thread(directory.open)
         rails = await stack.enter_async_context(open_rails(settings, directory, keys.submitter.address, logger))
@@ -111,6 +114,8 @@ async def open_treasury(settings: Settings, logger: FilteringBoundLogger) -> Asy
             signer=keys.operator,
             chain_id=NO_CHAIN_ID if rails is None else rails.chain.chain_id,
             group_commit_ms=settings.ledger.group_commit_ms,
+            keys_dir=settings.data_dir / "keys",
+            process=writer,
         )
         interrupted = await ledger.open()
         stack.push_async_callback(ledger.shutdown)

@@ -70,6 +70,47 @@ def test_another_configuration_is_another_plan(plans, writer):
     assert other.scales.tolist() != first.scales.tolist()
 
 
+CHANGES = [{"lora_alpha": 3}, {"lora_alpha": 0.25, "use_rslora": True}, {"lora_alpha": 5, "peft_version": "9"}]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_plan_of_a_shape_with_another_alpha_equals_one_read_alone(plans, writer, linears, change):
+    plans.plans.read(writer.write("a", use_rslora=change.get("use_rslora", False)))
+    directory = writer.write("b", **change)
+    shared, alone = plans.plans.read(directory), Plans(linears).plans.read(directory)
+    assert shared.tensors is plans.plans.read(directory).tensors
+    assert (shared.binding, shared.hash_parts, shared.head_bytes) == (alone.binding, alone.hash_parts, alone.head_bytes)
+    assert shared.scales.tolist() == alone.scales.tolist()
+    assert shared.adapter_id(plans.roots(directory)) == plans.verified_id(directory)
+
+
+def test_shape_is_shared_by_adapters_that_differ_in_alpha(plans, writer):
+    first = plans.plans.read(writer.write("a"))
+    assert plans.plans.read(writer.write("b", lora_alpha=3)).tensors is first.tensors
+
+
+@pytest.mark.parametrize("change", [{"lora_alpha": -1}, {"lora_alpha": "x"}, {"r": 3}, {"target_modules": ["q_proj"]}])
+def test_shape_that_is_known_hides_no_bad_configuration(plans, writer, change):
+    plans.plans.read(writer.write("a"))
+    with pytest.raises(AdapterInvalidError):
+        plans.plans.read(writer.write("b", **change))
+
+
+@pytest.mark.parametrize("text", ['{"r": 4, "r": 4}', "[1]", "{", '{"lora_alpha": NaN}'])
+def test_shape_that_is_known_hides_no_bad_json(plans, writer, text):
+    plans.plans.read(writer.write("a"))
+    directory = writer.write("b")
+    (directory / "adapter_config.json").write_text(text)
+    with pytest.raises(AdapterInvalidError):
+        plans.plans.read(directory)
+
+
+def test_patterns_of_alphas_are_read_anew(plans, writer, linears):
+    plans.plans.read(writer.write("a", alpha_pattern={"q_proj": 3}))
+    directory = writer.write("b", alpha_pattern={"q_proj": 3}, lora_alpha=5)
+    assert plans.plans.read(directory).scales.tolist() == Plans(linears).plans.read(directory).scales.tolist()
+
+
 def test_another_dtype_or_rank_is_another_plan(plans, writer):
     ranks = [plans.plans.read(writer.write(f"r{rank}", writer.tensors(rank=rank), r=rank)).rank for rank in (2, 5)]
     assert ranks == [2, 5]

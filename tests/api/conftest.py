@@ -26,6 +26,7 @@ from node.api.listener import Listener
 from node.api.tokenizer import TextTokenizer
 from node.config import ServerSettings, TenantSettings
 from node.engine.messages import Ready, SequenceEvent, Stats, Submit
+from node.engine.stream import SequenceStream
 from node.errors import AdapterIdError, AdapterNotFoundError, LedgerError, NodeError, RequestError
 from node.request import DrawnToken, TokenLogprob
 from node.telemetry.logs import make_logger
@@ -122,6 +123,21 @@ class FakeCatalog:
         return self.known.pop(name), True
 
 
+class FakeSequence(SequenceStream):
+    """The node's own stream of events, filled by a task; ends without a word where the script does."""
+
+    def __init__(self, events: AsyncIterator[SequenceEvent], submit: Submit) -> None:
+        super().__init__(submit.sequence_id, submit.tenant, lambda _: None)
+        self._task = asyncio.create_task(self._fill(events))
+
+    async def _fill(self, events: AsyncIterator[SequenceEvent]) -> None:
+        async for event in events:
+            self.put(event)
+        if not self.is_finished:
+            self.is_finished = True
+            await self.aclose()
+
+
 @dataclass
 class FakeEngine:
     """Answers every sequence with `answer`, token by token, then an end-of-sequence id, or "length" when the budget is spent.
@@ -144,11 +160,17 @@ class FakeEngine:
     cancelled: list[str] = field(default_factory=list)
     wishes: list[tuple[str, str]] = field(default_factory=list)
     held: asyncio.Event = field(default_factory=asyncio.Event)
+    may_begin: asyncio.Event | None = None  # nothing is answered before it is set
     _waits: dict[str, asyncio.Event] = field(default_factory=dict)
 
-    async def submit(self, submit: Submit) -> AsyncIterator[SequenceEvent]:
+    def submit(self, submit: Submit) -> FakeSequence:
+        return FakeSequence(self._events(submit), submit)
+
+    async def _events(self, submit: Submit) -> AsyncIterator[SequenceEvent]:
         self.submits.append(submit)
         self._waits[submit.sequence_id] = asyncio.Event()
+        if self.may_begin is not None:
+            await self.may_begin.wait()
         if submit.embeds:
             yield SequenceEvent(sequence_id=submit.sequence_id, finish_reason="length", embedding=self.embedding)
             return

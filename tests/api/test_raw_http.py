@@ -64,3 +64,13 @@ async def test_slow_body_is_408(make_bench):
     answer = await exchange(port, POST + b"Host: a\r\nConnection: close\r\nContent-Length: 29\r\n\r\n" + BODY[:5])
     await listener.close(1.0)
     assert answer.startswith(b"HTTP/1.1 408")
+
+
+async def test_a_client_that_is_gone_when_it_is_written_to_leaves_no_traceback(bench, port, caplog):
+    async def gone(opening):
+        raise ConnectionResetError("cannot write to a closing transport")
+
+    bench.books.open = gone
+    answer = await exchange(port, POST + b"Host: a\r\nContent-Length: 29\r\n\r\n" + BODY)
+    assert answer == b""
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []

@@ -101,3 +101,60 @@ async def test_connection_without_a_request_is_closed(serve):
     writer.write(b"GET /live HTT")
     assert await asyncio.wait_for(reader.read(), 10) == b""
     writer.close()
+
+
+async def events_of(reader):
+    """Parsed `data:` events up to the end marker."""
+    found = []
+    while True:
+        line = await asyncio.wait_for(reader.readline(), 10)
+        if line.startswith(b"data: [DONE]"):
+            return found
+        if line.startswith(b"data: "):
+            found.append(json.loads(line[6:]))
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_every_token_is_a_chunk_of_the_same_frame_with_its_text(serve, path):
+    bench, port = await serve()
+    bench.engine.answer = 'hello "wor\\ld"\n' * 3
+    body = {**STREAM, "messages": [{"role": "user", "content": "hi"}]}
+    del body["prompt" if "chat" in path else "messages"]
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request(path, body))
+    events = await events_of(reader)
+    choices = [choice for event in events for choice in event["choices"]]
+    texts = [choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices]
+    assert "".join(texts) == bench.engine.answer
+    assert len([text for text in texts if text]) > 10
+    assert len({json.dumps({key: event[key] for key in ("id", "object", "created", "model")}) for event in events}) == 1
+    assert len({tuple(choice) for choice in choices[2:-1]}) == 1
+    writer.close()
+
+
+async def test_chat_announces_the_role_first_also_behind_a_comment(serve):
+    bench, port = await serve(keep_alive_s=0.01)
+    bench.engine.may_begin = asyncio.Event()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    body = {"model": "alice", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+    writer.write(request("/v1/chat/completions", body))
+    await asyncio.wait_for(reader.readuntil(b":\n\n"), 10)
+    bench.engine.may_begin.set()
+    events = await events_of(reader)
+    deltas = [event["choices"][0]["delta"] for event in events]
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert "".join(delta.get("content", "") for delta in deltas) == bench.engine.answer
+    assert len(deltas) > 3
+    writer.close()
+
+
+async def test_stream_to_a_client_without_chunks_ends_with_the_connection(serve):
+    bench, port = await serve()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request("/v1/completions", STREAM).replace(b"HTTP/1.1", b"HTTP/1.0"))
+    await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+    lines = [line for line in (await asyncio.wait_for(reader.read(), 10)).split(b"\n\n") if line]
+    assert all(line.startswith(b"data: ") for line in lines)
+    assert lines[-1] == b"data: [DONE]"
+    assert "".join(json.loads(line[6:])["choices"][0]["text"] for line in lines[:-1]) == bench.engine.answer
+    writer.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from node.engine.messages import SequenceEvent
@@ -66,3 +68,67 @@ async def test_stream_closed_after_its_end_abandons_nothing(stream: SequenceStre
     assert [found async for found in stream] == [event(1, finish_reason="stop")]
     await stream.aclose()
     assert abandoned == []
+
+
+async def reading(stream: SequenceStream) -> asyncio.Task[SequenceEvent]:
+    """A reader that waits for the next event."""
+    task = asyncio.ensure_future(anext(stream))
+    await asyncio.sleep(0)
+    return task
+
+
+async def test_stream_with_a_taker_wakes_its_reader_only_for_the_end(stream: SequenceStream) -> None:
+    taken: list[SequenceEvent] = []
+    stream.hand_to(lambda event: not taken.append(event))
+    reader = await reading(stream)
+    for sent in (event(1), event(2), event(3, finish_reason="stop")):
+        stream.put(sent)
+    assert taken == [event(1), event(2)]
+    assert await reader == event(3, finish_reason="stop")
+
+
+async def test_stream_joins_what_was_added_before_it_is_handed_over(stream: SequenceStream) -> None:
+    taken: list[SequenceEvent] = []
+    stream.hand_to(lambda event: not taken.append(event))
+    reader = await reading(stream)
+    stream.add(event(1))
+    stream.add(event(2))
+    stream.hand_over()
+    assert taken == [event(1, 2)]
+    reader.cancel()
+
+
+async def test_stream_whose_taker_refuses_keeps_the_order(stream: SequenceStream) -> None:
+    taken: list[SequenceEvent] = []
+    stream.hand_to(lambda event: event.tokens[0].token_id == 1 and not taken.append(event))
+    reader = await reading(stream)
+    for sent in (event(1), event(2), event(1), event(4)):
+        stream.put(sent)
+    assert taken == [event(1)]
+    assert await reader == event(2, 1, 4)
+
+
+async def test_stream_whose_reader_is_busy_offers_nothing(stream: SequenceStream) -> None:
+    stream.hand_to(lambda event: pytest.fail("offered"))
+    stream.put(event(1))
+    assert await anext(stream) == event(1)
+    stream.put(event(2))
+    assert await anext(stream) == event(2)
+
+
+async def test_stream_raises_to_its_reader_what_its_taker_raises(stream: SequenceStream) -> None:
+    def take(_: SequenceEvent) -> bool:
+        raise ValueError("a defect")
+
+    stream.hand_to(take)
+    reader = await reading(stream)
+    stream.put(event(1))
+    with pytest.raises(ValueError, match="a defect"):
+        await reader
+
+
+async def test_stream_closed_by_another_task_ends_its_reader(stream: SequenceStream) -> None:
+    reader = await reading(stream)
+    await stream.aclose()
+    with pytest.raises(StopAsyncIteration):
+        await reader
