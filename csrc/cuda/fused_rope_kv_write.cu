@@ -3,7 +3,7 @@
 // Prefill: pairs of 32 columns (prefill.cuh). Decode: a lane's quads are 4 columns of a head's first half and the 4 of its second half that rotate with them; D / 8 neighbouring lanes
 // hold a head, and the sum of q's and k's norm runs among them. A value head is written as it is. Bytes: S * T * N * 4 of planes,
 // B of every tile once (qkv at D = 64, r = 16: 12.6 MB, 4.1 us at 3.1 TB/s), T * N * 2 out.
-#include "launch.cuh"
+#include "expand_stream.cuh"
 #include "prefill.cuh"
 
 namespace openlora {
@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kLoraBlocks = 3;  // a processor
 constexpr int kBaseBlocks = 6;
+constexpr int kStreamWarps = 8;  // with two planes of the next rows on their way
 
 struct Params {
   ProductView p;
@@ -138,6 +139,56 @@ __global__ void __launch_bounds__(kUnitWarps* kWarp, kPrefillBlocks) rope_kv_pre
       });
 }
 
+__device__ __forceinline__ void store_pair(__nv_bfloat16* out, const float2& x) { *reinterpret_cast<uint32_t*>(out) = pack_bf16(x.x, x.y); }
+
+// Half heads as boxes where a head has 128 columns or more; heads of 64 two at a time.
+template <bool kFloatPlanes, int G>
+__global__ void __launch_bounds__(kStreamWarps* kWarp, 1) rope_kv_stream_kernel(const __grid_constant__ Params a, const __grid_constant__ StreamMaps maps,
+                                                                                StreamPlan plan, int groups) {
+#if __CUDA_ARCH__ >= 900
+  const ProductView& p = a.p;
+  const int half = a.head_size / 2, lane = static_cast<int>(threadIdx.x) % kWarp, slices = half / kBoxColumns;  // slices of a head: 0 if it has 64
+  const int first = slices > 0 ? 2 * lane : lane / 16 * kBoxColumns + lane % 16 * 2;
+  finish_stream<kFloatPlanes, kFloatPlanes ? 0 : 2, G>(
+      p, maps, plan, groups, LanePlaces{{first, first + (slices > 0 ? kBoxColumns : half)}},
+      [&](int group) {
+        if (slices > 0) {
+          const int column = group / slices * a.head_size + group % slices * kBoxColumns;
+          return UnitColumns{{column, column + half}, {p.columns, p.columns}};
+        }
+        const int column = group * 2 * kBoxColumns, second = column + kBoxColumns;
+        return UnitColumns{{column, second < p.columns ? second : -1}, {p.columns, second < p.columns ? p.columns : 0}};
+      },
+      [&](int row) { return make_int2(__ldg(a.positions + row), __ldg(a.kv_slots + row)); },
+      [&](int, int2 column, bool has_columns, int row, int2 known, float2 x, float2 y) {
+        const int head = column.x / a.head_size, offset = column.x - head * a.head_size;  // below half
+        const bool rotates = head < a.heads + a.groups;
+        if (a.q_norm != nullptr || a.k_norm != nullptr) {
+          const auto* weight = static_cast<const __nv_bfloat16*>(head < a.heads ? a.q_norm : (rotates ? a.k_norm : nullptr));
+          float squares = x.x * x.x + x.y * x.y + y.x * y.x + y.y * y.y;
+          for (int step = half / 4; step > 0; step /= 2) squares += __shfl_xor_sync(kAllLanes, squares, step);
+          if (weight != nullptr && has_columns) {
+            const float scale = rsqrtf(squares / a.head_size + a.eps);
+            x.x *= scale * __bfloat162float(weight[offset]), x.y *= scale * __bfloat162float(weight[offset + 1]);
+            y.x *= scale * __bfloat162float(weight[half + offset]), y.y *= scale * __bfloat162float(weight[half + offset + 1]);
+          }
+        }
+        if (!has_columns) return;
+        auto* target = head_target<__nv_bfloat16>(a, row, known.y, head);
+        if (target == nullptr) return;
+        if (rotates) {
+          const int64_t angle = static_cast<int64_t>(known.x) * half + offset;
+          const float2 cos = __ldg(reinterpret_cast<const float2*>(a.cos + angle)), sin = __ldg(reinterpret_cast<const float2*>(a.sin + angle));
+          const float2 turned = make_float2(x.x * cos.x - y.x * sin.x, x.y * cos.y - y.y * sin.y);
+          y = make_float2(y.x * cos.x + x.x * sin.x, y.y * cos.y + x.y * sin.y);
+          x = turned;
+        }
+        store_pair(target + offset, x);
+        store_pair(target + half + offset, y);
+      });
+#endif
+}
+
 // A warp takes a row's head at a time, a lane a pair of columns at a time; the norm's sum is a pass of its own.
 template <class T, bool kLora>
 __global__ void __launch_bounds__(256) rope_kv_any_kernel(const __grid_constant__ Params a) {
@@ -205,6 +256,15 @@ cudaError_t launch_fused_rope_kv_write(const RopeKvArgs& args, cudaStream_t stre
   if (fits && !has_norm && suits_prefill(product) && args.head_size % (2 * kBlock) == 0) {
     params.p.unit_rows = kPartRows;
     return launch(rope_kv_prefill_kernel, {processor_count() * kPrefillBlocks, kUnitWarps * kWarp}, product.follow, stream, params);
+  }
+  const bool has_whole_heads = args.head_size == kBoxColumns || args.head_size == 2 * kBoxColumns;
+  if (fits && (has_whole_heads || (!has_norm && args.head_size % (2 * kBoxColumns) == 0)) && suits_stream(product, product.columns)) {
+    const int processors = processor_count(), groups = (product.columns + 2 * kBoxColumns - 1) / (2 * kBoxColumns);
+    return with_stream(product, groups, processors, kStreamWarps, [&](auto planes, auto modules, const StreamMaps& maps, const StreamPlan& plan, const Shape& shape) {
+      constexpr bool P = decltype(planes)::value;
+      constexpr int G = decltype(modules)::value;
+      return launch(rope_kv_stream_kernel<P, G>, shape, product.follow, stream, params, maps, plan, groups);
+    });
   }
   if (fits) {
     return with_product_types(product, [&](auto lora, auto planes, auto modules) {

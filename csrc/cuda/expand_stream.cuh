@@ -1,0 +1,461 @@
+// The product on its way into an operation, on Hopper: B by the copy engine through a ring of each warp, the expand on tensor cores.
+//
+// A unit is a tile times two boxes of 64 columns that the operation needs together (gate and up, the halves of a head). Units run
+// column by column within a tile, and every block takes a run of them whose share of the work is the same (deal_units), its warps
+// in turn: neighbouring warps read neighbouring 128 bytes of a rank at about the same time, and a block meets only two or three tiles.
+// Warps do not wait for each other: each sends for its own B, `stages` loads of at most 4 KB ahead, from before the previous
+// kernel has ended until its last unit; and for plane 0 of the next 8 rows of y before it sums those it has.
+//
+// v comes in up to 8 planes, 1 KB a row of gate_up: as much as the row's y of 256 columns. So a block adds up v of the tiles
+// it meets once, splits it into two bf16 (hi + lo, exact to 2^-17) and keeps it in shared memory as mma fragments.
+//
+// Sums: m16n8k16 with v on the M side, hi of 8 rows in rows 0 to 7 and lo of the same in 8 to 15, ranks on k, columns on n. So one
+// instruction does 8 rows x 8 columns whatever the tile's rows are, and a row's bits depend on nothing but its own v and B. One row
+// costs what eight cost: 64 rows with a LoRA each are 230,000 mma for gate_up, 4 us of the tensor cores while B takes 19. hi and lo
+// meet on the way into shared memory (4.25 KB a warp), from where a lane takes two neighbouring columns of each box, row by row:
+// all lanes have columns to finish, and y and the outputs pass in whole lines.
+//
+// Shared memory: warps x (stages x 4 KB + 4.25 KB) + v; 12 x (3 x 4 + 4.25) + 16 = 211 KB, of which 144 KB are on their way.
+// Instructions a unit of one row: 8 ldmatrix, 16 mma, 16 stores, about 220 in all: 3.5 us for gate_up at 64 units of work a column;
+// of 8 rows about 500: 3.8 us at T = 256. Both are far below the bytes.
+#pragma once
+
+#include <cuda.h>
+
+#include "gemm_tma.cuh"
+#include "launch.cuh"
+#include "product.cuh"
+
+namespace openlora {
+
+constexpr int kBoxColumns = 64;
+constexpr int kBoxes = 2;  // of a unit
+constexpr int kBoxHalfBytes = kPageRank / 2 * kBoxColumns * 2;  // 8 ranks: one atom of the copy engine's 128-byte swizzle
+constexpr int kStreamStageBytes = kBoxes * 2 * kBoxHalfBytes;
+constexpr int kPassRows = 8;
+constexpr int kDeltaPitch = kBoxes * kBoxColumns + 8;  // floats
+constexpr int kDeltaBytes = kPassRows * kDeltaPitch * 4;
+constexpr int kFragmentBytes = kPageRank * 4;  // of a pair and module
+
+// How a launch uses shared memory.
+struct StreamPlan {
+  int warps;
+  int stages;  // of a warp's ring
+  int pairs;   // whose v a block keeps
+};
+
+constexpr int stream_shared_bytes(const StreamPlan& plan, int modules) {
+  return 1024 + plan.warps * (plan.stages * (kStreamStageBytes + 16) + kDeltaBytes) + plan.pairs * modules * kFragmentBytes;
+}
+
+// B of each module: [pages, 16, outputs].
+struct StreamMaps {
+  CUtensorMap b[kMaxLoraSpans];
+};
+
+#if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
+
+__device__ __forceinline__ void load_box(uint32_t target, const CUtensorMap* map, int column, int rank, int page, uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(target),
+      "l"(map), "r"(column), "r"(rank), "r"(page), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+// Four 8 x 8 blocks of [rank][column], transposed: a lane's two ranks of one column each.
+__device__ __forceinline__ void load_matrices(uint32_t (&b)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+               : "r"(address)
+               : "memory");
+}
+
+// What a tile costs, in half kilobytes: its pages, its rows.
+__device__ __forceinline__ int tile_weight(int rows_and_entries) { return 8 * (rows_and_entries >> 16) + (rows_and_entries & 0xffff) + 2; }
+
+// A run of units; unit number = tile * groups + group.
+struct UnitRun {
+  int begin;
+  int end;
+};
+
+// The share of this block. For whole warps; each lane weighs a run of tiles.
+__device__ __forceinline__ UnitRun deal_units(const TileTable& table, int groups) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, per_lane = (table.tile_count + kWarp - 1) / kWarp;
+  const int first = min(lane * per_lane, table.tile_count), last = min(first + per_lane, table.tile_count);
+  auto weight = [&](int tile) { return tile_weight(__ldg(reinterpret_cast<const int*>(table.tiles + 2 * tile) + 1)); };
+  int own = 0;
+  for (int i = first; i < last; ++i) own += weight(i);
+  int until = own;
+#pragma unroll
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const int below = __shfl_up_sync(kAllLanes, until, offset);
+    if (lane >= offset) until += below;
+  }
+  const int64_t all = static_cast<int64_t>(__shfl_sync(kAllLanes, until, kWarp - 1)) * groups;
+  auto find = [&](uint32_t block) {
+    if (block == gridDim.x) return table.tile_count * groups;
+    const int64_t at = all * block / gridDim.x;
+    const bool is_mine = at >= static_cast<int64_t>(until - own) * groups && at < static_cast<int64_t>(until) * groups;
+    int unit = 0;
+    if (is_mine) {
+      int64_t rest = at - static_cast<int64_t>(until - own) * groups;
+      int i = first, w = weight(i);
+      while (rest >= static_cast<int64_t>(w) * groups) rest -= static_cast<int64_t>(w) * groups, w = weight(++i);
+      unit = i * groups + (static_cast<int>(rest) + w - 1) / w;  // the first that begins there or later
+    }
+    const unsigned owner = __ballot_sync(kAllLanes, is_mine);
+    return owner == 0 ? table.tile_count * groups : __shfl_sync(kAllLanes, unit, __ffs(static_cast<int>(owner)) - 1);
+  };
+  return {find(blockIdx.x), find(blockIdx.x + 1)};
+}
+
+// A warp's way through its units.
+struct UnitCursor {
+  int left;
+  int index;  // of the tile
+  int group;
+  Tile tile;
+
+  __device__ __forceinline__ void start(const TileTable& table, int unit, int count, int groups) {
+    left = count, index = unit / groups, group = unit - index * groups;
+    if (left > 0) tile = read_tile(table, index);
+  }
+  __device__ __forceinline__ void advance(const TileTable& table, int warps, int groups) {
+    group += warps;
+    if (--left <= 0 || group < groups) return;
+    do group -= groups, ++index;
+    while (group >= groups);
+    tile = read_tile(table, index);
+  }
+};
+
+// Lane t's ranks 2t, 2t + 1, 2t + 8, 2t + 9 of v of one pair and module, planes added up, as the mma's A: hi, lo, hi, lo.
+// kTogether: all planes at once on their way, which takes 32 registers.
+template <bool kTogether>
+__device__ __forceinline__ uint4 split_ranks(const ProductView& p, int64_t pair, int index, int t) {
+  const float* from = p.work.v + (pair * p.work.span_count + index) * kPageRank + 2 * t;
+  constexpr int kPlanes = kTogether ? kMaxRankPlanes : 1;
+  float2 sum[2] = {};
+#pragma unroll 1
+  for (int first = 0; first < p.work.v_planes; first += kPlanes) {
+    float2 planes[kPlanes][2];
+#pragma unroll
+    for (int c = 0; c < kPlanes; ++c)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        planes[c][i] = first + c < p.work.v_planes ? __ldcg(reinterpret_cast<const float2*>(from + (first + c) * p.work.v_stride + 8 * i)) : make_float2(0.f, 0.f);
+#pragma unroll
+    for (int c = 0; c < kPlanes; ++c)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) sum[i].x += planes[c][i].x, sum[i].y += planes[c][i].y;
+  }
+  const uint32_t low = pack_bf16(sum[0].x, sum[0].y), high = pack_bf16(sum[1].x, sum[1].y);
+  return make_uint4(low, pack_bf16(sum[0].x - low_half(low), sum[0].y - high_half(low)), high,
+                    pack_bf16(sum[1].x - low_half(high), sum[1].y - high_half(high)));
+}
+
+__device__ __forceinline__ uint32_t pair_mask(int rank, int count) { return (rank < count ? 0xffffu : 0u) | (rank + 1 < count ? 0xffff0000u : 0u); }
+
+// Two neighbouring columns of one row of one plane.
+template <bool kFloatPlanes>
+__device__ __forceinline__ float2 load_columns(const void* y, int64_t at) {
+  if constexpr (kFloatPlanes) return __ldcg(reinterpret_cast<const float2*>(static_cast<const float*>(y) + at));
+  const uint32_t raw = __ldcg(reinterpret_cast<const uint32_t*>(static_cast<const __nv_bfloat16*>(y) + at));
+  return make_float2(low_half(raw), high_half(raw));
+}
+
+__device__ __forceinline__ void add_to(float2& sum, const float2& more) { sum.x += more.x, sum.y += more.y; }
+
+// One unit's columns: the boxes' first columns and where their runs end; -1 and 0 for a box that is not there.
+struct UnitColumns {
+  int first[kBoxes];
+  int end[kBoxes];
+};
+
+// A lane's two pairs of columns: places among the unit's 128.
+struct LanePlaces {
+  int at[kBoxes];
+};
+
+// Eight rows of a tile on their way: of bf16 planes the first kPlanes.
+template <int kPlanes>
+struct PassRows {
+  int row;     // lane r % 8: of the product, or -1
+  int2 known;  // of that row
+  uint32_t y[kPlanes > 0 ? kPlanes : 1][kPassRows][kBoxes];
+};
+
+// finish(group, columns, has_columns, row, facts, first, second) gets y finished: two neighbouring columns of either box, for every row of
+// every tile, all lanes of a warp at the same row. `unit_columns(group)`: UnitColumns of 0 <= group < groups; no module's border lies
+// inside a box. `places`: of this lane. `facts(row)`: an int2 of what else the operation reads of a row, read before the wait.
+// kAhead: planes of y that are sent for ahead; 0 for float32, else 1 or 2.
+template <bool kFloatPlanes, int kAhead, int G, class Columns, class Facts, class Finish>
+__device__ __forceinline__ void finish_stream(const ProductView& p, const StreamMaps& maps, const StreamPlan& plan, int groups, const LanePlaces& places,
+                                              Columns unit_columns, Facts facts, Finish finish) {
+  extern __shared__ uint8_t stream_shared[];
+  const int warp = warp_index(), lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
+  uint8_t* const base = stream_shared + (1024 - (shared_address(stream_shared) & 1023)) % 1024;
+  const uint32_t ring = shared_address(base) + warp * plan.stages * kStreamStageBytes;
+  uint8_t* const behind = base + plan.warps * plan.stages * kStreamStageBytes;
+  float* const delta = reinterpret_cast<float*>(behind + warp * kDeltaBytes);
+  uint4* const ranks = reinterpret_cast<uint4*>(behind + plan.warps * kDeltaBytes);
+  uint8_t* const after = reinterpret_cast<uint8_t*>(ranks) + plan.pairs * G * kFragmentBytes;
+  const uint32_t barrier = shared_address(after) + warp * plan.stages * 8;
+  int2* const counts = reinterpret_cast<int2*>(after + plan.warps * plan.stages * 8) + warp * plan.stages;
+
+  if (lane == 0) {
+    for (int s = 0; s < plan.stages; ++s) barrier_init(barrier + 8 * s, 1);
+    barrier_init_fence();
+    for (int m = 0; m < G; ++m) asm volatile("prefetch.tensormap [%0];" ::"l"(&maps.b[m]) : "memory");
+  }
+  const TileTable table = read_tile_table(p.work.tiles);
+  const UnitRun run = deal_units(table, groups);
+  const int mine = max(0, (run.end - run.begin - warp + plan.warps - 1) / plan.warps);
+  const uint64_t policy = policy_evict_first();
+  auto passes_of = [](const Tile& tile) { return (tile.rows + kPassRows - 1) / kPassRows; };
+  // Pages that all find a stage stay for all passes over the tile's rows; more are sent for again in each pass.
+  auto loads_of = [&](const Tile& tile) { return tile.entries <= plan.stages ? tile.entries : tile.entries * passes_of(tile); };
+
+  UnitCursor ahead{};  // of what is sent for
+  int sent = 0, sent_stage = 0;
+  auto skip_empty = [&] {
+    while (ahead.left > 0 && ahead.tile.entries == 0) ahead.advance(table, plan.warps, groups);
+  };
+  auto send = [&] {
+    if (ahead.left <= 0) return;
+    const Entry entry = ahead.tile.entries == 1 ? ahead.tile.entry : read_entry(table, ahead.tile, sent % ahead.tile.entries);
+    const UnitColumns columns = unit_columns(ahead.group);
+    int count[kBoxes], column[kBoxes], place[kBoxes], halves = 0;
+#pragma unroll
+    for (int b = 0; b < kBoxes; ++b) {
+      const ModuleColumn found = columns.first[b] < 0 ? ModuleColumn{-1, 0} : module_of<G>(p.work, columns.first[b]);
+      place[b] = found.index, column[b] = found.column;
+      count[b] = found.index < 0 ? 0 : ranks_left(p.work, p.work.spans[found.index].module, entry);
+      halves += count[b] > 8 ? 2 : (count[b] > 0 ? 1 : 0);
+    }
+    if (lane == 0) {
+      const uint32_t full = barrier + 8 * sent_stage, target = ring + sent_stage * kStreamStageBytes;
+      counts[sent_stage] = make_int2(count[0], count[1]);
+      barrier_expect(full, halves * kBoxHalfBytes);
+#pragma unroll
+      for (int b = 0; b < kBoxes; ++b)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          if (count[b] > 8 * half) load_box(target + (2 * b + half) * kBoxHalfBytes, &maps.b[place[b]], column[b], 8 * half, entry.page, full, policy);
+    }
+    __syncwarp();
+    if (++sent_stage == plan.stages) sent_stage = 0;
+    if (++sent == loads_of(ahead.tile)) {
+      sent = 0;
+      ahead.advance(table, plan.warps, groups);
+      skip_empty();
+    }
+  };
+  ahead.start(table, run.begin + warp, mine, groups);
+  skip_empty();
+  __syncwarp();
+  for (int s = 0; s < plan.stages; ++s) send();
+
+  UnitCursor next{};  // of y
+  int next_pass = 0;
+  PassRows<kAhead> coming;
+  auto global_column = [&](const UnitColumns& columns, int b) { return places.at[b] < kBoxColumns ? columns.first[0] + places.at[b] : columns.first[1] + places.at[b] - kBoxColumns; };
+  auto has_columns = [&](const UnitColumns& columns) { return global_column(columns, 0) < (places.at[0] < kBoxColumns ? columns.end[0] : columns.end[1]); };
+  auto locate = [&] {
+    if (next.left <= 0) return;
+    const int place = next_pass * kPassRows + lane % kPassRows;
+    coming.row = place < next.tile.rows ? __ldg(table.rows + next.tile.place + place) : -1;
+    coming.known = coming.row >= 0 ? facts(coming.row) : make_int2(0, 0);
+  };
+  const char* const y_bytes = static_cast<const char*>(p.y);
+  auto fetch = [&] {
+    if (kAhead == 0 || next.left <= 0) return;
+    const UnitColumns columns = unit_columns(next.group);
+    const bool has = has_columns(columns);
+    const int rows = next.tile.rows - next_pass * kPassRows;
+#pragma unroll
+    for (int r = 0; r < kPassRows; ++r) {
+      const int64_t row = static_cast<int64_t>(__shfl_sync(kAllLanes, coming.row, r)) * p.columns;
+      if (r < rows && has)
+#pragma unroll
+        for (int s = 0; s < kAhead; ++s)
+          if (s == 0 || s < p.planes)
+#pragma unroll
+            for (int b = 0; b < kBoxes; ++b)
+              coming.y[s][r][b] = __ldcg(reinterpret_cast<const uint32_t*>(y_bytes + 2 * (s * p.plane_stride + row + global_column(columns, b))));
+    }
+  };
+  next.start(table, run.begin + warp, mine, groups);
+  locate();
+
+  // v of the block's tiles, from the first one's first pair on.
+  int first_pair = 0, kept = 0;
+  if (run.begin < run.end) {
+    const Tile first = read_tile(table, run.begin / groups), last = read_tile(table, (run.end - 1) / groups);
+    first_pair = first.first_pair;
+    kept = min(plan.pairs, last.first_pair + last.rows * last.entries - first_pair);
+  }
+  wait_for_previous();
+  start_dependents();
+  fetch();
+  for (int i = threadIdx.x; i < kept * G * 4; i += blockDim.x) ranks[i] = split_ranks<true>(p, first_pair + i / (4 * G), i / 4 % G, i % 4);
+  __syncthreads();
+
+  int stage = 0;
+  uint32_t parity = 0;
+  while (next.left > 0) {
+    const Tile tile = next.tile;
+    const int group = next.group, pass = next_pass, rows = min(tile.rows - pass * kPassRows, kPassRows);
+    const bool stays = tile.entries <= plan.stages, is_last = (pass + 1) * kPassRows >= tile.rows;
+    const UnitColumns columns = unit_columns(group);
+    const bool has = has_columns(columns);
+    const PassRows<kAhead> now = coming;
+    if (is_last) next.advance(table, plan.warps, groups), next_pass = 0;
+    else ++next_pass;
+    locate();
+    fetch();
+
+    float sum[kBoxes][8][4] = {};  // hi of row g and columns 8j + 2t, 8j + 2t + 1; lo of the same
+    int place[kBoxes];
+#pragma unroll
+    for (int b = 0; b < kBoxes; ++b) place[b] = columns.first[b] < 0 ? 0 : module_of<G>(p.work, columns.first[b]).index;
+    const int64_t row_pair = tile.first_pair + static_cast<int64_t>(pass * kPassRows + min(g, rows - 1)) * tile.entries;
+    const bool is_kept = tile.first_pair - first_pair + tile.rows * tile.entries <= kept;
+    int at = stage;
+    uint32_t at_parity = parity;
+#pragma unroll 1
+    for (int e = 0; e < tile.entries; ++e) {
+      barrier_wait(barrier + 8 * at, at_parity);
+      const int2 left = counts[at];
+      const int count[kBoxes] = {left.x, left.y};
+#pragma unroll
+      for (int b = 0; b < kBoxes; ++b) {
+        if (count[b] <= 0) continue;
+        const uint4 v = is_kept ? ranks[((row_pair + e - first_pair) * G + place[b]) * 4 + t] : split_ranks<false>(p, row_pair + e, place[b], t);
+        const uint32_t mask[2] = {pair_mask(2 * t, count[b]), pair_mask(2 * t + 8, count[b])};
+        const uint32_t from = ring + at * kStreamStageBytes + b * 2 * kBoxHalfBytes + (lane / 8 % 2) * kBoxHalfBytes + lane % 8 * 128;
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+          uint32_t raw[4];
+          load_matrices(raw, from + (((j + lane / 16) ^ (lane % 8)) << 4));
+          mma_bf16(sum[b][j], v.x, v.y, v.z, v.w, raw[0] & mask[0], raw[1] & mask[1]);
+          mma_bf16(sum[b][j + 1], v.x, v.y, v.z, v.w, raw[2] & mask[0], raw[3] & mask[1]);
+        }
+      }
+      if (is_last || !stays) {
+        __syncwarp();  // the stage has been read
+        send();
+      }
+      if (++at == plan.stages) at = 0, at_parity ^= 1;
+    }
+    if (is_last || !stays) stage = at, parity = at_parity;
+
+    if (g < rows) {
+#pragma unroll
+      for (int b = 0; b < kBoxes; ++b)
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+          *reinterpret_cast<float2*>(delta + g * kDeltaPitch + b * kBoxColumns + j * 8 + 2 * t) =
+              make_float2(sum[b][j][0] + sum[b][j][2], sum[b][j][1] + sum[b][j][3]);
+    }
+    __syncwarp();
+    float2 bias[kBoxes] = {};
+    if (p.bias != nullptr && has)
+#pragma unroll
+      for (int b = 0; b < kBoxes; ++b) {
+        const uint32_t raw = __ldg(reinterpret_cast<const uint32_t*>(static_cast<const __nv_bfloat16*>(p.bias) + global_column(columns, b)));
+        bias[b] = make_float2(low_half(raw), high_half(raw));
+      }
+#pragma unroll
+    for (int r = 0; r < kPassRows; ++r) {
+      if (r >= rows) break;
+      const int row = __shfl_sync(kAllLanes, now.row, r);
+      const int2 known = make_int2(__shfl_sync(kAllLanes, now.known.x, r), __shfl_sync(kAllLanes, now.known.y, r));
+      float2 y[kBoxes];
+#pragma unroll
+      for (int b = 0; b < kBoxes; ++b) {
+        y[b] = make_float2(0.f, 0.f);
+#pragma unroll
+        for (int s = 0; s < kAhead; ++s)
+          if (s == 0 || s < p.planes) add_to(y[b], make_float2(low_half(now.y[s][r][b]), high_half(now.y[s][r][b])));
+        if (has)
+          for (int s = kAhead; s < p.planes; ++s)
+            add_to(y[b], load_columns<kFloatPlanes>(p.y, s * p.plane_stride + static_cast<int64_t>(row) * p.columns + global_column(columns, b)));
+        add_to(y[b], bias[b]);
+        add_to(y[b], *reinterpret_cast<const float2*>(delta + r * kDeltaPitch + places.at[b]));
+      }
+      finish(group, make_int2(global_column(columns, 0), global_column(columns, 1)), has, row, known, y[0], y[1]);
+    }
+    __syncwarp();  // delta has been read
+  }
+}
+
+#endif
+
+// ---- Launching.
+
+inline bool encode_page_map(CUtensorMap* map, const LoraWork& work, const LoraSpan& span) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+    return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(entry) : nullptr;
+  }();
+  if (encode == nullptr) return false;
+  constexpr cuuint64_t kPages = 1 << 20;  // more than there are: which of them exist the tiles say
+  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(span.outputs), kPageRank, kPages};
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(span.outputs) * 2, static_cast<cuuint64_t>(work.page_elements) * 2};
+  const cuuint32_t box[3] = {kBoxColumns, kPageRank / 2, 1}, steps[3] = {1, 1, 1};
+  auto* from = const_cast<__nv_bfloat16*>(static_cast<const __nv_bfloat16*>(work.pages) + span.b_offset);
+  return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, from, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// Whether finish_stream can run: Hopper, bf16, adapters, everything aligned for the copy engine, and no module's border inside a box of
+// 64 columns counted from a multiple of `run`.
+inline bool suits_stream(const Product& product, int run) {
+  if (product.lora == nullptr || product.is_float || product.columns % 8 != 0 || !is_hopper()) return false;
+  const LoraWork& work = *product.lora;
+  bool fits = reinterpret_cast<uintptr_t>(product.y) % 8 == 0 && reinterpret_cast<uintptr_t>(product.bias) % 4 == 0 &&
+              reinterpret_cast<uintptr_t>(work.pages) % 16 == 0 && work.page_elements % 8 == 0 && reinterpret_cast<uintptr_t>(work.v) % 8 == 0 &&
+              work.v_planes <= kMaxRankPlanes;
+  for (int m = 0; m < work.span_count; ++m) {
+    const LoraSpan& span = work.spans[m];
+    const int end = span.column + span.outputs;
+    fits = fits && span.b_offset % 8 == 0 && span.outputs % 8 == 0 && span.column % run % kBoxColumns == 0 && (end % run % kBoxColumns == 0);
+  }
+  return fits;
+}
+
+// Warps, stages and kept pairs for so many rows and groups. Where a block has few units it takes little shared memory, so that it can start
+// beside the kernel before it.
+inline StreamPlan stream_plan(int rows, int groups, int processors, int modules, int warps) {
+  const int64_t units = static_cast<int64_t>(rows) * groups;  // at most, of one page
+  if (units <= 2 * processors) return {2, 2, 8};
+  return {warps, 36 / warps, 16384 / (modules * kFragmentBytes)};
+}
+
+// Calls `go` with the template arguments of a stream kernel of at most `warps` warps, its maps and its shape.
+template <class Go>
+cudaError_t with_stream(const Product& product, int groups, int processors, int warps, Go go) {
+  const LoraWork& work = *product.lora;
+  const StreamPlan plan = stream_plan(product.rows, groups, processors, work.span_count, warps);
+  const int blocks = static_cast<int>(std::min<int64_t>(processors, static_cast<int64_t>(product.rows) * groups));
+  const Shape shape{blocks, plan.warps * kWarp, stream_shared_bytes(plan, work.span_count)};
+  StreamMaps maps;
+  for (int m = 0; m < work.span_count; ++m)
+    if (!encode_page_map(&maps.b[m], work, work.spans[m])) return cudaErrorInvalidValue;
+  for (int m = work.span_count; m < kMaxLoraSpans; ++m) maps.b[m] = maps.b[0];
+  auto with_modules = [&](auto modules) {
+    return product.y_is_float ? go(std::true_type{}, modules, maps, plan, shape) : go(std::false_type{}, modules, maps, plan, shape);
+  };
+  switch (work.span_count) {
+    case 1: return with_modules(std::integral_constant<int, 1>{});
+    case 2: return with_modules(std::integral_constant<int, 2>{});
+    default: return with_modules(std::integral_constant<int, 3>{});
+  }
+}
+
+}  // namespace openlora
