@@ -159,15 +159,15 @@ __device__ __forceinline__ uint32_t pair_mask(int rank, int count) { return (ran
 
 // Two neighbouring columns of one row of one plane.
 template <bool kFloatPlanes>
-__device__ __forceinline__ float2 load_columns(const void* y, int64_t at) {
-  if constexpr (kFloatPlanes) return __ldcg(reinterpret_cast<const float2*>(static_cast<const float*>(y) + at));
-  const uint32_t raw = __ldcg(reinterpret_cast<const uint32_t*>(static_cast<const __nv_bfloat16*>(y) + at));
+__device__ __forceinline__ float2 load_columns(const char* from) {
+  if constexpr (kFloatPlanes) return __ldcg(reinterpret_cast<const float2*>(from));
+  const uint32_t raw = __ldcg(reinterpret_cast<const uint32_t*>(from));
   return make_float2(low_half(raw), high_half(raw));
 }
 
 __device__ __forceinline__ void add_to(float2& sum, const float2& more) { sum.x += more.x, sum.y += more.y; }
 
-// One unit's columns: the boxes' first columns and where their runs end; -1 and 0 for a box that is not there.
+// One unit's columns: the boxes' first columns and where their runs end. A box may begin beyond.
 struct UnitColumns {
   int first[kBoxes];
   int end[kBoxes];
@@ -181,8 +181,9 @@ struct LanePlaces {
 // Eight rows of a tile on their way: of bf16 planes the first kPlanes.
 template <int kPlanes>
 struct PassRows {
-  int row;     // lane r % 8: of the product, or -1
-  int2 known;  // of that row
+  int row;          // lane r % 8: of the product; the last one there is where the tile has fewer
+  uint32_t offset;  // of that row, in elements
+  int2 known;       // of that row
   uint32_t y[kPlanes > 0 ? kPlanes : 1][kPassRows][kBoxes];
 };
 
@@ -229,7 +230,7 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
     int count[kBoxes], column[kBoxes], place[kBoxes], halves = 0;
 #pragma unroll
     for (int b = 0; b < kBoxes; ++b) {
-      const ModuleColumn found = columns.first[b] < 0 ? ModuleColumn{-1, 0} : module_of<G>(p.work, columns.first[b]);
+      const ModuleColumn found = module_of<G>(p.work, columns.first[b]);
       place[b] = found.index, column[b] = found.column;
       count[b] = found.index < 0 ? 0 : ranks_left(p.work, p.work.spans[found.index].module, entry);
       halves += count[b] > 8 ? 2 : (count[b] > 0 ? 1 : 0);
@@ -260,30 +261,35 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
   UnitCursor next{};  // of y
   int next_pass = 0;
   PassRows<kAhead> coming;
-  auto global_column = [&](const UnitColumns& columns, int b) { return places.at[b] < kBoxColumns ? columns.first[0] + places.at[b] : columns.first[1] + places.at[b] - kBoxColumns; };
-  auto has_columns = [&](const UnitColumns& columns) { return global_column(columns, 0) < (places.at[0] < kBoxColumns ? columns.end[0] : columns.end[1]); };
+  auto column_at = [&](const UnitColumns& columns, int b) { return places.at[b] < kBoxColumns ? columns.first[0] + places.at[b] : columns.first[1] + places.at[b] - kBoxColumns; };
+  auto has_columns = [&](const UnitColumns& columns) { return column_at(columns, 0) < (places.at[0] < kBoxColumns ? columns.end[0] : columns.end[1]); };
   auto locate = [&] {
     if (next.left <= 0) return;
-    const int place = next_pass * kPassRows + lane % kPassRows;
-    coming.row = place < next.tile.rows ? __ldg(table.rows + next.tile.place + place) : -1;
-    coming.known = coming.row >= 0 ? facts(coming.row) : make_int2(0, 0);
+    const int place = min(next_pass * kPassRows + lane % kPassRows, next.tile.rows - 1);
+    coming.row = __ldg(table.rows + next.tile.place + place);
+    coming.offset = static_cast<uint32_t>(coming.row) * static_cast<uint32_t>(p.columns);
+    coming.known = facts(coming.row);
   };
-  const char* const y_bytes = static_cast<const char*>(p.y);
+  constexpr int kElement = kFloatPlanes ? 4 : 2;
+  // Where a lane's columns begin in plane 0; lanes without columns read others'.
+  auto column_bytes = [&](const UnitColumns& columns, int b) {
+    return static_cast<const char*>(p.y) + static_cast<int64_t>(has_columns(columns) ? column_at(columns, b) : 0) * kElement;
+  };
   auto fetch = [&] {
     if (kAhead == 0 || next.left <= 0) return;
     const UnitColumns columns = unit_columns(next.group);
-    const bool has = has_columns(columns);
+    const char* const from[kBoxes] = {column_bytes(columns, 0), column_bytes(columns, 1)};
     const int rows = next.tile.rows - next_pass * kPassRows;
+    const bool has_second = kAhead > 1 && p.planes > 1;
 #pragma unroll
     for (int r = 0; r < kPassRows; ++r) {
-      const int64_t row = static_cast<int64_t>(__shfl_sync(kAllLanes, coming.row, r)) * p.columns;
-      if (r < rows && has)
+      if (r >= rows) break;
+      const uint64_t offset = __shfl_sync(kAllLanes, coming.offset, r) * uint64_t{2};
 #pragma unroll
-        for (int s = 0; s < kAhead; ++s)
-          if (s == 0 || s < p.planes)
-#pragma unroll
-            for (int b = 0; b < kBoxes; ++b)
-              coming.y[s][r][b] = __ldcg(reinterpret_cast<const uint32_t*>(y_bytes + 2 * (s * p.plane_stride + row + global_column(columns, b))));
+      for (int b = 0; b < kBoxes; ++b) {
+        coming.y[0][r][b] = __ldcg(reinterpret_cast<const uint32_t*>(from[b] + offset));
+        if (kAhead > 1 && has_second) coming.y[kAhead - 1][r][b] = __ldcg(reinterpret_cast<const uint32_t*>(from[b] + p.plane_stride * 2 + offset));
+      }
     }
   };
   next.start(table, run.begin + warp, mine, groups);
@@ -319,7 +325,7 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
     float sum[kBoxes][8][4] = {};  // hi of row g and columns 8j + 2t, 8j + 2t + 1; lo of the same
     int place[kBoxes];
 #pragma unroll
-    for (int b = 0; b < kBoxes; ++b) place[b] = columns.first[b] < 0 ? 0 : module_of<G>(p.work, columns.first[b]).index;
+    for (int b = 0; b < kBoxes; ++b) place[b] = module_of<G>(p.work, columns.first[b]).index;
     const int64_t row_pair = tile.first_pair + static_cast<int64_t>(pass * kPassRows + min(g, rows - 1)) * tile.entries;
     const bool is_kept = tile.first_pair - first_pair + tile.rows * tile.entries <= kept;
     int at = stage;
@@ -360,11 +366,12 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
               make_float2(sum[b][j][0] + sum[b][j][2], sum[b][j][1] + sum[b][j][3]);
     }
     __syncwarp();
+    const char* const from[kBoxes] = {column_bytes(columns, 0), column_bytes(columns, 1)};
     float2 bias[kBoxes] = {};
     if (p.bias != nullptr && has)
 #pragma unroll
       for (int b = 0; b < kBoxes; ++b) {
-        const uint32_t raw = __ldg(reinterpret_cast<const uint32_t*>(static_cast<const __nv_bfloat16*>(p.bias) + global_column(columns, b)));
+        const uint32_t raw = __ldg(reinterpret_cast<const uint32_t*>(static_cast<const __nv_bfloat16*>(p.bias) + column_at(columns, b)));
         bias[b] = make_float2(low_half(raw), high_half(raw));
       }
 #pragma unroll
@@ -378,14 +385,14 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
         y[b] = make_float2(0.f, 0.f);
 #pragma unroll
         for (int s = 0; s < kAhead; ++s)
-          if (s == 0 || s < p.planes) add_to(y[b], make_float2(low_half(now.y[s][r][b]), high_half(now.y[s][r][b])));
-        if (has)
-          for (int s = kAhead; s < p.planes; ++s)
-            add_to(y[b], load_columns<kFloatPlanes>(p.y, s * p.plane_stride + static_cast<int64_t>(row) * p.columns + global_column(columns, b)));
+          if (s < p.planes) add_to(y[b], make_float2(low_half(now.y[s][r][b]), high_half(now.y[s][r][b])));
+#pragma unroll 1
+        for (int s = kAhead; s < p.planes; ++s)
+          add_to(y[b], load_columns<kFloatPlanes>(from[b] + (s * p.plane_stride + __shfl_sync(kAllLanes, now.offset, r)) * kElement));
         add_to(y[b], bias[b]);
         add_to(y[b], *reinterpret_cast<const float2*>(delta + r * kDeltaPitch + places.at[b]));
       }
-      finish(group, make_int2(global_column(columns, 0), global_column(columns, 1)), has, row, known, y[0], y[1]);
+      finish(group, make_int2(column_at(columns, 0), column_at(columns, 1)), has, row, known, y[0], y[1]);
     }
     __syncwarp();  // delta has been read
   }
@@ -420,7 +427,7 @@ inline bool suits_stream(const Product& product, int run) {
   const LoraWork& work = *product.lora;
   bool fits = reinterpret_cast<uintptr_t>(product.y) % 8 == 0 && reinterpret_cast<uintptr_t>(product.bias) % 4 == 0 &&
               reinterpret_cast<uintptr_t>(work.pages) % 16 == 0 && work.page_elements % 8 == 0 && reinterpret_cast<uintptr_t>(work.v) % 8 == 0 &&
-              work.v_planes <= kMaxRankPlanes;
+              work.v_planes <= kMaxRankPlanes && static_cast<int64_t>(product.rows) * product.columns < int64_t{1} << 31;
   for (int m = 0; m < work.span_count; ++m) {
     const LoraSpan& span = work.spans[m];
     const int end = span.column + span.outputs;

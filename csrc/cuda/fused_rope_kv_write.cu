@@ -156,8 +156,7 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) rope_kv_stream_kernel(
           const int column = group / slices * a.head_size + group % slices * kBoxColumns;
           return UnitColumns{{column, column + half}, {p.columns, p.columns}};
         }
-        const int column = group * 2 * kBoxColumns, second = column + kBoxColumns;
-        return UnitColumns{{column, second < p.columns ? second : -1}, {p.columns, second < p.columns ? p.columns : 0}};
+        return UnitColumns{{group * 2 * kBoxColumns, group * 2 * kBoxColumns + kBoxColumns}, {p.columns, p.columns}};
       },
       [&](int row) { return make_int2(__ldg(a.positions + row), __ldg(a.kv_slots + row)); },
       [&](int, int2 column, bool has_columns, int row, int2 known, float2 x, float2 y) {
