@@ -45,12 +45,12 @@ struct StreamPlan {
 };
 
 constexpr int stream_shared_bytes(const StreamPlan& plan, int modules) {
-  return 1024 + plan.warps * (plan.stages * (kStreamStageBytes + 16) + kDeltaBytes) + plan.pairs * modules * kFragmentBytes;
+  return 1024 + plan.warps * (plan.stages * (kStreamStageBytes + 24) + kDeltaBytes) + plan.pairs * modules * kFragmentBytes;
 }
 
-// B of each module: [pages, 16, outputs].
+// B of each module, [pages, 16, outputs], in boxes of 8 ranks and of 16.
 struct StreamMaps {
-  CUtensorMap b[kMaxLoraSpans];
+  CUtensorMap b[kMaxLoraSpans][2];
 };
 
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
@@ -109,6 +109,28 @@ __device__ __forceinline__ UnitRun deal_units(const TileTable& table, int groups
   };
   return {find(blockIdx.x), find(blockIdx.x + 1)};
 }
+
+// A box's module and what an entry has of it, looked up where they change.
+struct BoxModule {
+  int place = -1;  // of the linear's modules; -1: none covers the column
+  int begin = 0;   // its columns
+  int end = 0;
+  int count = 0;  // ranks from the entry's page on
+
+  // Whether the module is another one than for the column before.
+  template <int G>
+  __device__ __forceinline__ bool find(const LoraWork& work, int column) {
+    if (column >= begin && column < end) return false;
+    place = -1, begin = 0, end = 0;
+#pragma unroll
+    for (int m = 0; m < G; ++m)
+      if (m < work.span_count && column >= work.spans[m].column && column < work.spans[m].column + work.spans[m].outputs)
+        place = m, begin = work.spans[m].column, end = begin + work.spans[m].outputs;
+    return true;
+  }
+  __device__ __forceinline__ void take_count(const LoraWork& work, const Entry& entry) { count = place < 0 ? 0 : ranks_left(work, work.spans[place].module, entry); }
+  __device__ __forceinline__ int bytes() const { return count > 8 ? 2 * kBoxHalfBytes : (count > 0 ? kBoxHalfBytes : 0); }
+};
 
 // A warp's way through its units.
 struct UnitCursor {
@@ -179,17 +201,18 @@ struct LanePlaces {
 };
 
 // Eight rows of a tile on their way: of bf16 planes the first kPlanes.
-template <int kPlanes>
+template <int kPlanes, class Known>
 struct PassRows {
   int row;          // lane r % 8: of the product; the last one there is where the tile has fewer
   uint32_t offset;  // of that row, in elements
-  int2 known;       // of that row
+  Known known;      // of that row
   uint32_t y[kPlanes > 0 ? kPlanes : 1][kPassRows][kBoxes];
 };
 
 // finish(group, columns, has_columns, row, facts, first, second) gets y finished: two neighbouring columns of either box, for every row of
 // every tile, all lanes of a warp at the same row. `unit_columns(group)`: UnitColumns of 0 <= group < groups; no module's border lies
-// inside a box. `places`: of this lane. `facts(row)`: an int2 of what else the operation reads of a row, read before the wait.
+// inside a box. `places`: of this lane. `facts(row)`: what else the operation reads of a row, read before
+// the wait; of(r) of what lane r has gives it to all.
 // kAhead: planes of y that are sent for ahead; 0 for float32, else 1 or 2.
 template <bool kFloatPlanes, int kAhead, int G, class Columns, class Facts, class Finish>
 __device__ __forceinline__ void finish_stream(const ProductView& p, const StreamMaps& maps, const StreamPlan& plan, int groups, const LanePlaces& places,
@@ -202,13 +225,13 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
   float* const delta = reinterpret_cast<float*>(behind + warp * kDeltaBytes);
   uint4* const ranks = reinterpret_cast<uint4*>(behind + plan.warps * kDeltaBytes);
   uint8_t* const after = reinterpret_cast<uint8_t*>(ranks) + plan.pairs * G * kFragmentBytes;
-  const uint32_t barrier = shared_address(after) + warp * plan.stages * 8;
-  int2* const counts = reinterpret_cast<int2*>(after + plan.warps * plan.stages * 8) + warp * plan.stages;
+  int4* const facts_of = reinterpret_cast<int4*>(after) + warp * plan.stages;  // a load's counts and modules
+  const uint32_t barrier = shared_address(after) + plan.warps * plan.stages * 16 + warp * plan.stages * 8;
 
   if (lane == 0) {
     for (int s = 0; s < plan.stages; ++s) barrier_init(barrier + 8 * s, 1);
     barrier_init_fence();
-    for (int m = 0; m < G; ++m) asm volatile("prefetch.tensormap [%0];" ::"l"(&maps.b[m]) : "memory");
+    for (int m = 0; m < G; ++m) asm volatile("prefetch.tensormap [%0];" ::"l"(&maps.b[m][1]) : "memory");
   }
   const TileTable table = read_tile_table(p.work.tiles);
   const UnitRun run = deal_units(table, groups);
@@ -219,35 +242,32 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
   auto loads_of = [&](const Tile& tile) { return tile.entries <= plan.stages ? tile.entries : tile.entries * passes_of(tile); };
 
   UnitCursor ahead{};  // of what is sent for
-  int sent = 0, sent_stage = 0;
+  int sent = 0, sent_stage = 0, counted = -1;
+  BoxModule box[kBoxes];
   auto skip_empty = [&] {
     while (ahead.left > 0 && ahead.tile.entries == 0) ahead.advance(table, plan.warps, groups);
   };
   auto send = [&] {
     if (ahead.left <= 0) return;
-    const Entry entry = ahead.tile.entries == 1 ? ahead.tile.entry : read_entry(table, ahead.tile, sent % ahead.tile.entries);
+    Entry entry = ahead.tile.entry;
+    if (ahead.tile.entries > 1) entry = read_entry(table, ahead.tile, sent % ahead.tile.entries), counted = -1;
     const UnitColumns columns = unit_columns(ahead.group);
-    int count[kBoxes], column[kBoxes], place[kBoxes], halves = 0;
 #pragma unroll
-    for (int b = 0; b < kBoxes; ++b) {
-      const ModuleColumn found = module_of<G>(p.work, columns.first[b]);
-      place[b] = found.index, column[b] = found.column;
-      count[b] = found.index < 0 ? 0 : ranks_left(p.work, p.work.spans[found.index].module, entry);
-      halves += count[b] > 8 ? 2 : (count[b] > 0 ? 1 : 0);
-    }
+    for (int b = 0; b < kBoxes; ++b)
+      if (box[b].find<G>(p.work, columns.first[b]) || counted != ahead.index) box[b].take_count(p.work, entry);
+    counted = ahead.index;
     if (lane == 0) {
       const uint32_t full = barrier + 8 * sent_stage, target = ring + sent_stage * kStreamStageBytes;
-      counts[sent_stage] = make_int2(count[0], count[1]);
-      barrier_expect(full, halves * kBoxHalfBytes);
+      facts_of[sent_stage] = make_int4(box[0].count, box[1].count, box[0].place, box[1].place);
+      barrier_expect(full, box[0].bytes() + box[1].bytes());
 #pragma unroll
       for (int b = 0; b < kBoxes; ++b)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          if (count[b] > 8 * half) load_box(target + (2 * b + half) * kBoxHalfBytes, &maps.b[place[b]], column[b], 8 * half, entry.page, full, policy);
+        if (box[b].count > 0)
+          load_box(target + 2 * b * kBoxHalfBytes, &maps.b[box[b].place][box[b].count > 8 ? 1 : 0], columns.first[b] - box[b].begin, 0, entry.page, full, policy);
     }
     __syncwarp();
     if (++sent_stage == plan.stages) sent_stage = 0;
-    if (++sent == loads_of(ahead.tile)) {
+    if (++sent >= loads_of(ahead.tile)) {
       sent = 0;
       ahead.advance(table, plan.warps, groups);
       skip_empty();
@@ -260,7 +280,8 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
 
   UnitCursor next{};  // of y
   int next_pass = 0;
-  PassRows<kAhead> coming;
+  using Known = decltype(facts(0));
+  PassRows<kAhead, Known> coming;
   auto column_at = [&](const UnitColumns& columns, int b) { return places.at[b] < kBoxColumns ? columns.first[0] + places.at[b] : columns.first[1] + places.at[b] - kBoxColumns; };
   auto has_columns = [&](const UnitColumns& columns) { return column_at(columns, 0) < (places.at[0] < kBoxColumns ? columns.end[0] : columns.end[1]); };
   auto locate = [&] {
@@ -316,16 +337,13 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
     const bool stays = tile.entries <= plan.stages, is_last = (pass + 1) * kPassRows >= tile.rows;
     const UnitColumns columns = unit_columns(group);
     const bool has = has_columns(columns);
-    const PassRows<kAhead> now = coming;
+    const PassRows<kAhead, Known> now = coming;
     if (is_last) next.advance(table, plan.warps, groups), next_pass = 0;
     else ++next_pass;
     locate();
     fetch();
 
     float sum[kBoxes][8][4] = {};  // hi of row g and columns 8j + 2t, 8j + 2t + 1; lo of the same
-    int place[kBoxes];
-#pragma unroll
-    for (int b = 0; b < kBoxes; ++b) place[b] = module_of<G>(p.work, columns.first[b]).index;
     const int64_t row_pair = tile.first_pair + static_cast<int64_t>(pass * kPassRows + min(g, rows - 1)) * tile.entries;
     const bool is_kept = tile.first_pair - first_pair + tile.rows * tile.entries <= kept;
     int at = stage;
@@ -333,8 +351,8 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
 #pragma unroll 1
     for (int e = 0; e < tile.entries; ++e) {
       barrier_wait(barrier + 8 * at, at_parity);
-      const int2 left = counts[at];
-      const int count[kBoxes] = {left.x, left.y};
+      const int4 known = facts_of[at];
+      const int count[kBoxes] = {known.x, known.y}, place[kBoxes] = {known.z, known.w};
 #pragma unroll
       for (int b = 0; b < kBoxes; ++b) {
         if (count[b] <= 0) continue;
@@ -378,7 +396,6 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
     for (int r = 0; r < kPassRows; ++r) {
       if (r >= rows) break;
       const int row = __shfl_sync(kAllLanes, now.row, r);
-      const int2 known = make_int2(__shfl_sync(kAllLanes, now.known.x, r), __shfl_sync(kAllLanes, now.known.y, r));
       float2 y[kBoxes];
 #pragma unroll
       for (int b = 0; b < kBoxes; ++b) {
@@ -389,10 +406,10 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
 #pragma unroll 1
         for (int s = kAhead; s < p.planes; ++s)
           add_to(y[b], load_columns<kFloatPlanes>(from[b] + (s * p.plane_stride + __shfl_sync(kAllLanes, now.offset, r)) * kElement));
-        add_to(y[b], bias[b]);
+        if (p.bias != nullptr) add_to(y[b], bias[b]);
         add_to(y[b], *reinterpret_cast<const float2*>(delta + r * kDeltaPitch + places.at[b]));
       }
-      finish(group, make_int2(column_at(columns, 0), column_at(columns, 1)), has, row, known, y[0], y[1]);
+      finish(group, make_int2(column_at(columns, 0), column_at(columns, 1)), has, row, now.known.of(r), y[0], y[1]);
     }
     __syncwarp();  // delta has been read
   }
@@ -402,7 +419,7 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
 
 // ---- Launching.
 
-inline bool encode_page_map(CUtensorMap* map, const LoraWork& work, const LoraSpan& span) {
+inline bool encode_page_map(CUtensorMap* map, const LoraWork& work, const LoraSpan& span, int ranks) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* entry = nullptr;
@@ -414,7 +431,7 @@ inline bool encode_page_map(CUtensorMap* map, const LoraWork& work, const LoraSp
   constexpr cuuint64_t kPages = 1 << 20;  // more than there are: which of them exist the tiles say
   const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(span.outputs), kPageRank, kPages};
   const cuuint64_t strides[2] = {static_cast<cuuint64_t>(span.outputs) * 2, static_cast<cuuint64_t>(work.page_elements) * 2};
-  const cuuint32_t box[3] = {kBoxColumns, kPageRank / 2, 1}, steps[3] = {1, 1, 1};
+  const cuuint32_t box[3] = {kBoxColumns, static_cast<cuuint32_t>(ranks), 1}, steps[3] = {1, 1, 1};
   auto* from = const_cast<__nv_bfloat16*>(static_cast<const __nv_bfloat16*>(work.pages) + span.b_offset);
   return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, from, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
@@ -452,9 +469,10 @@ cudaError_t with_stream(const Product& product, int groups, int processors, int 
   const int blocks = static_cast<int>(std::min<int64_t>(processors, static_cast<int64_t>(product.rows) * groups));
   const Shape shape{blocks, plan.warps * kWarp, stream_shared_bytes(plan, work.span_count)};
   StreamMaps maps;
-  for (int m = 0; m < work.span_count; ++m)
-    if (!encode_page_map(&maps.b[m], work, work.spans[m])) return cudaErrorInvalidValue;
-  for (int m = work.span_count; m < kMaxLoraSpans; ++m) maps.b[m] = maps.b[0];
+  for (int m = 0; m < kMaxLoraSpans; ++m)
+    for (int size = 0; size < 2; ++size)
+      if (!encode_page_map(&maps.b[m][size], work, work.spans[m < work.span_count ? m : 0], size == 0 ? kPageRank / 2 : kPageRank))
+        return cudaErrorInvalidValue;
   auto with_modules = [&](auto modules) {
     return product.y_is_float ? go(std::true_type{}, modules, maps, plan, shape) : go(std::false_type{}, modules, maps, plan, shape);
   };

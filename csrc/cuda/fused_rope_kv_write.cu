@@ -139,30 +139,38 @@ __global__ void __launch_bounds__(kUnitWarps* kWarp, kPrefillBlocks) rope_kv_pre
       });
 }
 
-__device__ __forceinline__ void store_pair(__nv_bfloat16* out, const float2& x) { *reinterpret_cast<uint32_t*>(out) = pack_bf16(x.x, x.y); }
+// What the streaming kernel needs of a row: where its keys and values go (elements; -1: nowhere) and its angles.
+struct RowTarget {
+  int64_t offset;
+  int position;
 
-// Half heads as boxes where a head has 128 columns or more; heads of 64 two at a time.
+  __device__ __forceinline__ RowTarget of(int lane) const { return {__shfl_sync(kAllLanes, offset, lane), __shfl_sync(kAllLanes, position, lane)}; }
+};
+
+// Half heads as boxes where a head has 128 columns or more; heads of 64 two at a time. `head_bits`: log2 of the head size.
 template <bool kFloatPlanes, int G>
 __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) rope_kv_stream_kernel(const __grid_constant__ Params a, const __grid_constant__ StreamMaps maps,
-                                                                                StreamPlan plan, int groups) {
+                                                                                StreamPlan plan, int groups, int head_bits) {
 #if __CUDA_ARCH__ >= 900
   const ProductView& p = a.p;
-  const int half = a.head_size / 2, lane = static_cast<int>(threadIdx.x) % kWarp, slices = half / kBoxColumns;  // slices of a head: 0 if it has 64
-  const int first = slices > 0 ? 2 * lane : lane / 16 * kBoxColumns + lane % 16 * 2;
+  const int half = a.head_size / 2, lane = static_cast<int>(threadIdx.x) % kWarp, slice_bits = head_bits - 7;  // slices of 64 of half a head
+  const int first = slice_bits >= 0 ? 2 * lane : lane / 16 * kBoxColumns + lane % 16 * 2;
+  const bool has_norm = a.q_norm != nullptr || a.k_norm != nullptr;
   finish_stream<kFloatPlanes, kFloatPlanes ? 0 : 2, G>(
-      p, maps, plan, groups, LanePlaces{{first, first + (slices > 0 ? kBoxColumns : half)}},
+      p, maps, plan, groups, LanePlaces{{first, first + (slice_bits >= 0 ? kBoxColumns : half)}},
       [&](int group) {
-        if (slices > 0) {
-          const int column = group / slices * a.head_size + group % slices * kBoxColumns;
-          return UnitColumns{{column, column + half}, {p.columns, p.columns}};
-        }
-        return UnitColumns{{group * 2 * kBoxColumns, group * 2 * kBoxColumns + kBoxColumns}, {p.columns, p.columns}};
+        const int column = slice_bits > 0 ? ((group >> slice_bits) << head_bits) + (group & ((1 << slice_bits) - 1)) * kBoxColumns : group * 2 * kBoxColumns;
+        return UnitColumns{{column, column + (slice_bits > 0 ? half : kBoxColumns)}, {p.columns, p.columns}};
       },
-      [&](int row) { return make_int2(__ldg(a.positions + row), __ldg(a.kv_slots + row)); },
-      [&](int, int2 column, bool has_columns, int row, int2 known, float2 x, float2 y) {
-        const int head = column.x / a.head_size, offset = column.x - head * a.head_size;  // below half
+      [&](int row) {
+        const int slot = __ldg(a.kv_slots + row);
+        const int64_t offset = slot / a.block_size * a.block_stride + slot % a.block_size * a.token_stride;
+        return RowTarget{slot < 0 ? -1 : offset, __ldg(a.positions + row)};
+      },
+      [&](int, int2 column, bool has_columns, int row, const RowTarget& known, float2 x, float2 y) {
+        const int head = column.x >> head_bits, offset = column.x & (a.head_size - 1);  // below half
         const bool rotates = head < a.heads + a.groups;
-        if (a.q_norm != nullptr || a.k_norm != nullptr) {
+        if (has_norm) {
           const auto* weight = static_cast<const __nv_bfloat16*>(head < a.heads ? a.q_norm : (rotates ? a.k_norm : nullptr));
           float squares = x.x * x.x + x.y * x.y + y.x * y.x + y.y * y.y;
           for (int step = half / 4; step > 0; step /= 2) squares += __shfl_xor_sync(kAllLanes, squares, step);
@@ -173,17 +181,23 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) rope_kv_stream_kernel(
           }
         }
         if (!has_columns) return;
-        auto* target = head_target<__nv_bfloat16>(a, row, known.y, head);
-        if (target == nullptr) return;
+        __nv_bfloat16* target = nullptr;
+        if (head < a.heads) {
+          target = static_cast<__nv_bfloat16*>(a.q) + static_cast<int64_t>(row) * a.heads * a.head_size + column.x;
+        } else {
+          if (known.offset < 0) return;
+          const int group = head - a.heads - (rotates ? 0 : a.groups);
+          target = static_cast<__nv_bfloat16*>(rotates ? a.key_cache : a.value_cache) + known.offset + group * a.group_stride + offset;
+        }
         if (rotates) {
-          const int64_t angle = static_cast<int64_t>(known.x) * half + offset;
+          const int64_t angle = static_cast<int64_t>(known.position) * half + offset;
           const float2 cos = __ldg(reinterpret_cast<const float2*>(a.cos + angle)), sin = __ldg(reinterpret_cast<const float2*>(a.sin + angle));
           const float2 turned = make_float2(x.x * cos.x - y.x * sin.x, x.y * cos.y - y.y * sin.y);
           y = make_float2(y.x * cos.x + x.x * sin.x, y.y * cos.y + x.y * sin.y);
           x = turned;
         }
-        store_pair(target + offset, x);
-        store_pair(target + half + offset, y);
+        *reinterpret_cast<uint32_t*>(target) = pack_bf16(x.x, x.y);
+        *reinterpret_cast<uint32_t*>(target + half) = pack_bf16(y.x, y.y);
       });
 #endif
 }
@@ -256,13 +270,13 @@ cudaError_t launch_fused_rope_kv_write(const RopeKvArgs& args, cudaStream_t stre
     params.p.unit_rows = kPartRows;
     return launch(rope_kv_prefill_kernel, {processor_count() * kPrefillBlocks, kUnitWarps * kWarp}, product.follow, stream, params);
   }
-  const bool has_whole_heads = args.head_size == kBoxColumns || args.head_size == 2 * kBoxColumns;
-  if (fits && (has_whole_heads || (!has_norm && args.head_size % (2 * kBoxColumns) == 0)) && suits_stream(product, product.columns)) {
+  const int head_bits = args.head_size == 64 ? 6 : (args.head_size == 128 ? 7 : (args.head_size == 256 && !has_norm ? 8 : 0));
+  if (fits && head_bits > 0 && suits_stream(product, product.columns)) {
     const int processors = processor_count(), groups = (product.columns + 2 * kBoxColumns - 1) / (2 * kBoxColumns);
     return with_stream(product, groups, processors, kStreamWarps, [&](auto planes, auto modules, const StreamMaps& maps, const StreamPlan& plan, const Shape& shape) {
       constexpr bool P = decltype(planes)::value;
       constexpr int G = decltype(modules)::value;
-      return launch(rope_kv_stream_kernel<P, G>, shape, product.follow, stream, params, maps, plan, groups);
+      return launch(rope_kv_stream_kernel<P, G>, shape, product.follow, stream, params, maps, plan, groups, head_bits);
     });
   }
   if (fits) {

@@ -48,6 +48,10 @@ __global__ void __launch_bounds__(kUnitWarps* kWarp, kPrefillBlocks) silu_mul_pr
       });
 }
 
+struct NoRowFacts {
+  __device__ __forceinline__ NoRowFacts of(int) const { return {}; }
+};
+
 template <bool kFloatPlanes, int G>
 __global__ void __launch_bounds__(kStreamWarps* kWarp, 1)
     silu_mul_stream_kernel(const __grid_constant__ ProductView p, const __grid_constant__ StreamMaps maps, StreamPlan plan, __nv_bfloat16* out) {
@@ -55,8 +59,8 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1)
   const int half = p.columns / 2, lane = static_cast<int>(threadIdx.x) % kWarp;
   finish_stream<kFloatPlanes, kFloatPlanes ? 0 : 1, G>(
       p, maps, plan, (half + kBoxColumns - 1) / kBoxColumns, LanePlaces{{2 * lane, kBoxColumns + 2 * lane}},
-      [&](int group) { return UnitColumns{{group * kBoxColumns, half + group * kBoxColumns}, {half, p.columns}}; }, [](int) { return make_int2(0, 0); },
-      [&](int, int2 column, bool has_columns, int row, int2, float2 gate, float2 up) {
+      [&](int group) { return UnitColumns{{group * kBoxColumns, half + group * kBoxColumns}, {half, p.columns}}; }, [](int) { return NoRowFacts{}; },
+      [&](int, int2 column, bool has_columns, int row, NoRowFacts, float2 gate, float2 up) {
         if (!has_columns) return;
         *reinterpret_cast<uint32_t*>(out + static_cast<int64_t>(row) * half + column.x) = pack_bf16(silu(gate.x) * up.x, silu(gate.y) * up.y);
       });
