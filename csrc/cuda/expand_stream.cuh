@@ -187,6 +187,13 @@ __device__ __forceinline__ float2 load_columns(const char* from) {
   return make_float2(low_half(raw), high_half(raw));
 }
 
+// Two loads under one condition, without a branch, which would move registers about.
+__device__ __forceinline__ void load_if(bool is_there, uint32_t (&to)[kBoxes], const char* first, const char* second) {
+  asm volatile("{\n\t.reg .pred there;\n\tsetp.ne.s32 there, %4, 0;\n\t@there ld.global.cg.b32 %0, [%2];\n\t@there ld.global.cg.b32 %1, [%3];\n\t}"
+               : "+r"(to[0]), "+r"(to[1])
+               : "l"(first), "l"(second), "r"(static_cast<int>(is_there)));
+}
+
 __device__ __forceinline__ void add_to(float2& sum, const float2& more) { sum.x += more.x, sum.y += more.y; }
 
 // One unit's columns: the boxes' first columns and where their runs end. A box may begin beyond.
@@ -281,7 +288,7 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
   UnitCursor next{};  // of y
   int next_pass = 0;
   using Known = decltype(facts(0));
-  PassRows<kAhead, Known> coming;
+  PassRows<kAhead, Known> coming{};
   auto column_at = [&](const UnitColumns& columns, int b) { return places.at[b] < kBoxColumns ? columns.first[0] + places.at[b] : columns.first[1] + places.at[b] - kBoxColumns; };
   auto has_columns = [&](const UnitColumns& columns) { return column_at(columns, 0) < (places.at[0] < kBoxColumns ? columns.end[0] : columns.end[1]); };
   auto locate = [&] {
@@ -302,16 +309,18 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
     const char* const from[kBoxes] = {column_bytes(columns, 0), column_bytes(columns, 1)};
     const int rows = next.tile.rows - next_pass * kPassRows;
     const bool has_second = kAhead > 1 && p.planes > 1;
+    auto load_rows = [&](auto first_row) {
 #pragma unroll
-    for (int r = 0; r < kPassRows; ++r) {
-      if (r >= rows) break;
-      const uint64_t offset = __shfl_sync(kAllLanes, coming.offset, r) * uint64_t{2};
-#pragma unroll
-      for (int b = 0; b < kBoxes; ++b) {
-        coming.y[0][r][b] = __ldcg(reinterpret_cast<const uint32_t*>(from[b] + offset));
-        if (kAhead > 1 && has_second) coming.y[kAhead - 1][r][b] = __ldcg(reinterpret_cast<const uint32_t*>(from[b] + p.plane_stride * 2 + offset));
+      for (int i = 0; i < kPassRows / 2; ++i) {
+        constexpr int kFirst = decltype(first_row)::value;
+        const int r = kFirst + i;
+        const uint64_t offset = __shfl_sync(kAllLanes, coming.offset, r) * uint64_t{2};
+        load_if(r < rows, coming.y[0][r], from[0] + offset, from[1] + offset);
+        if (kAhead > 1) load_if(r < rows && has_second, coming.y[kAhead - 1][r], from[0] + p.plane_stride * 2 + offset, from[1] + p.plane_stride * 2 + offset);
       }
-    }
+    };
+    load_rows(std::integral_constant<int, 0>{});
+    if (rows > kPassRows / 2) load_rows(std::integral_constant<int, kPassRows / 2>{});
   };
   next.start(table, run.begin + warp, mine, groups);
   locate();
