@@ -33,6 +33,7 @@ constexpr int kBoxes = 2;  // of a unit
 constexpr int kBoxHalfBytes = kPageRank / 2 * kBoxColumns * 2;  // 8 ranks: one atom of the copy engine's 128-byte swizzle
 constexpr int kStreamStageBytes = kBoxes * 2 * kBoxHalfBytes;
 constexpr int kPassRows = 8;
+constexpr int kTurns = kPassRows / 2;  // of two rows, one a half warp
 constexpr int kDeltaPitch = kBoxes * kBoxColumns + 8;  // floats
 constexpr int kDeltaBytes = kPassRows * kDeltaPitch * 4;
 constexpr int kFragmentBytes = kPageRank * 4;  // of a pair and module
@@ -42,6 +43,7 @@ struct StreamPlan {
   int warps;
   int stages;  // of a warp's ring
   int pairs;   // whose v a block keeps
+  int blocks;  // a processor
 };
 
 constexpr int stream_shared_bytes(const StreamPlan& plan, int modules) {
@@ -95,7 +97,7 @@ __device__ __forceinline__ UnitRun deal_units(const TileTable& table, int groups
   const int64_t all = static_cast<int64_t>(__shfl_sync(kAllLanes, until, kWarp - 1)) * groups;
   auto find = [&](uint32_t block) {
     if (block == gridDim.x) return table.tile_count * groups;
-    const int64_t at = all * block / gridDim.x;
+    const int64_t at = static_cast<int64_t>(static_cast<double>(all) * block / gridDim.x);
     const bool is_mine = at >= static_cast<int64_t>(until - own) * groups && at < static_cast<int64_t>(until) * groups;
     int unit = 0;
     if (is_mine) {
@@ -179,22 +181,25 @@ __device__ __forceinline__ uint4 split_ranks(const ProductView& p, int64_t pair,
 
 __device__ __forceinline__ uint32_t pair_mask(int rank, int count) { return (rank < count ? 0xffffu : 0u) | (rank + 1 < count ? 0xffff0000u : 0u); }
 
-// Two neighbouring columns of one row of one plane.
-template <bool kFloatPlanes>
-__device__ __forceinline__ float2 load_columns(const char* from) {
-  if constexpr (kFloatPlanes) return __ldcg(reinterpret_cast<const float2*>(from));
-  const uint32_t raw = __ldcg(reinterpret_cast<const uint32_t*>(from));
-  return make_float2(low_half(raw), high_half(raw));
-}
-
 // Two loads under one condition, without a branch, which would move registers about.
-__device__ __forceinline__ void load_if(bool is_there, uint32_t (&to)[kBoxes], const char* first, const char* second) {
-  asm volatile("{\n\t.reg .pred there;\n\tsetp.ne.s32 there, %4, 0;\n\t@there ld.global.cg.b32 %0, [%2];\n\t@there ld.global.cg.b32 %1, [%3];\n\t}"
-               : "+r"(to[0]), "+r"(to[1])
+__device__ __forceinline__ void load_if(bool is_there, uint2 (&to)[kBoxes], const char* first, const char* second) {
+  asm volatile("{\n\t.reg .pred there;\n\tsetp.ne.s32 there, %6, 0;\n\t@there ld.global.cg.v2.b32 {%0, %1}, [%4];\n\t@there ld.global.cg.v2.b32 {%2, %3}, [%5];\n\t}"
+               : "+r"(to[0].x), "+r"(to[0].y), "+r"(to[1].x), "+r"(to[1].y)
                : "l"(first), "l"(second), "r"(static_cast<int>(is_there)));
 }
 
-__device__ __forceinline__ void add_to(float2& sum, const float2& more) { sum.x += more.x, sum.y += more.y; }
+__device__ __forceinline__ void add_to(float (&sum)[kQuad], const uint2& raw) {
+  sum[0] += low_half(raw.x), sum[1] += high_half(raw.x), sum[2] += low_half(raw.y), sum[3] += high_half(raw.y);
+}
+__device__ __forceinline__ void add_to(float (&sum)[kQuad], const float4& more) { sum[0] += more.x, sum[1] += more.y, sum[2] += more.z, sum[3] += more.w; }
+
+// c[16 x 8] = a[16 x 16] b[16 x 8].
+__device__ __forceinline__ void multiply_bf16(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+      : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "f"(0.f));
+}
 
 // One unit's columns: the boxes' first columns and where their runs end. A box may begin beyond.
 struct UnitColumns {
@@ -202,7 +207,7 @@ struct UnitColumns {
   int end[kBoxes];
 };
 
-// A lane's two pairs of columns: places among the unit's 128.
+// A lane's two quads of columns: places among the unit's 128. Lanes 16 apart have the same.
 struct LanePlaces {
   int at[kBoxes];
 };
@@ -213,19 +218,19 @@ struct PassRows {
   int row;          // lane r % 8: of the product; the last one there is where the tile has fewer
   uint32_t offset;  // of that row, in elements
   Known known;      // of that row
-  uint32_t y[kPlanes > 0 ? kPlanes : 1][kPassRows][kBoxes];
+  uint2 y[kPlanes > 0 ? kPlanes : 1][kTurns][kBoxes];  // of row 2 turn + lane / 16
 };
 
-// finish(group, columns, has_columns, row, facts, first, second) gets y finished: two neighbouring columns of either box, for every row of
-// every tile, all lanes of a warp at the same row. `unit_columns(group)`: UnitColumns of 0 <= group < groups; no module's border lies
-// inside a box. `places`: of this lane. `facts(row)`: what else the operation reads of a row, read before
-// the wait; of(r) of what lane r has gives it to all.
+// finish(columns, is_there, row, facts, first, second) gets y finished: four neighbouring columns of either box, for every row of every tile,
+// a half warp at the same row; where not is_there nothing may be written. `unit_columns(group)`: UnitColumns of 0 <= group < groups; no
+// module's border lies inside a box. `places`: of this lane. `facts(row)`: what else the operation reads of a row, read before the wait;
+// of(r) gives what lane r has.
 // kAhead: planes of y that are sent for ahead; 0 for float32, else 1 or 2.
 template <bool kFloatPlanes, int kAhead, int G, class Columns, class Facts, class Finish>
 __device__ __forceinline__ void finish_stream(const ProductView& p, const StreamMaps& maps, const StreamPlan& plan, int groups, const LanePlaces& places,
                                               Columns unit_columns, Facts facts, Finish finish) {
   extern __shared__ uint8_t stream_shared[];
-  const int warp = warp_index(), lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
+  const int warp = warp_index(), lane = static_cast<int>(threadIdx.x & 31), g = lane / 4, t = lane % 4;
   uint8_t* const base = stream_shared + (1024 - (shared_address(stream_shared) & 1023)) % 1024;
   const uint32_t ring = shared_address(base) + warp * plan.stages * kStreamStageBytes;
   uint8_t* const behind = base + plan.warps * plan.stages * kStreamStageBytes;
@@ -309,18 +314,12 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
     const char* const from[kBoxes] = {column_bytes(columns, 0), column_bytes(columns, 1)};
     const int rows = next.tile.rows - next_pass * kPassRows;
     const bool has_second = kAhead > 1 && p.planes > 1;
-    auto load_rows = [&](auto first_row) {
 #pragma unroll
-      for (int i = 0; i < kPassRows / 2; ++i) {
-        constexpr int kFirst = decltype(first_row)::value;
-        const int r = kFirst + i;
-        const uint64_t offset = __shfl_sync(kAllLanes, coming.offset, r) * uint64_t{2};
-        load_if(r < rows, coming.y[0][r], from[0] + offset, from[1] + offset);
-        if (kAhead > 1) load_if(r < rows && has_second, coming.y[kAhead - 1][r], from[0] + p.plane_stride * 2 + offset, from[1] + p.plane_stride * 2 + offset);
-      }
-    };
-    load_rows(std::integral_constant<int, 0>{});
-    if (rows > kPassRows / 2) load_rows(std::integral_constant<int, kPassRows / 2>{});
+    for (int i = 0; i < kTurns; ++i) {
+      const uint64_t offset = __shfl_sync(kAllLanes, coming.offset, 2 * i + lane / 16) * uint64_t{2};
+      load_if(2 * i < rows, coming.y[0][i], from[0] + offset, from[1] + offset);
+      if (kAhead > 1) load_if(2 * i < rows && has_second, coming.y[kAhead - 1][i], from[0] + p.plane_stride * 2 + offset, from[1] + p.plane_stride * 2 + offset);
+    }
   };
   next.start(table, run.begin + warp, mine, groups);
   locate();
@@ -352,7 +351,6 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
     locate();
     fetch();
 
-    float sum[kBoxes][8][4] = {};  // hi of row g and columns 8j + 2t, 8j + 2t + 1; lo of the same
     const int64_t row_pair = tile.first_pair + static_cast<int64_t>(pass * kPassRows + min(g, rows - 1)) * tile.entries;
     const bool is_kept = tile.first_pair - first_pair + tile.rows * tile.entries <= kept;
     int at = stage;
@@ -364,16 +362,33 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
       const int count[kBoxes] = {known.x, known.y}, place[kBoxes] = {known.z, known.w};
 #pragma unroll
       for (int b = 0; b < kBoxes; ++b) {
-        if (count[b] <= 0) continue;
-        const uint4 v = is_kept ? ranks[((row_pair + e - first_pair) * G + place[b]) * 4 + t] : split_ranks<false>(p, row_pair + e, place[b], t);
-        const uint32_t mask[2] = {pair_mask(2 * t, count[b]), pair_mask(2 * t + 8, count[b])};
-        const uint32_t from = ring + at * kStreamStageBytes + b * 2 * kBoxHalfBytes + (lane / 8 % 2) * kBoxHalfBytes + lane % 8 * 128;
+        float* const to = delta + g * kDeltaPitch + b * kBoxColumns + 2 * t;
+        float sum[8][4];  // hi of row g and columns 8j + 2t, 8j + 2t + 1; lo of the same
+        if (count[b] > 0) {
+          const uint4 v = is_kept ? ranks[((row_pair + e - first_pair) * G + place[b]) * 4 + t] : split_ranks<false>(p, row_pair + e, place[b], t);
+          const uint32_t from = ring + at * kStreamStageBytes + b * 2 * kBoxHalfBytes + (lane / 8 % 2) * kBoxHalfBytes + lane % 8 * 128;
+          uint32_t raw[4][4];
 #pragma unroll
-        for (int j = 0; j < 8; j += 2) {
-          uint32_t raw[4];
-          load_matrices(raw, from + (((j + lane / 16) ^ (lane % 8)) << 4));
-          mma_bf16(sum[b][j], v.x, v.y, v.z, v.w, raw[0] & mask[0], raw[1] & mask[1]);
-          mma_bf16(sum[b][j + 1], v.x, v.y, v.z, v.w, raw[2] & mask[0], raw[3] & mask[1]);
+          for (int j = 0; j < 4; ++j) load_matrices(raw[j], from + (((2 * j + lane / 16) ^ (lane % 8)) << 4));
+          if (count[b] < kPageRank) {
+            const uint32_t mask[2] = {pair_mask(2 * t, count[b]), pair_mask(2 * t + 8, count[b])};
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+#pragma unroll
+              for (int i = 0; i < 4; ++i) raw[j][i] &= mask[i % 2];
+          }
+#pragma unroll
+          for (int j = 0; j < 8; ++j) multiply_bf16(sum[j], v, raw[j / 2][j % 2 * 2], raw[j / 2][j % 2 * 2 + 1]);
+        } else {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) sum[j][0] = sum[j][1] = sum[j][2] = sum[j][3] = 0.f;
+        }
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          float2 both = make_float2(sum[j][0] + sum[j][2], sum[j][1] + sum[j][3]);
+          auto* at_delta = reinterpret_cast<float2*>(to + j * 8);
+          if (e > 0) both.x += at_delta->x, both.y += at_delta->y;
+          *at_delta = both;
         }
       }
       if (is_last || !stays) {
@@ -384,41 +399,41 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
     }
     if (is_last || !stays) stage = at, parity = at_parity;
 
-    if (g < rows) {
-#pragma unroll
-      for (int b = 0; b < kBoxes; ++b)
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-          *reinterpret_cast<float2*>(delta + g * kDeltaPitch + b * kBoxColumns + j * 8 + 2 * t) =
-              make_float2(sum[b][j][0] + sum[b][j][2], sum[b][j][1] + sum[b][j][3]);
-    }
     __syncwarp();
-    const char* const from[kBoxes] = {column_bytes(columns, 0), column_bytes(columns, 1)};
-    float2 bias[kBoxes] = {};
-    if (p.bias != nullptr && has)
+    const int2 column = make_int2(column_at(columns, 0), column_at(columns, 1));
+    uint2 bias[kBoxes] = {};
+    if (p.bias != nullptr && has) {
+      const auto* from = static_cast<const __nv_bfloat16*>(p.bias);
+      bias[0] = __ldg(reinterpret_cast<const uint2*>(from + column.x)), bias[1] = __ldg(reinterpret_cast<const uint2*>(from + column.y));
+    }
+    auto finish_turn = [&](auto turn) {
+      constexpr int kTurn = decltype(turn)::value;
+      const int r = 2 * kTurn + lane / 16;
+      float y[kBoxes][kQuad] = {};
 #pragma unroll
       for (int b = 0; b < kBoxes; ++b) {
-        const uint32_t raw = __ldg(reinterpret_cast<const uint32_t*>(static_cast<const __nv_bfloat16*>(p.bias) + column_at(columns, b)));
-        bias[b] = make_float2(low_half(raw), high_half(raw));
-      }
-#pragma unroll
-    for (int r = 0; r < kPassRows; ++r) {
-      if (r >= rows) break;
-      const int row = __shfl_sync(kAllLanes, now.row, r);
-      float2 y[kBoxes];
-#pragma unroll
-      for (int b = 0; b < kBoxes; ++b) {
-        y[b] = make_float2(0.f, 0.f);
 #pragma unroll
         for (int s = 0; s < kAhead; ++s)
-          if (s < p.planes) add_to(y[b], make_float2(low_half(now.y[s][r][b]), high_half(now.y[s][r][b])));
+          if (s == 0 || s < p.planes) add_to(y[b], now.y[s][kTurn][b]);
+        if (kAhead < p.planes) {
+          const char* const from = column_bytes(columns, b) + static_cast<uint64_t>(__shfl_sync(kAllLanes, now.offset, r)) * kElement;
 #pragma unroll 1
-        for (int s = kAhead; s < p.planes; ++s)
-          add_to(y[b], load_columns<kFloatPlanes>(from[b] + (s * p.plane_stride + __shfl_sync(kAllLanes, now.offset, r)) * kElement));
+          for (int s = kAhead; s < p.planes; ++s) {
+            const char* const plane = from + s * p.plane_stride * kElement;
+            if constexpr (kFloatPlanes) add_to(y[b], __ldcg(reinterpret_cast<const float4*>(plane)));
+            else add_to(y[b], __ldcg(reinterpret_cast<const uint2*>(plane)));
+          }
+        }
         if (p.bias != nullptr) add_to(y[b], bias[b]);
-        add_to(y[b], *reinterpret_cast<const float2*>(delta + r * kDeltaPitch + places.at[b]));
+        if (tile.entries > 0) add_to(y[b], *reinterpret_cast<const float4*>(delta + r * kDeltaPitch + places.at[b]));
       }
-      finish(group, make_int2(column_at(columns, 0), column_at(columns, 1)), has, row, now.known.of(r), y[0], y[1]);
+      finish(column, has && r < rows, __shfl_sync(kAllLanes, now.row, r), now.known.of(r), y[0], y[1]);
+    };
+    finish_turn(std::integral_constant<int, 0>{});
+    if (rows > 2) finish_turn(std::integral_constant<int, 1>{});
+    if (rows > 4) {
+      finish_turn(std::integral_constant<int, 2>{});
+      finish_turn(std::integral_constant<int, 3>{});
     }
     __syncwarp();  // delta has been read
   }
@@ -451,7 +466,7 @@ inline bool encode_page_map(CUtensorMap* map, const LoraWork& work, const LoraSp
 inline bool suits_stream(const Product& product, int run) {
   if (product.lora == nullptr || product.is_float || product.columns % 8 != 0 || !is_hopper()) return false;
   const LoraWork& work = *product.lora;
-  bool fits = reinterpret_cast<uintptr_t>(product.y) % 8 == 0 && reinterpret_cast<uintptr_t>(product.bias) % 4 == 0 &&
+  bool fits = reinterpret_cast<uintptr_t>(product.y) % 16 == 0 && reinterpret_cast<uintptr_t>(product.bias) % 8 == 0 &&
               reinterpret_cast<uintptr_t>(work.pages) % 16 == 0 && work.page_elements % 8 == 0 && reinterpret_cast<uintptr_t>(work.v) % 8 == 0 &&
               work.v_planes <= kMaxRankPlanes && static_cast<int64_t>(product.rows) * product.columns < int64_t{1} << 31;
   for (int m = 0; m < work.span_count; ++m) {
@@ -466,8 +481,8 @@ inline bool suits_stream(const Product& product, int run) {
 // beside the kernel before it.
 inline StreamPlan stream_plan(int rows, int groups, int processors, int modules, int warps) {
   const int64_t units = static_cast<int64_t>(rows) * groups;  // at most, of one page
-  if (units <= 2 * processors) return {2, 2, 8};
-  return {warps, 36 / warps, 16384 / (modules * kFragmentBytes)};
+  if (units <= 2 * processors) return {2, 2, 8, 1};
+  return {warps, 2, 16384 / (modules * kFragmentBytes), 1};
 }
 
 // Calls `go` with the template arguments of a stream kernel of at most `warps` warps, its maps and its shape.
@@ -475,7 +490,7 @@ template <class Go>
 cudaError_t with_stream(const Product& product, int groups, int processors, int warps, Go go) {
   const LoraWork& work = *product.lora;
   const StreamPlan plan = stream_plan(product.rows, groups, processors, work.span_count, warps);
-  const int blocks = static_cast<int>(std::min<int64_t>(processors, static_cast<int64_t>(product.rows) * groups));
+  const int blocks = static_cast<int>(std::min<int64_t>(processors * plan.blocks, static_cast<int64_t>(product.rows) * groups));
   const Shape shape{blocks, plan.warps * kWarp, stream_shared_bytes(plan, work.span_count)};
   StreamMaps maps;
   for (int m = 0; m < kMaxLoraSpans; ++m)

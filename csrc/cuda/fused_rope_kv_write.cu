@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kLoraBlocks = 3;  // a processor
 constexpr int kBaseBlocks = 6;
-constexpr int kStreamWarps = 8;  // with two planes of the next rows on their way
+constexpr int kStreamWarps = 12;
 
 struct Params {
   ProductView p;
@@ -153,8 +153,8 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) rope_kv_stream_kernel(
                                                                                 StreamPlan plan, int groups, int head_bits) {
 #if __CUDA_ARCH__ >= 900
   const ProductView& p = a.p;
-  const int half = a.head_size / 2, lane = static_cast<int>(threadIdx.x) % kWarp, slice_bits = head_bits - 7;  // slices of 64 of half a head
-  const int first = slice_bits >= 0 ? 2 * lane : lane / 16 * kBoxColumns + lane % 16 * 2;
+  const int half = a.head_size / 2, lane = static_cast<int>(threadIdx.x & 15), slice_bits = head_bits - 7;  // slices of 64 of half a head
+  const int first = slice_bits >= 0 ? kQuad * lane : lane / 8 * kBoxColumns + lane % 8 * kQuad;
   const bool has_norm = a.q_norm != nullptr || a.k_norm != nullptr;
   finish_stream<kFloatPlanes, kFloatPlanes ? 0 : 2, G>(
       p, maps, plan, groups, LanePlaces{{first, first + (slice_bits >= 0 ? kBoxColumns : half)}},
@@ -167,37 +167,25 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) rope_kv_stream_kernel(
         const int64_t offset = slot / a.block_size * a.block_stride + slot % a.block_size * a.token_stride;
         return RowTarget{slot < 0 ? -1 : offset, __ldg(a.positions + row)};
       },
-      [&](int, int2 column, bool has_columns, int row, const RowTarget& known, float2 x, float2 y) {
+      [&](int2 column, bool is_there, int row, const RowTarget& known, float (&x)[kQuad], float (&y)[kQuad]) {
         const int head = column.x >> head_bits, offset = column.x & (a.head_size - 1);  // below half
         const bool rotates = head < a.heads + a.groups;
+        const int64_t angle = static_cast<int64_t>(known.position) * half + offset;
         if (has_norm) {
           const auto* weight = static_cast<const __nv_bfloat16*>(head < a.heads ? a.q_norm : (rotates ? a.k_norm : nullptr));
-          float squares = x.x * x.x + x.y * x.y + y.x * y.x + y.y * y.y;
-          for (int step = half / 4; step > 0; step /= 2) squares += __shfl_xor_sync(kAllLanes, squares, step);
-          if (weight != nullptr && has_columns) {
-            const float scale = rsqrtf(squares / a.head_size + a.eps);
-            x.x *= scale * __bfloat162float(weight[offset]), x.y *= scale * __bfloat162float(weight[offset + 1]);
-            y.x *= scale * __bfloat162float(weight[half + offset]), y.y *= scale * __bfloat162float(weight[half + offset + 1]);
-          }
+          norm_head(x, y, weight, offset, half / kQuad, a.eps);
         }
-        if (!has_columns) return;
-        __nv_bfloat16* target = nullptr;
+        __nv_bfloat16* target;
         if (head < a.heads) {
           target = static_cast<__nv_bfloat16*>(a.q) + static_cast<int64_t>(row) * a.heads * a.head_size + column.x;
         } else {
-          if (known.offset < 0) return;
-          const int group = head - a.heads - (rotates ? 0 : a.groups);
-          target = static_cast<__nv_bfloat16*>(rotates ? a.key_cache : a.value_cache) + known.offset + group * a.group_stride + offset;
+          is_there = is_there && known.offset >= 0;
+          target = static_cast<__nv_bfloat16*>(rotates ? a.key_cache : a.value_cache) + known.offset + (head - a.heads - (rotates ? 0 : a.groups)) * a.group_stride + offset;
         }
-        if (rotates) {
-          const int64_t angle = static_cast<int64_t>(known.position) * half + offset;
-          const float2 cos = __ldg(reinterpret_cast<const float2*>(a.cos + angle)), sin = __ldg(reinterpret_cast<const float2*>(a.sin + angle));
-          const float2 turned = make_float2(x.x * cos.x - y.x * sin.x, x.y * cos.y - y.y * sin.y);
-          y = make_float2(y.x * cos.x + x.x * sin.x, y.y * cos.y + x.y * sin.y);
-          x = turned;
-        }
-        *reinterpret_cast<uint32_t*>(target) = pack_bf16(x.x, x.y);
-        *reinterpret_cast<uint32_t*>(target + half) = pack_bf16(y.x, y.y);
+        if (rotates) rotate(x, y, a.cos + angle, a.sin + angle);
+        if (!is_there) return;
+        store_quad(target, x);
+        store_quad(target + half, y);
       });
 #endif
 }

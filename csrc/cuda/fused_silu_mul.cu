@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kLoraBlocks = 4;  // a processor
 constexpr int kBaseBlocks = 8;
-constexpr int kStreamWarps = 12;
+constexpr int kStreamWarps = 16;
 
 template <bool kLora, bool kFloatPlanes, int G, int R>
 __global__ void __launch_bounds__(kUnitWarps* kWarp, kLora ? kLoraBlocks : kBaseBlocks)
@@ -56,13 +56,14 @@ template <bool kFloatPlanes, int G>
 __global__ void __launch_bounds__(kStreamWarps* kWarp, 1)
     silu_mul_stream_kernel(const __grid_constant__ ProductView p, const __grid_constant__ StreamMaps maps, StreamPlan plan, __nv_bfloat16* out) {
 #if __CUDA_ARCH__ >= 900
-  const int half = p.columns / 2, lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int half = p.columns / 2, lane = static_cast<int>(threadIdx.x & 15);
   finish_stream<kFloatPlanes, kFloatPlanes ? 0 : 1, G>(
-      p, maps, plan, (half + kBoxColumns - 1) / kBoxColumns, LanePlaces{{2 * lane, kBoxColumns + 2 * lane}},
+      p, maps, plan, (half + kBoxColumns - 1) / kBoxColumns, LanePlaces{{kQuad * lane, kBoxColumns + kQuad * lane}},
       [&](int group) { return UnitColumns{{group * kBoxColumns, half + group * kBoxColumns}, {half, p.columns}}; }, [](int) { return NoRowFacts{}; },
-      [&](int, int2 column, bool has_columns, int row, NoRowFacts, float2 gate, float2 up) {
-        if (!has_columns) return;
-        *reinterpret_cast<uint32_t*>(out + static_cast<int64_t>(row) * half + column.x) = pack_bf16(silu(gate.x) * up.x, silu(gate.y) * up.y);
+      [&](int2 column, bool is_there, int row, NoRowFacts, float (&gate)[kQuad], const float (&up)[kQuad]) {
+#pragma unroll
+        for (int c = 0; c < kQuad; ++c) gate[c] = silu(gate[c]) * up[c];
+        if (is_there) store_quad(out + static_cast<int64_t>(row) * half + column.x, gate);
       });
 #endif
 }
