@@ -35,7 +35,6 @@ constexpr int kStreamStageBytes = kBoxes * 2 * kBoxHalfBytes;
 constexpr int kPassRows = 8;
 constexpr int kTurns = kPassRows / 2;  // of two rows, one a half warp
 constexpr int kDeltaPitch = kBoxes * kBoxColumns + 8;  // floats
-constexpr int kDeltaBytes = kPassRows * kDeltaPitch * 4;
 constexpr int kFragmentBytes = kPageRank * 4;  // of a pair and module
 
 // How a launch uses shared memory.
@@ -44,10 +43,11 @@ struct StreamPlan {
   int stages;  // of a warp's ring
   int pairs;   // whose v a block keeps
   int blocks;  // a processor
+  int rows;    // of a pass, at most
 };
 
 constexpr int stream_shared_bytes(const StreamPlan& plan, int modules) {
-  return 1024 + plan.warps * (plan.stages * (kStreamStageBytes + 24) + kDeltaBytes) + plan.pairs * modules * kFragmentBytes;
+  return 1024 + plan.warps * (plan.stages * (kStreamStageBytes + 24) + plan.rows * kDeltaPitch * 4) + plan.pairs * modules * kFragmentBytes;
 }
 
 // B of each module, [pages, 16, outputs], in boxes of 8 ranks and of 16.
@@ -72,45 +72,55 @@ __device__ __forceinline__ void load_matrices(uint32_t (&b)[4], uint32_t address
                : "memory");
 }
 
-// What a tile costs, in half kilobytes: its pages, its rows.
-__device__ __forceinline__ int tile_weight(int rows_and_entries) { return 8 * (rows_and_entries >> 16) + (rows_and_entries & 0xffff) + 2; }
+// What a tile costs, in half kilobytes: its pages, its rows. Bounded, so that all units of a step weigh less than 2^32.
+__device__ __forceinline__ uint32_t tile_weight(int rows_and_entries) { return 8 * min(rows_and_entries >> 16, 16) + (rows_and_entries & 0xffff) + 2; }
 
-// A run of units; unit number = tile * groups + group.
-struct UnitRun {
-  int begin;
-  int end;
+// A place in the units of all tiles: group by group within a tile.
+struct UnitPlace {
+  int tile;
+  int group;
 };
 
-// The share of this block. For whole warps; each lane weighs a run of tiles.
-__device__ __forceinline__ UnitRun deal_units(const TileTable& table, int groups) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, per_lane = (table.tile_count + kWarp - 1) / kWarp;
-  const int first = min(lane * per_lane, table.tile_count), last = min(first + per_lane, table.tile_count);
-  auto weight = [&](int tile) { return tile_weight(__ldg(reinterpret_cast<const int*>(table.tiles + 2 * tile) + 1)); };
-  int own = 0;
-  for (int i = first; i < last; ++i) own += weight(i);
-  int until = own;
+// Where the units of block `block` begin, of as many as the grid has. For whole warps; each lane weighs a run of tiles.
+struct UnitDeal {
+  const TileTable& table;
+  int groups, first;
+  uint32_t own, until, share, rest;  // of the lane's tiles, of all up to them, of a block
+
+  __device__ __forceinline__ uint32_t weight(int tile) const { return tile_weight(__ldg(reinterpret_cast<const int*>(table.tiles + 2 * tile) + 1)) * groups; }
+  __device__ __forceinline__ UnitDeal(const TileTable& table, int groups) : table(table), groups(groups) {
+    const int lane = static_cast<int>(threadIdx.x & 31), per_lane = (table.tile_count + kWarp - 1) / kWarp;
+    first = min(lane * per_lane, table.tile_count);
+    const int last = min(first + per_lane, table.tile_count);
+    own = 0;
+#pragma unroll 1
+    for (int i = first; i < last; ++i) own += weight(i);
+    until = own;
 #pragma unroll
-  for (int offset = 1; offset < kWarp; offset *= 2) {
-    const int below = __shfl_up_sync(kAllLanes, until, offset);
-    if (lane >= offset) until += below;
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const uint32_t below = __shfl_up_sync(kAllLanes, until, offset);
+      if (lane >= offset) until += below;
+    }
+    const uint32_t all = __shfl_sync(kAllLanes, until, kWarp - 1);
+    share = all / gridDim.x, rest = all - share * gridDim.x;
   }
-  const int64_t all = static_cast<int64_t>(__shfl_sync(kAllLanes, until, kWarp - 1)) * groups;
-  auto find = [&](uint32_t block) {
-    if (block == gridDim.x) return table.tile_count * groups;
-    const int64_t at = static_cast<int64_t>(static_cast<double>(all) * block / gridDim.x);
-    const bool is_mine = at >= static_cast<int64_t>(until - own) * groups && at < static_cast<int64_t>(until) * groups;
-    int unit = 0;
+  __device__ __forceinline__ UnitPlace begin(uint32_t block) const {
+    const uint32_t at = block * share + min(block, rest);
+    const bool is_mine = at >= until - own && at < until;
+    UnitPlace place{table.tile_count, 0};
     if (is_mine) {
-      int64_t rest = at - static_cast<int64_t>(until - own) * groups;
-      int i = first, w = weight(i);
-      while (rest >= static_cast<int64_t>(w) * groups) rest -= static_cast<int64_t>(w) * groups, w = weight(++i);
-      unit = i * groups + (static_cast<int>(rest) + w - 1) / w;  // the first that begins there or later
+      uint32_t left = at - (until - own), w = weight(first);
+      place.tile = first;
+      while (left >= w) left -= w, w = weight(++place.tile);
+      w /= groups;
+      place.group = static_cast<int>((left + w - 1) / w);  // the first that begins there or later; perhaps the next tile's first
     }
     const unsigned owner = __ballot_sync(kAllLanes, is_mine);
-    return owner == 0 ? table.tile_count * groups : __shfl_sync(kAllLanes, unit, __ffs(static_cast<int>(owner)) - 1);
-  };
-  return {find(blockIdx.x), find(blockIdx.x + 1)};
-}
+    if (owner == 0) return {table.tile_count, 0};
+    const int from = __ffs(static_cast<int>(owner)) - 1;
+    return {__shfl_sync(kAllLanes, place.tile, from), __shfl_sync(kAllLanes, place.group, from)};
+  }
+};
 
 // A box's module and what an entry has of it, looked up where they change.
 struct BoxModule {
@@ -134,20 +144,21 @@ struct BoxModule {
   __device__ __forceinline__ int bytes() const { return count > 8 ? 2 * kBoxHalfBytes : (count > 0 ? kBoxHalfBytes : 0); }
 };
 
-// A warp's way through its units.
+// A warp's way through its units: every `step`-th.
 struct UnitCursor {
-  int left;
+  int left;  // units from here to the end of the block's
   int index;  // of the tile
   int group;
   Tile tile;
 
-  __device__ __forceinline__ void start(const TileTable& table, int unit, int count, int groups) {
-    left = count, index = unit / groups, group = unit - index * groups;
+  __device__ __forceinline__ void start(const TileTable& table, const UnitPlace& from, int units, int skip, int groups) {
+    left = units - skip, index = from.tile, group = from.group + skip;
+    while (group >= groups) group -= groups, ++index;
     if (left > 0) tile = read_tile(table, index);
   }
-  __device__ __forceinline__ void advance(const TileTable& table, int warps, int groups) {
-    group += warps;
-    if (--left <= 0 || group < groups) return;
+  __device__ __forceinline__ void advance(const TileTable& table, int step, int groups) {
+    group += step, left -= step;
+    if (left <= 0 || group < groups) return;
     do group -= groups, ++index;
     while (group >= groups);
     tile = read_tile(table, index);
@@ -157,22 +168,20 @@ struct UnitCursor {
 // Lane t's ranks 2t, 2t + 1, 2t + 8, 2t + 9 of v of one pair and module, planes added up, as the mma's A: hi, lo, hi, lo.
 // kTogether: all planes at once on their way, which takes 32 registers.
 template <bool kTogether>
-__device__ __forceinline__ uint4 split_ranks(const ProductView& p, int64_t pair, int index, int t) {
-  const float* from = p.work.v + (pair * p.work.span_count + index) * kPageRank + 2 * t;
+__device__ __forceinline__ uint4 split_ranks(const float* from, int planes, int64_t stride) {
   constexpr int kPlanes = kTogether ? kMaxRankPlanes : 1;
   float2 sum[2] = {};
 #pragma unroll 1
-  for (int first = 0; first < p.work.v_planes; first += kPlanes) {
-    float2 planes[kPlanes][2];
+  for (; planes > 0; planes -= kPlanes) {
+    float2 some[kPlanes][2];
+#pragma unroll
+    for (int c = 0; c < kPlanes; ++c, from += stride)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) some[c][i] = c < planes ? __ldcg(reinterpret_cast<const float2*>(from + 8 * i)) : make_float2(0.f, 0.f);
 #pragma unroll
     for (int c = 0; c < kPlanes; ++c)
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        planes[c][i] = first + c < p.work.v_planes ? __ldcg(reinterpret_cast<const float2*>(from + (first + c) * p.work.v_stride + 8 * i)) : make_float2(0.f, 0.f);
-#pragma unroll
-    for (int c = 0; c < kPlanes; ++c)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) sum[i].x += planes[c][i].x, sum[i].y += planes[c][i].y;
+      for (int i = 0; i < 2; ++i) sum[i].x += some[c][i].x, sum[i].y += some[c][i].y;
   }
   const uint32_t low = pack_bf16(sum[0].x, sum[0].y), high = pack_bf16(sum[1].x, sum[1].y);
   return make_uint4(low, pack_bf16(sum[0].x - low_half(low), sum[0].y - high_half(low)), high,
@@ -234,9 +243,9 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
   uint8_t* const base = stream_shared + (1024 - (shared_address(stream_shared) & 1023)) % 1024;
   const uint32_t ring = shared_address(base) + warp * plan.stages * kStreamStageBytes;
   uint8_t* const behind = base + plan.warps * plan.stages * kStreamStageBytes;
-  float* const delta = reinterpret_cast<float*>(behind + warp * kDeltaBytes);
-  uint4* const ranks = reinterpret_cast<uint4*>(behind + plan.warps * kDeltaBytes);
-  uint8_t* const after = reinterpret_cast<uint8_t*>(ranks) + plan.pairs * G * kFragmentBytes;
+  float* const delta = reinterpret_cast<float*>(behind + warp * plan.rows * kDeltaPitch * 4);
+  uint4* const ranks = reinterpret_cast<uint4*>(behind + plan.warps * plan.rows * kDeltaPitch * 4);
+  uint8_t* const after = reinterpret_cast<uint8_t*>(ranks) + plan.pairs * p.work.span_count * kFragmentBytes;
   int4* const facts_of = reinterpret_cast<int4*>(after) + warp * plan.stages;  // a load's counts and modules
   const uint32_t barrier = shared_address(after) + plan.warps * plan.stages * 16 + warp * plan.stages * 8;
 
@@ -246,23 +255,32 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
     for (int m = 0; m < G; ++m) asm volatile("prefetch.tensormap [%0];" ::"l"(&maps.b[m][1]) : "memory");
   }
   const TileTable table = read_tile_table(p.work.tiles);
-  const UnitRun run = deal_units(table, groups);
-  const int mine = max(0, (run.end - run.begin - warp + plan.warps - 1) / plan.warps);
+  const UnitDeal deal(table, groups);
+  const UnitPlace begin = deal.begin(blockIdx.x), end = blockIdx.x + 1 < gridDim.x ? deal.begin(blockIdx.x + 1) : UnitPlace{table.tile_count, 0};
+  const int units = (end.tile - begin.tile) * groups + end.group - begin.group;
+  // Where a block has fewer units than warps, two or more of these share the rows of each.
+  int sharers = 1;
+  while (sharers * kPassRows < table.largest && 2 * sharers * units <= plan.warps) sharers *= 2;
+  const int own_pass = warp & (sharers - 1), step = plan.warps / sharers;
+  const int own_unit = warp / sharers < step ? warp / sharers : units;
   const uint64_t policy = policy_evict_first();
-  auto passes_of = [](const Tile& tile) { return (tile.rows + kPassRows - 1) / kPassRows; };
+  auto passes_of = [&](const Tile& tile) { return (tile.rows - own_pass * kPassRows + sharers * kPassRows - 1) / (sharers * kPassRows); };
   // Pages that all find a stage stay for all passes over the tile's rows; more are sent for again in each pass.
   auto loads_of = [&](const Tile& tile) { return tile.entries <= plan.stages ? tile.entries : tile.entries * passes_of(tile); };
 
   UnitCursor ahead{};  // of what is sent for
-  int sent = 0, sent_stage = 0, counted = -1;
+  int sent = 0, sent_entry = 0, sent_stage = 0, counted = -1;
   BoxModule box[kBoxes];
-  auto skip_empty = [&] {
-    while (ahead.left > 0 && ahead.tile.entries == 0) ahead.advance(table, plan.warps, groups);
+  auto skip_idle = [&](UnitCursor& cursor, bool sends) {
+    while (cursor.left > 0 && (own_pass * kPassRows >= cursor.tile.rows || (sends && cursor.tile.entries == 0))) cursor.advance(table, step, groups);
   };
   auto send = [&] {
     if (ahead.left <= 0) return;
     Entry entry = ahead.tile.entry;
-    if (ahead.tile.entries > 1) entry = read_entry(table, ahead.tile, sent % ahead.tile.entries), counted = -1;
+    if (ahead.tile.entries > 1) {
+      entry = read_entry(table, ahead.tile, sent_entry), counted = -1;
+      if (++sent_entry == ahead.tile.entries) sent_entry = 0;
+    }
     const UnitColumns columns = unit_columns(ahead.group);
 #pragma unroll
     for (int b = 0; b < kBoxes; ++b)
@@ -281,17 +299,17 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
     if (++sent_stage == plan.stages) sent_stage = 0;
     if (++sent >= loads_of(ahead.tile)) {
       sent = 0;
-      ahead.advance(table, plan.warps, groups);
-      skip_empty();
+      ahead.advance(table, step, groups);
+      skip_idle(ahead, true);
     }
   };
-  ahead.start(table, run.begin + warp, mine, groups);
-  skip_empty();
+  ahead.start(table, begin, units, own_unit, groups);
+  skip_idle(ahead, true);
   __syncwarp();
   for (int s = 0; s < plan.stages; ++s) send();
 
   UnitCursor next{};  // of y
-  int next_pass = 0;
+  int next_pass = own_pass;
   using Known = decltype(facts(0));
   PassRows<kAhead, Known> coming{};
   auto column_at = [&](const UnitColumns& columns, int b) { return places.at[b] < kBoxColumns ? columns.first[0] + places.at[b] : columns.first[1] + places.at[b] - kBoxColumns; };
@@ -321,20 +339,23 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
       if (kAhead > 1) load_if(2 * i < rows && has_second, coming.y[kAhead - 1][i], from[0] + p.plane_stride * 2 + offset, from[1] + p.plane_stride * 2 + offset);
     }
   };
-  next.start(table, run.begin + warp, mine, groups);
+  next.start(table, begin, units, own_unit, groups);
+  skip_idle(next, false);
   locate();
 
   // v of the block's tiles, from the first one's first pair on.
   int first_pair = 0, kept = 0;
-  if (run.begin < run.end) {
-    const Tile first = read_tile(table, run.begin / groups), last = read_tile(table, (run.end - 1) / groups);
+  if (units > 0) {
+    const Tile first = read_tile(table, begin.tile + (begin.group == groups ? 1 : 0)), last = read_tile(table, end.group > 0 ? end.tile : end.tile - 1);
     first_pair = first.first_pair;
     kept = min(plan.pairs, last.first_pair + last.rows * last.entries - first_pair);
   }
+  const float* const v = p.work.v + static_cast<int64_t>(first_pair) * p.work.span_count * kPageRank;
   wait_for_previous();
   start_dependents();
   fetch();
-  for (int i = threadIdx.x; i < kept * G * 4; i += blockDim.x) ranks[i] = split_ranks<true>(p, first_pair + i / (4 * G), i / 4 % G, i % 4);
+  const int pieces = kept * p.work.span_count * 4;
+  for (int i = threadIdx.x; i < pieces; i += blockDim.x) ranks[i] = split_ranks<true>(v + i / 4 * kPageRank + i % 4 * 2, p.work.v_planes, p.work.v_stride);
   __syncthreads();
 
   int stage = 0;
@@ -342,16 +363,20 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
   while (next.left > 0) {
     const Tile tile = next.tile;
     const int group = next.group, pass = next_pass, rows = min(tile.rows - pass * kPassRows, kPassRows);
-    const bool stays = tile.entries <= plan.stages, is_last = (pass + 1) * kPassRows >= tile.rows;
+    const bool stays = tile.entries <= plan.stages, is_last = (pass + sharers) * kPassRows >= tile.rows;
     const UnitColumns columns = unit_columns(group);
     const bool has = has_columns(columns);
     const PassRows<kAhead, Known> now = coming;
-    if (is_last) next.advance(table, plan.warps, groups), next_pass = 0;
-    else ++next_pass;
+    if (is_last) {
+      next.advance(table, step, groups), next_pass = own_pass;
+      if (sharers > 1) skip_idle(next, false);
+    } else {
+      next_pass += sharers;
+    }
     locate();
     fetch();
 
-    const int64_t row_pair = tile.first_pair + static_cast<int64_t>(pass * kPassRows + min(g, rows - 1)) * tile.entries;
+    const int row_pair = tile.first_pair + (pass * kPassRows + min(g, rows - 1)) * tile.entries;
     const bool is_kept = tile.first_pair - first_pair + tile.rows * tile.entries <= kept;
     int at = stage;
     uint32_t at_parity = parity;
@@ -362,10 +387,11 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
       const int count[kBoxes] = {known.x, known.y}, place[kBoxes] = {known.z, known.w};
 #pragma unroll
       for (int b = 0; b < kBoxes; ++b) {
-        float* const to = delta + g * kDeltaPitch + b * kBoxColumns + 2 * t;
+        float* const to = delta + min(g, plan.rows - 1) * kDeltaPitch + b * kBoxColumns + 2 * t;
         float sum[8][4];  // hi of row g and columns 8j + 2t, 8j + 2t + 1; lo of the same
         if (count[b] > 0) {
-          const uint4 v = is_kept ? ranks[((row_pair + e - first_pair) * G + place[b]) * 4 + t] : split_ranks<false>(p, row_pair + e, place[b], t);
+          const int piece = ((row_pair + e - first_pair) * p.work.span_count + place[b]) * 4 + t;
+          const uint4 part = is_kept ? ranks[piece] : split_ranks<false>(v + static_cast<int64_t>(piece / 4) * kPageRank + t * 2, p.work.v_planes, p.work.v_stride);
           const uint32_t from = ring + at * kStreamStageBytes + b * 2 * kBoxHalfBytes + (lane / 8 % 2) * kBoxHalfBytes + lane % 8 * 128;
           uint32_t raw[4][4];
 #pragma unroll
@@ -378,7 +404,7 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
               for (int i = 0; i < 4; ++i) raw[j][i] &= mask[i % 2];
           }
 #pragma unroll
-          for (int j = 0; j < 8; ++j) multiply_bf16(sum[j], v, raw[j / 2][j % 2 * 2], raw[j / 2][j % 2 * 2 + 1]);
+          for (int j = 0; j < 8; ++j) multiply_bf16(sum[j], part, raw[j / 2][j % 2 * 2], raw[j / 2][j % 2 * 2 + 1]);
         } else {
 #pragma unroll
           for (int j = 0; j < 8; ++j) sum[j][0] = sum[j][1] = sum[j][2] = sum[j][3] = 0.f;
@@ -415,25 +441,24 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
 #pragma unroll
         for (int s = 0; s < kAhead; ++s)
           if (s == 0 || s < p.planes) add_to(y[b], now.y[s][kTurn][b]);
-        if (kAhead < p.planes) {
+        if constexpr (kFloatPlanes) {
           const char* const from = column_bytes(columns, b) + static_cast<uint64_t>(__shfl_sync(kAllLanes, now.offset, r)) * kElement;
 #pragma unroll 1
-          for (int s = kAhead; s < p.planes; ++s) {
-            const char* const plane = from + s * p.plane_stride * kElement;
-            if constexpr (kFloatPlanes) add_to(y[b], __ldcg(reinterpret_cast<const float4*>(plane)));
-            else add_to(y[b], __ldcg(reinterpret_cast<const uint2*>(plane)));
-          }
+          for (int s = 0; s < p.planes; ++s) add_to(y[b], __ldcg(reinterpret_cast<const float4*>(from + s * p.plane_stride * kElement)));
         }
         if (p.bias != nullptr) add_to(y[b], bias[b]);
         if (tile.entries > 0) add_to(y[b], *reinterpret_cast<const float4*>(delta + r * kDeltaPitch + places.at[b]));
       }
       finish(column, has && r < rows, __shfl_sync(kAllLanes, now.row, r), now.known.of(r), y[0], y[1]);
     };
-    finish_turn(std::integral_constant<int, 0>{});
-    if (rows > 2) finish_turn(std::integral_constant<int, 1>{});
     if (rows > 4) {
+      finish_turn(std::integral_constant<int, 0>{});
+      finish_turn(std::integral_constant<int, 1>{});
       finish_turn(std::integral_constant<int, 2>{});
       finish_turn(std::integral_constant<int, 3>{});
+    } else {
+      finish_turn(std::integral_constant<int, 0>{});
+      if (rows > 2) finish_turn(std::integral_constant<int, 1>{});
     }
     __syncwarp();  // delta has been read
   }
@@ -462,9 +487,9 @@ inline bool encode_page_map(CUtensorMap* map, const LoraWork& work, const LoraSp
 }
 
 // Whether finish_stream can run: Hopper, bf16, adapters, everything aligned for the copy engine, and no module's border inside a box of
-// 64 columns counted from a multiple of `run`.
-inline bool suits_stream(const Product& product, int run) {
-  if (product.lora == nullptr || product.is_float || product.columns % 8 != 0 || !is_hopper()) return false;
+// 64 columns counted from a multiple of `run`. `most_planes`: of bf16.
+inline bool suits_stream(const Product& product, int run, int most_planes) {
+  if (product.lora == nullptr || (!product.y_is_float && product.planes > most_planes) || product.is_float || product.columns % 8 != 0 || !is_hopper()) return false;
   const LoraWork& work = *product.lora;
   bool fits = reinterpret_cast<uintptr_t>(product.y) % 16 == 0 && reinterpret_cast<uintptr_t>(product.bias) % 8 == 0 &&
               reinterpret_cast<uintptr_t>(work.pages) % 16 == 0 && work.page_elements % 8 == 0 && reinterpret_cast<uintptr_t>(work.v) % 8 == 0 &&
@@ -480,9 +505,9 @@ inline bool suits_stream(const Product& product, int run) {
 // Warps, stages and kept pairs for so many rows and groups. Where a block has few units it takes little shared memory, so that it can start
 // beside the kernel before it.
 inline StreamPlan stream_plan(int rows, int groups, int processors, int modules, int warps) {
-  const int64_t units = static_cast<int64_t>(rows) * groups;  // at most, of one page
-  if (units <= 2 * processors) return {2, 2, 8, 1};
-  return {warps, 2, 16384 / (modules * kFragmentBytes), 1};
+  const int most_rows = std::min(rows, kPassRows);
+  if (rows == 1) return {2, 3, 8, 1, most_rows};
+  return {warps, 2, 16384 / (modules * kFragmentBytes), 1, most_rows};
 }
 
 // Calls `go` with the template arguments of a stream kernel of at most `warps` warps, its maps and its shape.
@@ -490,21 +515,15 @@ template <class Go>
 cudaError_t with_stream(const Product& product, int groups, int processors, int warps, Go go) {
   const LoraWork& work = *product.lora;
   const StreamPlan plan = stream_plan(product.rows, groups, processors, work.span_count, warps);
-  const int blocks = static_cast<int>(std::min<int64_t>(processors * plan.blocks, static_cast<int64_t>(product.rows) * groups));
+  const int64_t units = static_cast<int64_t>(product.rows) * groups;  // at most
+  const int blocks = static_cast<int>(std::min<int64_t>(processors * plan.blocks, (units + plan.warps - 1) / plan.warps));
   const Shape shape{blocks, plan.warps * kWarp, stream_shared_bytes(plan, work.span_count)};
   StreamMaps maps;
   for (int m = 0; m < kMaxLoraSpans; ++m)
     for (int size = 0; size < 2; ++size)
       if (!encode_page_map(&maps.b[m][size], work, work.spans[m < work.span_count ? m : 0], size == 0 ? kPageRank / 2 : kPageRank))
         return cudaErrorInvalidValue;
-  auto with_modules = [&](auto modules) {
-    return product.y_is_float ? go(std::true_type{}, modules, maps, plan, shape) : go(std::false_type{}, modules, maps, plan, shape);
-  };
-  switch (work.span_count) {
-    case 1: return with_modules(std::integral_constant<int, 1>{});
-    case 2: return with_modules(std::integral_constant<int, 2>{});
-    default: return with_modules(std::integral_constant<int, 3>{});
-  }
+  return product.y_is_float ? go(std::true_type{}, maps, plan, shape) : go(std::false_type{}, maps, plan, shape);
 }
 
 }  // namespace openlora

@@ -148,15 +148,14 @@ struct RowTarget {
 };
 
 // Half heads as boxes where a head has 128 columns or more; heads of 64 two at a time. `head_bits`: log2 of the head size.
-template <bool kFloatPlanes, int G>
+template <bool kFloatPlanes, bool kHasNorm>
 __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) rope_kv_stream_kernel(const __grid_constant__ Params a, const __grid_constant__ StreamMaps maps,
                                                                                 StreamPlan plan, int groups, int head_bits) {
 #if __CUDA_ARCH__ >= 900
   const ProductView& p = a.p;
   const int half = a.head_size / 2, lane = static_cast<int>(threadIdx.x & 15), slice_bits = head_bits - 7;  // slices of 64 of half a head
   const int first = slice_bits >= 0 ? kQuad * lane : lane / 8 * kBoxColumns + lane % 8 * kQuad;
-  const bool has_norm = a.q_norm != nullptr || a.k_norm != nullptr;
-  finish_stream<kFloatPlanes, kFloatPlanes ? 0 : 2, G>(
+  finish_stream<kFloatPlanes, kFloatPlanes ? 0 : 2, kMaxLoraSpans>(
       p, maps, plan, groups, LanePlaces{{first, first + (slice_bits >= 0 ? kBoxColumns : half)}},
       [&](int group) {
         const int column = slice_bits > 0 ? ((group >> slice_bits) << head_bits) + (group & ((1 << slice_bits) - 1)) * kBoxColumns : group * 2 * kBoxColumns;
@@ -171,7 +170,7 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) rope_kv_stream_kernel(
         const int head = column.x >> head_bits, offset = column.x & (a.head_size - 1);  // below half
         const bool rotates = head < a.heads + a.groups;
         const int64_t angle = static_cast<int64_t>(known.position) * half + offset;
-        if (has_norm) {
+        if constexpr (kHasNorm) {
           const auto* weight = static_cast<const __nv_bfloat16*>(head < a.heads ? a.q_norm : (rotates ? a.k_norm : nullptr));
           norm_head(x, y, weight, offset, half / kQuad, a.eps);
         }
@@ -259,12 +258,12 @@ cudaError_t launch_fused_rope_kv_write(const RopeKvArgs& args, cudaStream_t stre
     return launch(rope_kv_prefill_kernel, {processor_count() * kPrefillBlocks, kUnitWarps * kWarp}, product.follow, stream, params);
   }
   const int head_bits = args.head_size == 64 ? 6 : (args.head_size == 128 ? 7 : (args.head_size == 256 && !has_norm ? 8 : 0));
-  if (fits && head_bits > 0 && suits_stream(product, product.columns)) {
+  if (fits && head_bits > 0 && suits_stream(product, product.columns, 2)) {
     const int processors = processor_count(), groups = (product.columns + 2 * kBoxColumns - 1) / (2 * kBoxColumns);
-    return with_stream(product, groups, processors, kStreamWarps, [&](auto planes, auto modules, const StreamMaps& maps, const StreamPlan& plan, const Shape& shape) {
+    return with_stream(product, groups, processors, kStreamWarps, [&](auto planes, const StreamMaps& maps, const StreamPlan& plan, const Shape& shape) {
       constexpr bool P = decltype(planes)::value;
-      constexpr int G = decltype(modules)::value;
-      return launch(rope_kv_stream_kernel<P, G>, shape, product.follow, stream, params, maps, plan, groups, head_bits);
+      auto* const kernel = has_norm ? rope_kv_stream_kernel<P, true> : rope_kv_stream_kernel<P, false>;
+      return launch(kernel, shape, product.follow, stream, params, maps, plan, groups, head_bits);
     });
   }
   if (fits) {

@@ -52,12 +52,12 @@ struct NoRowFacts {
   __device__ __forceinline__ NoRowFacts of(int) const { return {}; }
 };
 
-template <bool kFloatPlanes, int G>
+template <bool kFloatPlanes>
 __global__ void __launch_bounds__(kStreamWarps* kWarp, 1)
     silu_mul_stream_kernel(const __grid_constant__ ProductView p, const __grid_constant__ StreamMaps maps, StreamPlan plan, __nv_bfloat16* out) {
 #if __CUDA_ARCH__ >= 900
   const int half = p.columns / 2, lane = static_cast<int>(threadIdx.x & 15);
-  finish_stream<kFloatPlanes, kFloatPlanes ? 0 : 1, G>(
+  finish_stream<kFloatPlanes, kFloatPlanes ? 0 : 1, 2>(
       p, maps, plan, (half + kBoxColumns - 1) / kBoxColumns, LanePlaces{{kQuad * lane, kBoxColumns + kQuad * lane}},
       [&](int group) { return UnitColumns{{group * kBoxColumns, half + group * kBoxColumns}, {half, p.columns}}; }, [](int) { return NoRowFacts{}; },
       [&](int2 column, bool is_there, int row, NoRowFacts, float (&gate)[kQuad], const float (&up)[kQuad]) {
@@ -89,10 +89,8 @@ __global__ void __launch_bounds__(256) silu_mul_any_kernel(const __grid_constant
 cudaError_t launch_stream(const SiluMulArgs& args, int processors, cudaStream_t stream) {
   const Product& product = args.product;
   const int groups = (product.columns / 2 + kBoxColumns - 1) / kBoxColumns;
-  return with_stream(product, groups, processors, kStreamWarps, [&](auto planes, auto modules, const StreamMaps& maps, const StreamPlan& plan, const Shape& shape) {
-    constexpr bool P = decltype(planes)::value;
-    constexpr int G = decltype(modules)::value;
-    return launch(silu_mul_stream_kernel<P, G>, shape, product.follow, stream, view_of(product, kPassRows), maps, plan,
+  return with_stream(product, groups, processors, kStreamWarps, [&](auto planes, const StreamMaps& maps, const StreamPlan& plan, const Shape& shape) {
+    return launch(silu_mul_stream_kernel<decltype(planes)::value>, shape, product.follow, stream, view_of(product, kPassRows), maps, plan,
                   static_cast<__nv_bfloat16*>(args.out));
   });
 }
@@ -109,7 +107,7 @@ cudaError_t launch_fused_silu_mul(const SiluMulArgs& args, cudaStream_t stream) 
       const Shape shape{processors * kPrefillBlocks, kUnitWarps * kWarp};
       return launch(silu_mul_prefill_kernel, shape, product.follow, stream, view_of(product, kPartRows), static_cast<__nv_bfloat16*>(args.out));
     }
-    if (suits_stream(product, product.columns / 2)) return launch_stream(args, processors, stream);
+    if (suits_stream(product, product.columns / 2, 1) && product.lora->span_count <= 2) return launch_stream(args, processors, stream);
     const int lanes = product.columns / 2 / kQuad;
     return with_product_types(product, [&](auto lora, auto planes, auto modules) {
       constexpr bool L = decltype(lora)::value, P = decltype(planes)::value;
