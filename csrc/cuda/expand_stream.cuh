@@ -197,6 +197,12 @@ __device__ __forceinline__ void load_if(bool is_there, uint2 (&to)[kBoxes], cons
                : "l"(first), "l"(second), "r"(static_cast<int>(is_there)));
 }
 
+__device__ __forceinline__ void store_if(bool is_there, void* to, const float (&x)[kQuad]) {
+  asm volatile("{\n\t.reg .pred there;\n\tsetp.ne.s32 there, %3, 0;\n\t@there st.global.v2.b32 [%0], {%1, %2};\n\t}" ::"l"(to), "r"(pack_bf16(x[0], x[1])),
+               "r"(pack_bf16(x[2], x[3])), "r"(static_cast<int>(is_there))
+               : "memory");
+}
+
 __device__ __forceinline__ void add_to(float (&sum)[kQuad], const uint2& raw) {
   sum[0] += low_half(raw.x), sum[1] += high_half(raw.x), sum[2] += low_half(raw.y), sum[3] += high_half(raw.y);
 }
@@ -234,8 +240,8 @@ struct PassRows {
 // a half warp at the same row; where not is_there nothing may be written. `unit_columns(group)`: UnitColumns of 0 <= group < groups; no
 // module's border lies inside a box. `places`: of this lane. `facts(row)`: what else the operation reads of a row, read before the wait;
 // of(r) gives what lane r has.
-// kAhead: planes of y that are sent for ahead; 0 for float32, else 1 or 2.
-template <bool kFloatPlanes, int kAhead, int G, class Columns, class Facts, class Finish>
+// kAhead: planes of y that are sent for ahead; 0 for float32, else 1 or 2. kHasBias: there may be one.
+template <bool kFloatPlanes, int kAhead, bool kHasBias, int G, class Columns, class Facts, class Finish>
 __device__ __forceinline__ void finish_stream(const ProductView& p, const StreamMaps& maps, const StreamPlan& plan, int groups, const LanePlaces& places,
                                               Columns unit_columns, Facts facts, Finish finish) {
   extern __shared__ uint8_t stream_shared[];
@@ -428,7 +434,7 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
     __syncwarp();
     const int2 column = make_int2(column_at(columns, 0), column_at(columns, 1));
     uint2 bias[kBoxes] = {};
-    if (p.bias != nullptr && has) {
+    if (kHasBias && p.bias != nullptr && has) {
       const auto* from = static_cast<const __nv_bfloat16*>(p.bias);
       bias[0] = __ldg(reinterpret_cast<const uint2*>(from + column.x)), bias[1] = __ldg(reinterpret_cast<const uint2*>(from + column.y));
     }
@@ -446,7 +452,7 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
 #pragma unroll 1
           for (int s = 0; s < p.planes; ++s) add_to(y[b], __ldcg(reinterpret_cast<const float4*>(from + s * p.plane_stride * kElement)));
         }
-        if (p.bias != nullptr) add_to(y[b], bias[b]);
+        if constexpr (kHasBias) add_to(y[b], bias[b]);
         if (tile.entries > 0) add_to(y[b], *reinterpret_cast<const float4*>(delta + r * kDeltaPitch + places.at[b]));
       }
       finish(column, has && r < rows, __shfl_sync(kAllLanes, now.row, r), now.known.of(r), y[0], y[1]);

@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) rope_kv_stream_kernel(
   const ProductView& p = a.p;
   const int half = a.head_size / 2, lane = static_cast<int>(threadIdx.x & 15), slice_bits = head_bits - 7;  // slices of 64 of half a head
   const int first = slice_bits >= 0 ? kQuad * lane : lane / 8 * kBoxColumns + lane % 8 * kQuad;
-  finish_stream<kFloatPlanes, kFloatPlanes ? 0 : 2, kMaxLoraSpans>(
+  finish_stream<kFloatPlanes, kFloatPlanes ? 0 : 2, true, kMaxLoraSpans>(
       p, maps, plan, groups, LanePlaces{{first, first + (slice_bits >= 0 ? kBoxColumns : half)}},
       [&](int group) {
         const int column = slice_bits > 0 ? ((group >> slice_bits) << head_bits) + (group & ((1 << slice_bits) - 1)) * kBoxColumns : group * 2 * kBoxColumns;
@@ -182,9 +182,8 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) rope_kv_stream_kernel(
           target = static_cast<__nv_bfloat16*>(rotates ? a.key_cache : a.value_cache) + known.offset + (head - a.heads - (rotates ? 0 : a.groups)) * a.group_stride + offset;
         }
         if (rotates) rotate(x, y, a.cos + angle, a.sin + angle);
-        if (!is_there) return;
-        store_quad(target, x);
-        store_quad(target + half, y);
+        store_if(is_there, target, x);
+        store_if(is_there, target + half, y);
       });
 #endif
 }

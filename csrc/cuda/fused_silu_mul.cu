@@ -57,13 +57,13 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1)
     silu_mul_stream_kernel(const __grid_constant__ ProductView p, const __grid_constant__ StreamMaps maps, StreamPlan plan, __nv_bfloat16* out) {
 #if __CUDA_ARCH__ >= 900
   const int half = p.columns / 2, lane = static_cast<int>(threadIdx.x & 15);
-  finish_stream<kFloatPlanes, kFloatPlanes ? 0 : 1, 2>(
+  finish_stream<kFloatPlanes, kFloatPlanes ? 0 : 1, false, 2>(
       p, maps, plan, (half + kBoxColumns - 1) / kBoxColumns, LanePlaces{{kQuad * lane, kBoxColumns + kQuad * lane}},
       [&](int group) { return UnitColumns{{group * kBoxColumns, half + group * kBoxColumns}, {half, p.columns}}; }, [](int) { return NoRowFacts{}; },
       [&](int2 column, bool is_there, int row, NoRowFacts, float (&gate)[kQuad], const float (&up)[kQuad]) {
 #pragma unroll
         for (int c = 0; c < kQuad; ++c) gate[c] = silu(gate[c]) * up[c];
-        if (is_there) store_quad(out + static_cast<int64_t>(row) * half + column.x, gate);
+        store_if(is_there, out + static_cast<int64_t>(row) * half + column.x, gate);
       });
 #endif
 }
@@ -107,7 +107,7 @@ cudaError_t launch_fused_silu_mul(const SiluMulArgs& args, cudaStream_t stream) 
       const Shape shape{processors * kPrefillBlocks, kUnitWarps * kWarp};
       return launch(silu_mul_prefill_kernel, shape, product.follow, stream, view_of(product, kPartRows), static_cast<__nv_bfloat16*>(args.out));
     }
-    if (suits_stream(product, product.columns / 2, 1) && product.lora->span_count <= 2) return launch_stream(args, processors, stream);
+    if (suits_stream(product, product.columns / 2, 1) && product.bias == nullptr && product.lora->span_count <= 2) return launch_stream(args, processors, stream);
     const int lanes = product.columns / 2 / kQuad;
     return with_product_types(product, [&](auto lora, auto planes, auto modules) {
       constexpr bool L = decltype(lora)::value, P = decltype(planes)::value;
