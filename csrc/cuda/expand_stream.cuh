@@ -1,23 +1,25 @@
 // The product on its way into an operation, on Hopper: B by the copy engine through a ring of each warp, the expand on tensor cores.
 //
 // A unit is a tile times two boxes of 64 columns that the operation needs together (gate and up, the halves of a head). Units run
-// column by column within a tile, and every block takes a run of them whose share of the work is the same (deal_units), its warps
-// in turn: neighbouring warps read neighbouring 128 bytes of a rank at about the same time, and a block meets only two or three tiles.
-// Warps do not wait for each other: each sends for its own B, `stages` loads of at most 4 KB ahead, from before the previous
-// kernel has ended until its last unit; and for plane 0 of the next 8 rows of y before it sums those it has.
+// group by group within a tile, and every block takes a run of them whose share of the work is the same (UnitDeal), its warps in
+// turn: neighbouring warps read neighbouring 128 bytes of a rank at about the same time, and a block meets only two or three tiles.
+// Warps do not wait for each other: each sends for its own B, two loads of at most 4 KB ahead, from before the previous kernel
+// has ended until its last unit, and for the next 8 rows of y before it sums those it has. Where a block has fewer units than
+// warps, these share a unit's rows.
 //
-// v comes in up to 8 planes, 1 KB a row of gate_up: as much as the row's y of 256 columns. So a block adds up v of the tiles
-// it meets once, splits it into two bf16 (hi + lo, exact to 2^-17) and keeps it in shared memory as mma fragments.
+// v comes in up to 8 planes: 1 KB a row of gate_up, as much as the row's y of 256 columns. So a block adds up v of the tiles it
+// meets once, splits it into two bf16 (hi + lo, exact to 2^-17) and keeps it in shared memory as mma fragments.
 //
 // Sums: m16n8k16 with v on the M side, hi of 8 rows in rows 0 to 7 and lo of the same in 8 to 15, ranks on k, columns on n. So one
 // instruction does 8 rows x 8 columns whatever the tile's rows are, and a row's bits depend on nothing but its own v and B. One row
 // costs what eight cost: 64 rows with a LoRA each are 230,000 mma for gate_up, 4 us of the tensor cores while B takes 19. hi and lo
-// meet on the way into shared memory (4.25 KB a warp), from where a lane takes two neighbouring columns of each box, row by row:
-// all lanes have columns to finish, and y and the outputs pass in whole lines.
+// meet on the way into shared memory (4.25 KB a warp), where the pages of a recipe are added up in order, and from where a half warp
+// takes a row at a time, four neighbouring columns of either box a lane: all lanes have columns to finish, and y and the outputs
+// pass in whole lines.
 //
-// Shared memory: warps x (stages x 4 KB + 4.25 KB) + v; 12 x (3 x 4 + 4.25) + 16 = 211 KB, of which 144 KB are on their way.
-// Instructions a unit of one row: 8 ldmatrix, 16 mma, 16 stores, about 220 in all: 3.5 us for gate_up at 64 units of work a column;
-// of 8 rows about 500: 3.8 us at T = 256. Both are far below the bytes.
+// Shared memory of SiLU: 16 warps x (2 x 4 KB + 4.25 KB) + 16 KB of v = 219 KB, of which 128 KB are on their way; with one row 28 KB,
+// which fit beside the GEMM ahead. 128 registers. Instructions: about 450 for a pass of one row, 750 of eight, 2.7 and 5.5 us of gate_up at
+// 64 tiles of one row and 16 of sixteen; the first version's 600 and 1,050 at 12 warps kept 256 rows from the memory's pace.
 #pragma once
 
 #include <cuda.h>

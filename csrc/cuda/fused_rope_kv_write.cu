@@ -1,8 +1,9 @@
-// Rotary embedding and the write into the paged cache, of a finished qkv product. See fused.h, product.cuh.
+// Rotary embedding and the write into the paged cache, of a finished qkv product. See fused.h.
 //
-// Prefill: pairs of 32 columns (prefill.cuh). Decode: a lane's quads are 4 columns of a head's first half and the 4 of its second half that rotate with them; D / 8 neighbouring lanes
-// hold a head, and the sum of q's and k's norm runs among them. A value head is written as it is. Bytes: S * T * N * 4 of planes,
-// B of every tile once (qkv at D = 64, r = 16: 12.6 MB, 4.1 us at 3.1 TB/s), T * N * 2 out.
+// With adapters on Hopper: expand_stream.cuh, 128 columns of heads a unit, four of a head's first half and those of its second half that
+// rotate with them a lane. Else product.cuh, the same columns a lane; D / 8 neighbouring lanes hold a head, and the sum of q's and k's norm
+// runs among them. Prefill in tiles of more than 16 rows: prefill.cuh, pairs of 32 columns. A value head is written as it is. Bytes: S * T *
+// N * 2 of planes, B of every tile once (qkv at D = 64, r = 16: 12.6 MB, 4.1 us at 3.1 TB/s), T * N * 2 out.
 #include "expand_stream.cuh"
 #include "prefill.cuh"
 
