@@ -159,7 +159,8 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) rope_kv_stream_kernel(
   finish_stream<kFloatPlanes, kFloatPlanes ? 0 : 2, true, kMaxLoraSpans>(
       p, maps, plan, groups, LanePlaces{{first, first + (slice_bits >= 0 ? kBoxColumns : half)}},
       [&](int group) {
-        const int column = slice_bits > 0 ? ((group >> slice_bits) << head_bits) + (group & ((1 << slice_bits) - 1)) * kBoxColumns : group * 2 * kBoxColumns;
+        const int slice = slice_bits > 0 ? group & ((1 << slice_bits) - 1) : 0;
+        const int column = slice_bits > 0 ? ((group >> slice_bits) << head_bits) + slice * kBoxColumns : group * 2 * kBoxColumns;
         return UnitColumns{{column, column + (slice_bits > 0 ? half : kBoxColumns)}, {p.columns, p.columns}};
       },
       [&](int row) {
@@ -180,7 +181,8 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) rope_kv_stream_kernel(
           target = static_cast<__nv_bfloat16*>(a.q) + static_cast<int64_t>(row) * a.heads * a.head_size + column.x;
         } else {
           is_there = is_there && known.offset >= 0;
-          target = static_cast<__nv_bfloat16*>(rotates ? a.key_cache : a.value_cache) + known.offset + (head - a.heads - (rotates ? 0 : a.groups)) * a.group_stride + offset;
+          const int group = head - a.heads - (rotates ? 0 : a.groups);
+          target = static_cast<__nv_bfloat16*>(rotates ? a.key_cache : a.value_cache) + known.offset + group * a.group_stride + offset;
         }
         if (rotates) rotate(x, y, a.cos + angle, a.sin + angle);
         store_if(is_there, target, x);

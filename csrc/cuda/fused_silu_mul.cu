@@ -108,7 +108,8 @@ cudaError_t launch_fused_silu_mul(const SiluMulArgs& args, cudaStream_t stream) 
       const Shape shape{processors * kPrefillBlocks, kUnitWarps * kWarp};
       return launch(silu_mul_prefill_kernel, shape, product.follow, stream, view_of(product, kPartRows), static_cast<__nv_bfloat16*>(args.out));
     }
-    if (suits_stream(product, product.columns / 2, 1) && product.bias == nullptr && product.lora->span_count <= 2) return launch_stream(args, processors, stream);
+    if (suits_stream(product, product.columns / 2, 1) && product.bias == nullptr && product.lora->span_count <= 2)
+      return launch_stream(args, processors, stream);
     const int lanes = product.columns / 2 / kQuad;
     return with_product_types(product, [&](auto lora, auto planes, auto modules) {
       constexpr bool L = decltype(lora)::value, P = decltype(planes)::value;
