@@ -140,10 +140,13 @@ void lora_shrink(const Tensor& x, const Tensor& pages, const Tensor& tiles, cons
   check_size(scales, "scales", 0, ranks.size(0));
   check_size(scales, "scales", 1, ranks.size(1));
   a.work.scales = as<float>(scales);
-  check_size(v, "v", 0, 1);
+  STD_TORCH_CHECK(v.size(0) == 1 || v.size(0) == openlora::lora_shrink_planes(x.size(1)), "openlora: v has ", v.size(0),
+                  " planes, wanted 1 or ", openlora::lora_shrink_planes(x.size(1)));
   a.follow = follow_of(follow, 2);
   check_launch(openlora::launch_lora_shrink(a, place.stream()), "lora_shrink");
 }
+
+int64_t lora_shrink_planes(int64_t inputs) { return openlora::lora_shrink_planes(inputs); }
 
 // What every consumer takes first. Keeps the LoraWork that its Product points to.
 struct ProductArguments {
@@ -467,6 +470,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(openlora, m) {
   m.def(
       "lora_shrink(Tensor x, Tensor pages, Tensor tiles, Tensor ranks, Tensor scales, int[] spans, int tile_rows, int follow, "
       "Tensor(a!) v) -> ()");
+  m.def("lora_shrink_planes(int inputs) -> int");
   m.def("fused_silu_mul(" OPENLORA_ADAPTERS "int follow, Tensor(a!) out) -> ()");
   m.def("fused_add_rms_norm(" OPENLORA_ADAPTERS "Tensor(a!) residual, Tensor weight, float eps, int follow, Tensor(b!) out) -> ()");
   m.def(
@@ -491,6 +495,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(openlora, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(openlora, CompositeExplicitAutograd, m) {
   m.impl("skinny_gemm_planes", TORCH_BOX(&skinny_gemm_planes));
+  m.impl("lora_shrink_planes", TORCH_BOX(&lora_shrink_planes));
   m.impl("skinny_gemm_shrink_chunks", TORCH_BOX(&skinny_gemm_shrink_chunks));
   m.impl("is_skinny_gemm_faster", TORCH_BOX(&is_skinny_gemm_faster));
 }

@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from node.kernels.cuda_kernels import STREAM_TILE_ROWS
 from node.kernels.cuda_ops import CudaOps, DeviceTiles, Follow, Product
+from node.kernels.device_rows import SHORT_ROWS, has_many_pages
 from node.kernels.layout import PageLayout
 from node.kernels.linear import lora_spans
 from node.kernels.lora import LoraPool
@@ -147,6 +149,7 @@ class Layer:
         self.ops = CudaOps(pool)
         self.tiles: list[DeviceTiles] = []
         self.used_ranks = 0
+        self._is_behind = rows <= SHORT_ROWS
         generator = np.random.default_rng(rows)
         pairs = 1
         if draw is not None:
@@ -157,6 +160,7 @@ class Layer:
                 block = build_tiles([((slot, 1.0),) for slot in moved], [1] * rows, table, tile_rows)
                 self.tiles.append(DeviceTiles(torch.from_numpy(block.data).cuda(), tile_rows))
                 pairs = max(pairs, block.pair_count)
+                self._is_behind = self._is_behind and not has_many_pages(rows, block.item_count)
             self.used_ranks = sum(ranks[slot] for slot in set(slots))
         self.v = {name: self._ranks(name, pairs) for name in LINEARS}
         bf16 = {"dtype": torch.bfloat16, "device": "cuda"}
@@ -179,14 +183,13 @@ class Layer:
 
     def _ranks(self, name: str, pairs: int) -> Tensor:
         inputs, parts = LINEARS[name]
-        has_planes = self.tile_rows <= 16 and self.ops.skinny_gemm_planes(HIDDEN, HIDDEN, self.rows) > 0
-        planes = self.ops.shrink_chunks(inputs) if has_planes else 0
-        return torch.randn(planes or 1, pairs, len(parts), 16, device="cuda")
+        can_stream = self.tile_rows <= STREAM_TILE_ROWS and torch.cuda.get_device_capability() == (9, 0)
+        return torch.randn(self.ops.shrink_planes(inputs) if can_stream else 1, pairs, len(parts), 16, device="cuda")
 
     def shrink(self, name: str, follow: Follow) -> list[Callable[[], None]]:
         def call(layer: int, tiles: DeviceTiles) -> Callable[[], None]:
             spans = self.adapters.spans(layer, name)
-            return lambda: self.ops.lora_shrink(self.x[name], tiles, spans, self.v[name][:1], follow)
+            return lambda: self.ops.lora_shrink(self.x[name], tiles, spans, self.v[name], follow)
 
         return [call(layer, tiles) for tiles in self.tiles for layer in range(LAYERS)]
 
@@ -215,23 +218,24 @@ class Layer:
             yield self._row(f"{CONSUMERS[name]}_{name}", name, time_us(self.consumer(name, follow)), read)
 
     def linear(self, name: str, weights: dict[str, list[Tensor]]) -> list[Callable[[], None]]:
-        """The skinny GEMM of each layer; where there are adapters with their shrink, beside it where rows of W are long."""
+        """The skinny GEMM of each layer; where there are adapters with their shrink, behind or before it."""
         x, y, v = self.x[name], self.y[name], self.v[name]
-        is_inside = self.ops.shrink_chunks(LINEARS[name][0]) > 0
 
         def call(layer: int, tiles: DeviceTiles | None) -> Callable[[], None]:
             weight = weights[name][layer]
             if tiles is None:
                 return lambda: self.ops.skinny_gemm(x, weight, y)
             spans = self.adapters.spans(layer, name)
-            if is_inside:
-                return lambda: self.ops.skinny_gemm_shrink(x, weight, tiles, spans, v, y)
 
-            def both() -> None:
+            def behind() -> None:
                 self.ops.skinny_gemm(x, weight, y)
                 self.ops.lora_shrink(x, tiles, spans, v, Follow.WAIT_LAST)
 
-            return both
+            def before() -> None:
+                self.ops.lora_shrink(x, tiles, spans, v)
+                self.ops.skinny_gemm(x, weight, y)
+
+            return behind if self._is_behind else before
 
         return [call(layer, tiles) for tiles in (self.tiles or [None]) for layer in range(LAYERS)]
 

@@ -33,7 +33,6 @@ from random_model import random_source
 
 from node.config import AdapterSettings, EngineSettings, ModelSettings
 from node.engine.engine import Engine, open_engine
-from node.engine.graphs import Adapted, GraphKey
 from node.kernels.layout import PageLayout
 from node.models.spec import ModelSpec
 from node.request import AdapterTerm
@@ -150,8 +149,7 @@ def turn_ms(trace: Trace) -> float:
 def graph_ms(bench: Bench, row: Row, requests: Sequence[Request], replays: int = 30) -> float | None:
     """Time of the row's decode graph alone, in the middle of a run, when its static memory holds one of the run's steps."""
     graphs = getattr(bench.engine._runner, "graphs", None)
-    key = None if graphs is None else GraphKey(graphs.bucket(row.batch), Adapted.LAYERS if row.adapters else Adapted.NOTHING)
-    if key not in getattr(graphs, "_graphs", {}):
+    if not getattr(graphs, "_graphs", {}):
         return None
     trace, found = Trace({}), None
     for request in requests:
@@ -162,7 +160,7 @@ def graph_ms(bench: Bench, row: Row, requests: Sequence[Request], replays: int =
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             for _ in range(replays):
-                graphs.step(key)
+                graphs.step(graphs.last)
             end.record()
             end.synchronize()
             found = begin.elapsed_time(end) / replays

@@ -1,22 +1,20 @@
-// LoRA shrink. See lora_shrink.h.
+// LoRA shrink. See lora_shrink.h. On Hopper lora_stream_sm90.cu has the steps in tiles of 16 rows.
 //
-// Up to 2,048 rows: a cluster of 4 blocks takes one item (16 rows of a tile, page) at a time, all G modules of the group. The 16 ranks
+// Up to 2,048 rows: a block takes one item (16 rows of a tile, page) at a time, all G modules of the group. The 16 ranks
 // of a page are the M side of mma.m16n8k16, the rows of the tile the n side, so one row wastes 7/8 of an instruction and not
-// 15/16. k is cut into 32 slices, one a warp; the cut depends on K alone. A goes from memory straight into registers in fragment
+// 15/16. k is cut into 8 slices, one a warp; the cut depends on K alone. A goes from memory straight into registers in fragment
 // order: lane (g, t) takes 8 neighbouring k of ranks g and g + 8, and x is taken with the same permutation of k, which a dot
-// product does not notice. No shared memory is needed for A; U * G * 1 KB a warp are in flight, 96 KB a processor at G = 3.
+// product does not notice.
 //
-// Sums: the warp's slice, then warp w + warp w + 4, then warps 0 to 3 in order, then the blocks in order through distributed
-// shared memory. No atomics, nothing to clear, and a row's bits do not depend on its tile.
-//
-// Shared memory: G * 16 * (18 * 4 + 16) * 4 bytes: 16.5 KB at G = 3, which fits beside the skinny GEMM. Bytes: items * G * 16 * K * 2 of A from memory, x from
-// the cache. Bound by memory: qkv at D = 64, K = 4096: 25 MB, 8.1 us at 3.1 TB/s.
+// Sums: the warp's slice, then warp w + warp w + 4, then warps 0 to 3 in order through shared memory (at most 13.8 KB). No atomics,
+// nothing to clear, and a row's bits do not depend on its tile. Bytes: items * G * 16 * K * 2 of A from memory, x from the cache.
 //
 // Prefill (more rows, in tiles of more than 16): a block takes half an item, a warp 16 of its rows and all of k in order;
 // the two warps read the same A at about the same time, from the first cache. Bound by x: qkv at 16,384 rows: 134 MB, 43 us.
 #include "device.cuh"
 #include "launch.cuh"
 #include "lora_shrink.h"
+#include "lora_stream.h"
 
 namespace openlora {
 namespace {
@@ -183,17 +181,15 @@ __device__ __forceinline__ void gather_warps(const float (&acc)[G][kTiles][4], f
   }
 }
 
-template <int G, int CL, int U>
+template <int G, int U>
 __global__ void __launch_bounds__(kWarps* kWarp, 2) shrink_kernel(const __grid_constant__ Params p) {
   __shared__ float slots[4 * G * kTiles * 8 * kRowFloats];
-  __shared__ float sums[G * kTiles * 8 * kPageRank];
   if (p.waits_last) start_dependents();
-  const int rank = CL > 1 ? static_cast<int>(cluster_rank()) : 0;
-  const int steps = p.inputs / kStep, slice = (steps + CL * kWarps - 1) / (CL * kWarps);
-  const int first = (rank * kWarps + warp_index()) * slice, last = min(first + slice, steps);
+  const int steps = p.inputs / kStep, slice = (steps + kWarps - 1) / kWarps;
+  const int first = warp_index() * slice, last = min(first + slice, steps);
   const TileTable table = read_tile_table(p.work.tiles);
-  const int stride = gridDim.x / CL, parts = (table.largest + 15) / 16, count = table.item_count * parts;
-  int index = blockIdx.x / CL;
+  const int stride = gridDim.x, parts = (table.largest + 15) / 16, count = table.item_count * parts;
+  int index = blockIdx.x;
   Item item{};
   PageStep<G> pages[U];
   auto fetch = [&](int i) {
@@ -210,10 +206,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) shrink_kernel(const __grid_c
     wait_for_previous();
     start_dependents();
   }
-  bool has_shared = false;  // others may still read our sums
   for (; index < count; index += stride) {
     const Item now = item;
-    if (now.rows <= 0) {  // for the whole cluster
+    if (now.rows <= 0) {  // for the whole block
       if (index + stride < count) fetch(index + stride);
       continue;
     }
@@ -221,7 +216,6 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) shrink_kernel(const __grid_c
     multiply_slice<G, U, true>(acc, pages, PageView<G>(p, now.entry), RowView(p, table, now, 0), now.rows, p.inputs, first, last);
     if (index + stride < count) fetch(index + stride);  // its pages arrive while this item is summed
     gather_warps<G>(acc, slots, now.rows);
-    if (CL > 1 && has_shared) cluster_wait();
     const int values = now.rows * kPageRank;  // of one module
     for (int i = threadIdx.x; i < G * values; i += blockDim.x) {
       const int m = i / values, r = i % values / kPageRank;
@@ -229,33 +223,11 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) shrink_kernel(const __grid_c
       float sum = place[0];
 #pragma unroll
       for (int w = 1; w < 4; ++w) sum += place[w * G * kTiles * 8 * kRowFloats];
-      sums[i] = sum;
+      store_value(p, now, G, m, r, i % kPageRank, sum);
     }
-    if constexpr (CL > 1) {
-      cluster_arrive();
-      cluster_wait();
-    } else {
-      __syncthreads();
-    }
-    const int share = (G * values + CL - 1) / CL;
-    for (int i = rank * share + threadIdx.x; i < min((rank + 1) * share, G * values); i += blockDim.x) {
-      float sum = 0.f;
-      if constexpr (CL > 1) {
-#pragma unroll
-        for (int c = 0; c < CL; ++c) sum += load_remote(remote_address(sums + i, c));
-      } else {
-        sum = sums[i];
-      }
-      store_value(p, now, G, i / values, i % values / kPageRank, i % kPageRank, sum);
-    }
-    __syncwarp();
-    if constexpr (CL > 1) cluster_arrive();
-    else __syncthreads();
-    has_shared = true;
+    __syncthreads();  // the sums have been read
   }
-  if (CL > 1 && has_shared) cluster_wait();  // nobody leaves while another reads its sums
-  // One cluster stays for the GEMM's end; the others make room for the kernel that reads v, which then fetches its B meanwhile.
-  if (p.waits_last && blockIdx.x < CL) wait_for_previous();
+  if (p.waits_last && blockIdx.x == 0) wait_for_previous();
 }
 
 template <int G, int U>
@@ -325,11 +297,7 @@ cudaError_t launch_modules(const LoraShrinkArgs& args, const Params& p, cudaStre
   if (args.work.tile_rows > 16 && args.rows > kPrefillRows) {
     return launch(shrink_prefill_kernel<G, UPrefill>, {processors * kPrefillBlocks, kPrefillWarps * kWarp}, args.follow, stream, p);
   }
-  if (!is_hopper()) return launch(shrink_kernel<G, 1, UDecode>, {processors * 2, kWarps * kWarp}, args.follow, stream, p);
-  // A GPC of an H100 has 16 or 18 processors and a cluster stays in one: what would start late would finish late. Beside the
-  // skinny GEMM a processor has room for one block; the others come when a first one has gone, or after the GEMM.
-  const int clusters = std::max(1, processors / 16 * (16 * 2 / 4));
-  return launch(shrink_kernel<G, 4, UDecode>, {clusters * 4, kWarps * kWarp, 0, 4}, args.follow, stream, p);
+  return launch(shrink_kernel<G, UDecode>, {processors * 2, kWarps * kWarp}, args.follow, stream, p);
 }
 
 bool fits_tensor_cores(const LoraShrinkArgs& args) {
@@ -340,16 +308,21 @@ bool fits_tensor_cores(const LoraShrinkArgs& args) {
 
 }  // namespace
 
+int lora_shrink_planes(int64_t inputs) { return std::max(1, lora_stream_planes(inputs)); }
+
 cudaError_t launch_lora_shrink(const LoraShrinkArgs& args, cudaStream_t stream) {
   if (args.work.span_count < 1 || args.work.span_count > kMaxLoraSpans || args.work.tile_rows < 1 || args.work.tile_rows > 64)
     return cudaErrorInvalidValue;
   const Params p{args.x, args.x_stride, args.inputs, args.follow == Follow::kWaitLast, args.work};
   if (!fits_tensor_cores(args)) {
+    if (args.work.v_planes != 1) return cudaErrorInvalidValue;
     const Shape shape{processor_count() * 4, 256};
     const Follow follow = args.follow == Follow::kWaitLast ? Follow::kWaitFirst : args.follow;
     if (args.is_float) return launch(shrink_any_kernel<float>, shape, follow, stream, p);
     return launch(shrink_any_kernel<__nv_bfloat16>, shape, follow, stream, p);
   }
+  if (is_hopper() && can_stream_lora(args)) return launch_lora_stream(args, stream);
+  if (args.work.v_planes != 1) return cudaErrorInvalidValue;
   switch (args.work.span_count) {
     case 1: return launch_modules<1, 4, 8>(args, p, stream);
     case 2: return launch_modules<2, 3, 4>(args, p, stream);

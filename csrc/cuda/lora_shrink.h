@@ -15,6 +15,9 @@ struct LoraShrinkArgs {
   Follow follow;
 };
 
+// Planes of v (LoraWork::v_planes) of the kernel for steps in tiles of at most 16 rows, bfloat16, on Hopper. Everything else makes 1.
+int lora_shrink_planes(int64_t inputs);
+
 // Enqueues one kernel: no allocation, no synchronisation. The bits of a row's v depend on its x, its pages, its scales and K alone.
 cudaError_t launch_lora_shrink(const LoraShrinkArgs& args, cudaStream_t stream);
 

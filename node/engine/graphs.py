@@ -24,6 +24,7 @@ class Adapted(IntEnum):
     NOTHING = 0
     LAYERS = 1
     LAYERS_AND_HEAD = 2
+    MANY_LAYERS = 3  # layers, by many pages: the kernels run in another order (`has_many_pages`)
 
 
 class GraphKey(NamedTuple):
@@ -51,6 +52,9 @@ class StepGraphs:
         run: Launches the step of a key; returns its result: logits of a decode step, hidden states of another.
         buckets: Ascending batch sizes. row_buckets: ascending numbers of rows of steps with prompt chunks.
         is_recording: False: every step is launched anew.
+
+    Attributes:
+        last: The key of the step before.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class StepGraphs:
         self._pool: Any = None  # torch names its type differently in every release
         self.buckets = tuple(buckets)
         self.row_buckets = tuple(row_buckets)
+        self.last: GraphKey | None = None
 
     def bucket(self, rows: int) -> int:
         """The smallest batch size that holds `rows` decoding sequences."""
@@ -80,6 +85,7 @@ class StepGraphs:
 
     def step(self, key: GraphKey) -> Tensor:
         """Launch the step; its result stays valid until the next call."""
+        self.last = key
         found = self._graphs.get(key)
         if found is not None:
             found[0].replay()

@@ -14,9 +14,10 @@ from torch import Tensor
 from node.engine.device_batch import StepShape, pad_rows, pending_places, write_decode, write_rows
 from node.engine.graphs import ROW_BUCKETS, Adapted, GraphKey, StepGraphs, buckets_for
 from node.engine.sizing import DeviceSizes
-from node.engine.step_adapters import SMALL_TILE_ROWS, Members, StepAdapters, most_tile_ints, static_rows
+from node.engine.step_adapters import SMALL_TILE_ROWS, Members, StepAdapters, adapted_of, most_tile_ints, static_rows
 from node.engine.step_block import BlockLayout, StepBlock
 from node.engine.step_plan import Work
+from node.kernels.device_rows import SHORT_ROWS
 from node.kernels.ops import Kernels
 from node.models.inputs import CausalLM, KVCache, StepInputs
 
@@ -94,7 +95,8 @@ class RecordedSteps:
 
     def _record(self, layout: BlockLayout, rows: int, *, is_decode: bool) -> None:
         self.block.send(layout.tiles + WARM_TILE_INTS)
-        for adapted in (Adapted.NOTHING, Adapted.LAYERS):
+        kinds = (Adapted.NOTHING, Adapted.LAYERS, Adapted.MANY_LAYERS)
+        for adapted in kinds if rows <= SHORT_ROWS else kinds[:2]:
             self.graphs.step(GraphKey(rows, adapted, is_decode))
 
     def _run(self, key: GraphKey) -> Tensor:
@@ -162,7 +164,8 @@ class RecordedSteps:
             host[layout.tiles : end] = block.data
         self.forget_tiles()
         self.block.send(end)
-        h = self.graphs.step(GraphKey(rows, Adapted.LAYERS if tiles else Adapted.NOTHING, is_decode=False))
+        adapted = adapted_of(rows, tiles[0]) if tiles else Adapted.NOTHING
+        h = self.graphs.step(GraphKey(rows, adapted, is_decode=False))
         return self._model.logits(h, self._inputs(layout, Adapted.NOTHING, len(shape.logit_rows)), self._adapters.tensors)
 
     def _run_rows(self, rows: int, adapted: Adapted) -> Tensor:

@@ -13,7 +13,7 @@ from node.engine.sizing import DeviceSizes
 from node.engine.step_block import BlockLayout, StepBlock
 from node.engine.step_plan import Work
 from node.kernels.cuda_ops import DeviceTiles
-from node.kernels.device_rows import DeviceRows
+from node.kernels.device_rows import DeviceRows, has_many_pages
 from node.kernels.lora import LoraPool, LoraRows, lora_rows
 from node.kernels.lora_tiles import Recipe, TileBlock, block_ints, build_tiles
 
@@ -60,7 +60,7 @@ class StepAdapters:
         if not any(recipes):
             return Members(key, None, Adapted.NOTHING)
         tiles = build_tiles(recipes, [1] * len(work), self._slot_pages(), SMALL_TILE_ROWS)
-        return Members(key, tiles, Adapted.LAYERS_AND_HEAD if self._has_head(work) else Adapted.LAYERS)
+        return Members(key, tiles, Adapted.LAYERS_AND_HEAD if self._has_head(work) else adapted_of(len(work), tiles))
 
     def row_tiles(self, work: Sequence[Work], tile_rows: int) -> list[TileBlock]:
         """The tiles of a step's rows, and of its rows that want logits where an adapter changes the output projection."""
@@ -86,6 +86,11 @@ class StepAdapters:
         return any(self._slots.adapts(adapter_id, self._head_module) for adapter_id in named)
 
 
+def adapted_of(rows: int, tiles: TileBlock) -> Adapted:
+    """What adapters change in a step whose output projection they leave alone."""
+    return Adapted.MANY_LAYERS if has_many_pages(rows, tiles.item_count) else Adapted.LAYERS
+
+
 def tile_rows_of(rows: int, sizes: DeviceSizes) -> int:
     """Rows of a tile in a step of this size."""
     return SMALL_TILE_ROWS if rows <= sizes.small_step_rows else LARGE_TILE_ROWS
@@ -107,12 +112,14 @@ def sent_rows(block: StepBlock, layout: BlockLayout, tile_rows: int, tiles: list
     if len(tiles) > 1:
         second = block.view(layout.tiles + len(tiles[0].data), len(tiles[1].data))
         head = DeviceRows(DeviceTiles(second, SMALL_TILE_ROWS), tiles[1].pair_count)
-    return DeviceRows(DeviceTiles(first, tile_rows), tiles[0].pair_count, head)
+    has_many = has_many_pages(layout.rows, tiles[0].item_count)
+    return DeviceRows(DeviceTiles(first, tile_rows), tiles[0].pair_count, head, has_many)
 
 
 def static_rows(block: StepBlock, layout: BlockLayout, adapted: Adapted, pairs: int) -> DeviceRows | None:
     """Tiles of a recorded step, whatever they will be: all the memory behind its other metadata, and room for `pairs` pairs."""
     if adapted is Adapted.NOTHING:
         return None
-    rows = DeviceRows(DeviceTiles(block.view(layout.tiles, block.capacity - layout.tiles), SMALL_TILE_ROWS), pairs)
-    return rows if adapted is Adapted.LAYERS else DeviceRows(rows.tiles, rows.pair_count, rows)
+    tiles = DeviceTiles(block.view(layout.tiles, block.capacity - layout.tiles), SMALL_TILE_ROWS)
+    rows = DeviceRows(tiles, pairs, has_many=adapted is Adapted.MANY_LAYERS)
+    return DeviceRows(tiles, pairs, rows) if adapted is Adapted.LAYERS_AND_HEAD else rows

@@ -16,14 +16,13 @@ from torch import Tensor
 from node.errors import ConfigError
 from node.kernels.attention.paged import DecodePlan, PagedAttention, PrefillPlan
 from node.kernels.cuda_ops import CudaOps, Follow, Product, span_list
-from node.kernels.device_rows import DeviceRows
+from node.kernels.device_rows import SHORT_ROWS, DeviceRows
 from node.kernels.linear import LoraSpans, PackedLinear
 from node.kernels.lora import LoraPool, LoraRows
 from node.kernels.ops import Kernels
 from node.kernels.reference import lora_delta
 
-SHRINK_TILE_ROWS = 16  # of the largest tiles whose shrink is inside the skinny GEMM
-BRANCH_ROWS = 512  # of the longest step whose shrinks run on a branch beside cuBLAS
+STREAM_TILE_ROWS = 16  # of the largest tiles that the streaming shrink takes
 EXACT_ROWS = 32  # of a product whose bits may not depend on the batch, where the skinny GEMM cannot run
 
 
@@ -43,7 +42,6 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         attention: Backend of paged attention.
         is_deterministic: Rows have the same bits in every batch: fixed splits and products of fixed shapes, several times slower
             in prefill.
-        has_side_branch: Shrink beside the products of cuBLAS in short steps, instead of before them.
         has_follow: Launch our kernels before those before them have ended (programmatic dependent launch).
     """
 
@@ -56,13 +54,11 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         *,
         is_deterministic: bool = False,
         has_follow: bool = True,
-        has_side_branch: bool = True,
     ) -> None:
         self._device = device
         self._attention = attention
         self._ops = CudaOps()
         self._is_deterministic = is_deterministic
-        self._side: Any = torch.cuda.Stream(device) if has_side_branch else None  # type: ignore[no-untyped-call]
         self._is_hopper = torch.cuda.get_device_capability(device)[0] == 9
         self._follow = Follow.WAIT_FIRST if has_follow else Follow.PLAIN
         # FA3 schedules its work on the device; the others launch a block for every row that there might be.
@@ -106,44 +102,29 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         if rows is None or spans is None:
             return Product(self._multiply(x, weight, planes, wide), bias)
         fields = self._span_list(spans)
-        chunks = self._shrink_chunks(x.shape[1], rows) if planes else 0
-        v = torch.empty((chunks or 1, rows.pair_count, len(fields) // 6, 16), dtype=torch.float32, device=x.device)
-        if chunks:
-            y = torch.empty((planes, x.shape[0], weight.shape[0]), dtype=wide, device=x.device)
-            self._ops.skinny_gemm_shrink(x, weight, rows.tiles, fields, v, y, self._follow)
-        elif planes:
-            # Behind the GEMM, beside it: the shrink waits for it last, so whoever waits for the shrink has both.
+        shape = self._shrink_planes(x, rows), rows.pair_count, len(fields) // 6, 16
+        v = torch.empty(shape, dtype=torch.float32, device=x.device)
+        if self._is_behind(x, planes, rows):
             y = self._multiply(x, weight, planes, wide)
             after = Follow.WAIT_LAST if self._follow is Follow.WAIT_FIRST else Follow.PLAIN
             self._ops.lora_shrink(x, rows.tiles, fields, v, after)
-        elif self._side is not None and x.shape[0] <= BRANCH_ROWS:
-            y = self._multiply_beside(x, weight, rows, fields, v, wide)
         else:
             self._ops.lora_shrink(x, rows.tiles, fields, v, self._follow)
             y = self._multiply(x, weight, planes, wide)
         return Product(y, bias, rows.tiles, v, fields)
 
-    def _shrink_chunks(self, inputs: int, rows: DeviceRows) -> int:
-        """Planes of v if the shrink runs inside the skinny GEMM; 0 if it runs by itself.
+    def _is_behind(self, x: Tensor, planes: int, rows: DeviceRows) -> bool:
+        """Whether the shrink runs behind the skinny GEMM and waits for it last, so that whoever waits for the shrink has both.
 
-        By itself it runs beside rows of W that are long, for large tiles, and where bits may not depend on the batch: long steps
-        have but that shrink, and the other one has other bits.
+        The GEMM leaves processors idle, which a few pages fit on. Many pages had better come before: they arrive while the kernel
+        ahead still runs. Both have the same bits.
         """
-        if self._is_deterministic or rows.tiles.tile_rows > SHRINK_TILE_ROWS:
-            return 0
-        return self._ops.shrink_chunks(inputs)
+        return planes > 0 and x.shape[0] <= SHORT_ROWS and not rows.has_many
 
-    def _multiply_beside(
-        self, x: Tensor, weight: Tensor, rows: DeviceRows, fields: tuple[int, ...], v: Tensor, out_dtype: torch.dtype
-    ) -> Tensor:
-        """The product by cuBLAS, and the shrink on a branch beside it; what follows waits for both."""
-        main, side = torch.cuda.current_stream(self._device), self._side
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            self._ops.lora_shrink(x, rows.tiles, fields, v, Follow.PLAIN)
-        y = self._multiply(x, weight, 0, out_dtype)
-        main.wait_stream(side)
-        return y
+    def _shrink_planes(self, x: Tensor, rows: DeviceRows) -> int:
+        """Planes of v."""
+        can_stream = x.dtype == torch.bfloat16 and self._is_hopper and rows.tiles.tile_rows <= STREAM_TILE_ROWS
+        return self._ops.shrink_planes(x.shape[1]) if can_stream else 1
 
     def finish(self, product: Product, out_dtype: torch.dtype) -> Tensor:
         y = product.y

@@ -84,6 +84,7 @@ class CudaOps:
         ops = torch.ops.openlora
         # Bound once: looking an overload up through torch.ops costs more than launching a small kernel.
         self._lora_shrink = ops.lora_shrink.default
+        self._lora_shrink_planes = ops.lora_shrink_planes.default
         self._silu_mul = ops.fused_silu_mul.default
         self._add_rms_norm = ops.fused_add_rms_norm.default
         self._rope_kv_write = ops.fused_rope_kv_write.default
@@ -106,9 +107,15 @@ class CudaOps:
         """v[pair, g] = weight * scale * x A_g^T for every pair of the tiles.
 
         Args:
-            x: [T, K], rows may be strided. v: [1, V or more, G, 16] float32, written.
+            x: [T, K], rows may be strided. v: [C, V or more, G, 16] float32, written; C is 1, or `shrink_planes` for tiles of at
+                most 16 rows on Hopper. With `shrink_planes` and Follow.WAIT_FIRST whatever follows may begin at once: before its
+                wait it must read nothing that a kernel of the step writes.
         """
         self._lora_shrink(x, self._pages, tiles.block, self._ranks, self._scales, spans, tiles.tile_rows, int(follow), v)
+
+    def shrink_planes(self, inputs: int) -> int:
+        """C, 1 to 8: ranges of the inputs whose sums `lora_shrink` may keep apart, as many as are fastest."""
+        return int(self._lora_shrink_planes(inputs))
 
     def silu_mul(self, product: Product, out: Tensor, follow: Follow = Follow.WAIT_FIRST) -> None:
         """out [T, I] = silu(y[:, :I]) * y[:, I:]."""

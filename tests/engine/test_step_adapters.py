@@ -4,8 +4,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from node.engine.graphs import Adapted
 from node.engine.sizing import DeviceSizes
-from node.engine.step_adapters import most_tile_ints, tile_rows_of
+from node.engine.step_adapters import adapted_of, most_tile_ints, tile_rows_of
 from node.kernels.lora_tiles import build_tiles
 
 SIZES = DeviceSizes(4, 200, 512, 100, head_module=0, small_step_rows=64)
@@ -22,3 +23,10 @@ def test_room_for_tiles_is_enough_for_every_step(asks):
     recipes = [[(slot, 1.0) for slot in slots] for _, slots in asks]
     tiles = build_tiles(recipes, counts, SLOT_PAGES, tile_rows_of(sum(counts), SIZES))
     assert len(tiles.data) <= most_tile_ints(SIZES, 4, entries=3)
+
+
+def test_short_steps_with_many_pages_are_steps_of_their_own():
+    pages = np.arange(128, dtype=np.int32)[:, None]
+    few, many = (build_tiles([[(slot, 1.0)] for slot in range(count)], [1] * count, pages, 16) for count in (8, 64))
+    assert [adapted_of(rows, few) for rows in (8, 256)] == [Adapted.LAYERS, Adapted.LAYERS]
+    assert [adapted_of(rows, many) for rows in (64, 256)] == [Adapted.MANY_LAYERS, Adapted.LAYERS]

@@ -1,0 +1,139 @@
+"""The LoRA shrink that streams pages through shared memory, on a Hopper GPU: float64, bits, what it follows and what follows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from node.kernels.cuda_ops import Follow
+
+
+def _has_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not _has_hopper(), reason="needs a GPU of compute capability 9.0")]
+
+RANKS = [1, 8, 16, 24, 64]
+BF16 = torch.bfloat16
+ONE, TWO, THREE = (256,), (192, 192), (128, 64, 64)
+KINDS = [(), ((0, 1.0),), ((3, 0.5), (1, -1.25)), ((4, 1.0),), ((2, 2.0), (0, 0.25), (3, 1.0)), ((1, 1.0),)]
+
+
+def _terms(rows):
+    """Rows without adapters, with one, with two and three, some recipes shared; the first one has rank 64."""
+    return [((4, 1.0),), *[KINDS[(row * 7 + row // 5) % len(KINDS)] for row in range(rows - 1)]]
+
+
+def _streamed(work, x, follow=Follow.PLAIN) -> Tensor:
+    v = work.poisoned_v(work.ops.shrink_planes(x.shape[1]))
+    work.ops.lora_shrink(x, work.tiles, work.span_tuple, v, follow)
+    return v
+
+
+def _added(v: Tensor) -> Tensor:
+    """Planes added up as the readers of v do."""
+    total = v[0].clone()
+    for plane in v[1:]:
+        total += plane
+    return total
+
+
+@pytest.mark.parametrize("outputs", [ONE, TWO, THREE], ids=["o", "gate_up", "qkv"])
+@pytest.mark.parametrize(
+    ("rows", "inputs"), [(1, 32), (1, 14336), (5, 576), (16, 4096), (33, 1536), (64, 4160), (100, 608), (256, 14336), (700, 4096)]
+)
+def test_stream_of_mixed_ranks_and_recipes_equals_float64(make_work, error_of, outputs, rows, inputs):
+    work = make_work(_terms(rows), RANKS, inputs, outputs)
+    x = torch.randn(rows, inputs, device="cuda").to(BF16)
+    v, reference = _streamed(work, x), work.shrink_reference(x)
+    found = v.double().sum(0)
+    assert error_of(found[: len(reference)], reference) < 1e-4
+    assert bool((v[:, : len(reference)].cpu()[:, reference == 0] == 0).all())
+    assert bool(v[:, len(reference) :].isnan().all())
+
+
+def test_stream_takes_as_many_planes_as_rows_of_x_are_long(make_work):
+    ops = make_work([((0, 1.0),)], RANKS, 64, ONE).ops
+    assert [ops.shrink_planes(inputs) for inputs in (32, 100, 4096, 4128, 14336, 32768, 32800)] == [1, 1, 1, 2, 4, 8, 1]
+
+
+@pytest.mark.parametrize(("distinct", "rank"), [(1, 16), (8, 64), (64, 16), (64, 40)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(4096, THREE), (14336, ONE)], ids=["qkv", "down"])
+def test_stream_of_more_tasks_than_blocks_equals_float64(make_work, error_of, inputs, outputs, distinct, rank):
+    work = make_work([((row % distinct, 1.0),) for row in range(96)], [rank] * distinct, inputs, outputs)
+    x, pairs = torch.randn(96, inputs, device="cuda").to(BF16), work.block.pair_count
+    for _ in range(2):
+        assert error_of(_streamed(work, x).double().sum(0)[:pairs], work.shrink_reference(x)) < 1e-4
+
+
+@pytest.mark.parametrize("inputs", [576, 2112, 4096])
+def test_stream_has_the_bits_of_the_shrink_inside_the_product(make_work, inputs):
+    work = make_work(_terms(200), RANKS, inputs, THREE)
+    x, weight = torch.randn(200, inputs, device="cuda").to(BF16), torch.randn(256, inputs, device="cuda").to(BF16)
+    y = torch.empty(work.ops.skinny_gemm_planes(256, inputs, 200), 200, 256, device="cuda")
+    inside = work.poisoned_v(work.ops.shrink_chunks(inputs))
+    work.ops.skinny_gemm_shrink(x, weight, work.tiles, work.span_tuple, inside, y, Follow.PLAIN)
+    pairs = work.block.pair_count
+    assert torch.equal(_added(inside)[:pairs], _added(_streamed(work, x))[:pairs])
+
+
+@pytest.mark.parametrize("inputs", [576, 4096, 14336])
+def test_stream_of_a_row_has_the_same_bits_alone_and_in_any_batch(make_work, inputs):
+    terms, x = _terms(600), torch.randn(600, inputs, device="cuda").to(BF16)
+    whole = make_work(terms, RANKS, inputs, THREE)
+    wanted = _delta(whole, x)
+    assert bool(wanted.isfinite().all())
+    for rows in ([0], [1], [100], [599], [3, 77, 4, 200, 18, 19, 20, 21, 22, 23, 24], list(range(256))):
+        part = make_work([terms[row] for row in rows], RANKS, inputs, THREE, pool=whole.pool)
+        assert torch.equal(_delta(part, x[rows].contiguous()), wanted[rows])
+
+
+def _delta(work, x) -> Tensor:
+    out = torch.full((len(x), work.columns), float("nan"), device="cuda")
+    work.ops.materialize(work.product(torch.zeros(1, len(x), work.columns, device="cuda"), _streamed(work, x)), out, Follow.PLAIN)
+    return out
+
+
+def test_stream_without_adapters_writes_nothing_and_still_waits(make_work):
+    work, x = make_work([()] * 7, RANKS, 576, ONE), torch.randn(7, 576, device="cuda").to(BF16)
+    assert bool(_streamed(work, x).isnan().all())
+    assert bool(_streamed(work, x, Follow.WAIT_FIRST).isnan().all())
+
+
+@pytest.mark.parametrize("inputs", [4096, 14336])
+@pytest.mark.parametrize("rows", [1, 64, 256])
+def test_stream_before_a_product_reads_what_was_just_written(make_work, inputs, rows):
+    """x is made anew before each product, and the product may begin while its shrink still waits for x."""
+    terms = _terms(rows)
+    work, count = make_work(terms, RANKS, inputs, (1024,)), 6
+    raw, weight = torch.randn(count, rows, inputs, device="cuda").to(BF16), torch.randn(1024, inputs, device="cuda").to(BF16)
+    norm, x = torch.ones(inputs, device="cuda").to(BF16), torch.empty(rows, inputs, device="cuda").to(BF16)
+    y = torch.empty(work.ops.skinny_gemm_planes(1024, inputs, rows), rows, 1024, device="cuda")
+    v, outs = work.poisoned_v(work.ops.shrink_planes(inputs)), torch.empty(count, rows, 1024, device="cuda")
+
+    def run(follow):
+        for i in range(count):
+            work.ops.rms_norm(raw[i], norm, 1e-5, x, follow)
+            work.ops.lora_shrink(x, work.tiles, work.span_tuple, v, follow)
+            work.ops.skinny_gemm(x, weight, y, follow)
+            work.ops.materialize(work.product(y, v), outs[i], follow)
+
+    run(Follow.PLAIN)
+    wanted = outs.clone()
+    assert bool(wanted.isfinite().all())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(Follow.WAIT_FIRST)
+    for _ in range(20):
+        outs.fill_(float("nan"))
+        v.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(outs, wanted)
+
+
+def test_planes_that_no_kernel_makes_are_refused(make_work):
+    work, x = make_work(_terms(4), RANKS, 4096, ONE), torch.randn(4, 4096, device="cuda").to(BF16)
+    with pytest.raises(RuntimeError, match="v has 2 planes, wanted 1 or 1"):
+        work.ops.lora_shrink(x, work.tiles, work.span_tuple, work.poisoned_v(2))
