@@ -1,4 +1,4 @@
-// residual += product, then the next norm. See fused.h, product.cuh.
+// residual += product, then the next norm. See fused.h, product.cuh; with adapters on Hopper, up to H = 4096, norm_lora.cuh.
 //
 // A block takes a part of a tile (1, 2 or 32 rows), R rows of it and all columns at a time, a thread two quads a pass, C passes: 512
 // threads and one pass at H = 4096, whose B (256 bytes a thread, 128 KB a block), residual and weights are on their way before the
