@@ -1,23 +1,25 @@
 // The product on its way into an operation, on Hopper: B by the copy engine through a ring of each warp, the expand on tensor cores.
 //
 // A unit is a tile times two boxes of 64 columns that the operation needs together (gate and up, the halves of a head). Units run
-// column by column within a tile, and every block takes a run of them whose share of the work is the same (deal_units), its warps
-// in turn: neighbouring warps read neighbouring 128 bytes of a rank at about the same time, and a block meets only two or three tiles.
-// Warps do not wait for each other: each sends for its own B, `stages` loads of at most 4 KB ahead, from before the previous
-// kernel has ended until its last unit; and for plane 0 of the next 8 rows of y before it sums those it has.
+// group by group within a tile, and every block takes a run of them whose share of the work is the same (UnitDeal), its warps in
+// turn: neighbouring warps read neighbouring 128 bytes of a rank at about the same time, and a block meets only two or three tiles.
+// Warps do not wait for each other: each sends for its own B, two loads of at most 4 KB ahead, from before the previous kernel
+// has ended until its last unit, and for the next 8 rows of y before it sums those it has. Where a block has fewer units than
+// warps, these share a unit's rows.
 //
-// v comes in up to 8 planes, 1 KB a row of gate_up: as much as the row's y of 256 columns. So a block adds up v of the tiles
-// it meets once, splits it into two bf16 (hi + lo, exact to 2^-17) and keeps it in shared memory as mma fragments.
+// v comes in up to 8 planes: 1 KB a row of gate_up, as much as the row's y of 256 columns. So a block adds up v of the tiles it
+// meets once, splits it into two bf16 (hi + lo, exact to 2^-17) and keeps it in shared memory as mma fragments.
 //
 // Sums: m16n8k16 with v on the M side, hi of 8 rows in rows 0 to 7 and lo of the same in 8 to 15, ranks on k, columns on n. So one
 // instruction does 8 rows x 8 columns whatever the tile's rows are, and a row's bits depend on nothing but its own v and B. One row
 // costs what eight cost: 64 rows with a LoRA each are 230,000 mma for gate_up, 4 us of the tensor cores while B takes 19. hi and lo
-// meet on the way into shared memory (4.25 KB a warp), from where a lane takes two neighbouring columns of each box, row by row:
-// all lanes have columns to finish, and y and the outputs pass in whole lines.
+// meet on the way into shared memory (4.25 KB a warp), where the pages of a recipe are added up in order, and from where a half warp
+// takes a row at a time, four neighbouring columns of either box a lane: all lanes have columns to finish, and y and the outputs
+// pass in whole lines.
 //
-// Shared memory: warps x (stages x 4 KB + 4.25 KB) + v; 12 x (3 x 4 + 4.25) + 16 = 211 KB, of which 144 KB are on their way.
-// Instructions a unit of one row: 8 ldmatrix, 16 mma, 16 stores, about 220 in all: 3.5 us for gate_up at 64 units of work a column;
-// of 8 rows about 500: 3.8 us at T = 256. Both are far below the bytes.
+// Shared memory of SiLU: 16 warps x (2 x 4 KB + 4.25 KB) + 16 KB of v = 219 KB, of which 128 KB are on their way; with one row 28 KB,
+// which fit beside the GEMM ahead. 128 registers. Instructions: about 450 for a pass of one row, 750 of eight, 2.7 and 5.5 us of gate_up at
+// 64 tiles of one row and 16 of sixteen; the first version's 600 and 1,050 at 12 warps kept 256 rows from the memory's pace.
 #pragma once
 
 #include <cuda.h>
@@ -42,7 +44,6 @@ struct StreamPlan {
   int warps;
   int stages;  // of a warp's ring
   int pairs;   // whose v a block keeps
-  int blocks;  // a processor
   int rows;    // of a pass, at most
 };
 
@@ -87,7 +88,9 @@ struct UnitDeal {
   int groups, first;
   uint32_t own, until, share, rest;  // of the lane's tiles, of all up to them, of a block
 
-  __device__ __forceinline__ uint32_t weight(int tile) const { return tile_weight(__ldg(reinterpret_cast<const int*>(table.tiles + 2 * tile) + 1)) * groups; }
+  __device__ __forceinline__ uint32_t weight(int tile) const {
+    return tile_weight(__ldg(reinterpret_cast<const int*>(table.tiles + 2 * tile) + 1)) * groups;
+  }
   __device__ __forceinline__ UnitDeal(const TileTable& table, int groups) : table(table), groups(groups) {
     const int lane = static_cast<int>(threadIdx.x & 31), per_lane = (table.tile_count + kWarp - 1) / kWarp;
     first = min(lane * per_lane, table.tile_count);
@@ -140,7 +143,9 @@ struct BoxModule {
         place = m, begin = work.spans[m].column, end = begin + work.spans[m].outputs;
     return true;
   }
-  __device__ __forceinline__ void take_count(const LoraWork& work, const Entry& entry) { count = place < 0 ? 0 : ranks_left(work, work.spans[place].module, entry); }
+  __device__ __forceinline__ void take_count(const LoraWork& work, const Entry& entry) {
+    count = place < 0 ? 0 : ranks_left(work, work.spans[place].module, entry);
+  }
   __device__ __forceinline__ int bytes() const { return count > 8 ? 2 * kBoxHalfBytes : (count > 0 ? kBoxHalfBytes : 0); }
 };
 
@@ -192,7 +197,9 @@ __device__ __forceinline__ uint32_t pair_mask(int rank, int count) { return (ran
 
 // Two loads under one condition, without a branch, which would move registers about.
 __device__ __forceinline__ void load_if(bool is_there, uint2 (&to)[kBoxes], const char* first, const char* second) {
-  asm volatile("{\n\t.reg .pred there;\n\tsetp.ne.s32 there, %6, 0;\n\t@there ld.global.cg.v2.b32 {%0, %1}, [%4];\n\t@there ld.global.cg.v2.b32 {%2, %3}, [%5];\n\t}"
+  asm volatile(
+      "{\n\t.reg .pred there;\n\tsetp.ne.s32 there, %6, 0;\n\t"
+      "@there ld.global.cg.v2.b32 {%0, %1}, [%4];\n\t@there ld.global.cg.v2.b32 {%2, %3}, [%5];\n\t}"
                : "+r"(to[0].x), "+r"(to[0].y), "+r"(to[1].x), "+r"(to[1].y)
                : "l"(first), "l"(second), "r"(static_cast<int>(is_there)));
 }
@@ -299,7 +306,8 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
 #pragma unroll
       for (int b = 0; b < kBoxes; ++b)
         if (box[b].count > 0)
-          load_box(target + 2 * b * kBoxHalfBytes, &maps.b[box[b].place][box[b].count > 8 ? 1 : 0], columns.first[b] - box[b].begin, 0, entry.page, full, policy);
+          load_box(target + 2 * b * kBoxHalfBytes, &maps.b[box[b].place][box[b].count > 8 ? 1 : 0], columns.first[b] - box[b].begin, 0, entry.page, full,
+                   policy);
     }
     __syncwarp();
     if (++sent_stage == plan.stages) sent_stage = 0;
@@ -318,7 +326,9 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
   int next_pass = own_pass;
   using Known = decltype(facts(0));
   PassRows<kAhead, Known> coming{};
-  auto column_at = [&](const UnitColumns& columns, int b) { return places.at[b] < kBoxColumns ? columns.first[0] + places.at[b] : columns.first[1] + places.at[b] - kBoxColumns; };
+  auto column_at = [&](const UnitColumns& columns, int b) {
+    return places.at[b] < kBoxColumns ? columns.first[0] + places.at[b] : columns.first[1] + places.at[b] - kBoxColumns;
+  };
   auto has_columns = [&](const UnitColumns& columns) { return column_at(columns, 0) < (places.at[0] < kBoxColumns ? columns.end[0] : columns.end[1]); };
   auto locate = [&] {
     if (next.left <= 0) return;
@@ -342,7 +352,8 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
     for (int i = 0; i < kTurns; ++i) {
       const uint64_t offset = __shfl_sync(kAllLanes, coming.offset, 2 * i + lane / 16) * uint64_t{2};
       load_if(2 * i < rows, coming.y[0][i], from[0] + offset, from[1] + offset);
-      if (kAhead > 1) load_if(2 * i < rows && has_second, coming.y[kAhead - 1][i], from[0] + p.plane_stride * 2 + offset, from[1] + p.plane_stride * 2 + offset);
+      const uint64_t second = p.plane_stride * 2 + offset;
+      if (kAhead > 1) load_if(2 * i < rows && has_second, coming.y[kAhead - 1][i], from[0] + second, from[1] + second);
     }
   };
   next.start(table, begin, units, own_unit, groups);
@@ -397,7 +408,8 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
         float sum[8][4];  // hi of row g and columns 8j + 2t, 8j + 2t + 1; lo of the same
         if (count[b] > 0) {
           const int piece = ((row_pair + e - first_pair) * p.work.span_count + place[b]) * 4 + t;
-          const uint4 part = is_kept ? ranks[piece] : split_ranks<false>(v + static_cast<int64_t>(piece / 4) * kPageRank + t * 2, p.work.v_planes, p.work.v_stride);
+          const float* const of_pair = v + static_cast<int64_t>(piece / 4) * kPageRank + t * 2;
+          const uint4 part = is_kept ? ranks[piece] : split_ranks<false>(of_pair, p.work.v_planes, p.work.v_stride);
           const uint32_t from = ring + at * kStreamStageBytes + b * 2 * kBoxHalfBytes + (lane / 8 % 2) * kBoxHalfBytes + lane % 8 * 128;
           uint32_t raw[4][4];
 #pragma unroll
@@ -495,7 +507,8 @@ inline bool encode_page_map(CUtensorMap* map, const LoraWork& work, const LoraSp
 // Whether finish_stream can run: Hopper, bf16, adapters, everything aligned for the copy engine, and no module's border inside a box of
 // 64 columns counted from a multiple of `run`. `most_planes`: of bf16.
 inline bool suits_stream(const Product& product, int run, int most_planes) {
-  if (product.lora == nullptr || (!product.y_is_float && product.planes > most_planes) || product.is_float || product.columns % 8 != 0 || !is_hopper()) return false;
+  if (product.lora == nullptr || product.is_float || product.columns % 8 != 0 || !is_hopper()) return false;
+  if (!product.y_is_float && product.planes > most_planes) return false;
   const LoraWork& work = *product.lora;
   bool fits = reinterpret_cast<uintptr_t>(product.y) % 16 == 0 && reinterpret_cast<uintptr_t>(product.bias) % 8 == 0 &&
               reinterpret_cast<uintptr_t>(work.pages) % 16 == 0 && work.page_elements % 8 == 0 && reinterpret_cast<uintptr_t>(work.v) % 8 == 0 &&
@@ -508,21 +521,21 @@ inline bool suits_stream(const Product& product, int run, int most_planes) {
   return fits;
 }
 
-// Warps, stages and kept pairs for so many rows and groups. Where a block has few units it takes little shared memory, so that it can start
-// beside the kernel before it.
-inline StreamPlan stream_plan(int rows, int groups, int processors, int modules, int warps) {
+// Warps, stages and kept pairs for so many rows. A block of one row takes little shared memory, so that it can start beside the kernel
+// before it.
+inline StreamPlan stream_plan(int rows, int modules, int warps) {
   const int most_rows = std::min(rows, kPassRows);
-  if (rows == 1) return {2, 3, 8, 1, most_rows};
-  return {warps, 2, 16384 / (modules * kFragmentBytes), 1, most_rows};
+  if (rows == 1) return {2, 3, 8, most_rows};
+  return {warps, 2, 16384 / (modules * kFragmentBytes), most_rows};
 }
 
 // Calls `go` with the template arguments of a stream kernel of at most `warps` warps, its maps and its shape.
 template <class Go>
 cudaError_t with_stream(const Product& product, int groups, int processors, int warps, Go go) {
   const LoraWork& work = *product.lora;
-  const StreamPlan plan = stream_plan(product.rows, groups, processors, work.span_count, warps);
+  const StreamPlan plan = stream_plan(product.rows, work.span_count, warps);
   const int64_t units = static_cast<int64_t>(product.rows) * groups;  // at most
-  const int blocks = static_cast<int>(std::min<int64_t>(processors * plan.blocks, (units + plan.warps - 1) / plan.warps));
+  const int blocks = static_cast<int>(std::min<int64_t>(processors, (units + plan.warps - 1) / plan.warps));
   const Shape shape{blocks, plan.warps * kWarp, stream_shared_bytes(plan, work.span_count)};
   StreamMaps maps;
   for (int m = 0; m < kMaxLoraSpans; ++m)

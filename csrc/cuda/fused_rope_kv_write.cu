@@ -1,8 +1,9 @@
-// Rotary embedding and the write into the paged cache, of a finished qkv product. See fused.h, product.cuh.
+// Rotary embedding and the write into the paged cache, of a finished qkv product. See fused.h.
 //
-// Prefill: pairs of 32 columns (prefill.cuh). Decode: a lane's quads are 4 columns of a head's first half and the 4 of its second half that rotate with them; D / 8 neighbouring lanes
-// hold a head, and the sum of q's and k's norm runs among them. A value head is written as it is. Bytes: S * T * N * 4 of planes,
-// B of every tile once (qkv at D = 64, r = 16: 12.6 MB, 4.1 us at 3.1 TB/s), T * N * 2 out.
+// With adapters on Hopper: expand_stream.cuh, 128 columns of heads a unit, four of a head's first half and those of its second half that
+// rotate with them a lane. Else product.cuh, the same columns a lane; D / 8 neighbouring lanes hold a head, and the sum of q's and k's norm
+// runs among them. Prefill in tiles of more than 16 rows: prefill.cuh, pairs of 32 columns. A value head is written as it is. Bytes: S * T *
+// N * 2 of planes, B of every tile once (qkv at D = 64, r = 16: 12.6 MB, 4.1 us at 3.1 TB/s), T * N * 2 out.
 #include "expand_stream.cuh"
 #include "prefill.cuh"
 
@@ -158,7 +159,8 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) rope_kv_stream_kernel(
   finish_stream<kFloatPlanes, kFloatPlanes ? 0 : 2, true, kMaxLoraSpans>(
       p, maps, plan, groups, LanePlaces{{first, first + (slice_bits >= 0 ? kBoxColumns : half)}},
       [&](int group) {
-        const int column = slice_bits > 0 ? ((group >> slice_bits) << head_bits) + (group & ((1 << slice_bits) - 1)) * kBoxColumns : group * 2 * kBoxColumns;
+        const int slice = slice_bits > 0 ? group & ((1 << slice_bits) - 1) : 0;
+        const int column = slice_bits > 0 ? ((group >> slice_bits) << head_bits) + slice * kBoxColumns : group * 2 * kBoxColumns;
         return UnitColumns{{column, column + (slice_bits > 0 ? half : kBoxColumns)}, {p.columns, p.columns}};
       },
       [&](int row) {
@@ -179,7 +181,8 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) rope_kv_stream_kernel(
           target = static_cast<__nv_bfloat16*>(a.q) + static_cast<int64_t>(row) * a.heads * a.head_size + column.x;
         } else {
           is_there = is_there && known.offset >= 0;
-          target = static_cast<__nv_bfloat16*>(rotates ? a.key_cache : a.value_cache) + known.offset + (head - a.heads - (rotates ? 0 : a.groups)) * a.group_stride + offset;
+          const int group = head - a.heads - (rotates ? 0 : a.groups);
+          target = static_cast<__nv_bfloat16*>(rotates ? a.key_cache : a.value_cache) + known.offset + group * a.group_stride + offset;
         }
         if (rotates) rotate(x, y, a.cos + angle, a.sin + angle);
         store_if(is_there, target, x);

@@ -1,8 +1,8 @@
-// silu(gate) * up of a finished gate_up product. See fused.h, product.cuh.
+// silu(gate) * up of a finished gate_up product. See fused.h.
 //
-// Decode: a lane's quads are 4 columns of gate and the same 4 of up. Prefill: pairs of 32 columns of both. No barrier; v passes through 64 bytes of shared memory a row, module
-// and warp. Bytes: S * T * 2 I * 4 of planes (from the cache in decode), B of every tile once (gate_up at D = 64, r = 16,
-// I = 14336: 58.7 MB, 18.9 us at 3.1 TB/s), T * I * 2 out.
+// With adapters on Hopper: expand_stream.cuh, 64 columns of gate and the same of up a unit. Else product.cuh, 4 columns of both a lane.
+// Prefill in tiles of more than 16 rows: prefill.cuh, pairs of 32 columns of both. Bytes: S * T * 2 I * 2 of planes (from the cache in
+// decode), B of every tile once (gate_up at D = 64, r = 16, I = 14336: 58.7 MB, 18.9 us at 3.1 TB/s), T * I * 2 out.
 #include "expand_stream.cuh"
 #include "prefill.cuh"
 
@@ -17,7 +17,7 @@ template <bool kLora, bool kFloatPlanes, int G, int R>
 __global__ void __launch_bounds__(kUnitWarps* kWarp, kLora ? kLoraBlocks : kBaseBlocks)
     silu_mul_kernel(const __grid_constant__ ProductView p, __nv_bfloat16* out) {
   const int half = p.columns / 2;
-  finish_units<kLora, kFloatPlanes, G, R, kLora>(
+  finish_units<kLora, kFloatPlanes, G, R>(
       p, half / kQuad, [&](int i) { return LaneColumns{{i * kQuad, half + i * kQuad}}; }, [](int) { return NoFacts{}; },
       [&](int, const LaneColumns& lane, const int (&row)[R], const NoFacts (&)[R], float (&y)[kQuads][R][kQuad]) {
 #pragma unroll
@@ -48,6 +48,7 @@ __global__ void __launch_bounds__(kUnitWarps* kWarp, kPrefillBlocks) silu_mul_pr
       });
 }
 
+// SiLU needs nothing of a row but its product.
 struct NoRowFacts {
   __device__ __forceinline__ NoRowFacts of(int) const { return {}; }
 };
@@ -107,7 +108,8 @@ cudaError_t launch_fused_silu_mul(const SiluMulArgs& args, cudaStream_t stream) 
       const Shape shape{processors * kPrefillBlocks, kUnitWarps * kWarp};
       return launch(silu_mul_prefill_kernel, shape, product.follow, stream, view_of(product, kPartRows), static_cast<__nv_bfloat16*>(args.out));
     }
-    if (suits_stream(product, product.columns / 2, 1) && product.bias == nullptr && product.lora->span_count <= 2) return launch_stream(args, processors, stream);
+    if (suits_stream(product, product.columns / 2, 1) && product.bias == nullptr && product.lora->span_count <= 2)
+      return launch_stream(args, processors, stream);
     const int lanes = product.columns / 2 / kQuad;
     return with_product_types(product, [&](auto lora, auto planes, auto modules) {
       constexpr bool L = decltype(lora)::value, P = decltype(planes)::value;

@@ -259,49 +259,6 @@ __device__ __forceinline__ void load_rows(float (&y)[kQuads][R][kQuad], const Pr
       if (row[r] >= 0 && lane.column[q] >= 0) load_quad<kFloatPlanes>(y[q][r], p, row[r], lane.column[q]);
 }
 
-// R rows of a product of one plane on their way to a warp's 32 neighbouring pairs of quads, through shared memory.
-template <bool kFloatPlanes, int R>
-struct WarpRows {
-  static constexpr int kElement = kFloatPlanes ? 4 : 2, kBytes = kQuad * kElement;  // of a quad
-  alignas(16) uint8_t quads[R][kQuads][kWarp * kBytes];
-
-  // `first`: columns of the warp's first lane; those of the first quads end at `end`.
-  __device__ __forceinline__ void load(const ProductView& p, const int (&row)[R], const LaneColumns& first, int end) {
-    constexpr int kPieces = kWarp * kBytes / 16, kColumns = 16 / kElement;
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      if (row[r] < 0) continue;
-      for (int i = static_cast<int>(threadIdx.x) % kWarp; i < kQuads * kPieces; i += kWarp) {
-        const int q = i / kPieces, column = i % kPieces * kColumns;
-        if (first.column[0] + column >= end) continue;
-        const int64_t at = static_cast<int64_t>(row[r]) * p.columns + (q == 0 ? first.column[0] : first.column[1]) + column;
-        copy_async(&quads[r][q][column * kElement], static_cast<const char*>(p.y) + at * kElement);
-      }
-    }
-  }
-  __device__ __forceinline__ void finish(float (&y)[kQuads][R][kQuad], const ProductView& p, const LaneColumns& lane) const {
-    const int at = static_cast<int>(threadIdx.x) % kWarp * kBytes;
-#pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
-      uint2 bias = make_uint2(0, 0);
-      if (p.bias != nullptr && lane.column[q] >= 0)
-        bias = __ldg(reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(p.bias) + lane.column[q]));
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        if constexpr (kFloatPlanes) {
-          const float4 raw = *reinterpret_cast<const float4*>(&quads[r][q][at]);
-          y[q][r][0] = raw.x, y[q][r][1] = raw.y, y[q][r][2] = raw.z, y[q][r][3] = raw.w;
-        } else {
-          const uint2 raw = *reinterpret_cast<const uint2*>(&quads[r][q][at]);
-          y[q][r][0] = low_half(raw.x), y[q][r][1] = high_half(raw.x), y[q][r][2] = low_half(raw.y), y[q][r][3] = high_half(raw.y);
-        }
-        if (p.bias == nullptr) continue;
-        y[q][r][0] += low_half(bias.x), y[q][r][1] += high_half(bias.x), y[q][r][2] += low_half(bias.y), y[q][r][3] += high_half(bias.y);
-      }
-    }
-  }
-};
-
 // y += expand of the rows at places [place, place + rows) of a tile, every entry in order. `pages` holds the tile's first entry and
 // does so again afterwards; v of that entry is on its way.
 template <int G, int R>
@@ -325,15 +282,11 @@ __device__ __forceinline__ void store_quad(__nv_bfloat16* out, const float (&x)[
 // finish(lane number, columns, row, facts, y) gets y finished; rows that are not there are -1.
 // `columns(i)`: the columns of lane number i. `facts(row)`: what else the operation reads of a row; it must have been written
 // before the kernel before this one began, because it is read before the wait.
-//
-// kAhead: neighbouring lanes have neighbouring quads, and rows and v of R rows are on their way while those before are summed; for
-// products of one plane whose halves are whole pieces of 16 bytes, recipes of one page and units that take more than one turn.
 constexpr int kUnitWarps = 4;
 
-template <bool kLora, bool kFloatPlanes, int G, int R, bool kAhead = false, class Columns, class Facts, class Finish>
+template <bool kLora, bool kFloatPlanes, int G, int R, class Columns, class Facts, class Finish>
 __device__ __forceinline__ void finish_units(const ProductView& p, int lanes, Columns columns, Facts facts, Finish finish) {
-  __shared__ WarpRanks<G, R> shared_ranks[kLora ? (kAhead ? 2 : 1) * kUnitWarps : 1];
-  __shared__ WarpRows<kFloatPlanes, R> shared_rows[kAhead ? 2 * kUnitWarps : 1];
+  __shared__ WarpRanks<G, R> shared_ranks[kLora ? kUnitWarps : 1];
   const RowParts<kLora> parts(p);
   const int warp = warp_index(), per_part = (lanes + kWarp - 1) / kWarp, units = parts.count() * per_part, stride = gridDim.x * kUnitWarps;
   WarpRanks<G, R>& ranks = shared_ranks[kLora ? warp : 0];
@@ -358,34 +311,6 @@ __device__ __forceinline__ void finish_units(const ProductView& p, int lanes, Co
       if (span.first < span.last && span.tile.entries > 0) pages.fetch(p, span.tile.entry, lane);
     locate(span.first);
   };
-  auto finish_ahead = [&] {
-    const LaneColumns first = columns(number - static_cast<int>(threadIdx.x) % kWarp);
-    int side = warp;  // of two, by turns
-    auto send = [&](int to, int place) {
-      shared_ranks[to].load(p, span.tile, place, min(R, span.last - place), 0);
-      shared_rows[to].load(p, row, first, lanes * kQuad);
-    };
-    __syncwarp();  // what the unit before left has been read
-    send(side, span.first);
-#pragma unroll 1
-    for (int place = span.first; place < span.last; place += R, side = side < kUnitWarps ? side + kUnitWarps : side - kUnitWarps) {
-      const int rows = min(R, span.last - place);
-      shared_ranks[side].finish(rows, p.work.v_planes);  // all copies of the warp have come
-      float y[kQuads][R][kQuad];
-      shared_rows[side].finish(y, p, lane);
-      int now[R];
-      decltype(facts(0)) known_now[R];
-#pragma unroll
-      for (int r = 0; r < R; ++r) now[r] = row[r], known_now[r] = known[r];
-      if (place + R < span.last) {
-        locate(place + R);
-        send(side < kUnitWarps ? side + kUnitWarps : side - kUnitWarps, place + R);
-      }
-      if (R == 1 || rows == 1) expand<G, R, 1>(y, shared_ranks[side], pages);
-      else expand<G, R, R>(y, shared_ranks[side], pages);
-      finish(number, lane, now, known_now, y);
-    }
-  };
   bool has_waited = false;
   for (int unit = blockIdx.x * kUnitWarps + warp; unit < units; unit += stride) {
     start(unit);
@@ -393,12 +318,6 @@ __device__ __forceinline__ void finish_units(const ProductView& p, int lanes, Co
       has_waited = true;
       wait_for_previous();
       start_dependents();
-    }
-    if constexpr (kLora && kAhead) {
-      if (p.planes == 1 && p.columns % 16 == 0 && span.tile.entries == 1 && span.last - span.first > R) {
-        finish_ahead();
-        continue;
-      }
     }
 #pragma unroll 1
     for (int place = span.first; place < span.last; place += R) {
