@@ -133,8 +133,6 @@ def open_runner(
     sizes: StepSizes,
     max_model_len: int,
     watch_logits: LogitsWatcher | None,
-    *,
-    is_deterministic: bool,
 ) -> Any:
     """The runner of this device, ready for its first step."""
     if kernels.device.type == "cpu":
@@ -144,12 +142,8 @@ def open_runner(
     has_graphs = kernels.takes_tiles
     if has_graphs:
         kernels.attach(adapters.tensors)  # type: ignore[attr-defined]
-    # Tiles of another size sum in another order.
-    tiled = {"small_step_rows": sizes.max_batch_tokens} if is_deterministic else {}
     head = loaded.layout.spans["lm_head"].index
-    limits = DeviceSizes(
-        sizes.max_sequences, sizes.max_batch_tokens, max_model_len, loaded.spec.vocab_size, head_module=head, **tiled
-    )
+    limits = DeviceSizes(sizes.max_sequences, sizes.max_batch_tokens, max_model_len, loaded.spec.vocab_size, head_module=head)
     runner = DeviceRunner(loaded.model, kernels, kv, adapters, grammars, limits, has_graphs=has_graphs, watch_logits=watch_logits)
     if has_graphs:
         runner.warm_up()

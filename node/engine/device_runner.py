@@ -19,7 +19,7 @@ from node.engine.graphs import StepGraphs, buckets_for
 from node.engine.recorded_steps import RecordedSteps
 from node.engine.runner import LogitsWatcher, MaskSource, add_embeddings, draw_row, embedding_rows, row_mask
 from node.engine.sizing import DeviceSizes
-from node.engine.step_adapters import DeviceSlots, StepAdapters, sent_rows, tile_rows_of
+from node.engine.step_adapters import DeviceSlots, StepAdapters, sent_rows
 from node.engine.step_block import BlockLayout, upload
 from node.engine.step_plan import Work, WorkResult
 from node.kernels.device_rows import DeviceRows
@@ -133,8 +133,8 @@ class DeviceRunner:
 
     def _send(self, work: list[Work], shape: StepShape, layout: BlockLayout) -> LoraRows | DeviceRows | None:
         """Copy a step's metadata to the device; returns its adapters."""
-        takes_tiles, tile_rows = self._kernels.takes_tiles, tile_rows_of(shape.rows, self._sizes)
-        tiles = self._adapters.row_tiles(work, tile_rows) if takes_tiles else []
+        takes_tiles = self._kernels.takes_tiles
+        tiles = self._adapters.row_tiles(work) if takes_tiles else []
         end = layout.tiles + sum(len(block.data) for block in tiles)
         host = self._block.begin(end)
         own = self._block.source_of_own(layout.tokens)
@@ -145,7 +145,7 @@ class DeviceRunner:
             at += len(block.data)
         self._recorded.forget_tiles()
         self._block.send(end)
-        return sent_rows(self._block, layout, tile_rows, tiles) if takes_tiles else self._adapters.plain_rows(work)
+        return sent_rows(self._block, layout, tiles) if takes_tiles else self._adapters.plain_rows(work)
 
     # ---- tokens
 

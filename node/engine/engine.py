@@ -331,7 +331,6 @@ def open_engine(
         sizes,
         max_model_len,
         watch_logits,
-        is_deterministic=settings.deterministic,
     )
     return Engine(scheduler, runner, adapters, blocks, grammars, ready)
 

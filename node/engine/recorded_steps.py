@@ -14,7 +14,7 @@ from torch import Tensor
 from node.engine.device_batch import StepShape, pad_rows, pending_places, write_decode, write_rows
 from node.engine.graphs import ROW_BUCKETS, Adapted, GraphKey, StepGraphs, buckets_for
 from node.engine.sizing import DeviceSizes
-from node.engine.step_adapters import SMALL_TILE_ROWS, Members, StepAdapters, adapted_of, most_tile_ints, static_rows
+from node.engine.step_adapters import Members, StepAdapters, adapted_of, most_tile_ints, static_rows
 from node.engine.step_block import BlockLayout, StepBlock
 from node.engine.step_plan import Work
 from node.kernels.device_rows import SHORT_ROWS
@@ -153,7 +153,7 @@ class RecordedSteps:
         rows = self.graphs.row_bucket(shape.rows)
         if rows is None or shape.logit_rows is None or any(item.wants_prompt_logprobs or item.embeds for item in work):
             return None
-        layout, tiles = self._row_layouts[rows], self._adapters.row_tiles(work, SMALL_TILE_ROWS)
+        layout, tiles = self._row_layouts[rows], self._adapters.row_tiles(work)
         end = layout.tiles + sum(len(block.data) for block in tiles)
         if len(tiles) > 1 or end > self.block.capacity or any(block.pair_count > GRAPH_ENTRIES * rows for block in tiles):
             return None

@@ -24,7 +24,6 @@ MAX_SEQUENCES_GPU = 256
 PROMPT_ROWS_GPU = 8192
 ADAPTER_SHARE = 4  # a quarter
 GRAPH_BYTES = 1 << 30  # CUDA graphs, activations in their pool, and what the libraries keep for themselves
-SMALL_STEP_ROWS = 4096  # up to here large tiles are too few to keep a GPU busy: each walks all inputs alone
 _CPU_BYTES = 256 << 20
 
 MAX_FILL_THREADS = 8
@@ -56,7 +55,6 @@ class DeviceSizes:
 
     Attributes:
         head_module: The output projection's row in `LoraPool.ranks`.
-        small_step_rows: A step of at most so many rows is cut into small tiles for its adapters, a larger one into large ones.
     """
 
     max_sequences: int
@@ -64,7 +62,6 @@ class DeviceSizes:
     max_model_len: int
     vocab_size: int
     head_module: int
-    small_step_rows: int = SMALL_STEP_ROWS
 
 
 def step_sizes(settings: EngineSettings, adapters: AdapterSettings, device: DeviceKind) -> StepSizes:

@@ -17,7 +17,7 @@ from node.kernels.device_rows import DeviceRows, has_many_pages
 from node.kernels.lora import LoraPool, LoraRows, lora_rows
 from node.kernels.lora_tiles import Recipe, TileBlock, block_ints, build_tiles
 
-SMALL_TILE_ROWS, LARGE_TILE_ROWS = 16, 64
+TILE_ROWS = 16
 
 
 class DeviceSlots(SlotTable, Protocol):
@@ -59,19 +59,19 @@ class StepAdapters:
         recipes = recipes_of(work, self.slot_of)
         if not any(recipes):
             return Members(key, None, Adapted.NOTHING)
-        tiles = build_tiles(recipes, [1] * len(work), self._slot_pages(), SMALL_TILE_ROWS)
+        tiles = build_tiles(recipes, [1] * len(work), self._slot_pages(), TILE_ROWS)
         return Members(key, tiles, Adapted.LAYERS_AND_HEAD if self._has_head(work) else adapted_of(len(work), tiles))
 
-    def row_tiles(self, work: Sequence[Work], tile_rows: int) -> list[TileBlock]:
+    def row_tiles(self, work: Sequence[Work]) -> list[TileBlock]:
         """The tiles of a step's rows, and of its rows that want logits where an adapter changes the output projection."""
         recipes = recipes_of(work, self.slot_of)
         if not any(recipes):
             return []
-        blocks = [build_tiles(recipes, [item.count for item in work], self._slot_pages(), tile_rows)]
+        blocks = [build_tiles(recipes, [item.count for item in work], self._slot_pages(), TILE_ROWS)]
         if self._has_head(work):
             counts = [item.count if item.wants_prompt_logprobs else int(item.draws_token) for item in work]
             heads: list[Recipe] = [recipe for recipe, count in zip(recipes, counts, strict=True) if count]
-            blocks.append(build_tiles(heads, [count for count in counts if count], self._slot_pages(), SMALL_TILE_ROWS))
+            blocks.append(build_tiles(heads, [count for count in counts if count], self._slot_pages(), TILE_ROWS))
         return blocks
 
     def plain_rows(self, work: Sequence[Work]) -> LoraRows | None:
@@ -91,19 +91,12 @@ def adapted_of(rows: int, tiles: TileBlock) -> Adapted:
     return Adapted.MANY_LAYERS if has_many_pages(rows, tiles.item_count) else Adapted.LAYERS
 
 
-def tile_rows_of(rows: int, sizes: DeviceSizes) -> int:
-    """Rows of a tile in a step of this size."""
-    return SMALL_TILE_ROWS if rows <= sizes.small_step_rows else LARGE_TILE_ROWS
-
-
 def most_tile_ints(sizes: DeviceSizes, sequences: int, entries: int) -> int:
     """int32 that the tiles of a step can need, whatever its size. entries: of one row's recipe."""
-    rows = sizes.max_batch_tokens
-    small = block_ints(min(rows, sizes.small_step_rows), sequences, entries, SMALL_TILE_ROWS)
-    return max(small, block_ints(rows, sequences, entries, LARGE_TILE_ROWS))
+    return block_ints(sizes.max_batch_tokens, sequences, entries, TILE_ROWS)
 
 
-def sent_rows(block: StepBlock, layout: BlockLayout, tile_rows: int, tiles: list[TileBlock]) -> DeviceRows | None:
+def sent_rows(block: StepBlock, layout: BlockLayout, tiles: list[TileBlock]) -> DeviceRows | None:
     """Tiles that were sent behind a step's other metadata, one block after another."""
     if not tiles:
         return None
@@ -111,15 +104,15 @@ def sent_rows(block: StepBlock, layout: BlockLayout, tile_rows: int, tiles: list
     head = None
     if len(tiles) > 1:
         second = block.view(layout.tiles + len(tiles[0].data), len(tiles[1].data))
-        head = DeviceRows(DeviceTiles(second, SMALL_TILE_ROWS), tiles[1].pair_count)
+        head = DeviceRows(DeviceTiles(second, TILE_ROWS), tiles[1].pair_count)
     has_many = has_many_pages(layout.rows, tiles[0].item_count)
-    return DeviceRows(DeviceTiles(first, tile_rows), tiles[0].pair_count, head, has_many)
+    return DeviceRows(DeviceTiles(first, TILE_ROWS), tiles[0].pair_count, head, has_many)
 
 
 def static_rows(block: StepBlock, layout: BlockLayout, adapted: Adapted, pairs: int) -> DeviceRows | None:
     """Tiles of a recorded step, whatever they will be: all the memory behind its other metadata, and room for `pairs` pairs."""
     if adapted is Adapted.NOTHING:
         return None
-    tiles = DeviceTiles(block.view(layout.tiles, block.capacity - layout.tiles), SMALL_TILE_ROWS)
+    tiles = DeviceTiles(block.view(layout.tiles, block.capacity - layout.tiles), TILE_ROWS)
     rows = DeviceRows(tiles, pairs, has_many=adapted is Adapted.MANY_LAYERS)
     return DeviceRows(tiles, pairs, rows) if adapted is Adapted.LAYERS_AND_HEAD else rows

@@ -6,22 +6,18 @@ from hypothesis import strategies as st
 
 from node.engine.graphs import Adapted
 from node.engine.sizing import DeviceSizes
-from node.engine.step_adapters import adapted_of, most_tile_ints, tile_rows_of
+from node.engine.step_adapters import TILE_ROWS, adapted_of, most_tile_ints
 from node.kernels.lora_tiles import build_tiles
 
-SIZES = DeviceSizes(4, 200, 512, 100, head_module=0, small_step_rows=64)
+SIZES = DeviceSizes(4, 200, 512, 100, head_module=0)
 SLOT_PAGES = np.array([[0, -1], [1, 2], [3, -1]], np.int32)
-
-
-def test_large_steps_have_large_tiles():
-    assert [tile_rows_of(rows, SIZES) for rows in (1, 64, 65, 200)] == [16, 16, 64, 64]
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.sampled_from([(), (0,), (1,), (2, 1)])), min_size=1, max_size=4))
 def test_room_for_tiles_is_enough_for_every_step(asks):
     counts = [count for count, _ in asks]
     recipes = [[(slot, 1.0) for slot in slots] for _, slots in asks]
-    tiles = build_tiles(recipes, counts, SLOT_PAGES, tile_rows_of(sum(counts), SIZES))
+    tiles = build_tiles(recipes, counts, SLOT_PAGES, TILE_ROWS)
     assert len(tiles.data) <= most_tile_ints(SIZES, 4, entries=3)
 
 
