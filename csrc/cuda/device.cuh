@@ -14,8 +14,9 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Lets the next kernel of the stream start as soon as every block of this one has come here (Hopper; nothing before it).
 //
-// Every kernel here calls it after its own wait (the shrink beside a GEMM, which waits last, is the exception, and that GEMM calls
-// it after its wait). So whatever was written before the kernel before this one began may be read before the wait.
+// Every kernel here calls it after its own wait, but for the shrinks. Behind a GEMM, which calls it after its wait, a shrink waits last;
+// before one it calls it at once, and the GEMM reads nothing but its weights before its wait. So whatever was written before the product
+// whose consumer this is began may be read before the wait.
 __device__ __forceinline__ void start_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
