@@ -9,9 +9,9 @@
 // both sides share. The stages' sums, times scale and weight, are added up in their order through shared memory. A stage that was multiplied is
 // filled again at once by its warp, rank by rank with bulk copies, so kStreamRing stages are on their way; x comes from L2 through registers.
 //
-// Shared memory: 17 KB a stage and 10 KB of sums: 115 KB a block, two a processor, 192 KB on their way. Device memory: A of each item once.
-// Bound by memory: qkv at D = 64, K = 4,096: 25 MB, 8.1 us at 3.1 TB/s, of which two thirds may arrive while the kernel ahead runs; behind
-// its end x (0.7 us), 16 steps (0.6 us), the sum and v (0.5 us).
+// Shared memory: 17 KB a stage and 10 KB of sums: 214 KB, a block a processor, 192 KB on their way. Device memory: A of each item once.
+// Bound by memory: qkv at D = 64, K = 4,096: 25 MB, 8.1 us at 3.1 TB/s, most of which may arrive while the kernel ahead runs; behind
+// its end x (0.7 us), 16 steps (0.6 us), the sum and v (0.5 us). Two blocks of half the ring a processor take as long or longer.
 //
 // Blocks without tasks leave at once and the next kernel may start when all others have: a GEMM then fills its ring beside them. So a kernel
 // that follows must read nothing before its wait but what no kernel of the step writes.
