@@ -9,9 +9,7 @@ step loop by holding the interpreter lock; the next one takes 0.1 ms, a read and
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -24,11 +22,11 @@ import numpy.typing as npt
 
 from attribution import canonical, identity
 from node.adapters.binding import Binding, BoundModule, LinearTable, bind
-from node.adapters.formats.layout import AdapterLayout, locate
+from node.adapters.formats.layout import locate
 from node.adapters.formats.opening import open_adapter
-from node.adapters.lora_config import DESCRIPTIVE, MAX_CONFIG_BYTES, LoraConfig, parse_lora_config
-from node.adapters.regular_file import open_regular, read_exactly, read_whole
-from node.adapters.safetensors_file import LENGTH_BYTES, MAX_HEADER_BYTES, TensorEntry
+from node.adapters.lora_config import LoraConfig, parse_lora_config
+from node.adapters.plan_keys import plan_keys
+from node.adapters.safetensors_file import TensorEntry
 from node.adapters.side import side_bytes
 from node.errors import AdapterChangedError
 from node.kernels.layout import PageLayout
@@ -87,16 +85,6 @@ class FilePlan:
         return state.hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class _Keys:
-    """The configuration's bytes; digests of header and configuration, and of header and the latter less its alpha: empty
-    where that is not one number."""
-
-    config: bytes
-    exact: bytes
-    shape: bytes
-
-
 class FilePlans:
     """Reads plans, and remembers them by the very bytes they were made of. Safe to use from several threads.
 
@@ -122,7 +110,7 @@ class FilePlans:
             AdapterChangedError: The files were replaced meanwhile.
         """
         files = locate(directory)
-        keys = self._keys(files)
+        keys = plan_keys(files, self._max_bytes)
         known = None if keys is None else self._known(self._plans, keys.exact)
         if known is not None:
             return known
@@ -132,7 +120,7 @@ class FilePlans:
         else:
             plan = self._parse(directory, files.is_gguf)
         if keys is not None:
-            if self._keys(files) != keys:
+            if plan_keys(files, self._max_bytes) != keys:
                 raise AdapterChangedError("the adapter's files changed while they were read; ask again")
             self._remember(self._plans, keys.exact, plan)
             if plan.is_plain and keys.shape:
@@ -150,23 +138,6 @@ class FilePlans:
             plans[key] = plan
             while len(plans) > REMEMBERED_PLANS:
                 plans.popitem(last=False)
-
-    def _keys(self, files: AdapterLayout) -> _Keys | None:
-        """None where there is no header, or none that could be remembered."""
-        if files.config is None:
-            return None
-        config = read_whole(files.config, MAX_CONFIG_BYTES)
-        header = hashlib.blake2b(digest_size=32)
-        descriptor, size_bytes = open_regular(files.weights, self._max_bytes)
-        try:
-            header_bytes = int.from_bytes(os.pread(descriptor, LENGTH_BYTES, 0), "little")
-            if header_bytes > min(MAX_HEADER_BYTES, size_bytes - LENGTH_BYTES):
-                return None
-            header.update(size_bytes.to_bytes(8, "little"))
-            header.update(read_exactly(descriptor, files.weights.name, 0, LENGTH_BYTES + header_bytes))
-        finally:
-            os.close(descriptor)
-        return _Keys(config, _digest(header.digest(), config), _shape_digest(header.digest(), config))
 
     def _parse(self, directory: Path, is_gguf: bool) -> FilePlan:
         with open_adapter(directory, self._table.shapes, max_rank=self._max_rank, max_bytes=self._max_bytes) as opened:
@@ -191,22 +162,6 @@ class FilePlans:
             hash_order=order,
             head_bytes=len(_hash_head(opened.config)),
         )
-
-
-def _digest(header: bytes, config: bytes) -> bytes:
-    return hashlib.blake2b(header + config, digest_size=32).digest()
-
-
-def _shape_digest(header: bytes, config: bytes) -> bytes:
-    """Of the configuration less `lora_alpha` and what only describes; parsing refuses what is no JSON object."""
-    try:
-        raw = json.loads(config)
-    except (ValueError, RecursionError):
-        return b""
-    if not isinstance(raw, dict) or raw.get("alpha_pattern"):
-        return b""
-    deciding = {name: value for name, value in raw.items() if name != "lora_alpha" and name not in DESCRIPTIVE}
-    return _digest(header, json.dumps(deciding).encode())
 
 
 def _rescaled(plan: FilePlan, config: LoraConfig) -> FilePlan:

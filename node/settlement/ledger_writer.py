@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Engine, select, update
+from sqlalchemy import Connection, Engine, bindparam, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from attribution import receipt, record
@@ -31,6 +31,7 @@ from node.settlement.tables import META, RECORDS
 
 MAX_GROUP = 256
 HEALED_KEY = "healed_ms"
+_RECORDED = select(RECORDS.c.request_id).where(RECORDS.c.request_id.in_(bindparam("asked", expanding=True)))
 _LOG = logging.getLogger(__name__)
 
 Done = Callable[[Any, BaseException | None], None]
@@ -280,7 +281,7 @@ class LedgerWriter:
         asked = [item.request.request_id for item in items if isinstance(item, Admit)]
         if not asked:
             return set()
-        return set(connection.execute(select(RECORDS.c.request_id).where(RECORDS.c.request_id.in_(asked))).scalars())
+        return set(connection.execute(_RECORDED, {"asked": asked}).scalars())
 
     def _commit_transaction(self, item: Transact) -> None:
         try:
