@@ -9,6 +9,7 @@
 // Shared memory: 64 R bytes a warp for v. Bytes: S * T * H * 4 of planes, T * H * 2 of residual read and written, T * H * 2 out,
 // B of every tile once (H = 4096, D = 64, r = 16: 8.4 MB, 2.7 us at 3.1 TB/s).
 #include "launch.cuh"
+#include "norm_lora.cuh"
 #include "product.cuh"
 
 namespace openlora {
@@ -18,13 +19,7 @@ constexpr int kMaxThreads = 512;
 constexpr int kMaxWarps = kMaxThreads / kWarp;
 constexpr int kPrefillRows = 32;  // of a part, when B is kept for many rows
 
-struct Params {
-  ProductView p;
-  void* residual;
-  const void* weight;
-  float eps;
-  void* out;
-};
+using Params = NormParams;
 
 __device__ __forceinline__ void unpack(float (&x)[kQuad], uint2 raw) {
   x[0] = low_half(raw.x), x[1] = high_half(raw.x), x[2] = low_half(raw.y), x[3] = high_half(raw.y);
@@ -188,6 +183,11 @@ cudaError_t launch_blocks(const Product& product, Params params, cudaStream_t st
       if (C > 1 || product.rows <= 1024) return go(add_rms_norm_kernel<L, P, 1, C>, 1, processors * 2);
       return go(add_rms_norm_kernel<L, P, 2, 1>, 2, processors * 2);
     } else {
+      if (C == 1 && fits_norm_lora(product)) {
+        const Shape shape{std::min(product.rows, processors), threads + kNormHelpers * kWarp, norm_lora_shared_bytes(product.columns)};
+        if (product.rows <= processors) return launch(add_rms_norm_lora_kernel<P, 1>, shape, product.follow, stream, params);
+        return launch(add_rms_norm_lora_kernel<P, P ? 2 : 3>, shape, product.follow, stream, params);
+      }
       if (C > 1 || product.rows <= processors) return go(add_rms_norm_kernel<L, P, 1, C>, 1, processors);
       return go(add_rms_norm_kernel<L, P, 2, 1>, product.rows <= 2 * processors ? 2 : kPrefillRows, processors);
     }

@@ -3,7 +3,7 @@
 // Prefill: pairs of 32 columns (prefill.cuh). Decode: a lane's quads are 4 columns of a head's first half and the 4 of its second half that rotate with them; D / 8 neighbouring lanes
 // hold a head, and the sum of q's and k's norm runs among them. A value head is written as it is. Bytes: S * T * N * 4 of planes,
 // B of every tile once (qkv at D = 64, r = 16: 12.6 MB, 4.1 us at 3.1 TB/s), T * N * 2 out.
-#include "launch.cuh"
+#include "expand_stream.cuh"
 #include "prefill.cuh"
 
 namespace openlora {
@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kLoraBlocks = 3;  // a processor
 constexpr int kBaseBlocks = 6;
+constexpr int kStreamWarps = 12;
 
 struct Params {
   ProductView p;
@@ -138,6 +139,55 @@ __global__ void __launch_bounds__(kUnitWarps* kWarp, kPrefillBlocks) rope_kv_pre
       });
 }
 
+// What the streaming kernel needs of a row: where its keys and values go (elements; -1: nowhere) and its angles.
+struct RowTarget {
+  int64_t offset;
+  int position;
+
+  __device__ __forceinline__ RowTarget of(int lane) const { return {__shfl_sync(kAllLanes, offset, lane), __shfl_sync(kAllLanes, position, lane)}; }
+};
+
+// Half heads as boxes where a head has 128 columns or more; heads of 64 two at a time. `head_bits`: log2 of the head size.
+template <bool kFloatPlanes, bool kHasNorm>
+__global__ void __launch_bounds__(kStreamWarps* kWarp, 1) rope_kv_stream_kernel(const __grid_constant__ Params a, const __grid_constant__ StreamMaps maps,
+                                                                                StreamPlan plan, int groups, int head_bits) {
+#if __CUDA_ARCH__ >= 900
+  const ProductView& p = a.p;
+  const int half = a.head_size / 2, lane = static_cast<int>(threadIdx.x & 15), slice_bits = head_bits - 7;  // slices of 64 of half a head
+  const int first = slice_bits >= 0 ? kQuad * lane : lane / 8 * kBoxColumns + lane % 8 * kQuad;
+  finish_stream<kFloatPlanes, kFloatPlanes ? 0 : 2, true, kMaxLoraSpans>(
+      p, maps, plan, groups, LanePlaces{{first, first + (slice_bits >= 0 ? kBoxColumns : half)}},
+      [&](int group) {
+        const int column = slice_bits > 0 ? ((group >> slice_bits) << head_bits) + (group & ((1 << slice_bits) - 1)) * kBoxColumns : group * 2 * kBoxColumns;
+        return UnitColumns{{column, column + (slice_bits > 0 ? half : kBoxColumns)}, {p.columns, p.columns}};
+      },
+      [&](int row) {
+        const int slot = __ldg(a.kv_slots + row);
+        const int64_t offset = slot / a.block_size * a.block_stride + slot % a.block_size * a.token_stride;
+        return RowTarget{slot < 0 ? -1 : offset, __ldg(a.positions + row)};
+      },
+      [&](int2 column, bool is_there, int row, const RowTarget& known, float (&x)[kQuad], float (&y)[kQuad]) {
+        const int head = column.x >> head_bits, offset = column.x & (a.head_size - 1);  // below half
+        const bool rotates = head < a.heads + a.groups;
+        const int64_t angle = static_cast<int64_t>(known.position) * half + offset;
+        if constexpr (kHasNorm) {
+          const auto* weight = static_cast<const __nv_bfloat16*>(head < a.heads ? a.q_norm : (rotates ? a.k_norm : nullptr));
+          norm_head(x, y, weight, offset, half / kQuad, a.eps);
+        }
+        __nv_bfloat16* target;
+        if (head < a.heads) {
+          target = static_cast<__nv_bfloat16*>(a.q) + static_cast<int64_t>(row) * a.heads * a.head_size + column.x;
+        } else {
+          is_there = is_there && known.offset >= 0;
+          target = static_cast<__nv_bfloat16*>(rotates ? a.key_cache : a.value_cache) + known.offset + (head - a.heads - (rotates ? 0 : a.groups)) * a.group_stride + offset;
+        }
+        if (rotates) rotate(x, y, a.cos + angle, a.sin + angle);
+        store_if(is_there, target, x);
+        store_if(is_there, target + half, y);
+      });
+#endif
+}
+
 // A warp takes a row's head at a time, a lane a pair of columns at a time; the norm's sum is a pass of its own.
 template <class T, bool kLora>
 __global__ void __launch_bounds__(256) rope_kv_any_kernel(const __grid_constant__ Params a) {
@@ -205,6 +255,15 @@ cudaError_t launch_fused_rope_kv_write(const RopeKvArgs& args, cudaStream_t stre
   if (fits && !has_norm && suits_prefill(product) && args.head_size % (2 * kBlock) == 0) {
     params.p.unit_rows = kPartRows;
     return launch(rope_kv_prefill_kernel, {processor_count() * kPrefillBlocks, kUnitWarps * kWarp}, product.follow, stream, params);
+  }
+  const int head_bits = args.head_size == 64 ? 6 : (args.head_size == 128 ? 7 : (args.head_size == 256 && !has_norm ? 8 : 0));
+  if (fits && head_bits > 0 && suits_stream(product, product.columns, 2)) {
+    const int processors = processor_count(), groups = (product.columns + 2 * kBoxColumns - 1) / (2 * kBoxColumns);
+    return with_stream(product, groups, processors, kStreamWarps, [&](auto planes, const StreamMaps& maps, const StreamPlan& plan, const Shape& shape) {
+      constexpr bool P = decltype(planes)::value;
+      auto* const kernel = has_norm ? rope_kv_stream_kernel<P, true> : rope_kv_stream_kernel<P, false>;
+      return launch(kernel, shape, product.follow, stream, params, maps, plan, groups, head_bits);
+    });
   }
   if (fits) {
     return with_product_types(product, [&](auto lora, auto planes, auto modules) {

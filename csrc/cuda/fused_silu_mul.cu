@@ -3,7 +3,7 @@
 // Decode: a lane's quads are 4 columns of gate and the same 4 of up. Prefill: pairs of 32 columns of both. No barrier; v passes through 64 bytes of shared memory a row, module
 // and warp. Bytes: S * T * 2 I * 4 of planes (from the cache in decode), B of every tile once (gate_up at D = 64, r = 16,
 // I = 14336: 58.7 MB, 18.9 us at 3.1 TB/s), T * I * 2 out.
-#include "launch.cuh"
+#include "expand_stream.cuh"
 #include "prefill.cuh"
 
 namespace openlora {
@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kLoraBlocks = 4;  // a processor
 constexpr int kBaseBlocks = 8;
+constexpr int kStreamWarps = 16;
 
 template <bool kLora, bool kFloatPlanes, int G, int R>
 __global__ void __launch_bounds__(kUnitWarps* kWarp, kLora ? kLoraBlocks : kBaseBlocks)
@@ -47,6 +48,26 @@ __global__ void __launch_bounds__(kUnitWarps* kWarp, kPrefillBlocks) silu_mul_pr
       });
 }
 
+struct NoRowFacts {
+  __device__ __forceinline__ NoRowFacts of(int) const { return {}; }
+};
+
+template <bool kFloatPlanes>
+__global__ void __launch_bounds__(kStreamWarps* kWarp, 1)
+    silu_mul_stream_kernel(const __grid_constant__ ProductView p, const __grid_constant__ StreamMaps maps, StreamPlan plan, __nv_bfloat16* out) {
+#if __CUDA_ARCH__ >= 900
+  const int half = p.columns / 2, lane = static_cast<int>(threadIdx.x & 15);
+  finish_stream<kFloatPlanes, kFloatPlanes ? 0 : 1, false, 2>(
+      p, maps, plan, (half + kBoxColumns - 1) / kBoxColumns, LanePlaces{{kQuad * lane, kBoxColumns + kQuad * lane}},
+      [&](int group) { return UnitColumns{{group * kBoxColumns, half + group * kBoxColumns}, {half, p.columns}}; }, [](int) { return NoRowFacts{}; },
+      [&](int2 column, bool is_there, int row, NoRowFacts, float (&gate)[kQuad], const float (&up)[kQuad]) {
+#pragma unroll
+        for (int c = 0; c < kQuad; ++c) gate[c] = silu(gate[c]) * up[c];
+        store_if(is_there, out + static_cast<int64_t>(row) * half + column.x, gate);
+      });
+#endif
+}
+
 // A block takes a row at a time, a thread a column.
 template <class T, bool kLora>
 __global__ void __launch_bounds__(256) silu_mul_any_kernel(const __grid_constant__ ProductView p, T* out, bool has_float_planes) {
@@ -65,6 +86,15 @@ __global__ void __launch_bounds__(256) silu_mul_any_kernel(const __grid_constant
   }
 }
 
+cudaError_t launch_stream(const SiluMulArgs& args, int processors, cudaStream_t stream) {
+  const Product& product = args.product;
+  const int groups = (product.columns / 2 + kBoxColumns - 1) / kBoxColumns;
+  return with_stream(product, groups, processors, kStreamWarps, [&](auto planes, const StreamMaps& maps, const StreamPlan& plan, const Shape& shape) {
+    return launch(silu_mul_stream_kernel<decltype(planes)::value>, shape, product.follow, stream, view_of(product, kPassRows), maps, plan,
+                  static_cast<__nv_bfloat16*>(args.out));
+  });
+}
+
 }  // namespace
 
 cudaError_t launch_fused_silu_mul(const SiluMulArgs& args, cudaStream_t stream) {
@@ -77,6 +107,7 @@ cudaError_t launch_fused_silu_mul(const SiluMulArgs& args, cudaStream_t stream) 
       const Shape shape{processors * kPrefillBlocks, kUnitWarps * kWarp};
       return launch(silu_mul_prefill_kernel, shape, product.follow, stream, view_of(product, kPartRows), static_cast<__nv_bfloat16*>(args.out));
     }
+    if (suits_stream(product, product.columns / 2, 1) && product.bias == nullptr && product.lora->span_count <= 2) return launch_stream(args, processors, stream);
     const int lanes = product.columns / 2 / kQuad;
     return with_product_types(product, [&](auto lora, auto planes, auto modules) {
       constexpr bool L = decltype(lora)::value, P = decltype(planes)::value;

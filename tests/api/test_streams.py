@@ -62,21 +62,24 @@ async def test_error_before_admission_keeps_its_status(serve):
     writer.close()
 
 
-async def test_reader_that_takes_nothing_is_cancelled_and_pays_for_what_was_delivered(serve):
+@pytest.mark.parametrize("choices", [1, 8])  # one is written where it is read from the engine, several by a task
+async def test_reader_that_takes_nothing_is_cancelled_and_pays_for_what_was_delivered(serve, choices):
     bench, port = await serve(write_timeout_s=0.2)
     bench.engine.answer_ids = [65] * 490
-    body = {**STREAM, "max_tokens": 490, "n": 8, "logprobs": 20, "temperature": 1}
+    messages = [{"role": "user", "content": "hi"}]
+    body = {"model": "alice", "messages": messages, "stream": True, "max_tokens": 490, "temperature": 1}
+    body |= {"n": choices, "logprobs": True, "top_logprobs": 20}
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.setblocking(False)
     await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", port))
-    await asyncio.get_running_loop().sock_sendall(connection, request("/v1/completions", body))
+    await asyncio.get_running_loop().sock_sendall(connection, request("/v1/chat/completions", body))
     await asyncio.wait_for(bench.books.closed_event.wait(), 30)
     connection.close()
     closing = bench.one_closing()
     delivered = [len(output) for output in closing.outputs]
     assert closing.status == "cancelled"
-    assert 0 < sum(delivered) < 8 * 490
+    assert 0 < sum(delivered) < choices * 490
     assert len(bench.engine.cancelled) >= 1
 
 

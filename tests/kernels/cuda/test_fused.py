@@ -88,6 +88,28 @@ def test_add_rms_norm_of_every_width_equals_float64(make_work, error_of, size):
     assert error_of(out, reference.rms_norm(residual.double(), weight.double(), 1e-5)) < 1e-2
 
 
+@pytest.mark.parametrize("size", [576, 4096, 8192])
+@pytest.mark.parametrize("prompt", [1, 97, 225, 900])
+def test_add_rms_norm_of_a_row_has_the_same_bits_alone_and_beside_a_prompt(make_work, size, prompt):
+    terms = [*terms_of(31), *([((4, 0.75),)] * prompt)]
+    work = make_work(terms, RANKS, 64, (size,))
+    x, y = torch.randn(len(terms), 64, device="cuda").to(BF16), torch.randn(4, len(terms), size, device="cuda").to(BF16)
+    start, weight = torch.randn(len(terms), size, device="cuda").to(BF16), torch.randn(size, device="cuda").to(BF16)
+
+    def run(work, chosen):
+        v = work.poisoned_v()
+        work.ops.lora_shrink(x[chosen].contiguous(), work.tiles, work.span_tuple, v, Follow.PLAIN)
+        residual, out = start[chosen].clone(), torch.full_like(start[chosen], float("nan"))
+        work.ops.add_rms_norm(work.product(y[:, chosen].contiguous(), v), residual, weight, 1e-5, out, Follow.PLAIN)
+        return residual, out
+
+    residual, out = run(work, list(range(len(terms))))
+    for row in (0, 2, 3, 30, 31, len(terms) - 1):
+        alone = run(make_work([terms[row]], RANKS, 64, (size,), pool=work.pool), [row])
+        assert torch.equal(residual[row], alone[0][0])
+        assert torch.equal(out[row], alone[1][0])
+
+
 @adapters
 @kinds
 @pytest.mark.parametrize("rows", [1, 64, 300])

@@ -1,0 +1,535 @@
+// The product on its way into an operation, on Hopper: B by the copy engine through a ring of each warp, the expand on tensor cores.
+//
+// A unit is a tile times two boxes of 64 columns that the operation needs together (gate and up, the halves of a head). Units run
+// column by column within a tile, and every block takes a run of them whose share of the work is the same (deal_units), its warps
+// in turn: neighbouring warps read neighbouring 128 bytes of a rank at about the same time, and a block meets only two or three tiles.
+// Warps do not wait for each other: each sends for its own B, `stages` loads of at most 4 KB ahead, from before the previous
+// kernel has ended until its last unit; and for plane 0 of the next 8 rows of y before it sums those it has.
+//
+// v comes in up to 8 planes, 1 KB a row of gate_up: as much as the row's y of 256 columns. So a block adds up v of the tiles
+// it meets once, splits it into two bf16 (hi + lo, exact to 2^-17) and keeps it in shared memory as mma fragments.
+//
+// Sums: m16n8k16 with v on the M side, hi of 8 rows in rows 0 to 7 and lo of the same in 8 to 15, ranks on k, columns on n. So one
+// instruction does 8 rows x 8 columns whatever the tile's rows are, and a row's bits depend on nothing but its own v and B. One row
+// costs what eight cost: 64 rows with a LoRA each are 230,000 mma for gate_up, 4 us of the tensor cores while B takes 19. hi and lo
+// meet on the way into shared memory (4.25 KB a warp), from where a lane takes two neighbouring columns of each box, row by row:
+// all lanes have columns to finish, and y and the outputs pass in whole lines.
+//
+// Shared memory: warps x (stages x 4 KB + 4.25 KB) + v; 12 x (3 x 4 + 4.25) + 16 = 211 KB, of which 144 KB are on their way.
+// Instructions a unit of one row: 8 ldmatrix, 16 mma, 16 stores, about 220 in all: 3.5 us for gate_up at 64 units of work a column;
+// of 8 rows about 500: 3.8 us at T = 256. Both are far below the bytes.
+#pragma once
+
+#include <cuda.h>
+
+#include "gemm_tma.cuh"
+#include "launch.cuh"
+#include "product.cuh"
+
+namespace openlora {
+
+constexpr int kBoxColumns = 64;
+constexpr int kBoxes = 2;  // of a unit
+constexpr int kBoxHalfBytes = kPageRank / 2 * kBoxColumns * 2;  // 8 ranks: one atom of the copy engine's 128-byte swizzle
+constexpr int kStreamStageBytes = kBoxes * 2 * kBoxHalfBytes;
+constexpr int kPassRows = 8;
+constexpr int kTurns = kPassRows / 2;  // of two rows, one a half warp
+constexpr int kDeltaPitch = kBoxes * kBoxColumns + 8;  // floats
+constexpr int kFragmentBytes = kPageRank * 4;  // of a pair and module
+
+// How a launch uses shared memory.
+struct StreamPlan {
+  int warps;
+  int stages;  // of a warp's ring
+  int pairs;   // whose v a block keeps
+  int blocks;  // a processor
+  int rows;    // of a pass, at most
+};
+
+constexpr int stream_shared_bytes(const StreamPlan& plan, int modules) {
+  return 1024 + plan.warps * (plan.stages * (kStreamStageBytes + 24) + plan.rows * kDeltaPitch * 4) + plan.pairs * modules * kFragmentBytes;
+}
+
+// B of each module, [pages, 16, outputs], in boxes of 8 ranks and of 16.
+struct StreamMaps {
+  CUtensorMap b[kMaxLoraSpans][2];
+};
+
+#if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
+
+__device__ __forceinline__ void load_box(uint32_t target, const CUtensorMap* map, int column, int rank, int page, uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(target),
+      "l"(map), "r"(column), "r"(rank), "r"(page), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+// Four 8 x 8 blocks of [rank][column], transposed: a lane's two ranks of one column each.
+__device__ __forceinline__ void load_matrices(uint32_t (&b)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+               : "r"(address)
+               : "memory");
+}
+
+// What a tile costs, in half kilobytes: its pages, its rows. Bounded, so that all units of a step weigh less than 2^32.
+__device__ __forceinline__ uint32_t tile_weight(int rows_and_entries) { return 8 * min(rows_and_entries >> 16, 16) + (rows_and_entries & 0xffff) + 2; }
+
+// A place in the units of all tiles: group by group within a tile.
+struct UnitPlace {
+  int tile;
+  int group;
+};
+
+// Where the units of block `block` begin, of as many as the grid has. For whole warps; each lane weighs a run of tiles.
+struct UnitDeal {
+  const TileTable& table;
+  int groups, first;
+  uint32_t own, until, share, rest;  // of the lane's tiles, of all up to them, of a block
+
+  __device__ __forceinline__ uint32_t weight(int tile) const { return tile_weight(__ldg(reinterpret_cast<const int*>(table.tiles + 2 * tile) + 1)) * groups; }
+  __device__ __forceinline__ UnitDeal(const TileTable& table, int groups) : table(table), groups(groups) {
+    const int lane = static_cast<int>(threadIdx.x & 31), per_lane = (table.tile_count + kWarp - 1) / kWarp;
+    first = min(lane * per_lane, table.tile_count);
+    const int last = min(first + per_lane, table.tile_count);
+    own = 0;
+#pragma unroll 1
+    for (int i = first; i < last; ++i) own += weight(i);
+    until = own;
+#pragma unroll
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const uint32_t below = __shfl_up_sync(kAllLanes, until, offset);
+      if (lane >= offset) until += below;
+    }
+    const uint32_t all = __shfl_sync(kAllLanes, until, kWarp - 1);
+    share = all / gridDim.x, rest = all - share * gridDim.x;
+  }
+  __device__ __forceinline__ UnitPlace begin(uint32_t block) const {
+    const uint32_t at = block * share + min(block, rest);
+    const bool is_mine = at >= until - own && at < until;
+    UnitPlace place{table.tile_count, 0};
+    if (is_mine) {
+      uint32_t left = at - (until - own), w = weight(first);
+      place.tile = first;
+      while (left >= w) left -= w, w = weight(++place.tile);
+      w /= groups;
+      place.group = static_cast<int>((left + w - 1) / w);  // the first that begins there or later; perhaps the next tile's first
+    }
+    const unsigned owner = __ballot_sync(kAllLanes, is_mine);
+    if (owner == 0) return {table.tile_count, 0};
+    const int from = __ffs(static_cast<int>(owner)) - 1;
+    return {__shfl_sync(kAllLanes, place.tile, from), __shfl_sync(kAllLanes, place.group, from)};
+  }
+};
+
+// A box's module and what an entry has of it, looked up where they change.
+struct BoxModule {
+  int place = -1;  // of the linear's modules; -1: none covers the column
+  int begin = 0;   // its columns
+  int end = 0;
+  int count = 0;  // ranks from the entry's page on
+
+  // Whether the module is another one than for the column before.
+  template <int G>
+  __device__ __forceinline__ bool find(const LoraWork& work, int column) {
+    if (column >= begin && column < end) return false;
+    place = -1, begin = 0, end = 0;
+#pragma unroll
+    for (int m = 0; m < G; ++m)
+      if (m < work.span_count && column >= work.spans[m].column && column < work.spans[m].column + work.spans[m].outputs)
+        place = m, begin = work.spans[m].column, end = begin + work.spans[m].outputs;
+    return true;
+  }
+  __device__ __forceinline__ void take_count(const LoraWork& work, const Entry& entry) { count = place < 0 ? 0 : ranks_left(work, work.spans[place].module, entry); }
+  __device__ __forceinline__ int bytes() const { return count > 8 ? 2 * kBoxHalfBytes : (count > 0 ? kBoxHalfBytes : 0); }
+};
+
+// A warp's way through its units: every `step`-th.
+struct UnitCursor {
+  int left;  // units from here to the end of the block's
+  int index;  // of the tile
+  int group;
+  Tile tile;
+
+  __device__ __forceinline__ void start(const TileTable& table, const UnitPlace& from, int units, int skip, int groups) {
+    left = units - skip, index = from.tile, group = from.group + skip;
+    while (group >= groups) group -= groups, ++index;
+    if (left > 0) tile = read_tile(table, index);
+  }
+  __device__ __forceinline__ void advance(const TileTable& table, int step, int groups) {
+    group += step, left -= step;
+    if (left <= 0 || group < groups) return;
+    do group -= groups, ++index;
+    while (group >= groups);
+    tile = read_tile(table, index);
+  }
+};
+
+// Lane t's ranks 2t, 2t + 1, 2t + 8, 2t + 9 of v of one pair and module, planes added up, as the mma's A: hi, lo, hi, lo.
+// kTogether: all planes at once on their way, which takes 32 registers.
+template <bool kTogether>
+__device__ __forceinline__ uint4 split_ranks(const float* from, int planes, int64_t stride) {
+  constexpr int kPlanes = kTogether ? kMaxRankPlanes : 1;
+  float2 sum[2] = {};
+#pragma unroll 1
+  for (; planes > 0; planes -= kPlanes) {
+    float2 some[kPlanes][2];
+#pragma unroll
+    for (int c = 0; c < kPlanes; ++c, from += stride)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) some[c][i] = c < planes ? __ldcg(reinterpret_cast<const float2*>(from + 8 * i)) : make_float2(0.f, 0.f);
+#pragma unroll
+    for (int c = 0; c < kPlanes; ++c)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) sum[i].x += some[c][i].x, sum[i].y += some[c][i].y;
+  }
+  const uint32_t low = pack_bf16(sum[0].x, sum[0].y), high = pack_bf16(sum[1].x, sum[1].y);
+  return make_uint4(low, pack_bf16(sum[0].x - low_half(low), sum[0].y - high_half(low)), high,
+                    pack_bf16(sum[1].x - low_half(high), sum[1].y - high_half(high)));
+}
+
+__device__ __forceinline__ uint32_t pair_mask(int rank, int count) { return (rank < count ? 0xffffu : 0u) | (rank + 1 < count ? 0xffff0000u : 0u); }
+
+// Two loads under one condition, without a branch, which would move registers about.
+__device__ __forceinline__ void load_if(bool is_there, uint2 (&to)[kBoxes], const char* first, const char* second) {
+  asm volatile("{\n\t.reg .pred there;\n\tsetp.ne.s32 there, %6, 0;\n\t@there ld.global.cg.v2.b32 {%0, %1}, [%4];\n\t@there ld.global.cg.v2.b32 {%2, %3}, [%5];\n\t}"
+               : "+r"(to[0].x), "+r"(to[0].y), "+r"(to[1].x), "+r"(to[1].y)
+               : "l"(first), "l"(second), "r"(static_cast<int>(is_there)));
+}
+
+__device__ __forceinline__ void store_if(bool is_there, void* to, const float (&x)[kQuad]) {
+  asm volatile("{\n\t.reg .pred there;\n\tsetp.ne.s32 there, %3, 0;\n\t@there st.global.v2.b32 [%0], {%1, %2};\n\t}" ::"l"(to), "r"(pack_bf16(x[0], x[1])),
+               "r"(pack_bf16(x[2], x[3])), "r"(static_cast<int>(is_there))
+               : "memory");
+}
+
+__device__ __forceinline__ void add_to(float (&sum)[kQuad], const uint2& raw) {
+  sum[0] += low_half(raw.x), sum[1] += high_half(raw.x), sum[2] += low_half(raw.y), sum[3] += high_half(raw.y);
+}
+__device__ __forceinline__ void add_to(float (&sum)[kQuad], const float4& more) { sum[0] += more.x, sum[1] += more.y, sum[2] += more.z, sum[3] += more.w; }
+
+// c[16 x 8] = a[16 x 16] b[16 x 8].
+__device__ __forceinline__ void multiply_bf16(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+      : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "f"(0.f));
+}
+
+// One unit's columns: the boxes' first columns and where their runs end. A box may begin beyond.
+struct UnitColumns {
+  int first[kBoxes];
+  int end[kBoxes];
+};
+
+// A lane's two quads of columns: places among the unit's 128. Lanes 16 apart have the same.
+struct LanePlaces {
+  int at[kBoxes];
+};
+
+// Eight rows of a tile on their way: of bf16 planes the first kPlanes.
+template <int kPlanes, class Known>
+struct PassRows {
+  int row;          // lane r % 8: of the product; the last one there is where the tile has fewer
+  uint32_t offset;  // of that row, in elements
+  Known known;      // of that row
+  uint2 y[kPlanes > 0 ? kPlanes : 1][kTurns][kBoxes];  // of row 2 turn + lane / 16
+};
+
+// finish(columns, is_there, row, facts, first, second) gets y finished: four neighbouring columns of either box, for every row of every tile,
+// a half warp at the same row; where not is_there nothing may be written. `unit_columns(group)`: UnitColumns of 0 <= group < groups; no
+// module's border lies inside a box. `places`: of this lane. `facts(row)`: what else the operation reads of a row, read before the wait;
+// of(r) gives what lane r has.
+// kAhead: planes of y that are sent for ahead; 0 for float32, else 1 or 2. kHasBias: there may be one.
+template <bool kFloatPlanes, int kAhead, bool kHasBias, int G, class Columns, class Facts, class Finish>
+__device__ __forceinline__ void finish_stream(const ProductView& p, const StreamMaps& maps, const StreamPlan& plan, int groups, const LanePlaces& places,
+                                              Columns unit_columns, Facts facts, Finish finish) {
+  extern __shared__ uint8_t stream_shared[];
+  const int warp = warp_index(), lane = static_cast<int>(threadIdx.x & 31), g = lane / 4, t = lane % 4;
+  uint8_t* const base = stream_shared + (1024 - (shared_address(stream_shared) & 1023)) % 1024;
+  const uint32_t ring = shared_address(base) + warp * plan.stages * kStreamStageBytes;
+  uint8_t* const behind = base + plan.warps * plan.stages * kStreamStageBytes;
+  float* const delta = reinterpret_cast<float*>(behind + warp * plan.rows * kDeltaPitch * 4);
+  uint4* const ranks = reinterpret_cast<uint4*>(behind + plan.warps * plan.rows * kDeltaPitch * 4);
+  uint8_t* const after = reinterpret_cast<uint8_t*>(ranks) + plan.pairs * p.work.span_count * kFragmentBytes;
+  int4* const facts_of = reinterpret_cast<int4*>(after) + warp * plan.stages;  // a load's counts and modules
+  const uint32_t barrier = shared_address(after) + plan.warps * plan.stages * 16 + warp * plan.stages * 8;
+
+  if (lane == 0) {
+    for (int s = 0; s < plan.stages; ++s) barrier_init(barrier + 8 * s, 1);
+    barrier_init_fence();
+    for (int m = 0; m < G; ++m) asm volatile("prefetch.tensormap [%0];" ::"l"(&maps.b[m][1]) : "memory");
+  }
+  const TileTable table = read_tile_table(p.work.tiles);
+  const UnitDeal deal(table, groups);
+  const UnitPlace begin = deal.begin(blockIdx.x), end = blockIdx.x + 1 < gridDim.x ? deal.begin(blockIdx.x + 1) : UnitPlace{table.tile_count, 0};
+  const int units = (end.tile - begin.tile) * groups + end.group - begin.group;
+  // Where a block has fewer units than warps, two or more of these share the rows of each.
+  int sharers = 1;
+  while (sharers * kPassRows < table.largest && 2 * sharers * units <= plan.warps) sharers *= 2;
+  const int own_pass = warp & (sharers - 1), step = plan.warps / sharers;
+  const int own_unit = warp / sharers < step ? warp / sharers : units;
+  const uint64_t policy = policy_evict_first();
+  auto passes_of = [&](const Tile& tile) { return (tile.rows - own_pass * kPassRows + sharers * kPassRows - 1) / (sharers * kPassRows); };
+  // Pages that all find a stage stay for all passes over the tile's rows; more are sent for again in each pass.
+  auto loads_of = [&](const Tile& tile) { return tile.entries <= plan.stages ? tile.entries : tile.entries * passes_of(tile); };
+
+  UnitCursor ahead{};  // of what is sent for
+  int sent = 0, sent_entry = 0, sent_stage = 0, counted = -1;
+  BoxModule box[kBoxes];
+  auto skip_idle = [&](UnitCursor& cursor, bool sends) {
+    while (cursor.left > 0 && (own_pass * kPassRows >= cursor.tile.rows || (sends && cursor.tile.entries == 0))) cursor.advance(table, step, groups);
+  };
+  auto send = [&] {
+    if (ahead.left <= 0) return;
+    Entry entry = ahead.tile.entry;
+    if (ahead.tile.entries > 1) {
+      entry = read_entry(table, ahead.tile, sent_entry), counted = -1;
+      if (++sent_entry == ahead.tile.entries) sent_entry = 0;
+    }
+    const UnitColumns columns = unit_columns(ahead.group);
+#pragma unroll
+    for (int b = 0; b < kBoxes; ++b)
+      if (box[b].find<G>(p.work, columns.first[b]) || counted != ahead.index) box[b].take_count(p.work, entry);
+    counted = ahead.index;
+    if (lane == 0) {
+      const uint32_t full = barrier + 8 * sent_stage, target = ring + sent_stage * kStreamStageBytes;
+      facts_of[sent_stage] = make_int4(box[0].count, box[1].count, box[0].place, box[1].place);
+      barrier_expect(full, box[0].bytes() + box[1].bytes());
+#pragma unroll
+      for (int b = 0; b < kBoxes; ++b)
+        if (box[b].count > 0)
+          load_box(target + 2 * b * kBoxHalfBytes, &maps.b[box[b].place][box[b].count > 8 ? 1 : 0], columns.first[b] - box[b].begin, 0, entry.page, full, policy);
+    }
+    __syncwarp();
+    if (++sent_stage == plan.stages) sent_stage = 0;
+    if (++sent >= loads_of(ahead.tile)) {
+      sent = 0;
+      ahead.advance(table, step, groups);
+      skip_idle(ahead, true);
+    }
+  };
+  ahead.start(table, begin, units, own_unit, groups);
+  skip_idle(ahead, true);
+  __syncwarp();
+  for (int s = 0; s < plan.stages; ++s) send();
+
+  UnitCursor next{};  // of y
+  int next_pass = own_pass;
+  using Known = decltype(facts(0));
+  PassRows<kAhead, Known> coming{};
+  auto column_at = [&](const UnitColumns& columns, int b) { return places.at[b] < kBoxColumns ? columns.first[0] + places.at[b] : columns.first[1] + places.at[b] - kBoxColumns; };
+  auto has_columns = [&](const UnitColumns& columns) { return column_at(columns, 0) < (places.at[0] < kBoxColumns ? columns.end[0] : columns.end[1]); };
+  auto locate = [&] {
+    if (next.left <= 0) return;
+    const int place = min(next_pass * kPassRows + lane % kPassRows, next.tile.rows - 1);
+    coming.row = __ldg(table.rows + next.tile.place + place);
+    coming.offset = static_cast<uint32_t>(coming.row) * static_cast<uint32_t>(p.columns);
+    coming.known = facts(coming.row);
+  };
+  constexpr int kElement = kFloatPlanes ? 4 : 2;
+  // Where a lane's columns begin in plane 0; lanes without columns read others'.
+  auto column_bytes = [&](const UnitColumns& columns, int b) {
+    return static_cast<const char*>(p.y) + static_cast<int64_t>(has_columns(columns) ? column_at(columns, b) : 0) * kElement;
+  };
+  auto fetch = [&] {
+    if (kAhead == 0 || next.left <= 0) return;
+    const UnitColumns columns = unit_columns(next.group);
+    const char* const from[kBoxes] = {column_bytes(columns, 0), column_bytes(columns, 1)};
+    const int rows = next.tile.rows - next_pass * kPassRows;
+    const bool has_second = kAhead > 1 && p.planes > 1;
+#pragma unroll
+    for (int i = 0; i < kTurns; ++i) {
+      const uint64_t offset = __shfl_sync(kAllLanes, coming.offset, 2 * i + lane / 16) * uint64_t{2};
+      load_if(2 * i < rows, coming.y[0][i], from[0] + offset, from[1] + offset);
+      if (kAhead > 1) load_if(2 * i < rows && has_second, coming.y[kAhead - 1][i], from[0] + p.plane_stride * 2 + offset, from[1] + p.plane_stride * 2 + offset);
+    }
+  };
+  next.start(table, begin, units, own_unit, groups);
+  skip_idle(next, false);
+  locate();
+
+  // v of the block's tiles, from the first one's first pair on.
+  int first_pair = 0, kept = 0;
+  if (units > 0) {
+    const Tile first = read_tile(table, begin.tile + (begin.group == groups ? 1 : 0)), last = read_tile(table, end.group > 0 ? end.tile : end.tile - 1);
+    first_pair = first.first_pair;
+    kept = min(plan.pairs, last.first_pair + last.rows * last.entries - first_pair);
+  }
+  const float* const v = p.work.v + static_cast<int64_t>(first_pair) * p.work.span_count * kPageRank;
+  wait_for_previous();
+  start_dependents();
+  fetch();
+  const int pieces = kept * p.work.span_count * 4;
+  for (int i = threadIdx.x; i < pieces; i += blockDim.x) ranks[i] = split_ranks<true>(v + i / 4 * kPageRank + i % 4 * 2, p.work.v_planes, p.work.v_stride);
+  __syncthreads();
+
+  int stage = 0;
+  uint32_t parity = 0;
+  while (next.left > 0) {
+    const Tile tile = next.tile;
+    const int group = next.group, pass = next_pass, rows = min(tile.rows - pass * kPassRows, kPassRows);
+    const bool stays = tile.entries <= plan.stages, is_last = (pass + sharers) * kPassRows >= tile.rows;
+    const UnitColumns columns = unit_columns(group);
+    const bool has = has_columns(columns);
+    const PassRows<kAhead, Known> now = coming;
+    if (is_last) {
+      next.advance(table, step, groups), next_pass = own_pass;
+      if (sharers > 1) skip_idle(next, false);
+    } else {
+      next_pass += sharers;
+    }
+    locate();
+    fetch();
+
+    const int row_pair = tile.first_pair + (pass * kPassRows + min(g, rows - 1)) * tile.entries;
+    const bool is_kept = tile.first_pair - first_pair + tile.rows * tile.entries <= kept;
+    int at = stage;
+    uint32_t at_parity = parity;
+#pragma unroll 1
+    for (int e = 0; e < tile.entries; ++e) {
+      barrier_wait(barrier + 8 * at, at_parity);
+      const int4 known = facts_of[at];
+      const int count[kBoxes] = {known.x, known.y}, place[kBoxes] = {known.z, known.w};
+#pragma unroll
+      for (int b = 0; b < kBoxes; ++b) {
+        float* const to = delta + min(g, plan.rows - 1) * kDeltaPitch + b * kBoxColumns + 2 * t;
+        float sum[8][4];  // hi of row g and columns 8j + 2t, 8j + 2t + 1; lo of the same
+        if (count[b] > 0) {
+          const int piece = ((row_pair + e - first_pair) * p.work.span_count + place[b]) * 4 + t;
+          const uint4 part = is_kept ? ranks[piece] : split_ranks<false>(v + static_cast<int64_t>(piece / 4) * kPageRank + t * 2, p.work.v_planes, p.work.v_stride);
+          const uint32_t from = ring + at * kStreamStageBytes + b * 2 * kBoxHalfBytes + (lane / 8 % 2) * kBoxHalfBytes + lane % 8 * 128;
+          uint32_t raw[4][4];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) load_matrices(raw[j], from + (((2 * j + lane / 16) ^ (lane % 8)) << 4));
+          if (count[b] < kPageRank) {
+            const uint32_t mask[2] = {pair_mask(2 * t, count[b]), pair_mask(2 * t + 8, count[b])};
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+#pragma unroll
+              for (int i = 0; i < 4; ++i) raw[j][i] &= mask[i % 2];
+          }
+#pragma unroll
+          for (int j = 0; j < 8; ++j) multiply_bf16(sum[j], part, raw[j / 2][j % 2 * 2], raw[j / 2][j % 2 * 2 + 1]);
+        } else {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) sum[j][0] = sum[j][1] = sum[j][2] = sum[j][3] = 0.f;
+        }
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          float2 both = make_float2(sum[j][0] + sum[j][2], sum[j][1] + sum[j][3]);
+          auto* at_delta = reinterpret_cast<float2*>(to + j * 8);
+          if (e > 0) both.x += at_delta->x, both.y += at_delta->y;
+          *at_delta = both;
+        }
+      }
+      if (is_last || !stays) {
+        __syncwarp();  // the stage has been read
+        send();
+      }
+      if (++at == plan.stages) at = 0, at_parity ^= 1;
+    }
+    if (is_last || !stays) stage = at, parity = at_parity;
+
+    __syncwarp();
+    const int2 column = make_int2(column_at(columns, 0), column_at(columns, 1));
+    uint2 bias[kBoxes] = {};
+    if (kHasBias && p.bias != nullptr && has) {
+      const auto* from = static_cast<const __nv_bfloat16*>(p.bias);
+      bias[0] = __ldg(reinterpret_cast<const uint2*>(from + column.x)), bias[1] = __ldg(reinterpret_cast<const uint2*>(from + column.y));
+    }
+    auto finish_turn = [&](auto turn) {
+      constexpr int kTurn = decltype(turn)::value;
+      const int r = 2 * kTurn + lane / 16;
+      float y[kBoxes][kQuad] = {};
+#pragma unroll
+      for (int b = 0; b < kBoxes; ++b) {
+#pragma unroll
+        for (int s = 0; s < kAhead; ++s)
+          if (s == 0 || s < p.planes) add_to(y[b], now.y[s][kTurn][b]);
+        if constexpr (kFloatPlanes) {
+          const char* const from = column_bytes(columns, b) + static_cast<uint64_t>(__shfl_sync(kAllLanes, now.offset, r)) * kElement;
+#pragma unroll 1
+          for (int s = 0; s < p.planes; ++s) add_to(y[b], __ldcg(reinterpret_cast<const float4*>(from + s * p.plane_stride * kElement)));
+        }
+        if constexpr (kHasBias) add_to(y[b], bias[b]);
+        if (tile.entries > 0) add_to(y[b], *reinterpret_cast<const float4*>(delta + r * kDeltaPitch + places.at[b]));
+      }
+      finish(column, has && r < rows, __shfl_sync(kAllLanes, now.row, r), now.known.of(r), y[0], y[1]);
+    };
+    if (rows > 4) {
+      finish_turn(std::integral_constant<int, 0>{});
+      finish_turn(std::integral_constant<int, 1>{});
+      finish_turn(std::integral_constant<int, 2>{});
+      finish_turn(std::integral_constant<int, 3>{});
+    } else {
+      finish_turn(std::integral_constant<int, 0>{});
+      if (rows > 2) finish_turn(std::integral_constant<int, 1>{});
+    }
+    __syncwarp();  // delta has been read
+  }
+}
+
+#endif
+
+// ---- Launching.
+
+inline bool encode_page_map(CUtensorMap* map, const LoraWork& work, const LoraSpan& span, int ranks) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+    return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(entry) : nullptr;
+  }();
+  if (encode == nullptr) return false;
+  constexpr cuuint64_t kPages = 1 << 20;  // more than there are: which of them exist the tiles say
+  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(span.outputs), kPageRank, kPages};
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(span.outputs) * 2, static_cast<cuuint64_t>(work.page_elements) * 2};
+  const cuuint32_t box[3] = {kBoxColumns, static_cast<cuuint32_t>(ranks), 1}, steps[3] = {1, 1, 1};
+  auto* from = const_cast<__nv_bfloat16*>(static_cast<const __nv_bfloat16*>(work.pages) + span.b_offset);
+  return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, from, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// Whether finish_stream can run: Hopper, bf16, adapters, everything aligned for the copy engine, and no module's border inside a box of
+// 64 columns counted from a multiple of `run`. `most_planes`: of bf16.
+inline bool suits_stream(const Product& product, int run, int most_planes) {
+  if (product.lora == nullptr || (!product.y_is_float && product.planes > most_planes) || product.is_float || product.columns % 8 != 0 || !is_hopper()) return false;
+  const LoraWork& work = *product.lora;
+  bool fits = reinterpret_cast<uintptr_t>(product.y) % 16 == 0 && reinterpret_cast<uintptr_t>(product.bias) % 8 == 0 &&
+              reinterpret_cast<uintptr_t>(work.pages) % 16 == 0 && work.page_elements % 8 == 0 && reinterpret_cast<uintptr_t>(work.v) % 8 == 0 &&
+              work.v_planes <= kMaxRankPlanes && static_cast<int64_t>(product.rows) * product.columns < int64_t{1} << 31;
+  for (int m = 0; m < work.span_count; ++m) {
+    const LoraSpan& span = work.spans[m];
+    const int end = span.column + span.outputs;
+    fits = fits && span.b_offset % 8 == 0 && span.outputs % 8 == 0 && span.column % run % kBoxColumns == 0 && (end % run % kBoxColumns == 0);
+  }
+  return fits;
+}
+
+// Warps, stages and kept pairs for so many rows and groups. Where a block has few units it takes little shared memory, so that it can start
+// beside the kernel before it.
+inline StreamPlan stream_plan(int rows, int groups, int processors, int modules, int warps) {
+  const int most_rows = std::min(rows, kPassRows);
+  if (rows == 1) return {2, 3, 8, 1, most_rows};
+  return {warps, 2, 16384 / (modules * kFragmentBytes), 1, most_rows};
+}
+
+// Calls `go` with the template arguments of a stream kernel of at most `warps` warps, its maps and its shape.
+template <class Go>
+cudaError_t with_stream(const Product& product, int groups, int processors, int warps, Go go) {
+  const LoraWork& work = *product.lora;
+  const StreamPlan plan = stream_plan(product.rows, groups, processors, work.span_count, warps);
+  const int64_t units = static_cast<int64_t>(product.rows) * groups;  // at most
+  const int blocks = static_cast<int>(std::min<int64_t>(processors * plan.blocks, (units + plan.warps - 1) / plan.warps));
+  const Shape shape{blocks, plan.warps * kWarp, stream_shared_bytes(plan, work.span_count)};
+  StreamMaps maps;
+  for (int m = 0; m < kMaxLoraSpans; ++m)
+    for (int size = 0; size < 2; ++size)
+      if (!encode_page_map(&maps.b[m][size], work, work.spans[m < work.span_count ? m : 0], size == 0 ? kPageRank / 2 : kPageRank))
+        return cudaErrorInvalidValue;
+  return product.y_is_float ? go(std::true_type{}, maps, plan, shape) : go(std::false_type{}, maps, plan, shape);
+}
+
+}  // namespace openlora
