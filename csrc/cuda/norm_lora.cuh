@@ -1,35 +1,26 @@
 // residual += product with adapters, then the norm: B of a page as one stream through shared memory. Hopper; fused_add_rms_norm.cu
-// chooses it and has what everything else takes.
+// chooses it and has what everything else takes, with the same bits.
 //
-// A block takes up to R rows of one tile and all columns at a time: W warps (16 at H = 4096) have two quads of columns a thread, as in
-// the kernel without adapters, so that bits are those of every other path. One more warp sends for B, 4 ranks (one run of 8 H bytes) a
-// stage, six stages: a page of 16 ranks is on its way at once, before the previous kernel has ended. Another one fetches v after the
-// wait, adds its planes up and puts it down for all. So after the wait there is one trip for v and the planes of y together, the
-// multiply-adds, one barrier. Rows that follow each other in a tile, or in tiles of one page, keep the page.
+// A block takes a unit: up to R rows of one tile (1 where there are no more rows than processors, else 2 or 3) and all columns. W warps
+// (16 at H = 4096) have two quads of columns a thread, as in the kernels without adapters. One more warp sends for B by bulk copies,
+// 8 ranks (one run of 16 H bytes) a stage, three stages: a page of 16 ranks is on its way at once, before the previous kernel has ended.
+// Another one fetches v after the wait, adds its planes up and puts it down for all. So behind the wait there is one trip for v and the
+// planes of y together, the multiply-adds, one barrier. Units that follow each other and have one page, the same, keep it.
 //
-// Rows are dealt so that every block has one unit if it can be: the smallest number of rows a unit (1 to R) that makes no more units
-// than blocks. The first blocks find a processor before the GEMM's blocks leave theirs; they send for the pages of all tiles into L2.
+// Units are dealt so that each block has one if that can be: the smallest size that makes no more units than blocks; else each block
+// has a run of neighbouring ones.
 //
-// Shared memory: 6 * 8 H bytes (192 KB at H = 4096) + 4 KB R of v. Bytes: S T H 2 of planes, B of each page (131 KB) once a unit that
-// changes it (from memory once), residual and out. Multiply-adds: 16 x 16 warps x (25 + 8 R) instructions a page and unit: 0.6 us
-// for one row, 1 us for two.
-// Predicted (B = 64 / 256, D = 64, r = 16): 2 us over no adapters at 64, 3 at 256 (192 KB a processor from L2, 2.7 us).
+// Shared memory: 48 H bytes (192 KB at H = 4096) + 4.3 KB R. Bytes: S T H 2 of planes, B of a page (131 KB) once a unit that changes it,
+// residual read and written, out. Instructions behind the wait: 4 warps x 16 ranks x (9 + 8 + 8 R) a scheduler and page: 0.9 us for one
+// row, 1.2 for two. Predicted over no adapters: 1.5 us at T = 1, 2.5 at 64 rows of 64 adapters, 3.5 at 256 (192 KB a processor from L2).
 #pragma once
 
 #include "gemm_tma.cuh"
 #include "launch.cuh"
-#include "product.cuh"
+#include "norm_rows.cuh"
+#include "norm_units.cuh"
 
 namespace openlora {
-
-constexpr int kNormWarps = 16;        // with columns, at most
-constexpr int kNormHelpers = 2;       // warps: one for B, one for v
-#ifndef NORM_STAGE
-#define NORM_STAGE 4
-#endif
-constexpr int kNormStageRanks = NORM_STAGE;
-constexpr int kNormStages = 24 / NORM_STAGE;
-constexpr int kNormEntries = 32;      // of v that shared memory holds at once
 
 struct NormParams {
   ProductView p;
@@ -41,14 +32,6 @@ struct NormParams {
 
 inline int norm_lora_shared_bytes(int columns) { return kNormStages * kNormStageRanks * columns * 2; }
 
-// What a stage holds.
-struct NormStage {
-  int entry;
-  int rank;
-  int count;    // of ranks; 0: nothing to add
-  int is_last;  // of the unit
-};
-
 template <int R>
 struct NormShared {
   float4 v[2][R][kNormEntries][kPageRank / 4];
@@ -56,7 +39,7 @@ struct NormShared {
   NormStage stages[kNormStages];
   uint64_t full[kNormStages], empty[kNormStages];
   uint64_t v_full[2], v_empty[2];
-  int share[4];  // first unit's tile, its first place there, rows of a unit, units
+  alignas(16) int share[4];  // first unit's tile, its first place there, rows of a unit, units
 };
 
 // Barriers of a ring of `kDepth`: position, and the parity of its phase.
@@ -69,87 +52,7 @@ struct NormTurn {
   }
 };
 
-// A block's units, one after another. Offsets, not pointers: registers are scarce.
-struct NormUnits {
-  const int32_t* block;  // of tiles
-  int tiles_at, rows_at, entries_at;
-  Tile tile;
-  int index;  // of the tile
-  int first;  // place in the tile
-  int size;
-  int left;
-
-  __device__ __forceinline__ const int4* tiles() const { return reinterpret_cast<const int4*>(block + tiles_at); }
-  __device__ __forceinline__ void read() {
-    const int4 raw = __ldg(tiles() + 2 * index), entry = __ldg(tiles() + 2 * index + 1);
-    tile = {raw.x, raw.y & 0xffff, raw.y >> 16, raw.z, raw.w, as_entry(entry)};
-  }
-  __device__ __forceinline__ int rows() const { return min(size, tile.rows - first); }
-  // Whether the next unit has the same page and no other.
-  __device__ __forceinline__ bool keeps_page() const {
-    if (left <= 1 || tile.entries != 1) return false;
-    if (first + size < tile.rows) return true;
-    const int4 raw = __ldg(tiles() + 2 * index + 2);
-    return raw.y >> 16 == 1 && __ldg(reinterpret_cast<const int*>(tiles() + 2 * index + 3)) == tile.entry.page;
-  }
-  __device__ __forceinline__ void next() {
-    --left;
-    first += size;
-    if (left > 0 && first >= tile.rows) ++index, first = 0, read();
-  }
-};
-
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-
-// The block's share of all units, found by one warp: a lane counts a run of neighbouring tiles.
-template <int R>
-__device__ __forceinline__ int4 find_norm_share(const TileTable& table) {
-  const int lane = threadIdx.x % kWarp, blocks = gridDim.x, block = blockIdx.x;
-  if (R == 1 || table.row_count <= blocks) {  // a unit is a place
-    const int index = block < table.row_count ? __ldg(table.tile_of + block) : 0;
-    return {index, block < table.row_count ? block - __ldg(reinterpret_cast<const int*>(table.tiles + 2 * index)) : 0, 1, block < table.row_count};
-  }
-  const int each = (table.tile_count + kWarp - 1) / kWarp, begin = min(table.tile_count, lane * each), end = min(table.tile_count, begin + each);
-  int counts[R > 1 ? R - 1 : 1] = {};
-#pragma unroll 8
-  for (int i = begin; i < end; ++i) {
-    const int rows = __ldg(reinterpret_cast<const int*>(table.tiles + 2 * i) + 1) & 0xffff;
-#pragma unroll
-    for (int size = 2; size <= R; ++size) counts[size - 2] += (rows + size - 1) / size;
-  }
-  int size = R, mine = counts[R > 1 ? R - 2 : 0], total = 0;
-#pragma unroll
-  for (int s = R; s >= 2; --s) {
-    const int all = static_cast<int>(__reduce_add_sync(kAllLanes, static_cast<unsigned>(counts[s - 2])));
-    if (s == R || all <= blocks) size = s, mine = counts[s - 2], total = all;
-  }
-  int unit = block, count = block < total;
-  if (total > blocks) {
-    unit = static_cast<int>(static_cast<int64_t>(total) * block / blocks);
-    count = static_cast<int>(static_cast<int64_t>(total) * (block + 1) / blocks) - unit;
-  }
-  int before = mine;
-#pragma unroll
-  for (int offset = 1; offset < kWarp; offset *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, before, offset);
-    if (lane >= offset) before += other;
-  }
-  before -= mine;
-  int index = 0, first = 0;
-  const bool has_it = unit >= before && unit < before + mine;
-  if (has_it) {
-    int at = unit - before;
-    for (index = begin;; ++index) {
-      const int units = ((__ldg(reinterpret_cast<const int*>(table.tiles + 2 * index) + 1) & 0xffff) + size - 1) / size;
-      if (at < units) break;
-      at -= units;
-    }
-    first = at * size;
-  }
-  const unsigned owner = __ballot_sync(kAllLanes, has_it);
-  const int source = owner == 0 ? 0 : __ffs(static_cast<int>(owner)) - 1;
-  return {__shfl_sync(kAllLanes, index, source), __shfl_sync(kAllLanes, first, source), size, count};
-}
 
 // A run of bytes to shared memory, under the usual policy of the L2: other blocks may want the page too.
 __device__ __forceinline__ void bulk_load(uint32_t target, const void* source, int bytes, uint32_t barrier) {
@@ -251,129 +154,6 @@ __device__ __forceinline__ void send_ranks(const ProductView& p, NormShared<R>& 
   }
 }
 
-__device__ __forceinline__ void unpack_quad(float (&x)[kQuad], uint2 raw) {
-  x[0] = low_half(raw.x), x[1] = high_half(raw.x), x[2] = low_half(raw.y), x[3] = high_half(raw.y);
-}
-
-// y[q][r] += v B of a stage, for the first kRows rows.
-template <int R, int kRows, int kHeld>
-__device__ __forceinline__ void expand_stage(float (&y)[kQuads][R][kQuad], const uint8_t* b, int pitch, const int (&at)[kQuads],
-                                             const float4 (&v)[kHeld][kNormEntries][kPageRank / 4], const NormStage& stage, uint32_t b_at, uint32_t v_at) {
-  const unsigned entry = static_cast<unsigned>(stage.entry) % kNormEntries, four = static_cast<unsigned>(stage.rank) / 4;
-  if (stage.count == kNormStageRanks) {
-    constexpr int kTogether = kRows <= 2 ? 4 : 2;
-    float4 scales[kRows];
-#pragma unroll
-    for (int first = 0; first < kNormStageRanks; first += kTogether) {
-      if (first % 4 == 0)
-#pragma unroll
-        for (int r = 0; r < kRows; ++r)
-#ifdef NORM_ASM
-          asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(scales[r].x), "=f"(scales[r].y), "=f"(scales[r].z), "=f"(scales[r].w)
-                       : "r"(v_at + ((r * kNormEntries + entry) * 4 + four + first / 4) * 16));
-#else
-          scales[r] = v[r][entry][four + first / 4];
-#endif
-      uint2 raw[kTogether][kQuads];
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i)
-#pragma unroll
-#ifdef NORM_ASM
-        for (int q = 0; q < kQuads; ++q)
-          asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(raw[i][q].x), "=r"(raw[i][q].y) : "r"(b_at + (first + i) * pitch + at[q]));
-#else
-        for (int q = 0; q < kQuads; ++q) raw[i][q] = *reinterpret_cast<const uint2*>(b + (first + i) * pitch + at[q]);
-#endif
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i)
-#pragma unroll
-        for (int q = 0; q < kQuads; ++q) {
-          float x[kQuad];
-          unpack_quad(x, raw[i][q]);
-#pragma unroll
-          for (int r = 0; r < kRows; ++r) {
-            const int rank = (first + i) % 4;
-            const float scale = rank == 0 ? scales[r].x : (rank == 1 ? scales[r].y : (rank == 2 ? scales[r].z : scales[r].w));
-#pragma unroll
-            for (int c = 0; c < kQuad; ++c) y[q][r][c] = fmaf(scale, x[c], y[q][r][c]);
-          }
-        }
-    }
-    return;
-  }
-#pragma unroll 1
-  for (int i = 0; i < stage.count; ++i)  // the last ranks of a module
-#pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
-      float x[kQuad];
-      unpack_quad(x, *reinterpret_cast<const uint2*>(b + i * pitch + at[q]));
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const float scale = reinterpret_cast<const float*>(&v[r][entry][four])[i];
-#pragma unroll
-        for (int c = 0; c < kQuad; ++c) y[q][r][c] = fmaf(scale, x[c], y[q][r][c]);
-      }
-    }
-}
-
-template <int R, int kHeld>
-__device__ __forceinline__ void expand_stage_of(int rows, float (&y)[kQuads][R][kQuad], const uint8_t* b, int pitch, const int (&at)[kQuads],
-                                                const float4 (&v)[kHeld][kNormEntries][kPageRank / 4], const NormStage& stage, uint32_t b_at, uint32_t v_at) {
-  if (R == 1 || rows == 1) return expand_stage<R, 1>(y, b, pitch, at, v, stage, b_at, v_at);
-  if constexpr (R >= 2)
-    if (R == 2 || rows == 2) return expand_stage<R, 2>(y, b, pitch, at, v, stage, b_at, v_at);
-  if constexpr (R >= 3) expand_stage<R, 3>(y, b, pitch, at, v, stage, b_at, v_at);
-}
-
-// Rows of bf16 planes: all loads of kTogether planes are on their way together.
-template <int R, int kTogether>
-__device__ __forceinline__ void load_half_rows(float (&y)[kQuads][R][kQuad], const ProductView& p, const int (&row)[R], const int (&column)[kQuads]) {
-  const auto* from = static_cast<const __nv_bfloat16*>(p.y);
-  uint2 raw[kTogether][R][kQuads];
-#pragma unroll 1
-  for (int first = 0; first < p.planes; first += kTogether) {
-#pragma unroll
-    for (int s = 0; s < kTogether; ++s)
-#pragma unroll
-      for (int r = 0; r < R; ++r)
-#pragma unroll
-        for (int q = 0; q < kQuads; ++q) {
-          raw[s][r][q] = make_uint2(0x80008000u, 0x80008000u);  // -0, which adds nothing to -0 or anything else
-          if (first + s < p.planes && row[r] >= 0 && column[q] >= 0)
-            raw[s][r][q] = __ldcg(reinterpret_cast<const uint2*>(from + (first + s) * p.plane_stride + static_cast<int64_t>(row[r]) * p.columns + column[q]));
-        }
-#pragma unroll
-    for (int s = 0; s < kTogether; ++s)
-#pragma unroll
-      for (int r = 0; r < R; ++r)
-#pragma unroll
-        for (int q = 0; q < kQuads; ++q) {
-          const uint2 x = raw[s][r][q];
-          y[q][r][0] += low_half(x.x), y[q][r][1] += high_half(x.x), y[q][r][2] += low_half(x.y), y[q][r][3] += high_half(x.y);
-        }
-  }
-  if (p.bias == nullptr) return;
-#pragma unroll
-  for (int q = 0; q < kQuads; ++q) {
-    if (column[q] < 0) continue;
-    const uint2 x = __ldg(reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(p.bias) + column[q]));
-#pragma unroll
-    for (int r = 0; r < R; ++r) y[q][r][0] += low_half(x.x), y[q][r][1] += high_half(x.x), y[q][r][2] += low_half(x.y), y[q][r][3] += high_half(x.y);
-  }
-}
-
-// The same of float32 planes, one row after another: they are for the deterministic setting's long steps.
-template <int R>
-__device__ __forceinline__ void load_float_rows(float (&y)[kQuads][R][kQuad], const ProductView& p, const int (&row)[R], const int (&column)[kQuads]) {
-#pragma unroll
-  for (int r = 0; r < R; ++r) {
-#pragma unroll
-    for (int q = 0; q < kQuads; ++q)
-      if (row[r] >= 0 && column[q] >= 0) load_quad<true>(y[q][r], p, row[r], column[q]);
-    asm volatile("" ::: "memory");
-  }
-}
-
 // The warps with columns.
 template <bool kFloatPlanes, int R, int kHeld>
 __device__ __forceinline__ void finish_norm(const NormParams& a, NormShared<kHeld>& shared, const uint8_t* ring, NormUnits units, int warps) {
@@ -397,8 +177,6 @@ __device__ __forceinline__ void finish_norm(const NormParams& a, NormShared<kHel
   if (R <= 2) load_weight();
   for (int i = threadIdx.x; i < 2 * kHeld * kNormWarps; i += threads)
     if (i % kNormWarps >= warps) (&shared.squares[0][0][0])[i] = 0.f;
-  uint32_t ring_at = shared_address(ring), v_base = shared_address(&shared.v[0]);
-  asm volatile("" : "+r"(ring_at), "+r"(v_base));
   NormTurn<kNormStages> turn, kept;
   NormTurn<2> v_turn;
   bool has_waited = false, has_page = false;
@@ -455,8 +233,7 @@ __device__ __forceinline__ void finish_norm(const NormParams& a, NormShared<kHel
       if (stage.count > 0) {
 #pragma unroll 1
         while (group < static_cast<int>(static_cast<unsigned>(stage.entry) / kNormEntries)) next_group();
-        expand_stage_of<R>(rows, y, ring + turn.slot * kNormStageRanks * pitch, pitch, at, shared.v[v_turn.slot], stage,
-                            ring_at + turn.slot * kNormStageRanks * pitch, v_base + v_turn.slot * static_cast<uint32_t>(sizeof(shared.v[0])));
+        expand_stage_of<R>(rows, y, ring + turn.slot * kNormStageRanks * pitch, pitch, at, shared.v[v_turn.slot], stage);
       }
       if (!keeps) {
         __syncwarp();

@@ -150,7 +150,7 @@ class LedgerClient:
 
     def _send(self) -> None:
         calls, self._unsent = self._unsent, []
-        if calls and self._process is not None:
+        if calls and self._process is not None and not self._process.input.is_closing():
             self._process.input.write(packed(Work(calls)))
 
     # ---- the child
@@ -216,9 +216,9 @@ class LedgerClient:
         self.is_healthy = event.is_healthy
         self.payers.update(event.payers)
         for answer in event.answers:
-            _, waiting = self._calls.pop(answer.call_id)
-            if waiting.done():
-                continue
+            _, waiting = self._calls.pop(answer.call_id, ("", None))
+            if waiting is None or waiting.done():
+                continue  # answered before, by a writer that failed half-way; or nobody waits any more
             if answer.error is None:
                 waiting.set_result(answer.receipt)
             else:
