@@ -41,8 +41,6 @@ struct StreamParams {
   int64_t x_stride;
   int inputs;
   int chunks;  // stages of a task
-  int stride;  // numbers of stages of a task
-  int step;    // tasks that a block takes together
   bool waits_last;
   LoraWork work;  // v_planes: ranges of k
 };
@@ -60,15 +58,9 @@ struct StreamTasks {
     rows = table.rows;
     total = table.item_count * p.work.span_count * p.work.v_planes;
   }
-  // Tasks of this block, each `step` tasks that stand together.
-  __device__ __forceinline__ int count(int step) const {
-    const int block = static_cast<int>(blockIdx.x), grid = static_cast<int>(gridDim.x), units = (total + step - 1) / step;
-    if (block >= units) return 0;
-    const int own = (units - 1 - block) / grid + 1, last = block + (own - 1) * grid;
-    return own * step - max(0, (last + 1) * step - total);
-  }
-  static __device__ __forceinline__ int number(int j, int step) {
-    return (static_cast<int>(blockIdx.x) + j / step * static_cast<int>(gridDim.x)) * step + j % step;
+  __device__ __forceinline__ int count() const {  // of this block
+    const int block = static_cast<int>(blockIdx.x);
+    return block < total ? (total - 1 - block) / static_cast<int>(gridDim.x) + 1 : 0;
   }
 };
 
@@ -85,7 +77,7 @@ __device__ __forceinline__ StreamTask read_stream_task(const StreamParams& p, co
   StreamTask found{};
   if (j >= count) return found;
   const LoraWork& work = p.work;
-  const int number = StreamTasks::number(j, p.step), module = number / work.v_planes;
+  const int number = static_cast<int>(blockIdx.x) + j * static_cast<int>(gridDim.x), module = number / work.v_planes;
   const int4 tile = __ldg(tasks.items + 2 * (module / work.span_count)), raw = __ldg(tasks.items + 2 * (module / work.span_count) + 1);
   const Entry entry = as_entry(raw);
   found.plane = number % work.v_planes;
@@ -128,7 +120,7 @@ __device__ __forceinline__ int stream_columns(const StreamParams& p, int column)
 // One warp: asks for stage `number` of the block.
 __device__ __forceinline__ void load_stage(const StreamParams& p, const StreamTasks& tasks, StreamSource& source, int number, int count,
                                            uint32_t buffers, uint32_t barriers, uint64_t policy) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, j = number / p.stride, chunk = number % p.stride;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, j = number / p.chunks, chunk = number % p.chunks;
   if (j / kWarp != source.window) source.read(p, tasks, j / kWarp, count);
   const int from = j % kWarp, ranks = from_lane(source.ranks, from), plane = from_lane(source.plane, from);
   const auto* a = reinterpret_cast<const __nv_bfloat16*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(source.a), from));
@@ -202,43 +194,30 @@ __device__ __forceinline__ void multiply_stage(StreamRows& x, const char* stage,
   }
 }
 
-// The warps of a group, which have a task of their own.
-template <int kGroups>
-__device__ __forceinline__ void sync_group(int group) {
-  if constexpr (kGroups == 1) __syncthreads();
-  else asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(kStreamWarps / kGroups * kWarp) : "memory");
-}
-
-template <int kGroups>
 __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) shrink_stream_kernel(const __grid_constant__ StreamParams p) {
   extern __shared__ __align__(128) char shared[];
   start_dependents();
   const StreamTasks tasks(p);
-  const int count = tasks.count(p.step), stages = count * p.stride;
+  const int count = tasks.count(), stages = count * p.chunks;
   if (count == 0 && blockIdx.x > 0) return;  // the first block waits for the kernels ahead, so that who waits for this one does
-  constexpr int kWarps = kStreamWarps / kGroups;
-  const int warp = warp_index(), lane = static_cast<int>(threadIdx.x) % kWarp, group = warp / kWarps, member = warp % kWarps;
-  float* all_sums = reinterpret_cast<float*>(shared + kStreamRing * kStageBytes);
-  float* sums = all_sums + group * kWarps * 16 * kSumPitch;
-  const uint32_t buffers = shared_address(shared), barriers = shared_address(all_sums + kStreamWarps * 16 * kSumPitch);
+  const int warp = warp_index(), lane = static_cast<int>(threadIdx.x) % kWarp;
+  float* sums = reinterpret_cast<float*>(shared + kStreamRing * kStageBytes);
+  const uint32_t buffers = shared_address(shared), barriers = shared_address(sums + kStreamWarps * 16 * kSumPitch);
   if (threadIdx.x < kStreamBarriers) barrier_init(barriers + static_cast<int>(threadIdx.x) * 8, 1);
   if (warp == 0) barrier_init_fence();
   __syncthreads();
   const uint64_t policy = policy_evict_first();
   StreamSource source;
   source.read(p, tasks, 0, count);
-  for (int number = warp; number < min(kStreamRing, stages); number += kStreamWarps) {
-    if (number % p.stride < p.chunks) load_stage(p, tasks, source, number, count, buffers, barriers, policy);
-  }
+  for (int number = warp; number < min(kStreamRing, stages); number += kStreamWarps) load_stage(p, tasks, source, number, count, buffers, barriers, policy);
 
   StreamTask known = read_stream_task(p, tasks, lane, count);
-  int window = 0;  // of 32 tasks
   StreamRows x;
   int steps = 0;
   auto locate = [&](int j) {  // this lane's rows of x in task j
     const int from = j % kWarp, place = from_lane(known.place, from), rows = from_lane(known.rows, from);
-    const int column = stream_column(p, from_lane(known.plane, from), member);
-    steps = member < p.chunks ? stream_columns(p, column) / kStreamStep : 0;
+    const int column = stream_column(p, from_lane(known.plane, from), warp);
+    steps = warp < p.chunks ? stream_columns(p, column) / kStreamStep : 0;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const int r = n * 8 + lane / 4;
@@ -247,14 +226,14 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) shrink_stream_kernel(c
                           : nullptr;
     }
   };
-  if (group < count) locate(group);
+  if (count > 0) locate(0);
   if (!p.waits_last) wait_for_previous();
-  if (group < count) x.open(from_lane(known.rows, group), steps);
+  if (count > 0) x.open(from_lane(known.rows, 0), steps);
 #pragma unroll 1
-  for (int j = group; j < count; j += kGroups) {
-    const int from = j % kWarp, rows = from_lane(known.rows, from), number = j * p.stride + member;
+  for (int j = 0; j < count; ++j) {
+    const int from = j % kWarp, rows = from_lane(known.rows, from), number = j * p.chunks + warp;
     float acc[2][4] = {};
-    if (member < p.chunks) {
+    if (warp < p.chunks) {
       barrier_wait(barriers + number % kStreamBarriers * 8, number / kStreamBarriers & 1);
       multiply_stage(x, shared + number % kStreamRing * kStageBytes, rows, steps, acc);
       __syncwarp();
@@ -263,26 +242,23 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) shrink_stream_kernel(c
     const int ranks = from_lane(known.ranks, from), plane = from_lane(known.plane, from), span = from_lane(known.span, from);
     const int pair = from_lane(known.pair, from), entries = from_lane(known.entries, from);
     const float scale = __shfl_sync(kAllLanes, known.scale, from);
-    const int next = j + kGroups;
-    if (next < count) {  // its x arrives while this task is summed
-      if (next / kWarp != window) known = read_stream_task(p, tasks, (window = next / kWarp) * kWarp + lane, count);
-      locate(next);
-      x.open(from_lane(known.rows, next % kWarp), steps);
+    if (j + 1 < count) {  // its x arrives while this task is summed
+      if ((j + 1) % kWarp == 0) known = read_stream_task(p, tasks, j + 1 + lane, count);
+      locate(j + 1);
+      x.open(from_lane(known.rows, (j + 1) % kWarp), steps);
     }
-    sync_group<kGroups>(group);  // the sums of the task before have been read
-    if (member < p.chunks) {
+    __syncthreads();  // the sums of the task before have been read
+    if (warp < p.chunks) {
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          sums[(member * 16 + n * 8 + 2 * (lane % 4) + i % 2) * kSumPitch + lane / 4 + 8 * (i / 2)] = acc[n][i] * scale;
+          sums[(warp * 16 + n * 8 + 2 * (lane % 4) + i % 2) * kSumPitch + lane / 4 + 8 * (i / 2)] = acc[n][i] * scale;
       }
     }
-    sync_group<kGroups>(group);
-    const int rank = lane % kPageRank;
-#pragma unroll
-    for (int r = member * 2 + lane / kPageRank; r < 16; r += kWarps * 2) {
-      if (r >= rows) break;
+    __syncthreads();
+    const int r = static_cast<int>(threadIdx.x) / kPageRank, rank = static_cast<int>(threadIdx.x) % kPageRank;
+    if (r < rows) {
       float sum = sums[r * kSumPitch + rank];
       for (int c = 1; c < p.chunks; ++c) sum += sums[(c * 16 + r) * kSumPitch + rank];
       const int64_t place = ((pair + static_cast<int64_t>(r) * entries) * p.work.span_count + span) * kPageRank + rank;
@@ -292,14 +268,17 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) shrink_stream_kernel(c
   if (p.waits_last && blockIdx.x == 0) wait_for_previous();
 }
 
-// Groups of warps in a block: two, of a task each, where k has at most as many stages as the block warps.
-int stream_groups(int64_t inputs) { return inputs <= int64_t{kStreamWarps} * kStreamColumns ? 2 : 1; }
+// Ranges of k of at most kStreamWarps stages.
+int stream_ranges(int64_t inputs) {
+  const int64_t most = int64_t{kStreamWarps} * kStreamColumns;
+  return static_cast<int>((inputs + most - 1) / most);
+}
 
 }  // namespace
 
 int lora_stream_planes(int64_t inputs) {
-  const int64_t most = int64_t{kStreamWarps / stream_groups(inputs)} * kStreamColumns, ranges = (inputs + most - 1) / most;
-  return inputs >= kStreamStep && inputs % kStreamStep == 0 && ranges <= kMaxRankPlanes ? static_cast<int>(ranges) : 0;
+  const int64_t most = int64_t{kMaxRankPlanes} * kStreamWarps * kStreamColumns;
+  return inputs >= kStreamStep && inputs % kStreamStep == 0 && inputs <= most ? stream_ranges(inputs) : 0;
 }
 
 bool can_stream_lora(const LoraShrinkArgs& args) {
@@ -308,12 +287,10 @@ bool can_stream_lora(const LoraShrinkArgs& args) {
 }
 
 cudaError_t launch_lora_stream(const LoraShrinkArgs& args, cudaStream_t stream) {
-  const int ranges = args.work.v_planes, stages = (args.inputs + kStreamColumns - 1) / kStreamColumns, chunks = (stages + ranges - 1) / ranges;
-  const bool is_behind = args.follow == Follow::kWaitLast, has_pair = stream_groups(args.inputs) == 2;
-  // Behind a GEMM few blocks run beside it, and each takes two tasks; before one all do, and they take tasks in turn.
-  const StreamParams p{args.x, args.x_stride, args.inputs, chunks, has_pair ? kStreamWarps / 2 : chunks, has_pair && is_behind ? 2 : 1, is_behind, args.work};
+  const int ranges = args.work.v_planes, stages = (args.inputs + kStreamColumns - 1) / kStreamColumns;
+  const StreamParams p{args.x, args.x_stride, args.inputs, (stages + ranges - 1) / ranges, args.follow == Follow::kWaitLast, args.work};
   const Shape shape{processor_count(), kStreamWarps * kWarp, kStreamSharedBytes};
-  return has_pair ? launch(shrink_stream_kernel<2>, shape, args.follow, stream, p) : launch(shrink_stream_kernel<1>, shape, args.follow, stream, p);
+  return launch(shrink_stream_kernel, shape, args.follow, stream, p);
 }
 
 }  // namespace openlora
