@@ -1,4 +1,4 @@
-// residual += product, then the next norm. See fused.h, product.cuh.
+// residual += product, then the next norm. See fused.h, product.cuh; with adapters on Hopper, up to H = 4096, norm_lora.cuh.
 //
 // A block takes a part of a tile (1, 2 or 32 rows), R rows of it and all columns at a time, a thread two quads a pass, C passes: 512
 // threads and one pass at H = 4096, whose B (256 bytes a thread, 128 KB a block), residual and weights are on their way before the
@@ -20,10 +20,6 @@ constexpr int kMaxWarps = kMaxThreads / kWarp;
 constexpr int kPrefillRows = 32;  // of a part, when B is kept for many rows
 
 using Params = NormParams;
-
-__device__ __forceinline__ void unpack(float (&x)[kQuad], uint2 raw) {
-  x[0] = low_half(raw.x), x[1] = high_half(raw.x), x[2] = low_half(raw.y), x[3] = high_half(raw.y);
-}
 
 template <bool kLora, bool kFloatPlanes, int R, int C>
 __global__ void __launch_bounds__(kMaxThreads, kLora ? 1 : 2) add_rms_norm_kernel(const __grid_constant__ Params a) {
@@ -98,7 +94,7 @@ __global__ void __launch_bounds__(kMaxThreads, kLora ? 1 : 2) add_rms_norm_kerne
             if (row[r] < 0 || lane[c].column[q] < 0) continue;
             float(&x)[kQuad] = y[c][q][r];
             float before[kQuad];
-            unpack(before, old[r][c][q]);
+            unpack_quad(before, old[r][c][q]);
 #pragma unroll
             for (int i = 0; i < kQuad; ++i) x[i] = rounded_bf16(x[i] + before[i]);
             store_quad(residual + static_cast<int64_t>(row[r]) * p.columns + lane[c].column[q], x);
@@ -125,7 +121,7 @@ __global__ void __launch_bounds__(kMaxThreads, kLora ? 1 : 2) add_rms_norm_kerne
           for (int q = 0; q < kQuads; ++q) {
             if (lane[c].column[q] < 0) continue;
             float by[kQuad];
-            unpack(by, weight[c][q]);
+            unpack_quad(by, weight[c][q]);
 #pragma unroll
             for (int i = 0; i < kQuad; ++i) y[c][q][r][i] *= scale * by[i];
             store_quad(out + static_cast<int64_t>(row[r]) * p.columns + lane[c].column[q], y[c][q][r]);
