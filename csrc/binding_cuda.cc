@@ -372,23 +372,6 @@ void skinny_gemm(const Tensor& x, const Tensor& weight, bool use_pdl, Tensor y) 
   check_launch(openlora::launch_skinny_gemm(skinny_gemm_args(place, x, weight, use_pdl, y), place.stream()), "skinny_gemm");
 }
 
-int64_t skinny_gemm_shrink_chunks(int64_t inputs) { return openlora::skinny_gemm_shrink_chunks(inputs); }
-
-// The same with the shrink of its own input in the launch.
-void skinny_gemm_shrink(const Tensor& x, const Tensor& weight, bool use_pdl, const Tensor& pages, const Tensor& tiles, const Tensor& ranks,
-                        const Tensor& scales, const Ints& spans, int64_t tile_rows, Tensor v, Tensor y) {
-  const Place place(x);
-  openlora::SkinnyGemmArgs a = skinny_gemm_args(place, x, weight, use_pdl, y);
-  openlora::LoraWork work = work_of(place, pages, tiles, ranks, v, spans, tile_rows, ScalarType::BFloat16, x.size(1), weight.size(0));
-  check(place, scales, "scales", 2, ScalarType::Float);
-  check_size(scales, "scales", 0, ranks.size(0));
-  check_size(scales, "scales", 1, ranks.size(1));
-  check_size(v, "v", 0, openlora::skinny_gemm_shrink_chunks(x.size(1)));
-  work.scales = as<float>(scales);
-  a.lora = &work;
-  check_launch(openlora::launch_skinny_gemm(a, place.stream()), "skinny_gemm_shrink");
-}
-
 // The plan's tables lie in device memory and are not checked here; their one writer is node/kernels/attention/items.py.
 void attention_decode(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& tables, const Tensor& items,
                       const Tensor& counts, const Tensor& firsts, Tensor partial, Tensor stats, Tensor done, double scale_log2,
@@ -484,11 +467,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(openlora, m) {
       "attention_decode(Tensor q, Tensor keys, Tensor values, Tensor tables, Tensor items, Tensor counts, Tensor firsts, "
       "Tensor(a!) partial, Tensor(b!) stats, Tensor(c!) done, float scale_log2, int workers, int variant, int follow, Tensor(d!) out) -> ()");
   m.def("skinny_gemm(Tensor x, Tensor weight, bool use_pdl, Tensor(a!) y) -> ()");
-  m.def(
-      "skinny_gemm_shrink(Tensor x, Tensor weight, bool use_pdl, Tensor pages, Tensor tiles, Tensor ranks, Tensor scales, int[] spans, "
-      "int tile_rows, Tensor(a!) v, Tensor(b!) y) -> ()");
   m.def("skinny_gemm_silu_mul(Tensor x, Tensor weight, bool use_pdl, Tensor(a!) out) -> ()");
-  m.def("skinny_gemm_shrink_chunks(int inputs) -> int");
   m.def("skinny_gemm_planes(int outputs, int inputs, int tokens) -> int");
   m.def("is_skinny_gemm_faster(int outputs, int inputs, int tokens, bool has_adapters) -> bool");
 }
@@ -496,7 +475,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(openlora, m) {
 STABLE_TORCH_LIBRARY_IMPL(openlora, CompositeExplicitAutograd, m) {
   m.impl("skinny_gemm_planes", TORCH_BOX(&skinny_gemm_planes));
   m.impl("lora_shrink_planes", TORCH_BOX(&lora_shrink_planes));
-  m.impl("skinny_gemm_shrink_chunks", TORCH_BOX(&skinny_gemm_shrink_chunks));
   m.impl("is_skinny_gemm_faster", TORCH_BOX(&is_skinny_gemm_faster));
 }
 
@@ -511,5 +489,4 @@ STABLE_TORCH_LIBRARY_IMPL(openlora, CUDA, m) {
   m.impl("attention_decode", TORCH_BOX(&attention_decode));
   m.impl("skinny_gemm", TORCH_BOX(&skinny_gemm));
   m.impl("skinny_gemm_silu_mul", TORCH_BOX(&skinny_gemm_silu_mul));
-  m.impl("skinny_gemm_shrink", TORCH_BOX(&skinny_gemm_shrink));
 }

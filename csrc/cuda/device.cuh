@@ -1,4 +1,4 @@
-// What the kernels share of the instruction set: dependent launches, clusters, bf16 tensor cores. Nothing here knows a shape.
+// What the kernels share of the instruction set: dependent launches, bf16 tensor cores. Nothing here knows a shape.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +14,9 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Lets the next kernel of the stream start as soon as every block of this one has come here (Hopper; nothing before it).
 //
-// Every kernel here calls it after its own wait (the shrink beside a GEMM, which waits last, is the exception, and that GEMM calls
-// it after its wait). So whatever was written before the kernel before this one began may be read before the wait.
+// Every kernel here calls it after its own wait, but for the shrinks. Behind a GEMM, which calls it after its wait, a shrink waits last;
+// before one it calls it at once, and the GEMM reads nothing but its weights before its wait. So whatever was written before the product
+// whose consumer this is began may be read before the wait.
 __device__ __forceinline__ void start_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -26,51 +27,6 @@ __device__ __forceinline__ void start_dependents() {
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ uint32_t cluster_rank() {
-#if __CUDA_ARCH__ >= 900
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-#else
-  return 0;
-#endif
-}
-
-__device__ __forceinline__ void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// Address, in the cluster's shared window, of `local` as it lies in block `rank`.
-__device__ __forceinline__ uint32_t remote_address(const void* local, uint32_t rank) {
-  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(address), "r"(rank));
-#endif
-  return address;
-}
-
-__device__ __forceinline__ float load_remote(uint32_t address) {
-  float value = 0.f;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-#endif
-  return value;
-}
-
-__device__ __forceinline__ void store_remote(uint32_t address, float value) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 #endif
 }
 

@@ -23,26 +23,16 @@ constexpr int kGemmUsedBytes = 212992;    // what it takes: 24 KB stay for a sma
 constexpr int kGemmProcessors = 132;       // of every H100 and H200 SXM; a number, not the device's, so that bits travel
 constexpr int kGemmBarrierBytes = 512;    // two mbarriers a stage
 
-// A stage of the shrink inside a GEMM: 16 ranks of so many inputs, one rank behind the other. With 64 bytes between them 8 lanes that
-// read 16 bytes each of two ranks meet no bank twice.
-constexpr int kGemmShrinkColumns = 512;
-constexpr int kGemmShrinkPitch = kGemmShrinkColumns * 2 + 64;
-constexpr int kGemmShrinkStageBytes = 16 * kGemmShrinkPitch;
-
 struct SkinnyGemmPlan {
   int tile_rows;    // rows of W a block holds per stage; a multiple of 8, at most kGemmTileRows
   int tile_tokens;  // wgmma n: 8, 16, 32, 64, 96, 128, 192 or 256
   int planes;       // S
   int stages;       // pipeline depth
   int early;        // stages of W asked for before the kernels ahead have ended; 0: all
-  int least_stage;  // bytes of a stage at least: with a shrink kGemmShrinkStageBytes
 };
 
-// Bytes of one stage: a tile of W and a tile of x, or one of the shrink's pages.
-constexpr int gemm_stage_bytes(const SkinnyGemmPlan& plan) {
-  const int bytes = (plan.tile_rows + plan.tile_tokens) * kGemmBlockK * 2;
-  return bytes > plan.least_stage ? bytes : plan.least_stage;
-}
+// Bytes of one stage: a tile of W and a tile of x.
+constexpr int gemm_stage_bytes(const SkinnyGemmPlan& plan) { return (plan.tile_rows + plan.tile_tokens) * kGemmBlockK * 2; }
 
 // Where a warpgroup puts down a part of its block on the way to y: so many tokens of 64 columns at a time, rows padded.
 GEMM_ANYWHERE constexpr int gemm_line_tokens(int tile_tokens, bool is_half) {
@@ -83,13 +73,6 @@ constexpr bool gemm_can_run(int64_t tokens, int64_t outputs, int64_t inputs) {
          outputs >= 8 && outputs % 8 == 0 && outputs < kLimit;
 }
 
-// Chunks of k that the shrink inside a GEMM cuts an item into, one stage and one plane of v each. None where rows of W are long: there
-// it takes longer than beside the GEMM (csrc/README.md).
-GEMM_ANYWHERE constexpr int gemm_shrink_chunks(int inputs) {
-  const int chunks = (inputs + kGemmShrinkColumns - 1) / kGemmShrinkColumns;
-  return chunks <= 8 ? chunks : 0;
-}
-
 // Stages that fit into `bytes` of shared memory, at least 2, at most 24.
 constexpr int gemm_stages_that_fit(SkinnyGemmPlan plan, int bytes) {
   int stages = 2;
@@ -115,17 +98,16 @@ constexpr int gemm_fair_rows(int64_t outputs, int planes) {
   return rows <= 32 ? 32 : rows > 112 ? 128 : static_cast<int>((rows + 15) / 16 * 16);
 }
 
-constexpr SkinnyGemmPlan gemm_plan(int64_t tokens, int64_t outputs, int64_t inputs, bool has_shrink = false) {
+constexpr SkinnyGemmPlan gemm_plan(int64_t tokens, int64_t outputs, int64_t inputs) {
   SkinnyGemmPlan plan{};
   plan.planes = gemm_planes(outputs, inputs);
   plan.tile_tokens = gemm_tile_tokens(tokens);
   plan.tile_rows = gemm_fair_rows(outputs, plan.planes);
-  plan.least_stage = has_shrink ? kGemmShrinkStageBytes : 0;
   plan.stages = gemm_stages_that_fit(plan, kGemmUsedBytes);
   return plan;
 }
 
-// Above 192 tokens cuBLAS is faster where W is short and narrow, but not where the shrink of its input is to be done beside it.
+// Above 192 tokens cuBLAS is faster where W is short and narrow, but not behind a shrink, beside which it cannot begin.
 constexpr bool gemm_is_faster(int64_t tokens, int64_t outputs, int64_t inputs, bool has_adapters) {
   return gemm_can_run(tokens, outputs, inputs) && (tokens <= 192 || has_adapters || inputs > outputs || outputs > 65536);
 }

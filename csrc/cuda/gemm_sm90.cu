@@ -18,7 +18,6 @@
 
 #include "device.cuh"
 #include "gemm_plan.h"
-#include "gemm_shrink.cuh"
 #include "gemm_store.cuh"
 #include "gemm_tma.cuh"
 #include "gemm_wgmma.cuh"
@@ -28,9 +27,7 @@ namespace {
 
 constexpr int kConsumerWarps = 8;
 constexpr int kThreads = (kConsumerWarps + 1) * 32;
-constexpr int kShrinkThreads = kThreads + kShrinkWarps * 32;
-constexpr int kNarrowThreads = 512;  // as if there were so many, where accumulators are few: registers are left for the kernel behind
-constexpr int kStoreBarrier = 2;  // and 3: named barriers of the two consumer warpgroups; the shrink has 1
+constexpr int kStoreBarrier = 1;  // and 2: named barriers of the two consumer warpgroups
 constexpr int kRowBytes = kGemmBlockK * 2;  // one swizzle row
 
 struct Work {
@@ -43,15 +40,13 @@ struct Work {
 
 // Where stage buffers and barriers lie.
 struct Ring {
-  uint32_t buffers, barriers, shrink_barriers, lines;
+  uint32_t buffers, barriers, lines;
   int stage_bytes, w_bytes, stages;
 
   __device__ uint32_t w(int stage) const { return buffers + stage * stage_bytes; }
   __device__ uint32_t x(int stage) const { return w(stage) + w_bytes; }
   __device__ uint32_t full(int stage) const { return barriers + stage * 16; }
   __device__ uint32_t empty(int stage) const { return barriers + stage * 16 + 8; }
-  // Of a block's task j of the shrink: its pages are there.
-  __device__ uint32_t a_full(int j) const { return shrink_barriers + j % kShrinkBarriers * 8; }
 };
 
 struct RingPosition {
@@ -111,70 +106,21 @@ __device__ void load_early(const Work& work, const Ring& ring, const CUtensorMap
   }
 }
 
-// Of the block whose work items these are, none of which has been left yet.
-__device__ __forceinline__ ShrinkSchedule schedule_of(const Items& items, const Shrink& shrink) {
-  return shrink_schedule(shrink, items.work.early, items.is_done() ? 0 : items.end_k - items.first_k);
-}
-
-// One warp: what the ring still has room for of the first work item and of A, before the kernels ahead have ended. Returns the
-// number of stages asked for.
-__device__ int load_ahead(const Work& work, const Ring& ring, const CUtensorMap* w_map, const Items& items, const Shrink& shrink,
-                          const ShrinkSchedule& ahead, ShrinkSource& source, uint64_t policy) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  int stage = min(ahead.start, ahead.k_stages), i = stage, passed = 0;
-  for (; stage < work.stages; ++stage) {
-    if (ahead.is_due(i, passed) || (i == ahead.k_stages && passed < ahead.count)) {
-      load_shrink_stage(shrink, ahead, source, passed++, ring, stage, policy);
-    } else if (i < ahead.k_stages) {
-      if (lane == 0) load_w(ring, w_map, items, items.first_k + i, stage, work.tile_rows, work.stage_bytes, policy);
-      ++i;
-    } else {
-      break;
-    }
-  }
-  return stage;
-}
-
-// One thread, with a shrink one warp, of which the first lane does all but the looking up of pages: once the kernels ahead have ended,
-// keeps the ring full.
-template <int kTokens, bool kLora>
-__device__ void produce(const Work& work, const Ring& ring, const CUtensorMap* w_map, const CUtensorMap* x_map, const Shrink& shrink) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+// One thread: once the kernels ahead have ended, keeps the ring full.
+__device__ void produce(const Work& work, const Ring& ring, const CUtensorMap* w_map, const CUtensorMap* x_map) {
   const uint64_t once = policy_evict_first();
   const uint64_t keep = policy_evict_last();
-  Items items(work);
-  ShrinkSchedule ahead{};
-  ShrinkSource source{};
-  int early = work.early;
-  if constexpr (kLora) {
-    ahead = schedule_of(items, shrink);
-    source = read_shrink_source(shrink, ahead, lane);
-    early = load_ahead(work, ring, w_map, items, shrink, ahead, source, once);
-  }
   wait_for_dependencies();
   launch_dependents();  // not before the wait: whoever starts now may read the same x (lora_work.h, Follow::kWaitLast)
   RingPosition at;
-  int passed = 0;  // stages of A
-  const auto is_asked_for = [&] { return at.round == 0 && at.stage < early; };
-  const auto load_a = [&] {
-    if (!is_asked_for()) {
-      if (lane == 0 && at.round > 0) barrier_wait(ring.empty(at.stage), (at.round - 1) & 1);
-      load_shrink_stage(shrink, ahead, source, passed, ring, at.stage, once);
-    }
-    ++passed;
-    at.advance(work.stages);
-  };
-  for (; !items.is_done(); items.next()) {
+  for (Items items(work); !items.is_done(); items.next()) {
     for (int k = items.first_k; k < items.end_k; ++k, at.advance(work.stages)) {
-      if (kLora && ahead.is_due(k - items.first_k, passed)) load_a();
-      if (lane != 0) continue;
       if (at.round > 0) barrier_wait(ring.empty(at.stage), (at.round - 1) & 1);
-      if (!is_asked_for()) load_w(ring, w_map, items, k, at.stage, work.tile_rows, work.stage_bytes, once);
+      const bool is_asked_for = at.round == 0 && at.stage < work.early;
+      if (!is_asked_for) load_w(ring, w_map, items, k, at.stage, work.tile_rows, work.stage_bytes, once);
       load_x(ring, x_map, k, at.stage, keep);
     }
-    while (passed < ahead.count) load_a();
   }
-  while (passed < ahead.count) load_a();  // a block without rows of W
 }
 
 // An item's accumulators to y, in the form that was asked for.
@@ -194,28 +140,20 @@ __device__ __forceinline__ void store_item(const Work& work, const Ring& ring, c
   }
 }
 
-template <int kTokens, bool kLora>
-__device__ void consume(const Work& work, const Ring& ring, const ShrinkSchedule& ahead) {
+template <int kTokens>
+__device__ void consume(const Work& work, const Ring& ring) {
   const int group = static_cast<int>(threadIdx.x) / 128, lane = static_cast<int>(threadIdx.x) % 32;
   const auto release = [&](int stage) {
     if (lane == 0) barrier_arrive(ring.empty(stage));
   };
   RingPosition at;
-  Items items(work);
-  int passed = 0;  // stages of A
-  const auto pass = [&] {
-    barrier_wait(ring.full(at.stage), at.round & 1);  // no phase may go by unseen
-    ++passed;
-    at.advance(work.stages);
-  };
-  for (; !items.is_done(); items.next()) {
+  for (Items items(work); !items.is_done(); items.next()) {
     float d[kTokens / 2];
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) d[i] = 0.0f;
     wgmma_results<kTokens / 2>(d);
     int previous = -1;
     for (int k = items.first_k; k < items.end_k; ++k, at.advance(work.stages)) {
-      if (kLora && ahead.is_due(k - items.first_k, passed)) pass();
       barrier_wait(ring.full(at.stage), at.round & 1);
       wgmma_fence();
 #pragma unroll
@@ -231,24 +169,19 @@ __device__ void consume(const Work& work, const Ring& ring, const ShrinkSchedule
     wgmma_wait<0>();
     wgmma_results<kTokens / 2>(d);
     if (previous >= 0) release(previous);
-    if constexpr (kLora) {
-      while (passed < ahead.count) pass();
-    }
     store_item<kTokens>(work, ring, d, items.row_tile, items.plane);
   }
 }
 
-template <int kTokens, bool kLora>
-__global__ __launch_bounds__(kLora ? (kTokens <= 96 ? kNarrowThreads : kShrinkThreads) : kThreads, 1) void skinny_gemm(
-    const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_map, const Work work, const __grid_constant__ Shrink shrink) {
+template <int kTokens>
+__global__ __launch_bounds__(kThreads, 1) void skinny_gemm(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_map,
+                                                           const Work work) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere the body is empty and the launcher refuses
   extern __shared__ uint8_t shared[];
-  __shared__ uint64_t shrink_barriers[kLora ? kShrinkBarriers : 1];
   Ring ring;
   ring.w_bytes = work.tile_rows * kRowBytes;
-  ring.stage_bytes = max(ring.w_bytes + kTokens * kRowBytes, kLora ? kGemmShrinkStageBytes : 0);
+  ring.stage_bytes = ring.w_bytes + kTokens * kRowBytes;
   ring.stages = work.stages;
-  ring.shrink_barriers = shared_address(shrink_barriers);
   ring.buffers = (shared_address(shared) + 1023) & ~1023u;
   const int overrun = max(0, kGemmTileRows * kRowBytes - ring.stage_bytes);
   ring.barriers = ring.buffers + work.stages * ring.stage_bytes + overrun;
@@ -260,7 +193,6 @@ __global__ __launch_bounds__(kLora ? (kTokens <= 96 ? kNarrowThreads : kShrinkTh
       barrier_init(ring.full(lane), 1);
       barrier_init(ring.empty(lane), kConsumerWarps);
     }
-    if (kLora && lane < kShrinkBarriers) barrier_init(ring.a_full(lane), 1);
     barrier_init_fence();
     __syncwarp();
     if (lane == 0) load_early(work, ring, &w_map);  // its own barriers: no need to wait for the block
@@ -268,33 +200,27 @@ __global__ __launch_bounds__(kLora ? (kTokens <= 96 ? kNarrowThreads : kShrinkTh
   }
   __syncthreads();
   if (warp == kConsumerWarps) {
-    if (kLora || threadIdx.x % 32 == 0) produce<kTokens, kLora>(work, ring, &w_map, &x_map, shrink);
+    if (threadIdx.x % 32 == 0) produce(work, ring, &w_map, &x_map);
     __syncwarp();
-  } else if (kLora && warp > kConsumerWarps) {
-    const ShrinkSchedule ahead = schedule_of(Items(work), shrink);
-    shrink_tasks(shrink, ahead, ring, warp - kConsumerWarps - 1, static_cast<int>(threadIdx.x) % 32);
   } else {
-    ShrinkSchedule ahead{};
-    if constexpr (kLora) ahead = schedule_of(Items(work), shrink);
     wait_for_dependencies();  // y may still be read by a kernel ahead
-    consume<kTokens, kLora>(work, ring, ahead);
+    consume<kTokens>(work, ring);
   }
 #endif
 }
 
-using Kernel = void (*)(const CUtensorMap, const CUtensorMap, const Work, const Shrink);
+using Kernel = void (*)(const CUtensorMap, const CUtensorMap, const Work);
 
-template <bool kLora>
 Kernel kernel_of(int tile_tokens) {
   switch (tile_tokens) {
-    case 8: return skinny_gemm<8, kLora>;
-    case 16: return skinny_gemm<16, kLora>;
-    case 32: return skinny_gemm<32, kLora>;
-    case 64: return skinny_gemm<64, kLora>;
-    case 96: return skinny_gemm<96, kLora>;
-    case 128: return skinny_gemm<128, kLora>;
-    case 192: return skinny_gemm<192, kLora>;
-    case 256: return skinny_gemm<256, kLora>;
+    case 8: return skinny_gemm<8>;
+    case 16: return skinny_gemm<16>;
+    case 32: return skinny_gemm<32>;
+    case 64: return skinny_gemm<64>;
+    case 96: return skinny_gemm<96>;
+    case 128: return skinny_gemm<128>;
+    case 192: return skinny_gemm<192>;
+    case 256: return skinny_gemm<256>;
     default: return nullptr;
   }
 }
@@ -337,18 +263,6 @@ bool has_valid_output(const SkinnyGemmArgs& args, const SkinnyGemmPlan& plan) {
   return args.output != GemmOutput::kSiluMul || (plan.planes == 1 && args.outputs % 16 == 0 && plan.tile_rows % 16 == 0);
 }
 
-// Whether the shrink can ride along: the planes' sums have a place, and the copy engine can address the pages.
-bool has_valid_lora(const SkinnyGemmArgs& args, const SkinnyGemmPlan& plan) {
-  if (args.lora == nullptr) return true;
-  bool is_valid = args.lora->span_count >= 1 && args.lora->span_count <= kMaxLoraSpans && args.lora->page_elements % 8 == 0 &&
-                  reinterpret_cast<uintptr_t>(args.lora->pages) % 16 == 0 && args.lora->tile_rows <= 16 && plan.least_stage >= kGemmShrinkStageBytes &&
-                  gemm_shrink_chunks(args.inputs) > 0 && args.lora->v_planes == gemm_shrink_chunks(args.inputs);
-  for (int m = 0; is_valid && m < args.lora->span_count; ++m) {
-    is_valid = args.lora->spans[m].inputs == args.inputs && args.lora->spans[m].a_offset % 8 == 0;
-  }
-  return is_valid;
-}
-
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 }  // namespace
@@ -361,11 +275,9 @@ bool is_skinny_gemm_faster(int64_t tokens, int64_t outputs, int64_t inputs, bool
 
 int skinny_gemm_planes(int64_t outputs, int64_t inputs) { return gemm_planes(outputs, inputs); }
 
-int skinny_gemm_shrink_chunks(int64_t inputs) { return gemm_shrink_chunks(static_cast<int>(inputs)); }
-
 cudaError_t launch_skinny_gemm(const SkinnyGemmArgs& args, cudaStream_t stream) {
   if (!can_run_skinny_gemm(args.tokens, args.outputs, args.inputs)) return cudaErrorInvalidValue;
-  const SkinnyGemmPlan plan = gemm_plan(args.tokens, args.outputs, args.inputs, args.lora != nullptr);
+  const SkinnyGemmPlan plan = gemm_plan(args.tokens, args.outputs, args.inputs);
   return launch_skinny_gemm_as(args, plan, stream);
 }
 
@@ -374,8 +286,8 @@ cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPl
                         plan.tile_rows % 8 == 0 && plan.tile_rows <= kGemmTileRows &&
                         gemm_shared_bytes(plan) <= kGemmSharedBytes && args.x_stride % 8 == 0 && args.x_stride >= args.inputs &&
                         is_aligned(args.x) && is_aligned(args.w) && is_aligned(args.y) &&
-                        has_valid_output(args, plan) && has_valid_lora(args, plan);
-  const Kernel kernel = !is_valid ? nullptr : args.lora != nullptr ? kernel_of<true>(plan.tile_tokens) : kernel_of<false>(plan.tile_tokens);
+                        has_valid_output(args, plan);
+  const Kernel kernel = is_valid ? kernel_of(plan.tile_tokens) : nullptr;
   if (kernel == nullptr) return cudaErrorInvalidValue;
   static const EncodeTiled encode = find_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
@@ -404,25 +316,19 @@ cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPl
   work.early = plan.early > 0 ? std::min(plan.early, plan.stages) : plan.stages;
   work.output = args.output;
   const int items = work.row_tiles * plan.planes;
-  Shrink shrink = {};
-  if (args.lora != nullptr) {
-    work.early = std::min(plan.stages / 2, work.k_blocks / plan.planes);  // none of A is among the first stages
-    shrink = {*args.lora, args.x, args.x_stride, args.inputs};
-  }
   const int resident = sm_count * (2 * shared_bytes <= kGemmSharedBytes - 2048 ? 2 : 1);
 
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = args.use_pdl ? 1 : 0;
   cudaLaunchConfig_t config = {};
-  // With a shrink, whose items only the device counts, every SM has a block.
-  config.gridDim = dim3(args.lora != nullptr ? resident : std::min(items, resident));
-  config.blockDim = dim3(args.lora != nullptr ? kShrinkThreads : kThreads);
+  config.gridDim = dim3(std::min(items, resident));
+  config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, w_map, x_map, work, shrink);
+  return cudaLaunchKernelEx(&config, kernel, w_map, x_map, work);
 }
 
 }  // namespace openlora

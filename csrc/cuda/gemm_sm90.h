@@ -10,8 +10,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include "lora_work.h"
-
 namespace openlora {
 
 struct SkinnyGemmPlan;  // gemm_plan.h
@@ -34,10 +32,6 @@ struct SkinnyGemmArgs {
   // Programmatic dependent launch: start while the kernels before it still run and read the first blocks of W meanwhile.
   // W must not be written by a kernel still in flight; x and y may.
   bool use_pdl;
-  // LoRA shrink in the same launch, by warps of its own on pages between the stages of W (lora_work.h): v of every pair of the tiles,
-  // from the same x. Null: none. bfloat16, tiles of at most 16 rows, none of which names a row beyond T. The bits of a row's v depend on its
-  // x, its pages, its scales and K alone; they are not those of lora_shrink.
-  const LoraWork* lora = nullptr;
 };
 
 // Whether the kernel computes this shape: T 1 to 256, K a multiple of 64, N of 8. Host arithmetic only; the caller checks that
@@ -46,14 +40,11 @@ bool can_run_skinny_gemm(int64_t tokens, int64_t outputs, int64_t inputs);
 
 // Whether it was also measured to be at least as fast as cuBLAS (csrc/README.md). Deterministic logits need the kernel even
 // where it is not, because cuBLAS chooses its order of summation by T.
-// has_adapters: the linear has a shrink, which runs beside it.
+// has_adapters: the linear has a shrink, before or behind it.
 bool is_skinny_gemm_faster(int64_t tokens, int64_t outputs, int64_t inputs, bool has_adapters);
 
 // S of the planes for these outputs and inputs; 1 to 8, the same for every T and every device.
 int skinny_gemm_planes(int64_t outputs, int64_t inputs);
-
-// Planes of v that a shrink inside the GEMM makes: LoraWork::v_planes.
-int skinny_gemm_shrink_chunks(int64_t inputs);
 
 // Enqueues one kernel: no allocation, no synchronisation, capturable in a graph (the tensor maps are kernel parameters).
 // Returns cudaErrorInvalidValue for a shape or alignment the kernel cannot do, cudaErrorNotSupported off Hopper.

@@ -1,4 +1,4 @@
-// Launching: one place that knows the attributes of a dependent launch and of a cluster.
+// Launching: one place that knows the attribute of a dependent launch.
 #pragma once
 
 #include <algorithm>
@@ -18,14 +18,13 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 
 inline int processor_count() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
-// Clusters and dependent launches exist from compute capability 9.0 on.
+// Dependent launches exist from compute capability 9.0 on.
 inline bool is_hopper() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
 
 struct Shape {
   int blocks;
   int threads;
   int shared_bytes = 0;
-  int cluster = 1;
 };
 
 template <class... Params, class... Args>
@@ -39,21 +38,11 @@ cudaError_t launch(void (*kernel)(Params...), const Shape& shape, Follow follow,
   config.blockDim = dim3(shape.threads);
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute attributes[2];
-  int count = 0;
-  if (is_hopper()) {
-    if (follow != Follow::kPlain) {
-      attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-    }
-    if (shape.cluster > 1) {
-      attributes[count].id = cudaLaunchAttributeClusterDimension;
-      attributes[count].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
-      ++count;
-    }
-  }
-  config.attrs = attributes;
-  config.numAttrs = count;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = is_hopper() && follow != Follow::kPlain ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, Params(args)...);
 }
 

@@ -6,20 +6,18 @@
 //
 // A block is 8 warps. A task's k is cut into stages of 512 inputs, 16 KB of A; warp w multiplies stage w on mma.m16n8k16 (ranks are the
 // m side, rows the n side): lane (g, t) takes 8 neighbouring k of ranks g and g + 8 and of rows g and g + 8, a permutation of k that
-// both sides share. The stages' sums, times scale and weight, are added up in their order through shared memory: the order of the shrink
-// inside the skinny GEMM, whose v has a plane a stage (gemm_shrink.cuh), so both have the same bits. A stage that was multiplied is
+// both sides share. The stages' sums, times scale and weight, are added up in their order through shared memory. A stage that was multiplied is
 // filled again at once by its warp, rank by rank with bulk copies, so kStreamRing stages are on their way; x comes from L2 through registers.
 //
-// Shared memory: 17 KB a stage and 10 KB of sums: 115 KB a block, two a processor, 192 KB on their way. Device memory: A of each item once.
-// Bound by memory: qkv at D = 64, K = 4,096: 25 MB, 8.1 us at 3.1 TB/s, of which two thirds may arrive while the kernel ahead runs; behind
-// its end x (0.7 us), 16 steps (0.6 us), the sum and v (0.5 us).
+// Shared memory: 17 KB a stage and 10 KB of sums: 214 KB, a block a processor, 192 KB on their way. Device memory: A of each item once.
+// Bound by memory: qkv at D = 64, K = 4,096: 25 MB, 8.1 us at 3.1 TB/s, most of which may arrive while the kernel ahead runs; behind
+// its end x (0.7 us), 16 steps (0.6 us), the sum and v (0.5 us). Two blocks of half the ring a processor take as long or longer.
 //
 // Blocks without tasks leave at once and the next kernel may start when all others have: a GEMM then fills its ring beside them. So a kernel
 // that follows must read nothing before its wait but what no kernel of the step writes.
 #include "lora_stream.h"
 
 #include "device.cuh"
-#include "gemm_plan.h"
 #include "gemm_tma.cuh"
 #include "launch.cuh"
 
@@ -27,10 +25,14 @@ namespace openlora {
 namespace {
 
 constexpr int kStreamWarps = 8;
+constexpr int kStreamColumns = 512;  // inputs of a stage: 16 ranks, one behind the other
+// With 64 bytes between ranks 8 lanes that read 16 bytes each of two of them meet no bank twice.
+constexpr int kStreamPitch = kStreamColumns * 2 + 64;
+constexpr int kStageBytes = 16 * kStreamPitch;
 constexpr int kStreamRing = 12;
 constexpr int kStreamBarriers = 32;  // at least the ring and a task's stages: a barrier's last stage has then been left by all
 constexpr int kStreamStep = 32;      // k of one load: 4 lanes of 8
-constexpr int kStreamFull = kGemmShrinkColumns / kStreamStep;  // steps of a stage
+constexpr int kStreamFull = kStreamColumns / kStreamStep;  // steps of a stage
 constexpr int kStreamDepth = kStreamFull;                      // loads of x in flight
 constexpr int kSumPitch = 20;        // of 16 ranks: the fragments' stores meet no bank twice
 
@@ -43,7 +45,7 @@ struct StreamParams {
   LoraWork work;  // v_planes: ranges of k
 };
 
-constexpr int kStreamSharedBytes = kStreamRing * kGemmShrinkStageBytes + kStreamWarps * 16 * kSumPitch * 4 + kStreamBarriers * 8;
+constexpr int kStreamSharedBytes = kStreamRing * kStageBytes + kStreamWarps * 16 * kSumPitch * 4 + kStreamBarriers * 8;
 
 struct StreamTasks {
   const int4* items;
@@ -89,7 +91,7 @@ __device__ __forceinline__ StreamTask read_stream_task(const StreamParams& p, co
   found.ranks = left <= 0 ? 0 : left >= kPageRank ? kPageRank : left;
   found.scale = __ldg(work.scales + static_cast<int64_t>(span.module) * work.slots + entry.slot) * entry.weight;
   found.a = static_cast<const __nv_bfloat16*>(work.pages) + entry.page * work.page_elements + span.a_offset +
-            static_cast<int64_t>(found.plane) * p.chunks * kGemmShrinkColumns;
+            static_cast<int64_t>(found.plane) * p.chunks * kStreamColumns;
   return found;
 }
 
@@ -109,10 +111,10 @@ struct StreamSource {
 
 // First of the inputs of a stage, and how many: none where k has ended.
 __device__ __forceinline__ int stream_column(const StreamParams& p, int plane, int chunk) {
-  return (plane * p.chunks + chunk) * kGemmShrinkColumns;
+  return (plane * p.chunks + chunk) * kStreamColumns;
 }
 __device__ __forceinline__ int stream_columns(const StreamParams& p, int column) {
-  return max(0, min(kGemmShrinkColumns, p.inputs - column));
+  return max(0, min(kStreamColumns, p.inputs - column));
 }
 
 // One warp: asks for stage `number` of the block.
@@ -123,11 +125,11 @@ __device__ __forceinline__ void load_stage(const StreamParams& p, const StreamTa
   const int from = j % kWarp, ranks = from_lane(source.ranks, from), plane = from_lane(source.plane, from);
   const auto* a = reinterpret_cast<const __nv_bfloat16*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(source.a), from));
   const int bytes = stream_columns(p, stream_column(p, plane, chunk)) * 2;
-  const uint32_t barrier = barriers + number % kStreamBarriers * 8, stage = buffers + number % kStreamRing * kGemmShrinkStageBytes;
+  const uint32_t barrier = barriers + number % kStreamBarriers * 8, stage = buffers + number % kStreamRing * kStageBytes;
   if (lane == 0) barrier_expect(barrier, ranks * bytes);
   __syncwarp();
   if (lane < ranks && bytes > 0) {
-    bulk_load(stage + lane * kGemmShrinkPitch, a + static_cast<int64_t>(lane) * p.inputs + chunk * kGemmShrinkColumns, bytes, barrier, policy);
+    bulk_load(stage + lane * kStreamPitch, a + static_cast<int64_t>(lane) * p.inputs + chunk * kStreamColumns, bytes, barrier, policy);
   }
 }
 
@@ -162,7 +164,7 @@ template <int kTiles, bool kFull>
 __device__ __forceinline__ void multiply_stage(StreamRows& x, const char* stage, int steps, float (&acc)[2][4]) {
   constexpr int kDepth = kStreamDepth / kTiles;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const char* from = stage + lane / 4 * kGemmShrinkPitch + lane % 4 * 16;
+  const char* from = stage + lane / 4 * kStreamPitch + lane % 4 * 16;
   if constexpr (kFull) steps = kStreamFull;
 #pragma unroll
   for (int first = 0; first < kStreamFull; first += kDepth) {
@@ -170,7 +172,7 @@ __device__ __forceinline__ void multiply_stage(StreamRows& x, const char* stage,
     for (int u = 0; u < kDepth; ++u) {
       if (!kFull && first + u >= steps) return;
       const char* at = from + (first + u) * kStreamStep * 2;
-      const uint4 low = *reinterpret_cast<const uint4*>(at), high = *reinterpret_cast<const uint4*>(at + 8 * kGemmShrinkPitch);
+      const uint4 low = *reinterpret_cast<const uint4*>(at), high = *reinterpret_cast<const uint4*>(at + 8 * kStreamPitch);
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         const uint4& row = x.step[u * kTiles + n];
@@ -199,7 +201,7 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) shrink_stream_kernel(c
   const int count = tasks.count(), stages = count * p.chunks;
   if (count == 0 && blockIdx.x > 0) return;  // the first block waits for the kernels ahead, so that who waits for this one does
   const int warp = warp_index(), lane = static_cast<int>(threadIdx.x) % kWarp;
-  float* sums = reinterpret_cast<float*>(shared + kStreamRing * kGemmShrinkStageBytes);
+  float* sums = reinterpret_cast<float*>(shared + kStreamRing * kStageBytes);
   const uint32_t buffers = shared_address(shared), barriers = shared_address(sums + kStreamWarps * 16 * kSumPitch);
   if (threadIdx.x < kStreamBarriers) barrier_init(barriers + static_cast<int>(threadIdx.x) * 8, 1);
   if (warp == 0) barrier_init_fence();
@@ -233,7 +235,7 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) shrink_stream_kernel(c
     float acc[2][4] = {};
     if (warp < p.chunks) {
       barrier_wait(barriers + number % kStreamBarriers * 8, number / kStreamBarriers & 1);
-      multiply_stage(x, shared + number % kStreamRing * kGemmShrinkStageBytes, rows, steps, acc);
+      multiply_stage(x, shared + number % kStreamRing * kStageBytes, rows, steps, acc);
       __syncwarp();
       if (number + kStreamRing < stages) load_stage(p, tasks, source, number + kStreamRing, count, buffers, barriers, policy);
     }
@@ -268,14 +270,14 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) shrink_stream_kernel(c
 
 // Ranges of k of at most kStreamWarps stages.
 int stream_ranges(int64_t inputs) {
-  const int64_t most = int64_t{kStreamWarps} * kGemmShrinkColumns;
+  const int64_t most = int64_t{kStreamWarps} * kStreamColumns;
   return static_cast<int>((inputs + most - 1) / most);
 }
 
 }  // namespace
 
 int lora_stream_planes(int64_t inputs) {
-  const int64_t most = int64_t{kMaxRankPlanes} * kStreamWarps * kGemmShrinkColumns;
+  const int64_t most = int64_t{kMaxRankPlanes} * kStreamWarps * kStreamColumns;
   return inputs >= kStreamStep && inputs % kStreamStep == 0 && inputs <= most ? stream_ranges(inputs) : 0;
 }
 
@@ -285,7 +287,7 @@ bool can_stream_lora(const LoraShrinkArgs& args) {
 }
 
 cudaError_t launch_lora_stream(const LoraShrinkArgs& args, cudaStream_t stream) {
-  const int ranges = args.work.v_planes, stages = (args.inputs + kGemmShrinkColumns - 1) / kGemmShrinkColumns;
+  const int ranges = args.work.v_planes, stages = (args.inputs + kStreamColumns - 1) / kStreamColumns;
   const StreamParams p{args.x, args.x_stride, args.inputs, (stages + ranges - 1) / ranges, args.follow == Follow::kWaitLast, args.work};
   const Shape shape{processor_count(), kStreamWarps * kWarp, kStreamSharedBytes};
   return launch(shrink_stream_kernel, shape, args.follow, stream, p);

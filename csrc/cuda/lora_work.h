@@ -57,10 +57,11 @@ struct LoraWork {
 // How a kernel follows the one before it in its stream.
 enum class Follow : int {
   kPlain = 0,  // after its end
-  // Programmatic dependent launch: starts early, prefetches what no kernel writes, waits before it reads or writes the rest.
+  // Programmatic dependent launch: starts early, prefetches what no kernel writes, waits before it reads or writes the rest. What
+  // follows a shrink that streams may begin with it, and must read nothing that a kernel of the step writes before its own wait.
   kWaitFirst = 1,
-  // Shrink only, behind a GEMM that reads the same x and lets its dependents start only after its own wait: the shrink runs
-  // beside the GEMM and waits for its end last, so that whoever waits for the shrink has both.
+  // Shrink only, behind a GEMM that reads the same x and lets its dependents start only after its own wait: the shrink runs on the
+  // processors that the GEMM leaves, then behind it, and waits for its end last, so that whoever waits for the shrink has both.
   kWaitLast = 2,
 };
 

@@ -93,8 +93,6 @@ class CudaOps:
         self._embed_rms_norm = ops.embed_rms_norm.default
         self._skinny_gemm = ops.skinny_gemm.default
         self._skinny_gemm_silu_mul = ops.skinny_gemm_silu_mul.default
-        self._skinny_gemm_shrink = ops.skinny_gemm_shrink.default
-        self._shrink_chunks = ops.skinny_gemm_shrink_chunks.default
         self._skinny_gemm_planes = ops.skinny_gemm_planes.default
         self._is_skinny_gemm_faster = ops.is_skinny_gemm_faster.default
         self._pages = None if pool is None else pool.pages
@@ -210,29 +208,6 @@ class CudaOps:
     def skinny_gemm_silu_mul(self, x: Tensor, weight: Tensor, out: Tensor, follow: Follow = Follow.WAIT_FIRST) -> None:
         """out [T, N / 2] bfloat16 = silu(gate) * up of x [T, K] and weight [N, K], gate first; S must be 1. Hopper only."""
         self._skinny_gemm_silu_mul(x, weight, follow != Follow.PLAIN, out)
-
-    def skinny_gemm_shrink(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        tiles: DeviceTiles,
-        spans: tuple[int, ...],
-        v: Tensor,
-        y: Tensor,
-        follow: Follow = Follow.WAIT_FIRST,
-    ) -> None:
-        """`skinny_gemm` and the shrink of the same x in one launch, whose v has other bits than `lora_shrink`'s.
-
-        Args:
-            tiles: Of at most 16 rows.
-            v: [C, V, G, 16] float32, written; C is `shrink_chunks`. y: as for `skinny_gemm`.
-        """
-        adapters = self._pages, tiles.block, self._ranks, self._scales, spans, tiles.tile_rows
-        self._skinny_gemm_shrink(x, weight, follow != Follow.PLAIN, *adapters, v, y)
-
-    def shrink_chunks(self, inputs: int) -> int:
-        """C, 1 to 8: ranges of the inputs whose sums `skinny_gemm_shrink` keeps apart; 0 for rows too long for it."""
-        return int(self._shrink_chunks(inputs))
 
     def _lora(self, product: Product) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, tuple[int, ...], int]:
         tiles = product.tiles

@@ -62,7 +62,6 @@ CUDA_OPS = (
     "embed_rms_norm",
     "skinny_gemm",
     "skinny_gemm_silu_mul",
-    "skinny_gemm_shrink",
     "attention_decode",
 )
 
