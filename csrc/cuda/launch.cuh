@@ -29,8 +29,11 @@ struct Shape {
 
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), const Shape& shape, Follow follow, cudaStream_t stream, Args&&... args) {
-  if (shape.shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
+  if (shape.shared_bytes > 0) {
+    cudaFuncAttributes found;  // what the kernel declares counts too: 48 KB of both together need no permission
+    cudaError_t error = cudaFuncGetAttributes(&found, kernel);
+    if (error == cudaSuccess && found.sharedSizeBytes + shape.shared_bytes > 48 * 1024)
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config = {};
