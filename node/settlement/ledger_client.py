@@ -14,11 +14,11 @@ from typing import Any
 
 import msgspec
 
+from node.child_messages import next_message
 from node.child_process import ChildProcess
 from node.errors import LedgerError, NodeError, OverloadedError, error_from_json
 from node.settlement.admission import Admission, Outcome
 from node.settlement.ledger_messages import (
-    LENGTH_BYTES,
     MAX_MESSAGE_BYTES,
     AdmitCall,
     Call,
@@ -226,11 +226,10 @@ class LedgerClient:
 
     async def _next(self, process: ChildProcess) -> Event | None:
         """The child's next message; None where its output ended, or is no message."""
-        output = process.output
+        content = await next_message(process.output, MAX_MESSAGE_BYTES)
         try:
-            length = int.from_bytes(await output.readexactly(LENGTH_BYTES), "little")
-            return None if length > MAX_MESSAGE_BYTES else self._decoder.decode(await output.readexactly(length))
-        except (asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError):
+            return None if content is None else self._decoder.decode(content)
+        except msgspec.MsgspecError:
             return None
 
     async def _discard(self) -> None:

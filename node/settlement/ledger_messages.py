@@ -6,16 +6,16 @@ JSON and not msgpack, because amounts of 256 bits are integers here. Down: one `
 
 from __future__ import annotations
 
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 
+from node.child_messages import framed
 from node.settlement.admission import Admission, Outcome
 from node.settlement.ledger_state import PayerState
 from node.settlement.ledger_store import WriterOptions
 from node.settlement.ledger_writer import SignedReceipt
 
-LENGTH_BYTES = 4
 MAX_MESSAGE_BYTES = 1 << 30
 
 
@@ -93,13 +93,4 @@ Event = Opened | Refused | Settled
 
 def packed(message: msgspec.Struct) -> bytes:
     """A message as it goes through a pipe."""
-    content = msgspec.json.encode(message)
-    return len(content).to_bytes(LENGTH_BYTES, "little") + content
-
-
-def read_from(pipe: IO[bytes]) -> bytes | None:
-    """The next message's bytes; None where the pipe ended, however much of one had come."""
-    head = pipe.read(LENGTH_BYTES)
-    length = int.from_bytes(head, "little")
-    content = pipe.read(length) if len(head) == LENGTH_BYTES and length <= MAX_MESSAGE_BYTES else b""
-    return content if content and len(content) == length else None
+    return framed(msgspec.json.encode(message))

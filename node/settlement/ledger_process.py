@@ -10,17 +10,18 @@ import gc
 import logging
 import os
 import sys
-import threading
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 
+from node.child_messages import Outlet, read_message
 from node.errors import LedgerError, NodeError
 from node.settlement.admission import open_request
 from node.settlement.keys import KeyDirectory
 from node.settlement.ledger_messages import (
+    MAX_MESSAGE_BYTES,
     Answer,
     Call,
     CloseCall,
@@ -31,7 +32,6 @@ from node.settlement.ledger_messages import (
     Settled,
     Work,
     packed,
-    read_from,
 )
 from node.settlement.ledger_state import PayerState
 from node.settlement.ledger_store import LedgerStore
@@ -41,28 +41,10 @@ EXIT_REFUSED = 3
 LOCK_PATIENCE_S = 2.0  # with the ledger process of a node that was killed: it commits what it was told, and ends
 
 
-class Outlet:
-    """The way up. Any thread may send."""
-
-    def __init__(self, pipe: IO[bytes]) -> None:
-        self._pipe = pipe
-        self._lock = threading.Lock()
-
-    def send(self, event: Event) -> None:
-        """Send one message, whole. A parent that is gone hears nothing, and its end of the input stops this process."""
-        content = packed(event)
-        with self._lock:
-            try:
-                self._pipe.write(content)
-                self._pipe.flush()
-            except BrokenPipeError:
-                return
-
-
 class LedgerDesk:
     """Hands calls to the writer, and sends up what became of each group of them."""
 
-    def __init__(self, config: LedgerConfig, outlet: Outlet) -> None:
+    def __init__(self, config: LedgerConfig, outlet: Outlet[Event]) -> None:
         self._outlet = outlet
         self._answers: list[Answer] = []  # of the group under way; like the next two, of the writer's thread
         self._touched: set[str] = set()  # payers of that group
@@ -120,9 +102,8 @@ class LedgerDesk:
 def main() -> int:
     """Serve until the input ends; returns the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    outlet = Outlet(os.fdopen(os.dup(1), "wb"))
-    os.dup2(2, 1)  # a library that prints must not speak in our name
-    content = read_from(sys.stdin.buffer)
+    outlet: Outlet[Event] = Outlet.of_stdout(packed)
+    content = read_message(sys.stdin.buffer, MAX_MESSAGE_BYTES)
     if content is None:
         return EXIT_REFUSED
     try:
@@ -133,7 +114,7 @@ def main() -> int:
     gc.collect()
     gc.freeze()
     decoder = msgspec.json.Decoder(Work)
-    while (content := read_from(sys.stdin.buffer)) is not None:
+    while (content := read_message(sys.stdin.buffer, MAX_MESSAGE_BYTES)) is not None:
         for call in decoder.decode(content).calls:
             desk.take(call)
     desk.close()

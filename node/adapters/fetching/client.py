@@ -17,7 +17,6 @@ import msgspec
 
 from node.adapters.fetching.door import FetchedAdapter
 from node.adapters.fetching.messages import (
-    LENGTH_BYTES,
     MAX_MESSAGE_BYTES,
     Answer,
     Downloads,
@@ -36,6 +35,7 @@ from node.adapters.fetching.messages import (
 )
 from node.adapters.staging import Progress
 from node.adapters.verify import VerifiedAdapter
+from node.child_messages import next_message
 from node.child_process import ChildProcess
 from node.config import Settings
 from node.errors import AdapterUnavailableError, ConfigError, NodeError, error_from_json
@@ -196,10 +196,10 @@ class FetchClient:
 
     async def _next(self, output: asyncio.StreamReader) -> Event | None:
         """The child's next message; None where its output ended, or is no message."""
+        content = await next_message(output, MAX_MESSAGE_BYTES)
         try:
-            length = int.from_bytes(await output.readexactly(LENGTH_BYTES), "little")
-            return None if length > MAX_MESSAGE_BYTES else self._decoder.decode(await output.readexactly(length))
-        except (asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError):
+            return None if content is None else self._decoder.decode(content)
+        except msgspec.MsgspecError:
             return None
 
     def _end_jobs(self) -> None:

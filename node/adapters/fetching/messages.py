@@ -7,16 +7,16 @@ job, in the order in which they end. The end of the input is the order to stop.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 
 from node.adapters.fetching.door import FetchedAdapter
 from node.adapters.staging import Progress
 from node.adapters.verify import VerifiedAdapter
+from node.child_messages import framed
 from node.request import LinearShape
 
-LENGTH_BYTES = 4
 MAX_MESSAGE_BYTES = 16 << 20  # a manifest has at most 1 MiB
 
 
@@ -105,16 +105,7 @@ Event = Started | StartFailed | Fetched | Verified | Downloads | Failed
 
 def packed(message: msgspec.Struct) -> bytes:
     """A message as it goes through a pipe."""
-    content = msgspec.msgpack.encode(message, enc_hook=_encode)
-    return len(content).to_bytes(LENGTH_BYTES, "little") + content
-
-
-def read_from(pipe: IO[bytes]) -> bytes | None:
-    """The next message's bytes; None where the pipe ended, however much of one had come."""
-    head = pipe.read(LENGTH_BYTES)
-    length = int.from_bytes(head, "little")
-    content = pipe.read(length) if len(head) == LENGTH_BYTES and length <= MAX_MESSAGE_BYTES else b""
-    return content if content and len(content) == length else None
+    return framed(msgspec.msgpack.encode(message, enc_hook=_encode))
 
 
 def job_decoder() -> msgspec.msgpack.Decoder[Job]:

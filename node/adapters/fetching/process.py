@@ -9,14 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import IO
 
 import msgspec
 
 from node.adapters.fetching.messages import (
+    MAX_MESSAGE_BYTES,
     Answer,
     Downloads,
     Event,
@@ -32,9 +31,9 @@ from node.adapters.fetching.messages import (
     Verify,
     job_decoder,
     packed,
-    read_from,
 )
 from node.adapters.fetching.work import FetchWork
+from node.child_messages import Outlet, read_message
 from node.config import AdapterSettings, Settings
 from node.errors import NodeError
 
@@ -46,28 +45,10 @@ EXIT_START_FAILED = 3
 logger = logging.getLogger(__name__)
 
 
-class Answers:
-    """The way up. Any thread may send."""
-
-    def __init__(self, pipe: IO[bytes]) -> None:
-        self._pipe = pipe
-        self._lock = threading.Lock()
-
-    def send(self, event: Event) -> None:
-        """Send one message, whole. A parent that is gone hears nothing, and its end of the input stops this process."""
-        content = packed(event)
-        with self._lock:
-            try:
-                self._pipe.write(content)
-                self._pipe.flush()
-            except BrokenPipeError:
-                return
-
-
 class JobDesk:
     """Gives each job a thread and sends its answer."""
 
-    def __init__(self, work: FetchWork, answers: Answers, fetch_workers: int) -> None:
+    def __init__(self, work: FetchWork, answers: Outlet[Event], fetch_workers: int) -> None:
         self._work = work
         self._answers = answers
         self._fetching = ThreadPoolExecutor(fetch_workers, thread_name_prefix="fetch")
@@ -115,9 +96,8 @@ def main() -> int:
     """Serve until the input ends; returns the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its warnings quote addresses, which may be signed
-    answers = Answers(os.fdopen(os.dup(1), "wb"))
-    os.dup2(2, 1)  # a library that prints must not speak in our name
-    content = read_from(sys.stdin.buffer)
+    answers: Outlet[Event] = Outlet.of_stdout(packed)
+    content = read_message(sys.stdin.buffer, MAX_MESSAGE_BYTES)
     if content is None:
         return EXIT_START_FAILED
     os.nice(NICENESS)
@@ -129,14 +109,14 @@ def main() -> int:
         return EXIT_START_FAILED
     answers.send(Started())
     decoder = job_decoder()
-    while (content := read_from(sys.stdin.buffer)) is not None:
+    while (content := read_message(sys.stdin.buffer, MAX_MESSAGE_BYTES)) is not None:
         desk.take(decoder.decode(content))
     desk.close()
     sys.stderr.flush()
     os._exit(0)  # without waiting for a source that is slow to answer
 
 
-def _open_desk(config: FetchConfig, answers: Answers) -> JobDesk:
+def _open_desk(config: FetchConfig, answers: Outlet[Event]) -> JobDesk:
     adapters = AdapterSettings.model_validate(config.adapters)
     settings = Settings(data_dir=Path(config.data_dir)).model_copy(
         update={"data_dir": Path(config.data_dir), "adapters": adapters}
