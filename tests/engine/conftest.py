@@ -185,7 +185,7 @@ def make_driver(world, tmp_path):
             watch_logits=watch,
         )
         engines.append(engine)
-        return Driver(engine, world, bell)
+        return Driver(engine, world if model is None else World(Path(model), {}), bell)  # the adapters are of the world's model
 
     yield make
     for engine in engines:
