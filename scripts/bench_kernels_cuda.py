@@ -157,7 +157,14 @@ class Layer:
             sets = max(1, min(8, len(ranks) // max(len(set(slots)), 1)))
             for turn in range(sets):
                 moved = [(slot + turn * draw.adapters) % len(ranks) for slot in slots]
-                block = build_tiles([((slot, 1.0),) for slot in moved], [1] * rows, table, tile_rows)
+                block = build_tiles(
+                    [((slot, 1.0),) for slot in moved],
+                    [1] * rows,
+                    table,
+                    tile_rows,
+                    processors=torch.cuda.get_device_properties("cuda").multi_processor_count,
+                    slot_ranks=np.array(ranks, np.int32),
+                )
                 self.tiles.append(DeviceTiles(torch.from_numpy(block.data).cuda(), tile_rows))
                 pairs = max(pairs, block.pair_count)
                 self._is_behind = self._is_behind and not has_many_pages(rows, block.item_count)

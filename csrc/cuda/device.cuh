@@ -108,8 +108,13 @@ __device__ __forceinline__ TileTable read_tile_table(const int32_t* block) {
 struct Entry {
   int page;
   int slot;
-  int ordinal;
+  int packed;  // ordinal | uniform << 16
   float weight;
+
+  // The page is the slot's so many-th.
+  __device__ __forceinline__ int ordinal() const { return packed & 0xffff; }
+  // Ranks of every module in the page; 0: they differ.
+  __device__ __forceinline__ int uniform() const { return packed >> 16; }
 };
 
 __device__ __forceinline__ Entry as_entry(int4 raw) { return {raw.x, raw.y, raw.z, __int_as_float(raw.w)}; }
@@ -123,16 +128,100 @@ struct Tile {
   Entry entry;  // the first one
 };
 
+__device__ __forceinline__ Tile as_tile(int4 raw, int4 entry) { return {raw.x, raw.y & 0xffff, raw.y >> 16, raw.z, raw.w, as_entry(entry)}; }
+
 __device__ __forceinline__ Tile read_tile(const TileTable& table, int index) {
-  const int4 raw = __ldg(table.tiles + 2 * index), entry = __ldg(table.tiles + 2 * index + 1);
+  return as_tile(__ldg(table.tiles + 2 * index), __ldg(table.tiles + 2 * index + 1));
+}
+
+// ---- The deal: what the host gave each block. One line (two) of loads that wait for nothing.
+
+// A run of a block's (tile, group): from (begin_tile, begin_group) to before (end_tile, end_group), group by group within a tile, all
+// groups of a tile within [0, groups). Empty where both are the same.
+struct StreamShare {
+  int begin_tile, begin_group;
+  int end_tile, end_group;
+  int dealt;  // the tile that records[0] is; begin_tile or the one before it
+  int first_pair;  // of `dealt`
+  int pairs;  // from there to the end of the last tile of the run, at least
+  Tile records[kStreamDealTiles];  // of tiles dealt, dealt + 1, dealt + 2; no rows where the run does not go so far
+
+  __device__ __forceinline__ int units(int groups) const { return (end_tile - begin_tile) * groups + end_group - begin_group; }
+  // The record of a tile of the run, out of the share where that has it.
+  __device__ __forceinline__ Tile tile(const TileTable& table, int index) const {
+    const int at = index - dealt;
+    if (at == 0) return records[0];
+    if (at == 1) return records[1];
+    if (at == 2) return records[2];
+    return read_tile(table, index);
+  }
+};
+
+// The first group of a tile that begins at or behind `place` of its weight. lora_deal.py keeps weight * groups below 2^31 for up to
+// 86,000 groups.
+__device__ __forceinline__ int group_of(int place, int weight, int groups) {
+  const auto units = static_cast<uint32_t>(max(weight, 1));
+  return static_cast<int>((static_cast<uint32_t>(place) * static_cast<uint32_t>(groups) + units - 1) / units);
+}
+
+// Block `b` of P blocks; every one of P must be there. groups: units that the kernel cuts a tile's columns into.
+__device__ __forceinline__ StreamShare read_stream_share(const int32_t* block, int b, int groups) {
+  const int4* const line = reinterpret_cast<const int4*>(block + kTileHeader + b * kStreamDealInts);
+  const int4 first = __ldg(line), second = __ldg(line + 1);
+  StreamShare share;
+#pragma unroll
+  for (int i = 0; i < kStreamDealTiles; ++i) share.records[i] = as_tile(__ldg(line + 2 + 2 * i), __ldg(line + 3 + 2 * i));
+  share.dealt = first.x, share.first_pair = second.z, share.pairs = second.w;
+  share.begin_tile = first.x, share.begin_group = group_of(first.y, first.z, groups);
+  share.end_tile = first.w, share.end_group = group_of(second.x, second.y, groups);
+  if (share.begin_group == groups) ++share.begin_tile, share.begin_group = 0;
+  if (share.end_group == groups) ++share.end_tile, share.end_group = 0;
+  return share;
+}
+
+// A block's units of the norm, neighbours. rows[i]: of x and y, of the first unit, -1 where it has fewer.
+struct NormShare {
+  int index;  // of the tile of the first unit
+  int first;  // place in that tile
+  int size;   // rows of a unit, 1 to 3; a tile's last one may have fewer
+  int units;  // 0: nothing, and nothing else here is anything
+  Tile tile;
+  int rows[3];
+};
+
+__device__ __forceinline__ NormShare read_norm_share(const int32_t* block, int processors, int b) {
+  const int4* const line = reinterpret_cast<const int4*>(block + kTileHeader + processors * kStreamDealInts + b * kNormDealInts);
+  const int4 units = __ldg(line), rows = __ldg(line + 3);
+  return {units.x, units.y, units.z, units.w, as_tile(__ldg(line + 1), __ldg(line + 2)), {rows.x, rows.y, rows.z}};
+}
+
+// Items stand behind the deals: two int4 each, of the number that is the block's second int.
+__device__ __forceinline__ const int4* dealt_items(const int32_t* block, int processors) {
+  return reinterpret_cast<const int4*>(block + kTileHeader + processors * (kStreamDealInts + kNormDealInts));
+}
+
+// What a shrink computes: an entry for the rows of its tile.
+struct DealtItem {
+  int place;  // first index into TileTable::rows
+  int rows;
+  int entries;  // of the tile
+  int first_pair;
+  int index;  // of the entry in its tile
+  Entry entry;
+};
+
+__device__ __forceinline__ DealtItem read_item(const int32_t* block, int processors, int index) {
+  const int4* const items = dealt_items(block, processors) + 2 * index;
+  const int4 raw = __ldg(items), entry = __ldg(items + 1);
   return {raw.x, raw.y & 0xffff, raw.y >> 16, raw.z, raw.w, as_entry(entry)};
 }
 
 // Ranks of module `module` from an entry's page on: none where it is 0 or less, all 16 of the page where it is 16 or more. It is
 // not clamped, and must not be before it is compared with 16: ptxas 13.0 turns min(max(left, 0), 16) == 16 into VIMNMX with a
-// predicate that says the opposite (found as NaN from ranks that no page holds).
+// predicate that says the opposite (found as NaN from ranks that no page holds). Where the entry says it, nothing is loaded.
 __device__ __forceinline__ int ranks_left(const LoraWork& work, int module, const Entry& entry) {
-  return __ldg(work.ranks + static_cast<int64_t>(module) * work.slots + entry.slot) - entry.ordinal * kPageRank;
+  if (entry.uniform() != 0) return entry.uniform();
+  return __ldg(work.ranks + static_cast<int64_t>(module) * work.slots + entry.slot) - entry.ordinal() * kPageRank;
 }
 
 }  // namespace openlora

@@ -14,6 +14,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from node.adapters.arrivals import Arrivals
 from node.adapters.charges import Charges
 from node.adapters.copies import Copies
@@ -23,6 +26,7 @@ from node.adapters.loader import AdapterLoader, AdapterPlan, Filled
 from node.adapters.page_filler import Page
 from node.adapters.page_store import DevicePages, HostPages
 from node.adapters.residency import LOADING, READY, Residency
+from node.adapters.slot_ranks import SlotRanks
 from node.adapters.tier import Place, Tier
 from node.adapters.wishes import Wishes
 from node.kernels.layout import PageLayout
@@ -59,6 +63,7 @@ class AdapterPool:
         self._page_bytes = layout.page_elements * pages.dtype.itemsize
         self._tier = Tier(int(pages.shape[0]) - store.first_page, int(ranks.shape[1]), store.first_page)
         self._resident: dict[str, FilePlan] = {}  # of the tier: those a batch may name
+        self._slot_ranks = SlotRanks(layout, self._tier.slot_count)
         self._copies = Copies(clock)  # of those: on their way
         self._marks: dict[str, int] = {}  # of those: after their last step
         self._arrivals = Arrivals(loader, clock)
@@ -124,6 +129,11 @@ class AdapterPool:
         if adapter_id not in self._resident:
             raise KeyError(adapter_id)
         return self._tier[adapter_id].slot
+
+    @property
+    def layer_ranks(self) -> npt.NDArray[np.int32]:
+        """[S] int32: a slot's ranks where all modules of all layers have the same, else 0."""
+        return self._slot_ranks.values
 
     def adapts(self, adapter_id: str, module: int) -> bool:
         """Whether a resident adapter changes a linear module, by its row in `LoraPool.ranks`: the host's side of that table."""
@@ -286,6 +296,7 @@ class AdapterPool:
         place = self._tier.drop(adapter_id, self._marks.pop(adapter_id, 0))
         self._resident.pop(adapter_id, None)
         self._store.hide(place.slot)
+        self._slot_ranks.clear(place.slot)
         self.evictions_total += 1
         if self._arena is not None:
             self._arena.touch(adapter_id)
@@ -299,6 +310,7 @@ class AdapterPool:
         byte_count = len(sources) * staged.file.extent * self._page_bytes // self._layout.page_elements
         self._copies.add(adapter_id, self._device.send(place, sources, staged.file, staged.side), byte_count)
         self._resident[adapter_id] = staged.file
+        self._slot_ranks.set(place.slot, staged.file)
         self.loads_total += 1
         self.sent_bytes_total += byte_count
 
@@ -318,6 +330,7 @@ class AdapterPool:
             self._arena.stage(adapter_id, Staged(file, filled.side))
             return
         self._in_place.show(self._tier[adapter_id], file, filled.side)
+        self._slot_ranks.set(self._tier[adapter_id].slot, file)
         self._tier.unpin(adapter_id)
         self._resident[adapter_id] = file
         self.loads_total += 1

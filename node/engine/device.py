@@ -143,7 +143,14 @@ def open_runner(
     if has_graphs:
         kernels.attach(adapters.tensors)  # type: ignore[attr-defined]
     head = loaded.layout.spans["lm_head"].index
-    limits = DeviceSizes(sizes.max_sequences, sizes.max_batch_tokens, max_model_len, loaded.spec.vocab_size, head_module=head)
+    limits = DeviceSizes(
+        sizes.max_sequences,
+        sizes.max_batch_tokens,
+        max_model_len,
+        loaded.spec.vocab_size,
+        head_module=head,
+        processors=torch.cuda.get_device_properties(kernels.device).multi_processor_count,
+    )
     runner = DeviceRunner(loaded.model, kernels, kv, adapters, grammars, limits, has_graphs=has_graphs, watch_logits=watch_logits)
     if has_graphs:
         runner.warm_up()

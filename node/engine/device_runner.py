@@ -57,7 +57,7 @@ class DeviceRunner:
         self._model = model
         self._kernels = kernels
         self._kv = kv
-        self._adapters = StepAdapters(adapters, sizes.head_module)
+        self._adapters = StepAdapters(adapters, sizes.head_module, sizes.processors)
         self._masks = masks
         self._sizes = sizes
         self._watch_logits = watch_logits

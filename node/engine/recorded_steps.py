@@ -18,12 +18,12 @@ from node.engine.step_adapters import Members, StepAdapters, adapted_of, most_ti
 from node.engine.step_block import BlockLayout, StepBlock
 from node.engine.step_plan import Work
 from node.kernels.device_rows import SHORT_ROWS
+from node.kernels.lora_tiles import empty_tiles
 from node.kernels.ops import Kernels
 from node.models.inputs import CausalLM, KVCache, StepInputs
 
 GRAPH_ENTRIES = 16  # pages of one row's recipe that a graph has room for; a batch with more is launched without one
 EAGER_ENTRIES = 64
-WARM_TILE_INTS = 16  # a header that counts no tiles
 
 
 class RecordedSteps:
@@ -63,6 +63,7 @@ class RecordedSteps:
         self._layouts = {bucket: BlockLayout.of(bucket, bucket, 0, self.width) for bucket in buckets}
         self._row_layouts = {rows: BlockLayout.of(rows, buckets[-1], buckets[-1], self.width) for rows in row_buckets}
         self.block = StepBlock(buckets[-1], self._capacity(), kernels.device)
+        self._no_tiles = empty_tiles(sizes.processors)
         self._members: Members | None = None  # of the decode batch whose tiles are on the device
 
     def _capacity(self) -> int:
@@ -89,12 +90,14 @@ class RecordedSteps:
             self._record(layout, rows, is_decode=False)
 
     def _blank(self, layout: BlockLayout) -> Any:
-        host = self.block.begin(layout.tiles + WARM_TILE_INTS)
-        host[: layout.tiles + WARM_TILE_INTS] = 0
+        end = layout.tiles + len(self._no_tiles)
+        host = self.block.begin(end)
+        host[: layout.tiles] = 0
+        host[layout.tiles : end] = self._no_tiles
         return host
 
     def _record(self, layout: BlockLayout, rows: int, *, is_decode: bool) -> None:
-        self.block.send(layout.tiles + WARM_TILE_INTS)
+        self.block.send(layout.tiles + len(self._no_tiles))
         kinds = (Adapted.NOTHING, Adapted.LAYERS, Adapted.MANY_LAYERS)
         for adapted in kinds if rows <= SHORT_ROWS else kinds[:2]:
             self.graphs.step(GraphKey(rows, adapted, is_decode))

@@ -55,6 +55,7 @@ class DeviceSizes:
 
     Attributes:
         head_module: The output projection's row in `LoraPool.ranks`.
+        processors: Of the GPU: as many blocks share a step's adapters.
     """
 
     max_sequences: int
@@ -62,6 +63,7 @@ class DeviceSizes:
     max_model_len: int
     vocab_size: int
     head_module: int
+    processors: int
 
 
 def step_sizes(settings: EngineSettings, adapters: AdapterSettings, device: DeviceKind) -> StepSizes:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
+
+import numpy as np
 
 from node.engine.device_batch import recipes_of
 from node.engine.graphs import Adapted
@@ -15,13 +17,18 @@ from node.engine.step_plan import Work
 from node.kernels.cuda_ops import DeviceTiles
 from node.kernels.device_rows import DeviceRows, has_many_pages
 from node.kernels.lora import LoraPool, LoraRows, lora_rows
-from node.kernels.lora_tiles import Recipe, TileBlock, block_ints, build_tiles
+from node.kernels.lora_tiles import Ints, Recipe, TileBlock, block_ints, build_tiles
 
 TILE_ROWS = 16
 
 
 class DeviceSlots(SlotTable, Protocol):
     """Where resident adapters are, and what the host knows of them."""
+
+    @property
+    def layer_ranks(self) -> Ints:
+        """[S] int32: a slot's ranks where all modules of all layers have the same, else 0."""
+        ...
 
     def adapts(self, adapter_id: str, module: int) -> bool: ...
 
@@ -40,11 +47,13 @@ class StepAdapters:
 
     Args:
         slots: adapter memory. head_module: the output projection's row in `LoraPool.ranks`.
+        processors: of the GPU.
     """
 
-    def __init__(self, slots: DeviceSlots, head_module: int) -> None:
+    def __init__(self, slots: DeviceSlots, head_module: int, processors: int) -> None:
         self._slots = slots
         self._head_module = head_module
+        self._processors = processors
 
     @property
     def tensors(self) -> LoraPool:
@@ -59,27 +68,31 @@ class StepAdapters:
         recipes = recipes_of(work, self.slot_of)
         if not any(recipes):
             return Members(key, None, Adapted.NOTHING)
-        tiles = build_tiles(recipes, [1] * len(work), self._slot_pages(), TILE_ROWS)
-        return Members(key, tiles, Adapted.LAYERS_AND_HEAD if self._has_head(work) else adapted_of(len(work), tiles))
+        has_head = self._has_head(work)
+        tiles = self._build(recipes, [1] * len(work), with_head=has_head)
+        return Members(key, tiles, Adapted.LAYERS_AND_HEAD if has_head else adapted_of(len(work), tiles))
 
     def row_tiles(self, work: Sequence[Work]) -> list[TileBlock]:
         """The tiles of a step's rows, and of its rows that want logits where an adapter changes the output projection."""
         recipes = recipes_of(work, self.slot_of)
         if not any(recipes):
             return []
-        blocks = [build_tiles(recipes, [item.count for item in work], self._slot_pages(), TILE_ROWS)]
+        blocks = [self._build(recipes, [item.count for item in work], with_head=False)]
         if self._has_head(work):
             counts = [item.count if item.wants_prompt_logprobs else int(item.draws_token) for item in work]
             heads: list[Recipe] = [recipe for recipe, count in zip(recipes, counts, strict=True) if count]
-            blocks.append(build_tiles(heads, [count for count in counts if count], self._slot_pages(), TILE_ROWS))
+            blocks.append(self._build(heads, [count for count in counts if count], with_head=True))
         return blocks
 
     def plain_rows(self, work: Sequence[Work]) -> LoraRows | None:
         """The same for kernels that take no tiles."""
         return lora_rows(recipes_of(work, self.slot_of), [item.count for item in work])
 
-    def _slot_pages(self) -> Any:
-        return self.tensors.slot_pages.numpy()
+    def _build(self, recipes: Sequence[Recipe], counts: Sequence[int], *, with_head: bool) -> TileBlock:
+        """with_head: the output projection reads them as well. It has its own ranks, mostly none."""
+        pages, ranks = self.tensors.slot_pages.numpy(), self._slots.layer_ranks
+        slot_ranks = np.zeros_like(ranks) if with_head else ranks
+        return build_tiles(recipes, counts, pages, TILE_ROWS, processors=self._processors, slot_ranks=slot_ranks)
 
     def _has_head(self, work: Sequence[Work]) -> bool:
         named = {term.adapter_id for item in work for term in item.sequence.terms}
@@ -93,7 +106,7 @@ def adapted_of(rows: int, tiles: TileBlock) -> Adapted:
 
 def most_tile_ints(sizes: DeviceSizes, sequences: int, entries: int) -> int:
     """int32 that the tiles of a step can need, whatever its size. entries: of one row's recipe."""
-    return block_ints(sizes.max_batch_tokens, sequences, entries, TILE_ROWS)
+    return block_ints(sizes.max_batch_tokens, sequences, entries, TILE_ROWS, sizes.processors)
 
 
 def sent_rows(block: StepBlock, layout: BlockLayout, tiles: list[TileBlock]) -> DeviceRows | None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from node.kernels.device_rows import DeviceRows
 from node.kernels.lora import LoraRows
+from node.kernels.lora_tiles import LINE_INTS
 from node.kernels.side import SideGroup
 from node.models.inputs import StepInputs
 
@@ -27,7 +28,7 @@ Ints = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class BlockLayout:
-    """Where each section of the run begins, in int32, every one at a multiple of 16 bytes.
+    """Where each section of the run begins, in int32, every one at a multiple of 16 bytes, the tiles at one of 128.
 
     Attributes:
         rows, sequences, logit_rows: T, Q and W. table_width: blocks of one sequence at most.
@@ -54,6 +55,7 @@ class BlockLayout:
     def of(cls, rows: int, sequences: int, logit_rows: int, table_width: int) -> BlockLayout:
         counts = (rows, rows, rows, rows, sequences + 1, sequences, logit_rows, sequences * table_width)
         starts = np.cumsum([0, *(_aligned(count) for count in counts)]).tolist()
+        starts[-1] = _aligned(starts[-1], LINE_INTS)
         return cls(rows, sequences, logit_rows, table_width, *starts)
 
 
@@ -71,7 +73,7 @@ class StepBlock:
 
     def __init__(self, drawn: int, capacity: int, device: torch.device) -> None:
         self._capacity = capacity
-        self._drawn = _aligned(drawn)
+        self._drawn = _aligned(drawn, LINE_INTS)
         is_gpu = device.type == "cuda"
         self._hosts = [torch.zeros(capacity, dtype=torch.int32, pin_memory=is_gpu) for _ in range(2)]
         self._memory = torch.zeros(self._drawn + capacity, dtype=torch.int32, device=device)
@@ -153,5 +155,5 @@ def upload(values: Sequence[int], device: torch.device) -> Tensor:
     return host.to(device, non_blocking=True)
 
 
-def _aligned(count: int) -> int:
-    return -(-count // 4) * 4
+def _aligned(count: int, multiple: int = 4) -> int:
+    return -(-count // multiple) * multiple

@@ -2,7 +2,7 @@
 
 Host arithmetic in numpy, done only when the batch's membership changes. `csrc/cuda/lora_work.h` describes the run's layout.
 
-Shape letters: T rows (tokens), Q sequences, S slots, V (row, entry) pairs.
+Shape letters: T rows (tokens), Q sequences, S slots, M modules, V (row, entry) pairs, P the GPU's processors.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from node.kernels.lora_deal import Longs, TileColumns, deal_ints, norm_deal, stream_deal
+
 Ints = npt.NDArray[np.int32]
 Recipe = Sequence[tuple[int, float]]  # (slot, weight) in the order in which they are summed
 
-HEADER_INTS, TILE_INTS, ENTRY_INTS, ITEM_INTS = 16, 8, 4, 8
+HEADER_INTS, TILE_INTS, ENTRY_INTS, ITEM_INTS = 32, 8, 4, 8
+LINE_INTS = 32  # of 128 bytes: a block's share stands in one, so the run must begin at one and end before one
+TILE_PAGE_RANK = 16  # ranks of a page on a GPU
 MAX_ENTRIES = (1 << 15) - 1  # of one recipe: a tile keeps its count in 16 bits, signed where numpy packs it
 
 
@@ -37,8 +41,10 @@ class TileBlock:
     pair_count: int
 
 
-def build_tiles(recipes: Sequence[Recipe], counts: Sequence[int], slot_pages: Ints, tile_rows: int) -> TileBlock:
-    """Cut the rows of a step into tiles of one recipe each.
+def build_tiles(
+    recipes: Sequence[Recipe], counts: Sequence[int], slot_pages: Ints, tile_rows: int, *, processors: int, slot_ranks: Ints
+) -> TileBlock:
+    """Cut the rows of a step into tiles of one recipe each, and deal them to blocks.
 
     Recipes keep the order of their first row and rows keep theirs; entries run in recipe order, then in page order, so a row's
     delta is summed in the same order in every batch.
@@ -48,85 +54,112 @@ def build_tiles(recipes: Sequence[Recipe], counts: Sequence[int], slot_pages: In
         counts: Consecutive rows of each sequence, from row 0 on.
         slot_pages: [S, max_pages]. Pages of every slot in rank order; unused ones are -1 and come last.
         tile_rows: Rows a tile may have: 16, 32 or 64.
+        processors: P.
+        slot_ranks: [S]. The ranks of a slot where all modules that the step computes have the same, else 0.
 
     Raises:
         ValueError: A recipe has more pages than a tile can count.
     """
-    groups = _rows_by_recipe(recipes, counts)
-    rows = np.concatenate([np.zeros(0, np.int32), *groups.values()]).astype(np.int32)
-    entries = [_entries(recipe, slot_pages) for recipe in groups]
-    table = np.concatenate([np.zeros((0, ENTRY_INTS), np.int32), *entries])
-    tiles = _tiles([len(places) for places in groups.values()], [len(found) for found in entries], tile_rows)
-    row_counts, per_tile = tiles[:, 1] & 0xFFFF, tiles[:, 1] >> 16
-    pairs = per_tile * row_counts
-    tiles[:, 3] = np.cumsum(pairs) - pairs
-    has_entries = per_tile > 0
-    tiles[has_entries, 4:] = table[tiles[has_entries, 2]]
+    found = _group_rows(recipes, counts)
+    table, entry_counts = _entries(found.recipes, slot_pages, slot_ranks)
+    tiles, row_counts, per_tile = _tiles(found.row_counts, entry_counts, table, tile_rows)
+    pair_count = int((row_counts * per_tile).sum())
+    columns = TileColumns(tiles, row_counts, per_tile, found.rows)
+    deals = np.concatenate([stream_deal(columns, processors).ravel(), norm_deal(columns, processors).ravel()])
     items = _items(tiles, per_tile, table)
-    pair_count = int(pairs.sum())
     tile_of = np.repeat(np.arange(len(tiles), dtype=np.int32), row_counts)
-    counts_of = [len(tiles), len(items), len(rows), pair_count]
-    data = _join([tiles, rows, table, items, tile_of], counts_of, int(row_counts.max(initial=0)))
-    return TileBlock(data, len(tiles), len(items), pair_count)
+    facts = [len(tiles), len(items), len(found.rows), pair_count, int(row_counts.max(initial=0)), processors]
+    return TileBlock(_join(facts, deals, items, [tiles, found.rows, table, tile_of]), len(tiles), len(items), pair_count)
 
 
-def block_ints(rows: int, sequences: int, entries: int, tile_rows: int) -> int:
+def empty_tiles(processors: int) -> Ints:
+    """The start of a run that counts no tiles and gives no block anything to do: all that a kernel reads of it."""
+    return build_tiles([], [], np.zeros((0, 1), np.int32), 1, processors=processors, slot_ranks=np.zeros(0, np.int32)).data
+
+
+def same_ranks(ranks: Ints) -> Ints:
+    """`slot_ranks` of a table [M, S] of all modules: [S] int32."""
+    return np.where((ranks == ranks[:1]).all(axis=0), ranks[0], 0).astype(np.int32)
+
+
+def block_ints(rows: int, sequences: int, entries: int, tile_rows: int, processors: int) -> int:
     """The most int32 that `build_tiles` can need.
 
     Args:
         rows: T at most. sequences: Q at most.
         entries: Pages of one row's recipe at most.
-        tile_rows: As given to `build_tiles`.
+        tile_rows, processors: As given to `build_tiles`.
     """
     tiles = min(rows, -(-rows // tile_rows) + sequences)
     table = ENTRY_INTS * min(rows, sequences) * entries
-    parts = (HEADER_INTS, TILE_INTS * tiles, rows, table, ITEM_INTS * tiles * entries, rows)
-    return sum(_aligned(part) for part in parts)
+    parts = (HEADER_INTS, deal_ints(processors), ITEM_INTS * tiles * entries, TILE_INTS * tiles, rows, table, rows)
+    return _aligned(sum(_aligned(part) for part in parts), LINE_INTS)
 
 
-def _rows_by_recipe(recipes: Sequence[Recipe], counts: Sequence[int]) -> dict[tuple[tuple[int, float], ...], Ints]:
-    """Rows of each distinct recipe, recipes in order of their first row."""
-    spans: dict[tuple[tuple[int, float], ...], list[Ints]] = {}
-    first = 0
-    for recipe, count in zip(recipes, counts, strict=True):
-        if count:
-            spans.setdefault(tuple(recipe), []).append(np.arange(first, first + count, dtype=np.int32))
-        first += count
-    return {recipe: np.concatenate(parts) for recipe, parts in spans.items()}
+@dataclass(frozen=True, slots=True)
+class _Grouped:
+    """Distinct recipes in order of their first row, how many rows have each, and the rows of one after those of another."""
+
+    recipes: list[tuple[tuple[int, float], ...]]
+    row_counts: Longs
+    rows: Ints
 
 
-def _entries(recipe: Recipe, slot_pages: Ints) -> Ints:
-    """[pages of the recipe, 4] int32: page, slot, ordinal, weight bits."""
-    parts = [np.zeros((0, ENTRY_INTS), np.int32)]
-    for slot, weight in recipe:
-        pages = slot_pages[slot][slot_pages[slot] >= 0]
-        part = np.empty((len(pages), ENTRY_INTS), np.int32)
-        part[:, 0] = pages
-        part[:, 1] = slot
-        part[:, 2] = np.arange(len(pages))
-        part[:, 3] = np.float32(weight).view(np.int32)
-        parts.append(part)
-    found = np.concatenate(parts)
-    if len(found) > MAX_ENTRIES:
-        raise ValueError(f"a recipe of {len(recipe)} adapters has {len(found)} pages; a tile counts at most {MAX_ENTRIES}")
-    return found
+def _group_rows(recipes: Sequence[Recipe], counts: Sequence[int]) -> _Grouped:
+    numbers: dict[tuple[tuple[int, float], ...], int] = {}
+    number = [
+        numbers.setdefault(tuple(recipe), len(numbers)) if count else -1 for recipe, count in zip(recipes, counts, strict=True)
+    ]
+    order = np.argsort(np.array(number, np.int64), kind="stable")
+    sizes = np.array(counts, np.int64)
+    first = np.cumsum(sizes) - sizes
+    sizes, first, group = sizes[order], first[order], np.array(number, np.int64)[order]
+    total = int(sizes.sum())
+    rows = np.arange(total) + np.repeat(first - (np.cumsum(sizes) - sizes), sizes)
+    of_rows = np.repeat(group, sizes)
+    return _Grouped(list(numbers), np.bincount(of_rows, minlength=len(numbers)), rows.astype(np.int32))
 
 
-def _tiles(row_counts: Sequence[int], entry_counts: Sequence[int], tile_rows: int) -> Ints:
-    """[tiles, 8] int32: first place, rows | entries << 16, first entry; the rest is for the caller to fill in."""
-    tiles: list[tuple[int, int, int]] = []
-    place = entry = 0
-    for row_count, entry_count in zip(row_counts, entry_counts, strict=True):
-        for first in range(0, row_count, tile_rows):
-            tiles.append((place + first, min(tile_rows, row_count - first) | entry_count << 16, entry))
-        place += row_count
-        entry += entry_count
-    found = np.zeros((len(tiles), TILE_INTS), np.int32)
-    found[:, :3] = np.array(tiles, dtype=np.int32).reshape(len(tiles), 3)
-    return found
+def _entries(recipes: Sequence[Recipe], slot_pages: Ints, slot_ranks: Ints) -> tuple[Ints, Longs]:
+    """[entries, 4] int32 of all recipes: page, slot, ordinal | ranks of every module << 16, weight bits; entries of each."""
+    slots = np.array([slot for recipe in recipes for slot, _ in recipe], np.int64)
+    weights = np.array([weight for recipe in recipes for _, weight in recipe], np.float32)
+    owner = np.repeat(np.arange(len(recipes)), [len(recipe) for recipe in recipes])
+    pages = slot_pages[slots]
+    term, ordinal = np.nonzero(pages >= 0)
+    table = np.empty((len(term), ENTRY_INTS), np.int32)
+    table[:, 0] = pages[term, ordinal]
+    table[:, 1] = slots[term]
+    left = np.asarray(slot_ranks)[slots[term]] - ordinal * TILE_PAGE_RANK
+    table[:, 2] = ordinal | np.clip(left, 0, TILE_PAGE_RANK) << 16
+    table[:, 3] = weights.view(np.int32)[term]
+    counts = np.bincount(owner[term], minlength=len(recipes))
+    if counts.max(initial=0) > MAX_ENTRIES:
+        widest = int(counts.argmax())
+        raise ValueError(
+            f"a recipe of {len(recipes[widest])} adapters has {counts[widest]} pages; a tile counts at most {MAX_ENTRIES}"
+        )
+    return table, counts
 
 
-def _items(tiles: Ints, per_tile: Ints, table: Ints) -> Ints:
+def _tiles(row_counts: Longs, entry_counts: Longs, table: Ints, tile_rows: int) -> tuple[Ints, Longs, Longs]:
+    """[tiles, 8] int32 as they stand in the run, and rows and entries of each."""
+    tile_counts = -(-row_counts // tile_rows)
+    owner = np.repeat(np.arange(len(row_counts)), tile_counts)
+    inside = (np.arange(len(owner)) - np.repeat(np.cumsum(tile_counts) - tile_counts, tile_counts)) * tile_rows
+    rows, entries = np.minimum(tile_rows, row_counts[owner] - inside), entry_counts[owner]
+    pairs = rows * entries
+    tiles = np.zeros((len(owner), TILE_INTS), np.int32)
+    tiles[:, 0] = (np.cumsum(row_counts) - row_counts)[owner] + inside
+    tiles[:, 1] = rows | entries << 16
+    tiles[:, 2] = (np.cumsum(entry_counts) - entry_counts)[owner]
+    tiles[:, 3] = np.cumsum(pairs) - pairs
+    has_entries = entries > 0
+    tiles[has_entries, 4:] = table[tiles[has_entries, 2]]
+    return tiles, rows, entries
+
+
+def _items(tiles: Ints, per_tile: Longs, table: Ints) -> Ints:
     """[items, 8] int32: first place, rows | entries << 16, first pair, entry of the tile; then the entry itself."""
     items = np.empty((int(per_tile.sum()), ITEM_INTS), np.int32)
     items[:, :3] = np.repeat(tiles[:, [0, 1, 3]], per_tile, axis=0)
@@ -135,15 +168,21 @@ def _items(tiles: Ints, per_tile: Ints, table: Ints) -> Ints:
     return items
 
 
-def _join(sections: Sequence[Ints], counts: Sequence[int], largest: int) -> Ints:
-    """Header and sections in one run, each section at a multiple of 16 bytes."""
-    offsets = np.cumsum([HEADER_INTS, *(_aligned(section.size) for section in sections)])
-    data = np.zeros(int(offsets[-1]), np.int32)
-    data[:10] = [*counts, *offsets[:4], largest, offsets[4]]
+def _join(facts: Sequence[int], deals: Ints, items: Ints, rest: Sequence[Ints]) -> Ints:
+    """Header and sections in one run, each section at a multiple of 16 bytes.
+
+    Args:
+        facts: tiles, items, rows, pairs, rows of the largest tile, processors. rest: tiles, rows, entries, tile_of.
+    """
+    sections = [deals, items, *rest]
+    offsets = np.cumsum([HEADER_INTS, *(_aligned(section.size) for section in sections)]).tolist()
+    data = np.zeros(_aligned(offsets[-1], LINE_INTS), np.int32)
+    _, items_at, tiles_at, rows_at, entries_at, tile_of_at, _ = offsets
+    data[:11] = [*facts[:4], tiles_at, rows_at, entries_at, items_at, facts[4], tile_of_at, facts[5]]
     for offset, section in zip(offsets, sections, strict=False):
         data[offset : offset + section.size] = section.ravel()
     return data
 
 
-def _aligned(ints: int) -> int:
-    return -(-ints // 4) * 4
+def _aligned(ints: int, multiple: int = 4) -> int:
+    return -(-ints // multiple) * multiple

@@ -36,7 +36,7 @@ def read_tiles(block: Ints) -> list[ReadTile]:
         found.append(
             ReadTile(
                 block[rows + place :][: packed & 0xFFFF].tolist(),
-                [(int(e[0]), int(e[1]), int(e[2]), float(w)) for e, w in zip(table, weights, strict=True)],
+                [(int(e[0]), int(e[1]), int(e[2]) & 0xFFFF, float(w)) for e, w in zip(table, weights, strict=True)],
                 first_pair,
             )
         )
@@ -48,7 +48,8 @@ def read_items(block: Ints) -> list[tuple[int, int, tuple[int, int, int, float]]
     count, items = int(block[1]), int(block[7])
     found = block[items:][: ITEM_INTS * count].reshape(-1, ITEM_INTS)
     weights = found[:, 7].copy().view(np.float32)
-    return [(int(i[0]), int(i[3]), (int(i[4]), int(i[5]), int(i[6]), float(w))) for i, w in zip(found, weights, strict=True)]
+    entries = [(int(i[4]), int(i[5]), int(i[6]) & 0xFFFF, float(w)) for i, w in zip(found, weights, strict=True)]
+    return [(int(i[0]), int(i[3]), entry) for i, entry in zip(found, entries, strict=True)]
 
 
 def read_tile_of(block: Ints) -> list[int]:

@@ -256,6 +256,13 @@ class Tiers(RuleBasedStateMachine):
             assert sorted([*slots, *tier._free_slots]) == list(range(tier.slot_count))
 
     @invariant()
+    def ranks_of_slots_are_those_of_whoever_has_them(self):
+        wanted = [0] * self.pool.slot_count
+        for adapter_id in self.pool.resident_ids:
+            wanted[self.pool.slot_of(adapter_id)] = RANKS[int(adapter_id, 16)]
+        assert self.pool.layer_ranks.tolist() == wanted
+
+    @invariant()
     def whoever_runs_is_resident(self):
         named = {term.adapter_id for terms in [*self.running, *self.ending] for term in terms}
         assert named <= set(self.pool.resident_ids)

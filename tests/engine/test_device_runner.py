@@ -81,6 +81,7 @@ def make_ahead(make_driver, request):
             max_model_len=engine.ready.max_model_len,
             vocab_size=engine.ready.vocab_size,
             head_module=engine._adapters.tensors.ranks.shape[0] - 1,
+            processors=5,
         )
         engine._runner = DeviceRunner(
             before._model, before._model._kernels, before._kv, engine._adapters, before._masks, sizes, has_graphs=False

@@ -13,7 +13,7 @@ from node.kernels.build_cuda import build_cuda
 from node.kernels.cuda_ops import CudaOps, DeviceTiles, Product
 from node.kernels.layout import PageLayout
 from node.kernels.lora import LoraPool
-from node.kernels.lora_tiles import TileBlock, build_tiles
+from node.kernels.lora_tiles import TileBlock, build_tiles, same_ranks
 from node.kernels.reference_tiles import reference_expand, reference_shrink
 
 PAGE_RANK = 16
@@ -101,7 +101,14 @@ def make_work() -> MakeWork:
             [s.index, s.a_offset, s.b_offset, s.in_features, s.out_features, sum(outputs[:i])]
             for i, s in enumerate(layout.spans.values())
         ]
-        block = build_tiles(terms, [1] * len(terms), pool.slot_pages.numpy(), tile_rows)
+        block = build_tiles(
+            terms,
+            [1] * len(terms),
+            pool.slot_pages.numpy(),
+            tile_rows,
+            processors=torch.cuda.get_device_properties("cuda").multi_processor_count,
+            slot_ranks=same_ranks(pool.ranks.numpy()),
+        )
         device = LoraPool(*(t.cuda() for t in (pool.pages, pool.slot_pages, pool.ranks, pool.scales)), pool.page_rank)
         tiles = DeviceTiles(torch.from_numpy(block.data).cuda(), tile_rows)
         return Work(CudaOps(device), pool, spans, block, tiles, sum(outputs), dtype)
