@@ -6,10 +6,11 @@ requests alternate between the two nodes, so the machine's moods fall on both.
 storm: eight clients stream from resident adapters, for some seconds alone and for as many beside 200 requests for unknown
 adapters, which all come at once, from a hub that takes 5 s and fails one time in five: for each answer, or with --slow-lookups
 for each adapter, so that the others' files arrive together and are served while the hot load is measured; --rounds such pairs on
-one node. Every hot request counts, those of the storm's first instant too. Ratios of quantiles over all rounds have bootstrap
-intervals. Clients and hub are processes of their own (`storm_load`); where they and the node share cores, wall-clock ratios say
-little: the row also has the engine process's CPU time and steps a token on both sides, and the API process's, and which moments
-of the storm the slowest hot requests fell into, how many steps each waited for, and how long those were (`storm_moments`).
+one node, after a few adapters from a quick hub (its library asks more when it is first used). Every hot request counts, those of
+the storm's first instant too. Ratios of quantiles over all rounds have bootstrap intervals. Clients and hub are processes of
+their own (`storm_load`); where they and the node share cores, wall-clock ratios say little: the row also has the engine process's
+CPU time and steps a token on both sides, and the API process's, and which moments of the storm the slowest hot requests fell
+into, how many steps each waited for, and how long those were (`storm_moments`).
 
     python scripts/bench_adapter_sources.py catalogue --pairs 200
     python scripts/bench_adapter_sources.py storm --shape llama-3.1-8b --random-weights --engine-cores 0-9 --client-cores 10-15
@@ -39,7 +40,7 @@ import numpy as np
 from bench_engine import median_interval
 from bench_serving import SERVE
 from safetensors.numpy import save_file
-from storm_figures import Phase, Round, compared, cpu_seconds
+from storm_figures import Phase, Round, compared, cpu_seconds, read_rounds, write_round
 from storm_load import Helper
 from storm_moments import Streamed, slowest_requests
 
@@ -49,6 +50,8 @@ BASE = "smollm2-135m-instruct"
 HOT = ("lincoln", "reagan", "roosevelt")
 PROMPT_TOKENS = 16
 HOT_CLIENTS = 8
+WARM_UP_ADAPTERS = 8
+STORM_RANK = 8  # with the modules below what PEFT makes where nothing is said
 QUICK_DRAWS = 50  # for the intervals of a round, which are only looked at while a run is under way
 MOST_CALM_S, GLANCE_S, IDLE_SHARE = 5.0, 0.2, 0.15
 LEAD_S = 0.3  # from the first hot requests of a phase to the cold ones
@@ -103,7 +106,8 @@ def prepare(args: argparse.Namespace, place: Path) -> tuple[str, list[Path]]:
     kinds = [kind for kind in model_spec(shape_config(args.shape, args.layers), None).linear_kinds if kind.name != "lm_head"]
     for index, source in enumerate(sources):
         is_of_storm = index == len(sources) - 1
-        write_adapter(source, [kind for kind in kinds if not is_of_storm or kind.name.endswith(("q_proj", "v_proj"))], 16, index)
+        adapted = [kind for kind in kinds if not is_of_storm or kind.name.endswith(("q_proj", "v_proj"))]
+        write_adapter(source, adapted, STORM_RANK if is_of_storm else 16, index)
     (place / "made").touch()
     return str(place / "model"), sources
 
@@ -245,34 +249,49 @@ def storm(args: argparse.Namespace) -> None:
         host = url.removeprefix("http://")
         hot = stack.enter_context(closing(Helper(cores[0], "hot", host, str(HOT_CLIENTS))))
         cold = stack.enter_context(closing(Helper(cores[1], "cold", host)))
-        hot.ask(seconds=args.warm_up_s, tokens=args.tokens, seed=0)
+        _warm_up(hot, cold, hub, args)
         start_s, rounds, round_s = time.monotonic() - begun_s, [], 0.0
         while len(rounds) < args.rounds and (not args.within_s or time.monotonic() + 1.1 * round_s < begun_s + args.within_s):
             round_s = -time.monotonic()
             rounds.append(_round(hot, cold, hub, url, pid, args, len(rounds)))
             round_s += time.monotonic()
+            if args.rounds_file is not None:
+                write_round(args.rounds_file, rounds[-1])
             found = {"round": len(rounds), "start_s": round(start_s, 1)} | compared(rounds[-1:], QUICK_DRAWS)
             print(json.dumps(found | slowest_requests(rounds[-1:], args.latency_s)), flush=True)
-        keep(
-            args,
-            {
-                "row": "storm",
-                "model": args.shape or BASE,
-                "layers": args.layers,
-                "cold": args.cold,
-                "fetch_workers": args.fetch_workers,
-                "latency_s": args.latency_s,
-                "slow": slow,
-                "failure": args.failure,
-                "shares_cores": not (args.engine_cores and args.client_cores),
-                "rounds": len(rounds),
-                "start_s": round(start_s, 1),
-                "phase_s": [args.alone_s or args.phase_s, args.phase_s],
-                "lead_s": LEAD_S,
-                **compared(rounds),
-                **slowest_requests(rounds, args.latency_s),
-            },
-        )
+        keep(args, storm_row(args, rounds, start_s))
+
+
+def storm_row(args: argparse.Namespace, rounds: list[Round], start_s: float | None) -> dict[str, Any]:
+    """The figures of all rounds together."""
+    return {
+        "row": "storm",
+        "model": args.shape or BASE,
+        "layers": args.layers,
+        "cold": args.cold,
+        "fetch_workers": args.fetch_workers,
+        "latency_s": args.latency_s,
+        "slow": "lookups" if args.slow_lookups else "answers",
+        "failure": args.failure,
+        "shares_cores": not (args.engine_cores and args.client_cores),
+        "rounds": len(rounds),
+        "start_s": None if start_s is None else round(start_s, 1),
+        "phase_s": [args.alone_s or args.phase_s, args.phase_s],
+        "lead_s": LEAD_S,
+        **compared(rounds),
+        **slowest_requests(rounds, args.latency_s),
+    }
+
+
+def _warm_up(hot: Helper, cold: Helper, hub: Helper, args: argparse.Namespace) -> None:
+    """Hot clients, beside a few adapters from a hub that is quick: its library asks more the first time it is used."""
+    hub.ask(calm=False, quick=True)
+    hot.tell(seconds=args.warm_up_s, tokens=args.tokens, seed=0)
+    cold.ask(names=[f"warm/name-{number}" for number in range(WARM_UP_ADAPTERS)], after_s=0.0)
+    hot.hear()
+    statuses = cold.ask(wait_s=MOST_CALM_S)["statuses"]
+    print(json.dumps({"warm_up": statuses}), file=sys.stderr, flush=True)
+    hub.ask(calm=True)
 
 
 def client_cores(text: str) -> tuple[str, str, str]:
@@ -329,8 +348,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "row",
-        choices=("prepare", "prepare-catalogue", "catalogue", "storm"),
-        help="the first two make the files of --prepared alone",
+        choices=("prepare", "prepare-catalogue", "catalogue", "storm", "storm-figures"),
+        help="the first two make the files of --prepared alone; the last computes a storm's row from --rounds-file",
     )
     parser.add_argument("--adapters", type=int, default=10_000)
     parser.add_argument("--pairs", type=int, default=200, help="requests to each node of a start")
@@ -356,6 +375,7 @@ def main() -> int:
     parser.add_argument("--adapter-bytes", type=int, help="adapters.memory_bytes of the storm's node")
     parser.add_argument("--host-bytes", type=int, help="adapters.host_memory_bytes of the storm's node")
     parser.add_argument("--prepared", type=Path, help="a directory for the shape's files, which are made once")
+    parser.add_argument("--rounds-file", type=Path, help="gets every latency of a storm's rounds, a line each as they end")
     parser.add_argument("--files", type=Path, help="where files are made; default: the temporary directory")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -369,6 +389,8 @@ def main() -> int:
         return 0
     if args.row == "storm":
         storm(args)
+    elif args.row == "storm-figures":
+        keep(args, storm_row(args, read_rounds(args.rounds_file), None))
     else:
         keep(args, asyncio.run(catalogue(args)))
     return 0

@@ -115,7 +115,7 @@ def main() -> int:
     row: dict[str, Any] = {"row": "fairness-http", **given, "counted": [sum(map(len, side)) for side in (alone, beside)]}
     for percent in (50, 99):
         sides = [1000 * float(np.quantile(np.concatenate(side), percent / 100)) for side in (alone, beside)]
-        low, high = bootstrap(alone, beside, percent / 100)
+        ((low, high),) = bootstrap(alone, beside, [percent / 100])
         row[f"ttft_p{percent}_ms"] = [round(side, 2) for side in sides]
         row[f"ratio_whole_p{percent}"] = [round(sides[1] / sides[0], 3), low, high]
         row[f"ratio_p{percent}"] = [round(value / SHARE, 3) for value in (sides[1] / sides[0], low, high)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -48,23 +50,45 @@ class Round:
     hub: dict[str, int]
 
 
-Quantile = tuple[str, str, float]
-QUANTILES: tuple[Quantile, ...] = (
-    ("ttft_p50", "ttft_s", 0.5),
-    ("ttft_p99", "ttft_s", 0.99),
-    ("itl_p50", "gap_s", 0.5),
-    ("itl_p99", "gap_s", 0.99),
-)
+VALUES = (("ttft", "ttft_s"), ("itl", "gap_s"))
+QUANTILES = (("p50", 0.5), ("p99", 0.99))
+DRAWS = 500
 
 
-def compared(rounds: list[Round], draws: int = 1000) -> dict[str, Any]:
+def write_round(file: Path, found: Round) -> None:
+    """Add everything a round observed to a file, as one line of JSON with microseconds."""
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(_rounded(asdict(found)), separators=(",", ":")) + "\n")
+
+
+def read_rounds(file: Path) -> list[Round]:
+    """What `write_round` wrote."""
+    return [_round_of(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _round_of(found: dict[str, Any]) -> Round:
+    phases = [Phase([Streamed(**answer) for answer in found[side].pop("answers")], **found[side]) for side in ("alone", "beside")]
+    return Round(*phases, cold=found["cold"], hub=found["hub"])
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def compared(rounds: list[Round], draws: int = DRAWS) -> dict[str, Any]:
     """Quantiles of both sides over all rounds in milliseconds, their ratios with 95 % intervals, CPU and steps a token."""
     row: dict[str, Any] = {"hot_requests": [sum(len(getattr(r, side).ttft_s) for r in rounds) for side in ("alone", "beside")]}
-    for name, values, quantile in QUANTILES:
+    for name, values in VALUES:
         sides = [[np.asarray(getattr(getattr(r, side), values)) for r in rounds] for side in ("alone", "beside")]
-        alone, beside = (1000 * float(np.quantile(np.concatenate(side), quantile)) for side in sides)
-        low, high = bootstrap(sides[0], sides[1], quantile, draws)
-        row |= {f"{name}_ms": [round(alone, 3), round(beside, 3)], f"{name}_ratio": [round(beside / alone, 4), low, high]}
+        found = [1000 * np.quantile(np.concatenate(side), [quantile for _, quantile in QUANTILES]) for side in sides]
+        limits = bootstrap(sides[0], sides[1], [quantile for _, quantile in QUANTILES], draws)
+        for (part, _), alone, beside, between in zip(QUANTILES, *found, limits, strict=True):
+            row[f"{name}_{part}_ms"] = [round(float(alone), 3), round(float(beside), 3)]
+            row[f"{name}_{part}_ratio"] = [round(float(beside / alone), 4), *between]
     row["ttft_max_ms"] = [round(1000 * max(max(getattr(r, side).ttft_s) for r in rounds), 2) for side in ("alone", "beside")]
     row["ttft_p99_ratio_by_round"] = [
         round(float(np.quantile(r.beside.ttft_s, 0.99) / np.quantile(r.alone.ttft_s, 0.99)), 3) for r in rounds
@@ -93,22 +117,29 @@ def _ratio(values: list[float]) -> list[float]:
     return [round(value, 4) for value in median_interval(values)]
 
 
-def bootstrap(alone: list[Any], beside: list[Any], quantile: float, draws: int = 1000) -> tuple[float, float]:
-    """95 % interval of the ratio of two quantiles: rounds are drawn with replacement, and values within them."""
+def bootstrap(
+    alone: Sequence[Any], beside: Sequence[Any], quantiles: Sequence[float], draws: int = DRAWS
+) -> list[tuple[float, float]]:
+    """95 % interval of the ratio of each quantile of two sides: rounds are drawn with replacement, and values within them."""
     generator = np.random.default_rng(5)
-    ratios = []
-    for _ in range(draws):
-        chosen = generator.integers(0, len(alone), len(alone))
-        sides = [
-            np.quantile(
-                np.concatenate([side[index][generator.integers(0, len(side[index]), len(side[index]))] for index in chosen]),
-                quantile,
-            )
-            for side in (alone, beside)
-        ]
-        ratios.append(sides[1] / sides[0])
-    low, high = np.quantile(ratios, (0.025, 0.975))
-    return round(float(low), 4), round(float(high), 4)
+    chosen = generator.integers(0, len(alone), (draws, len(alone)))
+    found = [_drawn_quantiles(side, chosen, quantiles, generator) for side in (alone, beside)]
+    limits = np.quantile(found[1] / found[0], (0.025, 0.975), axis=0)
+    return [(round(float(low), 4), round(float(high), 4)) for low, high in limits.T]
+
+
+def _drawn_quantiles(side: Sequence[Any], chosen: Any, quantiles: Sequence[float], generator: np.random.Generator) -> Any:
+    """[draws, quantiles] of one side, whose rounds `chosen` names [draws, rounds]: the order statistic below each quantile.
+
+    Rounds lie behind each other in one array, so a draw is one row of indices."""
+    sizes = np.asarray([len(values) for values in side])
+    starts, pool = np.cumsum(sizes) - sizes, np.concatenate(side).astype(np.float32)
+    rows = []
+    for names in chosen:
+        at = np.concatenate([starts[name] + generator.integers(0, sizes[name], sizes[name]) for name in names])
+        ranks = [int(quantile * (len(at) - 1)) for quantile in quantiles]
+        rows.append(np.partition(pool[at], ranks)[ranks])
+    return np.asarray(rows)
 
 
 def cpu_seconds(pid: int) -> dict[str, float]:

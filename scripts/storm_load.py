@@ -272,14 +272,15 @@ def cold(host: str) -> None:
 
 def hub(latency_s: float, failure: float, source: Path, slow: str) -> None:
     """{"start"} -> its URL. {"calm": true} answers 404 to whoever waits, and at once from then on; {"calm": false} ends that.
-    `slow`: whether all "answers" are late and may fail, or "lookups" alone.
+    {"quick": true} leaves latency and faults out until the next line. `slow`: whether all "answers" are late and may fail, or
+    "lookups" alone.
 
     Every repository has the weights of `source` and an alpha of its own, so that all are different adapters.
     """
     draw = random.Random(11)  # noqa: S311 - faults to repeat, not secrets
     weights = (source / "adapter_model.safetensors").read_bytes()
     config = json.loads((source / "adapter_config.json").read_text())
-    calm = asyncio.Event()
+    calm, quick = asyncio.Event(), asyncio.Event()
     counts = {"asked": 0, "failed": 0, "weights": 0}
 
     def files_of(name: str) -> dict[str, bytes]:
@@ -289,7 +290,7 @@ def hub(latency_s: float, failure: float, source: Path, slow: str) -> None:
     async def respond(request: web.Request) -> web.StreamResponse:
         counts["asked"] += 1
         parts = request.path.strip("/").split("/")
-        is_slow = slow == "answers" or parts[0] == "api"
+        is_slow = not quick.is_set() and (slow == "answers" or parts[0] == "api")
         try:
             await asyncio.wait_for(calm.wait(), latency_s if is_slow else 0)
             return web.Response(status=404)
@@ -315,10 +316,11 @@ def hub(latency_s: float, failure: float, source: Path, slow: str) -> None:
             await runner.setup()
             await web.TCPSite(runner, "127.0.0.1", 0).start()
             return {"url": f"http://127.0.0.1:{runner.addresses[0][1]}"}
-        if line["calm"]:
-            calm.set()
-        else:
-            calm.clear()
+        for event, name in ((calm, "calm"), (quick, "quick")):
+            if line.get(name):
+                event.set()
+            else:
+                event.clear()
         return counts
 
     serve(answer)
