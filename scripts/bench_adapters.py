@@ -9,8 +9,8 @@ runs in this process; times are taken at its door: from `add` to the event that 
 churn   256 adapters through 32 slots, one request each (prompt 128, 64 new tokens), all submitted together. First pass: files in
         the page cache. Later passes: adapters in host memory.
 cold    Time to first token (prompt 16) on an idle engine of an adapter never seen, of one in host memory, of a resident one.
-beside  Inter-token latency of 63 running requests beside which a short request comes every 6 steps, in turns for a resident
-        adapter that nobody else names and for one that has to be loaded from its files.
+beside  Inter-token latency of 63 running requests beside which a short request comes every --beside-every steps, in turns for a
+        resident adapter that nobody else names and for one that has to be loaded from its files (`beside_turns`).
 zipf    Requests whose adapters are drawn by Zipf's law (s = 1) from 1,000, against the same from 64, in turns. Only adapters that
         some turn draws have files; at its first draw an adapter is read from them, so turns pay more loads than a pool that
         has served for long.
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import json
 import os
 import platform
@@ -31,29 +30,29 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from bench_report import commit, gpu_facts, ratio_of, report
+from bench_runs import Bell, Bench, Request, Trace
+from beside_turns import beside
 from random_model import random_source
 
 from node.adapters.binding import LinearTable
 from node.adapters.file_plan import FilePlans
 from node.adapters.page_reader import PageReader
 from node.config import AdapterSettings, EngineSettings, ModelSettings
-from node.engine.engine import Engine, open_engine
-from node.engine.messages import Submit
+from node.engine.engine import open_engine
 from node.kernels.build import library_path
 from node.kernels.layout import PageLayout
-from node.request import AdapterTerm, LinearShape, Sampling
+from node.request import AdapterTerm, LinearShape
 
 MAX_BYTES = 1 << 30
 IDLE_S = 0.001
 PAGE_RANK = 16  # of a GPU
-COLD_ADAPTERS, BESIDE_ADAPTERS = 9, 80  # of those rows, never seen before
+COLD_ADAPTERS, BESIDE_ADAPTERS = 9, 100  # of those rows, never seen before
 
 
 # ---- files
@@ -118,96 +117,6 @@ class AdapterFiles:
         return AdapterTerm(plan.adapter_id(self._scratch.reader.read(directory, plan, self._scratch.pages)), str(directory), 1.0)
 
 
-# ---- runs
-
-
-class Bell:
-    """What the loader rings; the stand-in for the wait of the engine's loop."""
-
-    def __init__(self) -> None:
-        self._event = threading.Event()
-
-    def ring(self) -> None:
-        self._event.set()
-
-    def wait(self) -> None:
-        """As `EngineLoop` sleeps when a step computed nothing."""
-        self._event.wait(IDLE_S)
-        self._event.clear()
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked, in tokens."""
-
-    terms: tuple[AdapterTerm, ...]
-    prompt: int
-    new: int
-
-
-@dataclass
-class Trace:
-    """When each request's tokens came, seconds since submission."""
-
-    token_s: dict[str, list[float]]
-
-    @property
-    def first_s(self) -> list[float]:
-        return [moments[0] for moments in self.token_s.values()]
-
-    @property
-    def total_s(self) -> float:
-        return max(moments[-1] for moments in self.token_s.values())
-
-    @property
-    def token_count(self) -> int:
-        return sum(map(len, self.token_s.values()))
-
-
-class Bench:
-    """Runs requests on an engine of this process."""
-
-    def __init__(self, engine: Engine, bell: Bell, seed: int = 0) -> None:
-        self.engine = engine
-        self._bell = bell
-        self._random = np.random.default_rng(seed)
-        self._count = 0
-
-    def submit(self, request: Request) -> str:
-        self._count += 1
-        name = f"r{self._count}"
-        prompt = self._random.integers(10, self.engine.ready.vocab_size - 10, request.prompt)
-        sampling = Sampling(max_new_tokens=request.new)
-        submit = Submit(
-            sequence_id=name, tenant="bench", prompt_ids=tuple(prompt.tolist()), terms=request.terms, sampling=sampling
-        )
-        for event in self.engine.add(submit):
-            raise SystemExit(f"the engine refused: {event.error_code}: {event.error_message}")
-        return name
-
-    def step(self, trace: Trace, started: float) -> bool:
-        """One turn of the loop; returns whether anything was computed."""
-        events, has_computed = self.engine.step()
-        now = time.perf_counter() - started
-        for event in events:
-            if event.finish_reason == "error":
-                raise SystemExit(f"the engine failed: {event.error_code}: {event.error_message}")
-            trace.token_s.setdefault(event.sequence_id, []).extend([now] * len(event.tokens))
-        if not has_computed:
-            self._bell.wait()
-        return has_computed
-
-    def run(self, requests: Sequence[Request]) -> Trace:
-        """All requests together, until the last token."""
-        trace = Trace({})
-        started = time.perf_counter()
-        for request in requests:
-            self.submit(request)
-        while self.engine.has_work:
-            self.step(trace, started)
-        return trace
-
-
 # ---- rows
 
 
@@ -216,7 +125,7 @@ def churn(bench: Bench, terms: Sequence[AdapterTerm], passes: int = 3) -> dict[s
     figures = []
     for _ in range(passes):
         before = bench.engine.stats()
-        trace = bench.run(requests)
+        trace: Trace = bench.run(requests)
         after = bench.engine.stats()
         figures.append(
             {
@@ -255,62 +164,6 @@ def cold(bench: Bench, fresh: Sequence[AdapterTerm], fillers: Sequence[AdapterTe
         "host_read_files": bench.engine.stats().adapter_file_loads_total - before,
         "first_ever_ms": cold_ms[0],
     }
-
-
-def beside(
-    bench: Bench,
-    residents: Sequence[AdapterTerm],
-    another: AdapterTerm,
-    loads: Sequence[AdapterTerm],
-    pairs: int,
-    count: int,
-    new: int,
-) -> dict[str, Any]:
-    """Turns of running requests beside short ones, for resident adapters and for adapters whose files must be read.
-
-    Args:
-        residents: What the running requests name. another: resident as well, for short requests.
-        loads: More than the GPU and host memory hold together, or they are found there when their turn comes again.
-    """
-    _gaps_ms(bench, residents, iter(lambda: another, None), 24)
-    pending = itertools.cycle(loads)
-    turns: dict[str, list[list[float]]] = {"resident": [], "loading": []}
-    load_count = 0
-    for index in range(pairs):
-        for kind in ("resident", "loading") if index % 2 == 0 else ("loading", "resident"):
-            shorts = iter(lambda: another, None) if kind == "resident" else pending
-            before = bench.engine.stats().adapter_file_loads_total
-            turns[kind].append(_gaps_ms(bench, [residents[i % len(residents)] for i in range(count)], shorts, new))
-            load_count += bench.engine.stats().adapter_file_loads_total - before
-    figures: dict[str, Any] = {"pairs": pairs, "file_loads": load_count}
-    for percent in (50, 99):
-        both = zip(turns["loading"], turns["resident"], strict=True)
-        figures |= ratio_of(
-            [(float(np.percentile(a, percent)), float(np.percentile(b, percent))) for a, b in both], f"p{percent}"
-        )
-    for kind, gaps in turns.items():
-        joined = np.concatenate(gaps)
-        figures |= {f"{kind}_p50_ms": float(np.median(joined)), f"{kind}_p99_ms": float(np.percentile(joined, 99))}
-    return figures
-
-
-def _gaps_ms(
-    bench: Bench, terms: Sequence[AdapterTerm], shorts: Iterator[AdapterTerm], new: int, every: int = 6, skipped: int = 8
-) -> list[float]:
-    """Inter-token times of one request for each term, while a request of one token for the next short comes every few steps."""
-    trace = Trace({})
-    started = time.perf_counter()
-    names = [bench.submit(Request((term,), 64, new)) for term in terms]
-    steps = 0
-    while any(len(trace.token_s.get(name, ())) < new for name in names):
-        if all(len(trace.token_s.get(name, ())) >= skipped for name in names):
-            steps += 1
-            if steps % every == 0:
-                bench.submit(Request((next(shorts),), 16, 1))
-        bench.step(trace, started)
-    while bench.engine.has_work:
-        bench.step(trace, started)
-    return [float(gap) * 1e3 for name in names for gap in np.diff(trace.token_s[name][skipped:])]
 
 
 def draw_zipf(count: int, request_count: int, seed: int) -> list[int]:
@@ -405,8 +258,8 @@ def few_slots(args: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
     if "churn" in args.rows:
         yield {"row": "churn", "adapters": len(terms), "slots": args.slots, **churn(stage.bench, terms, args.passes)}
     if "beside" in args.rows:
-        count = min(63, args.max_sequences - 1)
-        yield {"row": "beside", **beside(stage.bench, terms[:8], terms[8], spare, args.pairs, count, args.beside_tokens)}
+        names = [terms[index % 8] for index in range(min(63, args.max_sequences - 1))]
+        yield beside(stage.bench, names, terms[8], spare, args.pairs, args.beside_tokens, args.beside_every)
     stage.close()
 
 
@@ -467,6 +320,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--staged", type=int, default=300, help="adapters in host memory at most")
     parser.add_argument("--passes", type=int, default=3, help="of the row churn")
     parser.add_argument("--beside-tokens", type=int, default=160, help="of each running request of the row beside")
+    parser.add_argument("--beside-every", type=int, default=6, help="steps from one short request of the row beside to the next")
     parser.add_argument("--pairs", type=int, default=7, help="of the row beside")
     parser.add_argument("--large", type=int, default=1000, help="adapters of the row zipf")
     parser.add_argument("--large-slots", type=int, default=500)

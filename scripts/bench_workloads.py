@@ -27,8 +27,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_adapters import AdapterFiles, Bell, Bench, Request, Trace
+from bench_adapters import AdapterFiles
 from bench_report import commit, gpu_facts, ratio_of, report
+from bench_runs import Bell, Bench, Request, Trace
 from random_model import random_source
 
 from node.config import AdapterSettings, EngineSettings, ModelSettings
