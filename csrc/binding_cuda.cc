@@ -98,7 +98,7 @@ openlora::LoraWork work_of(const Place& place, const Tensor& pages, const Tensor
   const int64_t count = static_cast<int64_t>(spans.size()) / kSpanFields;
   STD_TORCH_CHECK(spans.size() % kSpanFields == 0 && count >= 1 && count <= openlora::kMaxLoraSpans, "openlora: spans has ", spans.size(),
                   " fields, wanted 6 for each of 1 to 3 modules");
-  STD_TORCH_CHECK(tile_rows >= 1 && tile_rows <= 64, "openlora: tile_rows is ", tile_rows, ", wanted 1 to 64");
+  STD_TORCH_CHECK(tile_rows >= 1 && tile_rows <= openlora::kMostTileRows, "openlora: tile_rows is ", tile_rows, ", wanted 1 to 16");
   STD_TORCH_CHECK(tiles.size(0) >= openlora::kTileHeader, "openlora: tiles has ", tiles.size(0), " elements, fewer than its header");
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tiles.data_ptr()) % 16 == 0, "openlora: tiles is not 16-byte aligned");
   check_size(v, "v", 2, count);

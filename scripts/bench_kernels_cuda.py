@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from node.kernels.cuda_kernels import STREAM_TILE_ROWS
 from node.kernels.cuda_ops import CudaOps, DeviceTiles, Follow, Product
 from node.kernels.device_rows import SHORT_ROWS, has_many_pages
 from node.kernels.layout import PageLayout
@@ -190,7 +189,7 @@ class Layer:
 
     def _ranks(self, name: str, pairs: int) -> Tensor:
         inputs, parts = LINEARS[name]
-        can_stream = self.tile_rows <= STREAM_TILE_ROWS and torch.cuda.get_device_capability() == (9, 0)
+        can_stream = torch.cuda.get_device_capability() == (9, 0)
         return torch.randn(self.ops.shrink_planes(inputs) if can_stream else 1, pairs, len(parts), 16, device="cuda")
 
     def shrink(self, name: str, follow: Follow) -> list[Callable[[], None]]:
@@ -312,7 +311,7 @@ def bench(out: Path | None, *, is_short: bool = False, commit: str | None = None
     for rows, draw in _cases([None, Draw("identical", 1), Draw("distinct", 8), Draw("distinct", 64)]):
         _emit(_decode_rows(adapters, draw, rows, weights), label, out)
     for draw in (None, Draw("distinct", 64)):
-        _emit(Layer(adapters, draw, 16384, tile_rows=64, y_type=torch.bfloat16).measure(), label, out)
+        _emit(Layer(adapters, draw, 16384, tile_rows=16, y_type=torch.bfloat16).measure(), label, out)
     if is_short:
         return
     ranks = [Draw("distinct", 64, ranks) for ranks in ((64,), (8,), (8, 16, 64))]

@@ -2,10 +2,9 @@
 //
 // With adapters on Hopper: expand_stream.cuh, 128 columns of heads a unit, four of a head's first half and those of its second half that
 // rotate with them a lane. Else product.cuh, the same columns a lane; D / 8 neighbouring lanes hold a head, and the sum of q's and k's norm
-// runs among them. Prefill in tiles of more than 16 rows: prefill.cuh, pairs of 32 columns. A value head is written as it is. Bytes: S * T *
-// N * 2 of planes, B of every tile once (qkv at D = 64, r = 16: 12.6 MB, 4.1 us at 3.1 TB/s), T * N * 2 out.
+// runs among them. A value head is written as it is. Bytes: S * T * N * 2 of planes, B of every tile once (qkv at D = 64, r = 16: 12.6 MB,
+// 4.1 us at 3.1 TB/s), T * N * 2 out.
 #include "expand_stream.cuh"
-#include "prefill.cuh"
 
 namespace openlora {
 namespace {
@@ -101,42 +100,6 @@ __global__ void __launch_bounds__(kUnitWarps* kWarp, kLora ? kLoraBlocks : kBase
           store_quad(target + half + column, y[1][r]);
         }
         __syncwarp();
-      });
-}
-
-// Rotates this lane's 8 columns of a head's first half with those of its second half, and writes both.
-__device__ __forceinline__ void write_blocks(const Params& a, __nv_bfloat16* target, bool rotates, int64_t angle, int offset, const float (&first)[kLaneColumns],
-                                             const float (&second)[kLaneColumns]) {
-#pragma unroll
-  for (int part = 0; part < 2; ++part) {
-    const int column = offset + lane_column(part);
-    float x[kQuad], y[kQuad];
-#pragma unroll
-    for (int j = 0; j < kQuad; ++j) x[j] = first[4 * part + j], y[j] = second[4 * part + j];
-    if (rotates) rotate(x, y, a.cos + angle + column, a.sin + angle + column);
-    store_quad(target + column, x);
-    store_quad(target + a.head_size / 2 + column, y);
-  }
-}
-
-__global__ void __launch_bounds__(kUnitWarps* kWarp, kPrefillBlocks) rope_kv_prefill_kernel(const __grid_constant__ Params a) {
-  const int half = a.head_size / 2, slices = half / kBlock;
-  finish_pairs(
-      a.p, (a.heads + 2 * a.groups) * slices,
-      [&](int i) {
-        const int column = i / slices * a.head_size + i % slices * kBlock;
-        return make_int2(column, column + half);
-      },
-      [&](int i, const BlockSum& first, const BlockSum& second, const int (&row)[kHalves]) {
-        const int head = i / slices;
-#pragma unroll
-        for (int h = 0; h < kHalves; ++h) {
-          if (row[h] < 0) continue;
-          auto* target = head_target<__nv_bfloat16>(a, row[h], __ldg(a.kv_slots + row[h]), head);
-          if (target == nullptr) continue;
-          const int64_t angle = static_cast<int64_t>(__ldg(a.positions + row[h])) * half;
-          write_blocks(a, target, head < a.heads + a.groups, angle, i % slices * kBlock, first[h], second[h]);
-        }
       });
 }
 
@@ -255,10 +218,6 @@ cudaError_t launch_fused_rope_kv_write(const RopeKvArgs& args, cudaStream_t stre
   for (const int64_t stride : {args.block_stride, args.group_stride, args.token_stride}) fits = fits && stride % kQuad == 0;
   for (const void* target : {args.key_cache, args.value_cache, args.q}) fits = fits && reinterpret_cast<uintptr_t>(target) % 8 == 0;
   for (const float* table : {args.cos, args.sin}) fits = fits && reinterpret_cast<uintptr_t>(table) % 16 == 0;
-  if (fits && !has_norm && suits_prefill(product) && args.head_size % (2 * kBlock) == 0) {
-    params.p.unit_rows = kPartRows;
-    return launch(rope_kv_prefill_kernel, {processor_count() * kPrefillBlocks, kUnitWarps * kWarp}, product.follow, stream, params);
-  }
   const int head_bits = args.head_size == 64 ? 6 : (args.head_size == 128 ? 7 : (args.head_size == 256 && !has_norm ? 8 : 0));
   if (fits && head_bits > 0 && suits_stream(product, product.columns, 2)) {
     const int processors = processor_count(), groups = (product.columns + 2 * kBoxColumns - 1) / (2 * kBoxColumns);

@@ -1,10 +1,9 @@
 // silu(gate) * up of a finished gate_up product. See fused.h.
 //
 // With adapters on Hopper: expand_stream.cuh, 64 columns of gate and the same of up a unit. Else product.cuh, 4 columns of both a lane.
-// Prefill in tiles of more than 16 rows: prefill.cuh, pairs of 32 columns of both. Bytes: S * T * 2 I * 2 of planes (from the cache in
-// decode), B of every tile once (gate_up at D = 64, r = 16, I = 14336: 58.7 MB, 18.9 us at 3.1 TB/s), T * I * 2 out.
+// Bytes: S * T * 2 I * 2 of planes (from the cache in decode), B of every tile once (gate_up at D = 64, r = 16, I = 14336: 58.7 MB, 18.9 us
+// at 3.1 TB/s), T * I * 2 out.
 #include "expand_stream.cuh"
-#include "prefill.cuh"
 
 namespace openlora {
 namespace {
@@ -26,24 +25,6 @@ __global__ void __launch_bounds__(kUnitWarps* kWarp, kLora ? kLoraBlocks : kBase
 #pragma unroll
           for (int c = 0; c < kQuad; ++c) y[0][r][c] = silu(y[0][r][c]) * y[1][r][c];
           store_quad(out + static_cast<int64_t>(row[r]) * half + lane.column[0], y[0][r]);
-        }
-      });
-}
-
-__global__ void __launch_bounds__(kUnitWarps* kWarp, kPrefillBlocks) silu_mul_prefill_kernel(const __grid_constant__ ProductView p, __nv_bfloat16* out) {
-  const int half = p.columns / 2;
-  finish_pairs(
-      p, half / kBlock, [&](int i) { return make_int2(i * kBlock, half + i * kBlock); },
-      [&](int i, const BlockSum& gate, const BlockSum& up, const int (&row)[kHalves]) {
-#pragma unroll
-        for (int h = 0; h < kHalves; ++h) {
-          if (row[h] < 0) continue;
-          float act[kLaneColumns];
-#pragma unroll
-          for (int c = 0; c < kLaneColumns; ++c) act[c] = silu(gate[h][c]) * up[h][c];
-#pragma unroll
-          for (int part = 0; part < 2; ++part)
-            store_four(out + static_cast<int64_t>(row[h]) * half + i * kBlock + lane_column(part), act + 4 * part);
         }
       });
 }
@@ -104,10 +85,6 @@ cudaError_t launch_fused_silu_mul(const SiluMulArgs& args, cudaStream_t stream) 
   if (product.rows == 0) return cudaSuccess;
   const int processors = processor_count();
   if (fits_quads(product) && product.columns % (2 * kQuad) == 0 && reinterpret_cast<uintptr_t>(args.out) % 8 == 0) {
-    if (suits_prefill(product)) {
-      const Shape shape{processors * kPrefillBlocks, kUnitWarps * kWarp};
-      return launch(silu_mul_prefill_kernel, shape, product.follow, stream, view_of(product, kPartRows), static_cast<__nv_bfloat16*>(args.out));
-    }
     if (suits_stream(product, product.columns / 2, 1) && product.bias == nullptr && product.lora->span_count <= 2)
       return launch_stream(args, processors, stream);
     const int lanes = product.columns / 2 / kQuad;

@@ -1,6 +1,6 @@
-// LoRA shrink. See lora_shrink.h. On Hopper lora_stream_sm90.cu has the steps in tiles of 16 rows.
+// LoRA shrink. See lora_shrink.h. On Hopper lora_stream_sm90.cu has most shapes.
 //
-// Up to 2,048 rows: a block takes one item (16 rows of a tile, page) at a time, all G modules of the group. The 16 ranks
+// A block takes one item (the up to 16 rows of a tile, page) at a time, all G modules of the group. The 16 ranks
 // of a page are the M side of mma.m16n8k16, the rows of the tile the n side, so one row wastes 7/8 of an instruction and not
 // 15/16. k is cut into 8 slices, one a warp; the cut depends on K alone. A goes from memory straight into registers in fragment
 // order: lane (g, t) takes 8 neighbouring k of ranks g and g + 8, and x is taken with the same permutation of k, which a dot
@@ -8,9 +8,6 @@
 //
 // Sums: the warp's slice, then warp w + warp w + 4, then warps 0 to 3 in order through shared memory (at most 13.8 KB). No atomics,
 // nothing to clear, and a row's bits do not depend on its tile. Bytes: items * G * 16 * K * 2 of A from memory, x from the cache.
-//
-// Prefill (more rows, in tiles of more than 16): a block takes half an item, a warp 16 of its rows and all of k in order;
-// the two warps read the same A at about the same time, from the first cache. Bound by x: qkv at 16,384 rows: 134 MB, 43 us.
 #include "device.cuh"
 #include "launch.cuh"
 #include "lora_shrink.h"
@@ -19,13 +16,10 @@
 namespace openlora {
 namespace {
 
-constexpr int kWarps = 8;         // of a block in decode
-constexpr int kPrefillWarps = 2;  // 16 rows each: half a tile a block, so that blocks are many
-constexpr int kPrefillBlocks = 6;  // a processor
-constexpr int kPrefillRows = 2048;  // up to here tiles are too few to leave k uncut
-constexpr int kStep = 32;         // k of one lane load: 4 lanes of 8
-constexpr int kTiles = 2;         // n tiles of 8 rows a warp multiplies at a time
-constexpr int kRowFloats = 18;    // 16 ranks and a pad: the fragment's stores meet no bank more than twice
+constexpr int kWarps = 8;       // of a block
+constexpr int kStep = 32;       // k of one lane load: 4 lanes of 8
+constexpr int kTiles = 2;       // n tiles of 8 rows a warp multiplies at a time
+constexpr int kRowFloats = 18;  // 16 ranks and a pad: the fragment's stores meet no bank more than twice
 
 struct Params {
   const void* x;
@@ -43,12 +37,6 @@ struct Item {
   int index;  // of the entry in its tile
   Entry entry;
 
-  // Keeps the rows of part `part` of 16 alone; there may be none.
-  __device__ __forceinline__ void cut(int part) {
-    place += part * 16;
-    first_pair += part * 16 * entries;
-    rows = min(rows - part * 16, 16);
-  }
   // Pair of the tile's row `r`.
   __device__ __forceinline__ int64_t pair(int r) const { return first_pair + static_cast<int64_t>(r) * entries + index; }
 };
@@ -79,15 +67,13 @@ struct PageView {
       count[m] = ranks_left(p.work, p.work.spans[m].module, entry) - g;  // what is left from rank g on
     }
   }
-  // kOnce: no other warp of the block reads it.
-  template <bool kOnce>
   __device__ __forceinline__ void load(PageStep<G>& out, int inputs, int step) const {
 #pragma unroll
     for (int m = 0; m < G; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const auto* from = reinterpret_cast<const uint4*>(a[m] + static_cast<int64_t>(8 * half) * inputs + step * kStep);
-        out.rank[m][half] = 8 * half < count[m] ? (kOnce ? load_stream(from) : __ldg(from)) : make_uint4(0, 0, 0, 0);
+        out.rank[m][half] = 8 * half < count[m] ? load_stream(from) : make_uint4(0, 0, 0, 0);
       }
   }
 };
@@ -100,11 +86,11 @@ struct RowStep {
 struct RowView {
   const __nv_bfloat16* x[kTiles];  // this lane's k; null where there is no row
 
-  __device__ __forceinline__ RowView(const Params& p, const TileTable& table, const Item& item, int first) {
+  __device__ __forceinline__ RowView(const Params& p, const TileTable& table, const Item& item) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      const int r = first + n * 8 + g;
+      const int r = n * 8 + g;
       x[n] = r < item.rows ? static_cast<const __nv_bfloat16*>(p.x) + __ldg(table.rows + item.place + r) * p.x_stride + t * 8 : nullptr;
     }
   }
@@ -131,7 +117,7 @@ __device__ __forceinline__ void multiply(float (&acc)[G][kTiles][4], const PageS
 }
 
 // acc += A x^T over the steps [first, last), U of them in flight. `pages` holds the first U already.
-template <int G, int U, bool kOnce>
+template <int G, int U>
 __device__ __forceinline__ void multiply_slice(float (&acc)[G][kTiles][4], PageStep<G> (&pages)[U], const PageView<G>& view, const RowView& rows,
                                                int row_count, int inputs, int first, int last) {
   RowStep x[U];
@@ -145,7 +131,7 @@ __device__ __forceinline__ void multiply_slice(float (&acc)[G][kTiles][4], PageS
       if (step + u >= last) break;
       multiply<G>(acc, pages[u], x[u], row_count);
       if (step + u + U < last) {
-        view.template load<kOnce>(pages[u], inputs, step + u + U);
+        view.load(pages[u], inputs, step + u + U);
         rows.load(x[u], step + u + U);
       }
     }
@@ -188,18 +174,16 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) shrink_kernel(const __grid_c
   const int steps = p.inputs / kStep, slice = (steps + kWarps - 1) / kWarps;
   const int first = warp_index() * slice, last = min(first + slice, steps);
   const TileTable table = read_tile_table(p.work.tiles);
-  const int stride = gridDim.x, parts = (table.largest + 15) / 16, count = table.item_count * parts;
+  const int stride = gridDim.x, count = table.item_count;
   int index = blockIdx.x;
   Item item{};
   PageStep<G> pages[U];
   auto fetch = [&](int i) {
-    item = read_item(table, i / parts);
-    item.cut(i % parts);
-    if (item.rows <= 0) return;
+    item = read_item(table, i);
     const PageView<G> view(p, item.entry);
 #pragma unroll
     for (int u = 0; u < U; ++u)
-      if (first + u < last) view.template load<true>(pages[u], p.inputs, first + u);
+      if (first + u < last) view.load(pages[u], p.inputs, first + u);
   };
   if (index < count) fetch(index);
   if (!p.waits_last) {
@@ -208,12 +192,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) shrink_kernel(const __grid_c
   }
   for (; index < count; index += stride) {
     const Item now = item;
-    if (now.rows <= 0) {  // for the whole block
-      if (index + stride < count) fetch(index + stride);
-      continue;
-    }
     float acc[G][kTiles][4] = {};
-    multiply_slice<G, U, true>(acc, pages, PageView<G>(p, now.entry), RowView(p, table, now, 0), now.rows, p.inputs, first, last);
+    multiply_slice<G, U>(acc, pages, PageView<G>(p, now.entry), RowView(p, table, now), now.rows, p.inputs, first, last);
     if (index + stride < count) fetch(index + stride);  // its pages arrive while this item is summed
     gather_warps<G>(acc, slots, now.rows);
     const int values = now.rows * kPageRank;  // of one module
@@ -226,41 +206,6 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) shrink_kernel(const __grid_c
       store_value(p, now, G, m, r, i % kPageRank, sum);
     }
     __syncthreads();  // the sums have been read
-  }
-  if (p.waits_last && blockIdx.x == 0) wait_for_previous();
-}
-
-template <int G, int U>
-__global__ void __launch_bounds__(kPrefillWarps* kWarp, kPrefillBlocks) shrink_prefill_kernel(const __grid_constant__ Params p) {
-  if (p.waits_last) start_dependents();
-  const TileTable table = read_tile_table(p.work.tiles);
-  const int warp = warp_index(), lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4, steps = p.inputs / kStep;
-  const int halves = (table.largest + kPrefillWarps * 16 - 1) / (kPrefillWarps * 16);
-  if (!p.waits_last) {
-    wait_for_previous();
-    start_dependents();
-  }
-  for (int index = blockIdx.x; index < table.item_count * halves; index += gridDim.x) {
-    const Item item = read_item(table, index / halves);
-    const int first_row = (index % halves * kPrefillWarps + warp) * 16;
-    if (first_row >= item.rows) continue;
-    const PageView<G> view(p, item.entry);
-    PageStep<G> pages[U];
-#pragma unroll
-    for (int u = 0; u < U; ++u)
-      if (u < steps) view.template load<false>(pages[u], p.inputs, u);
-    float acc[G][kTiles][4] = {};
-    const RowView rows(p, table, item, first_row);
-    multiply_slice<G, U, false>(acc, pages, view, rows, item.rows - first_row, p.inputs, 0, steps);
-#pragma unroll
-    for (int m = 0; m < G; ++m)
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int r = first_row + n * 8 + 2 * t + i % 2;
-          if (r < item.rows) store_value(p, item, G, m, r, g + 8 * (i / 2), acc[m][n][i]);
-        }
   }
   if (p.waits_last && blockIdx.x == 0) wait_for_previous();
 }
@@ -291,13 +236,9 @@ __global__ void __launch_bounds__(256) shrink_any_kernel(const __grid_constant__
   }
 }
 
-template <int G, int UDecode, int UPrefill>
+template <int G, int U>
 cudaError_t launch_modules(const LoraShrinkArgs& args, const Params& p, cudaStream_t stream) {
-  const int processors = processor_count();
-  if (args.work.tile_rows > 16 && args.rows > kPrefillRows) {
-    return launch(shrink_prefill_kernel<G, UPrefill>, {processors * kPrefillBlocks, kPrefillWarps * kWarp}, args.follow, stream, p);
-  }
-  return launch(shrink_kernel<G, UDecode>, {processors * 2, kWarps * kWarp}, args.follow, stream, p);
+  return launch(shrink_kernel<G, U>, {processor_count() * 2, kWarps * kWarp}, args.follow, stream, p);
 }
 
 bool fits_tensor_cores(const LoraShrinkArgs& args) {
@@ -311,7 +252,7 @@ bool fits_tensor_cores(const LoraShrinkArgs& args) {
 int lora_shrink_planes(int64_t inputs) { return std::max(1, lora_stream_planes(inputs)); }
 
 cudaError_t launch_lora_shrink(const LoraShrinkArgs& args, cudaStream_t stream) {
-  if (args.work.span_count < 1 || args.work.span_count > kMaxLoraSpans || args.work.tile_rows < 1 || args.work.tile_rows > 64)
+  if (args.work.span_count < 1 || args.work.span_count > kMaxLoraSpans || args.work.tile_rows < 1 || args.work.tile_rows > kMostTileRows)
     return cudaErrorInvalidValue;
   const Params p{args.x, args.x_stride, args.inputs, args.follow == Follow::kWaitLast, args.work};
   if (!fits_tensor_cores(args)) {
@@ -324,9 +265,9 @@ cudaError_t launch_lora_shrink(const LoraShrinkArgs& args, cudaStream_t stream) 
   if (is_hopper() && can_stream_lora(args)) return launch_lora_stream(args, stream);
   if (args.work.v_planes != 1) return cudaErrorInvalidValue;
   switch (args.work.span_count) {
-    case 1: return launch_modules<1, 4, 8>(args, p, stream);
-    case 2: return launch_modules<2, 3, 4>(args, p, stream);
-    default: return launch_modules<3, 2, 3>(args, p, stream);
+    case 1: return launch_modules<1, 4>(args, p, stream);
+    case 2: return launch_modules<2, 3>(args, p, stream);
+    default: return launch_modules<3, 2>(args, p, stream);
   }
 }
 

@@ -34,6 +34,7 @@ namespace openlora {
 constexpr int kPageRank = 16;
 constexpr int kMaxLoraSpans = 3;
 constexpr int kMaxRankPlanes = 8;
+constexpr int kMostTileRows = 16;  // with 16 at most a row's bits are the same in a step of any size
 constexpr int kTileHeader = 32;
 constexpr int kStreamDealInts = 32;  // of a block
 constexpr int kStreamDealTiles = 3;
@@ -61,9 +62,7 @@ struct LoraWork {
   int64_t v_stride;      // floats from one plane to the next
   int span_count;        // G
   LoraSpan spans[kMaxLoraSpans];
-  // No tile has more rows: 16, 32 or 64. Fixed per graph. With 16 a row's bits are the same in a step of any size. With more,
-  // steps of thousands of rows take other kernels (tensor cores, k not cut among blocks), whose sums have another order.
-  int tile_rows;
+  int tile_rows;  // no tile has more; at most kMostTileRows
 };
 
 // How a kernel follows the one before it in its stream.

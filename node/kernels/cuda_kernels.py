@@ -22,7 +22,6 @@ from node.kernels.lora import LoraPool, LoraRows
 from node.kernels.ops import Kernels
 from node.kernels.reference import lora_delta
 
-STREAM_TILE_ROWS = 16  # of the largest tiles that the streaming shrink takes
 EXACT_ROWS = 32  # of a product whose bits may not depend on the batch, where the skinny GEMM cannot run
 
 
@@ -102,7 +101,7 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         if rows is None or spans is None:
             return Product(self._multiply(x, weight, planes, wide), bias)
         fields = self._span_list(spans)
-        shape = self._shrink_planes(x, rows), rows.pair_count, len(fields) // 6, 16
+        shape = self._shrink_planes(x), rows.pair_count, len(fields) // 6, 16
         v = torch.empty(shape, dtype=torch.float32, device=x.device)
         if self._is_behind(x, planes, rows):
             y = self._multiply(x, weight, planes, wide)
@@ -121,9 +120,9 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         """
         return planes > 0 and x.shape[0] <= SHORT_ROWS and not rows.has_many
 
-    def _shrink_planes(self, x: Tensor, rows: DeviceRows) -> int:
+    def _shrink_planes(self, x: Tensor) -> int:
         """Planes of v."""
-        can_stream = x.dtype == torch.bfloat16 and self._is_hopper and rows.tiles.tile_rows <= STREAM_TILE_ROWS
+        can_stream = x.dtype == torch.bfloat16 and self._is_hopper
         return self._ops.shrink_planes(x.shape[1]) if can_stream else 1
 
     def finish(self, product: Product, out_dtype: torch.dtype) -> Tensor:

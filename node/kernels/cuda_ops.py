@@ -37,7 +37,7 @@ class DeviceTiles:
 
     Attributes:
         block: int32, device, 16-byte aligned. `node.kernels.lora_tiles.TileBlock.data`, and room behind it.
-        tile_rows: No tile has more rows; 16 for decode, 64 for prefill. Fixed in a graph.
+        tile_rows: No tile has more rows; 16 at most.
     """
 
     block: Tensor
@@ -105,8 +105,8 @@ class CudaOps:
         """v[pair, g] = weight * scale * x A_g^T for every pair of the tiles.
 
         Args:
-            x: [T, K], rows may be strided. v: [C, V or more, G, 16] float32, written; C is 1, or `shrink_planes` for tiles of at
-                most 16 rows on Hopper. With `shrink_planes` and Follow.WAIT_FIRST whatever follows may begin at once: before its
+            x: [T, K], rows may be strided. v: [C, V or more, G, 16] float32, written; C is 1, or `shrink_planes` on
+                Hopper. With `shrink_planes` and Follow.WAIT_FIRST whatever follows may begin at once: before its
                 wait it must read nothing that a kernel of the step writes.
         """
         self._lora_shrink(x, self._pages, tiles.block, self._ranks, self._scales, spans, tiles.tile_rows, int(follow), v)

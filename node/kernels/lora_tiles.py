@@ -53,7 +53,7 @@ def build_tiles(
         recipes: Of each sequence; empty where it uses no adapter.
         counts: Consecutive rows of each sequence, from row 0 on.
         slot_pages: [S, max_pages]. Pages of every slot in rank order; unused ones are -1 and come last.
-        tile_rows: Rows a tile may have: 16, 32 or 64.
+        tile_rows: Rows a tile may have; the kernels take at most 16.
         processors: P.
         slot_ranks: [S]. The ranks of a slot where all modules that the step computes have the same, else 0.
 

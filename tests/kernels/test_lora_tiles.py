@@ -29,7 +29,7 @@ def slot_tables(draw):
 weights = st.floats(-2, 2, width=32).map(float)
 recipes = st.lists(st.tuples(st.integers(0, SLOTS - 1), weights), max_size=3).map(tuple)
 batches = st.lists(st.tuples(recipes, st.integers(0, 40)), max_size=12)
-tile_sizes = st.sampled_from([16, 32, 64])
+tile_sizes = st.sampled_from([1, 5, 16])
 
 
 def _rows_of(batch):

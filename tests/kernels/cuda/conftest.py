@@ -16,7 +16,7 @@ from node.kernels.lora import LoraPool
 from node.kernels.lora_tiles import TileBlock, build_tiles, same_ranks
 from node.kernels.reference_tiles import reference_expand, reference_shrink
 
-PAGE_RANK = 16
+PAGE_RANK, TILE_ROWS = 16, 16
 
 
 @dataclass
@@ -91,7 +91,6 @@ def make_work() -> MakeWork:
         outputs: Sequence[int],
         dtype: torch.dtype = torch.bfloat16,
         *,
-        tile_rows: int = 16,
         pool: LoraPool | None = None,
     ) -> Work:
         by_module = [list(ranks)] * len(outputs) if isinstance(ranks[0], int) else ranks
@@ -105,12 +104,12 @@ def make_work() -> MakeWork:
             terms,
             [1] * len(terms),
             pool.slot_pages.numpy(),
-            tile_rows,
+            TILE_ROWS,
             processors=torch.cuda.get_device_properties("cuda").multi_processor_count,
             slot_ranks=same_ranks(pool.ranks.numpy()),
         )
         device = LoraPool(*(t.cuda() for t in (pool.pages, pool.slot_pages, pool.ranks, pool.scales)), pool.page_rank)
-        tiles = DeviceTiles(torch.from_numpy(block.data).cuda(), tile_rows)
+        tiles = DeviceTiles(torch.from_numpy(block.data).cuda(), TILE_ROWS)
         return Work(CudaOps(device), pool, spans, block, tiles, sum(outputs), dtype)
 
     return make

@@ -37,11 +37,10 @@ def delta(work, x):
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "f32"])
-@pytest.mark.parametrize("tile_rows", [16, 64])
 @pytest.mark.parametrize("outputs", [ONE, TWO, QKV], ids=["o", "gate_up", "qkv"])
 @pytest.mark.parametrize(("rows", "inputs"), [(1, 576), (5, 4096), (33, 1536), (256, 576), (300, 14336)])
-def test_shrink_of_mixed_ranks_and_recipes_equals_float64(make_work, error_of, dtype, tile_rows, outputs, rows, inputs):
-    work = make_work([((4, 1.0),), *mixed_terms(rows - 1)], RANKS, inputs, outputs, dtype, tile_rows=tile_rows)
+def test_shrink_of_mixed_ranks_and_recipes_equals_float64(make_work, error_of, dtype, outputs, rows, inputs):
+    work = make_work([((4, 1.0),), *mixed_terms(rows - 1)], RANKS, inputs, outputs, dtype)
     x = torch.randn(rows, inputs, device="cuda").to(dtype)
     v, reference = shrink(work, x)[0], work.shrink_reference(x)
     assert error_of(v[: len(reference)], reference) < LIMIT[dtype]
@@ -52,12 +51,12 @@ def test_shrink_of_mixed_ranks_and_recipes_equals_float64(make_work, error_of, d
 @pytest.mark.parametrize("outputs", [ONE, TWO, QKV], ids=["o", "gate_up", "qkv"])
 def test_shrink_of_a_long_prefill_equals_float64_whatever_its_neighbours(make_work, error_of, outputs):
     terms = mixed_terms(2400)
-    work = make_work(terms, RANKS, 1536, outputs, tile_rows=64)
+    work = make_work(terms, RANKS, 1536, outputs)
     x = torch.randn(2400, 1536, device="cuda").to(BF16)
     v, reference = shrink(work, x)[0], work.shrink_reference(x)
     assert error_of(v[: len(reference)], reference) < LIMIT[BF16]
     wanted = delta(work, x)
-    part = make_work(terms[200:2300], RANKS, 1536, outputs, tile_rows=64, pool=work.pool)
+    part = make_work(terms[200:2300], RANKS, 1536, outputs, pool=work.pool)
     assert torch.equal(delta(part, x[200:2300]), wanted[200:2300])
 
 
@@ -92,28 +91,26 @@ def test_shrink_without_adapters_writes_nothing(make_work):
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "f32"])
-@pytest.mark.parametrize("tile_rows", [16, 64])
 @pytest.mark.parametrize("rows", [1, 17, 100, 256, 700])
-def test_expand_equals_float64(make_work, error_of, dtype, tile_rows, rows):
-    work = make_work([((4, 1.0),), *mixed_terms(rows - 1)], RANKS, 576, QKV, dtype, tile_rows=tile_rows)
+def test_expand_equals_float64(make_work, error_of, dtype, rows):
+    work = make_work([((4, 1.0),), *mixed_terms(rows - 1)], RANKS, 576, QKV, dtype)
     x = torch.randn(rows, 576, device="cuda").to(dtype)
     assert error_of(delta(work, x), work.delta_reference(shrink(work, x), rows)) < LIMIT[dtype]
 
 
 @pytest.mark.parametrize("inputs", [576, 4096])
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "f32"])
-@pytest.mark.parametrize("tile_rows", [16, 64])
-def test_delta_of_a_row_has_the_same_bits_alone_and_in_any_batch(make_work, dtype, inputs, tile_rows):
+def test_delta_of_a_row_has_the_same_bits_alone_and_in_any_batch(make_work, dtype, inputs):
     terms = mixed_terms(256)
-    whole = make_work(terms, RANKS, inputs, QKV, dtype, tile_rows=tile_rows)
+    whole = make_work(terms, RANKS, inputs, QKV, dtype)
     x = torch.randn(256, inputs, device="cuda").to(dtype)
     wanted = delta(whole, x)
     assert bool(wanted.isfinite().all())
     for row in (0, 1, 2, 100, 255):
-        alone = make_work([terms[row]], RANKS, inputs, QKV, dtype, tile_rows=tile_rows, pool=whole.pool)
+        alone = make_work([terms[row]], RANKS, inputs, QKV, dtype, pool=whole.pool)
         assert torch.equal(delta(alone, x[row : row + 1])[0], wanted[row])
     some = [3, 77, 4, 200, 18, 19, 20, 21, 22, 23, 24]
-    part = make_work([terms[row] for row in some], RANKS, inputs, QKV, dtype, tile_rows=tile_rows, pool=whole.pool)
+    part = make_work([terms[row] for row in some], RANKS, inputs, QKV, dtype, pool=whole.pool)
     assert torch.equal(delta(part, x[some]), wanted[some])
 
 
