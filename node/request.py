@@ -31,6 +31,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()  # end-of-sequence ids; stop *strings* are matched where text exists, in the API process
     logprobs: int = -1  # -1: none; 0: of the drawn token; k > 0: also of the k most likely tokens
     prompt_logprobs: bool = False  # log-probability of every prompt token; disables the prefix-cache hit for this request
+    prompt_top: int = 0  # with prompt_logprobs: also of the k most likely tokens at every prompt position
 
 
 class AdapterTerm(msgspec.Struct, frozen=True):
@@ -52,7 +53,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class DrawnToken(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One new token of one sequence. `top` holds the `Sampling.logprobs` most likely tokens, best first."""
+    """A token of a sequence. `top` holds the `Sampling.logprobs` (`prompt_top` in a prompt) most likely tokens, best first."""
 
     token_id: int
     logprob: float | None = None

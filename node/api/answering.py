@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -36,6 +36,7 @@ REQUEST_ID = web.RequestKey("request_id", str)
 RECEIPT_ID = web.RequestKey("receipt_id", str)  # set once the request is admitted: from then on it has a record, however it ends
 IS_FAILED = web.RequestKey("is_failed", bool)
 _MAX_WARNINGS_CHARS = 512
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,10 @@ class Answering:
 
     async def spans(self, text: str, adds_special: bool) -> list[TokenSpan]:
         """Tokens of a text with offsets, off the event loop."""
-        work = functools.partial(self.tokenizer.spans, text, adds_special=adds_special)
+        return await self.off_loop(functools.partial(self.tokenizer.spans, text, adds_special=adds_special))
+
+    async def off_loop(self, work: Callable[[], T]) -> T:
+        """Do what takes long on a thread, so that others' tokens leave meanwhile."""
         return await asyncio.get_running_loop().run_in_executor(self.executor, work)
 
     def json(self, body: Any, headers: dict[str, str]) -> web.Response:

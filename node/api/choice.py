@@ -46,7 +46,7 @@ class Choice:
         self.token_ids: list[int] = []
         self.delivered_count = 0
         self.finish_reason: str | None = None
-        self.prompt_logprobs: tuple[float | None, ...] | None = None
+        self.prompt_logprobs: tuple[DrawnToken | None, ...] | None = None
         self.cached_prompt_tokens = 0
         self.embedding: bytes | None = None
         self._tokenizer = tokenizer

@@ -21,7 +21,7 @@ from node.api.sampling_fields import (
     refuse_templates,
 )
 from node.api.structured_fields import read_constraint
-from node.errors import ContextLengthError, RequestError, UnsupportedError
+from node.errors import ContextLengthError, RequestError
 
 
 def read_completion(body: dict[str, Any], limits: Limits, random_source: random.Random) -> Generation:
@@ -29,7 +29,7 @@ def read_completion(body: dict[str, Any], limits: Limits, random_source: random.
 
     Raises:
         RequestError: A field is missing, of the wrong type or out of its range.
-        UnsupportedError: suffix, client templates, alternatives of echoed tokens. GrammarError: See `structured_fields`.
+        UnsupportedError: suffix, client templates. GrammarError: See `structured_fields`.
     """
     fields = Fields(body)
     model = read_model(fields)
@@ -42,7 +42,7 @@ def read_completion(body: dict[str, Any], limits: Limits, random_source: random.
     source, token = read_source(fields)
     logprobs = fields.integer("logprobs", 0, limits.max_logprobs)
     top_logprobs = -1 if logprobs is None else logprobs
-    echoes = _read_echo(fields, top_logprobs, is_stream=is_stream)
+    echoes = fields.boolean("echo")
     kept_count = read_choice_count(fields, limits)
     choice_count = read_best_of(fields, limits, kept_count, is_stream=is_stream)
     answers = choice_count * len(prompts)
@@ -52,9 +52,9 @@ def read_completion(body: dict[str, Any], limits: Limits, random_source: random.
         )
     max_new_tokens = read_max_tokens(fields, "max_tokens", minimum=0 if echoes else 1)
     scored = max(top_logprobs, 0) if choice_count > kept_count else top_logprobs
-    sampling = msgspec.structs.replace(
-        read_sampling(fields, limits, random_source, scored), prompt_logprobs=echoes and top_logprobs >= 0
-    )
+    sampling = read_sampling(fields, limits, random_source, scored)
+    if echoes and top_logprobs >= 0:
+        sampling = msgspec.structs.replace(sampling, prompt_logprobs=True, prompt_top=top_logprobs)
     stop = read_stop(fields, "stop", limits)
     fields.label("user")
     return Generation(
@@ -78,19 +78,6 @@ def read_completion(body: dict[str, Any], limits: Limits, random_source: random.
         kept_count=kept_count,
         warnings=tuple(fields.unknown()),
     )
-
-
-def _read_echo(fields: Fields, top_logprobs: int, *, is_stream: bool) -> bool:
-    """Whether the prompt comes back before the answer, with log-probabilities of its own tokens where those are asked for."""
-    echoes = fields.boolean("echo")
-    if echoes and top_logprobs > 0:
-        raise UnsupportedError(
-            f"`logprobs` {top_logprobs} with `echo` is not supported: prompt tokens have no alternatives here; send 0",
-            param="logprobs",
-        )
-    if echoes and is_stream and top_logprobs >= 0:
-        raise UnsupportedError("`echo` with `logprobs` is not streamed; leave `stream` out", param="stream")
-    return echoes
 
 
 def read_prompts(fields: Fields, limits: Limits, key: str = "prompt") -> tuple[Prompt, ...]:

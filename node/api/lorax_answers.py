@@ -93,8 +93,8 @@ class LoraxAnswers:
     def _prefill(self) -> list[dict[str, Any]]:
         """The prompt's tokens. The first has no log-probability: nothing came before it."""
         ids = self.exchange.opening.prompts[0]
-        logprobs = self.exchange.choices[0].prompt_logprobs or (None,) * len(ids)
+        scored = self.exchange.choices[0].prompt_logprobs or (None,) * len(ids)
         return [
-            {"id": token_id, "text": self.tokenizer.token_text(token_id), "logprob": logprob}
-            for token_id, logprob in zip(ids, logprobs, strict=True)
+            {"id": token_id, "text": self.tokenizer.token_text(token_id), "logprob": None if token is None else token.logprob}
+            for token_id, token in zip(ids, scored, strict=True)
         ]

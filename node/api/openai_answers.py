@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +15,7 @@ from node.api.exchange import Exchange
 from node.api.generation import Generation
 from node.api.tokenizer import TextTokenizer
 from node.api.tool_calls import ToolCallReader, merged
-from node.request import TokenLogprob
+from node.request import DrawnToken, TokenLogprob
 
 _MARK = "\x00text\x00"
 _FINISH = {"stop": "stop", "stop_sequence": "stop", "length": "length"}
@@ -36,7 +35,7 @@ class OpenAiAnswers:
     tokenizer: TextTokenizer
     created_s: int
     model: str
-    echoed: set[int] = field(default_factory=set, init=False, repr=False)  # choices whose prompt has left
+    echoed: dict[int, int] = field(default_factory=dict, init=False, repr=False)  # choices whose prompt has left: its characters
     readers: dict[int, ToolCallReader] = field(default_factory=dict, init=False, repr=False)  # by choice
 
     def whole(self, texts: list[str], tokens: list[list[TextToken]], receipt: dict[str, Any]) -> dict[str, Any]:
@@ -71,13 +70,10 @@ class OpenAiAnswers:
             text_offset: Where its text begins in the choice, for completion log-probabilities.
         """
         finish = _FINISH[piece.finish_reason] if piece.finish_reason is not None else None
+        if not self._is_chat:
+            return {**self._frame("text_completion"), "choices": [self._completion_chunk(piece, text_offset, finish)]}
         logprobs = self._logprobs(list(piece.tokens), text_offset) if piece.tokens else None
         entry: dict[str, Any] = {"index": piece.choice_index, "logprobs": logprobs, "finish_reason": finish}
-        if not self._is_chat:
-            is_first = text_offset == 0 and piece.choice_index not in self.echoed
-            entry["text"] = (self._echo(self.exchange.choices[piece.choice_index]) if is_first else "") + piece.text
-            self.echoed.add(piece.choice_index)
-            return {**self._frame("text_completion"), "choices": [entry]}
         if self.generation.calls is None:
             entry["delta"] = {"content": piece.text} if piece.text or finish is None else {}
         else:
@@ -86,6 +82,17 @@ class OpenAiAnswers:
             if not entry["delta"] and finish is None and logprobs is None:
                 return None
         return {**self._frame("chat.completion.chunk"), "choices": [entry]}
+
+    def _completion_chunk(self, piece: Piece, text_offset: int, finish: str | None) -> dict[str, Any]:
+        """One piece of a completion; the first of a choice begins with the prompt, where `echo` asks for it."""
+        choice, is_first = self.exchange.choices[piece.choice_index], piece.choice_index not in self.echoed
+        echo = self._echo(choice) if is_first else ""
+        offset = self.echoed.setdefault(choice.index, len(echo)) + text_offset
+        has_prompt = is_first and self.generation.has_prompt_text
+        logprobs = self._logprobs(list(piece.tokens), offset) if piece.tokens or has_prompt else None
+        if has_prompt and logprobs is not None:
+            logprobs = self._with_prompt(choice, logprobs)
+        return {"index": choice.index, "logprobs": logprobs, "finish_reason": finish, "text": echo + piece.text}
 
     def around_text(self) -> tuple[bytes, bytes] | None:
         """What stands before and behind the text in later chunks of the only choice, as JSON; None where there is more in them
@@ -183,13 +190,23 @@ class OpenAiAnswers:
         for token in tokens:
             offsets.append(position)
             position += len(token.text)
-        top = [{self.tokenizer.token_text(item.token_id): item.logprob for item in token.drawn.top} for token in tokens]
+        return {**self._scored([token.drawn for token in tokens]), "text_offset": offsets}
+
+    def _scored(self, tokens: Sequence[DrawnToken]) -> dict[str, Any]:
         return {
-            "tokens": [self.tokenizer.token_text(token.drawn.token_id) for token in tokens],
-            "token_logprobs": [token.drawn.logprob for token in tokens],
-            "top_logprobs": top if self.generation.top_logprobs > 0 else None,
-            "text_offset": offsets,
+            "tokens": [self.tokenizer.token_text(token.token_id) for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [self._by_text(token) for token in tokens] if self.generation.top_logprobs > 0 else None,
         }
+
+    def _by_text(self, token: DrawnToken) -> dict[str, float | None]:
+        """The likeliest tokens, best first, and the token itself, which OpenAI always shows. Of tokens with the same text the
+        best counts: whoever looks whether a token was the likeliest compares the largest value with the token's own."""
+        found: dict[str, float | None] = {}
+        for item in token.top:
+            found.setdefault(self.tokenizer.token_text(item.token_id), item.logprob)
+        found.setdefault(self.tokenizer.token_text(token.token_id), token.logprob)
+        return found
 
     def _echo(self, choice: Choice) -> str:
         """The prompt's text, where `echo` asks for it."""
@@ -199,16 +216,13 @@ class OpenAiAnswers:
         return prompt.text if prompt.text is not None else self.tokenizer.decode(list(prompt.token_ids or ()))
 
     def _with_prompt(self, choice: Choice, logprobs: dict[str, Any]) -> dict[str, Any]:
-        """The prompt's tokens before the answer's. The first has no log-probability: nothing came before it. Special tokens that
-        were given as ids are not in the echoed text, and take no room in it."""
+        """The prompt's tokens before the answer's. The first has no log-probability: nothing came before it."""
         ids = self.exchange.opening.prompts[choice.prompt_index]
-        texts = [self.tokenizer.token_text(token_id) for token_id in ids]
-        is_text = self.generation.prompts[choice.prompt_index].text is not None
-        shown = [len(text) if is_text or not self.tokenizer.is_special(i) else 0 for i, text in zip(ids, texts, strict=True)]
-        offsets = [0, *itertools.accumulate(shown[:-1])]
+        scored = self._scored([token for token in choice.prompt_logprobs or () if token is not None])
+        top = None if scored["top_logprobs"] is None else [None, *scored["top_logprobs"], *logprobs["top_logprobs"]]
         return {
-            "tokens": [*texts, *logprobs["tokens"]],
-            "token_logprobs": [*(choice.prompt_logprobs or (None,) * len(ids)), *logprobs["token_logprobs"]],
-            "top_logprobs": None,
-            "text_offset": [*offsets, *logprobs["text_offset"]],
+            "tokens": [self.tokenizer.token_text(ids[0]), *scored["tokens"], *logprobs["tokens"]],
+            "token_logprobs": [None, *scored["token_logprobs"], *logprobs["token_logprobs"]],
+            "top_logprobs": top,
+            "text_offset": [*self.tokenizer.places(ids, self._echo(choice)), *logprobs["text_offset"]],
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -54,7 +55,9 @@ class OpenAiRoutes:
             receipt = await exchange.commit()
             answers = self._answers(generation, exchange)
             headers = self._answering.headers(generation, exchange)
-            return self._answering.json(answers.whole(texts, tokens, receipt), headers)
+            build = functools.partial(answers.whole, texts, tokens, receipt)
+            body = await self._answering.off_loop(build) if generation.sampling.prompt_logprobs else build()
+            return self._answering.json(body, headers)
 
     async def _stream(self, request: web.Request, generation: Generation) -> web.StreamResponse:
         """Errors before the first token are plain answers with their status; later ones are an event, then [DONE]."""
@@ -78,7 +81,8 @@ class OpenAiRoutes:
                 if chunks.opening is not None:
                     await stream.send(chunks.opening)
                     chunks.opening = None
-                chunk = chunks.of(piece)
+                build = functools.partial(chunks.of, piece)
+                chunk = await self._answering.off_loop(build) if chunks.begins_scored(piece.choice_index) else build()
                 if chunk is None:
                     continue
                 if piece.finish_reason is not None and exchange.is_finished:
@@ -115,15 +119,20 @@ class _Chunks:
         self._around: tuple[bytes, bytes] | None = None  # a text in the middle of an answer that is nothing but text
 
     def of(self, piece: Piece) -> dict[str, Any] | None:
-        """None where there is nothing to show."""
+        """None where there is nothing to show. That is no beginning either: an echoed prompt waits for what shows."""
+        if not (piece.text or piece.tokens or piece.finish_reason):
+            return None
         offset = self._offsets.get(piece.choice_index, 0)
         self._offsets[piece.choice_index] = offset + len(piece.text)
-        chunk = self._answers.chunk(piece, offset)
-        return chunk if piece.text or piece.tokens or piece.finish_reason else None
+        return self._answers.chunk(piece, offset)
 
     @property
     def is_clear(self) -> bool:
-        return self.opening is None and self._stream.is_clear
+        return self.opening is None and self._stream.is_clear and not self.begins_scored(0)
+
+    def begins_scored(self, choice_index: int) -> bool:
+        """Whether the choice's next chunk is its first and holds the log-probabilities of its prompt, which may be very many."""
+        return self._answers.generation.sampling.prompt_logprobs and choice_index not in self._answers.echoed
 
     def take(self, piece: Piece) -> None:
         if self._around is not None and piece.text:

@@ -11,6 +11,7 @@ from node.api.tokenizer import TextTokenizer
 from node.errors import ContextLengthError, RequestError
 
 _SHORT_CHARS = 4096  # encoded at once: about a millisecond, cheaper than waking a thread
+_MAX_SCORES = 1 << 16  # log-probabilities of one request's prompts: some 100 bytes and 2 us each, 30 bytes in the answer
 
 
 class Prompting:
@@ -38,6 +39,8 @@ class Prompting:
             prompts = [ids[-keep:] for ids in prompts]
         for ids in prompts:
             self._check(ids, generation)
+        if generation.sampling.prompt_logprobs:
+            self._check_scores(prompts, generation)
         return tuple(tuple(ids) for ids in prompts)
 
     def budget(self, generation: Generation, prompts: tuple[tuple[int, ...], ...]) -> int:
@@ -72,6 +75,17 @@ class Prompting:
         wanted, limit = generation.max_new_tokens, self._limits.max_model_len
         if len(ids) + (1 if wanted is None else wanted) > limit:
             raise _too_long(generation, len(ids), wanted, limit)
+
+    def _check_scores(self, prompts: list[list[int]], generation: Generation) -> None:
+        """One prompt of the whole context is always scored; beyond that its alternatives and its neighbours count."""
+        count, each = sum(map(len, prompts)) * generation.choice_count, 1 + generation.sampling.prompt_top
+        limit = max(_MAX_SCORES, 2 * self._limits.max_model_len)
+        if count * each > limit:
+            raise RequestError(
+                f"log-probabilities of {count} prompt tokens with {each - 1} alternatives each were asked for, {count * each}"
+                f" numbers; the limit is {limit}; send fewer or shorter prompts, or ask for fewer alternatives",
+                param="parameters.decoder_input_details" if generation.shape == "lorax" else "logprobs",
+            )
 
 
 def _too_long(generation: Generation, prompt_count: int, wanted: int | None, limit: int) -> ContextLengthError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class TokenSpan:
 
 
 class TextTokenizer:
-    """Encodes and decodes with one `tokenizer.json`. Methods are pure; encoding releases the interpreter lock."""
+    """Encodes and decodes with one `tokenizer.json`. Methods are pure, on any thread; encoding releases the interpreter lock."""
 
     def __init__(self, tokenizer: Tokenizer, special: SpecialTokens) -> None:
         self._tokenizer = tokenizer
@@ -60,6 +61,7 @@ class TextTokenizer:
         self._added_texts = {token_id: token.content for token_id, token in added.items()}
         self._is_byte_level = _uses_byte_level(json.loads(tokenizer.to_str()).get("decoder"))
         self._bytes_of_char = _byte_level_alphabet()
+        self._texts: dict[int, str] = {}  # of tokens by themselves, at most the vocabulary: log-probabilities show many
 
     @classmethod
     def open(cls, directory: Path) -> TextTokenizer:
@@ -110,7 +112,25 @@ class TextTokenizer:
 
     def token_text(self, token_id: int) -> str:
         """One token's text by itself; bytes that are no complete character show as U+FFFD."""
-        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self.token_bytes(token_id).decode("utf-8", errors="replace")
+        return text
+
+    def places(self, ids: Sequence[int], text: str) -> list[int]:
+        """Where each token begins in the text it is part of, in characters. Control tokens that the text does not show, and the
+        space that some tokenizers put before it, take no room; a character of several tokens belongs to the first."""
+        found, at = [], 0
+        for token_id in ids:
+            found.append(at)
+            shown = self.token_text(token_id)
+            if text.startswith(shown, at):
+                at += len(shown)
+            elif shown.startswith(" ") and text.startswith(shown[1:], at):
+                at += len(shown) - 1
+            elif not self.is_special(token_id):
+                at = min(len(text), at + sum(byte & 0xC0 != 0x80 for byte in self.token_bytes(token_id)))
+        return found
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for; b"" for an id beyond the vocabulary (padding rows of the output matrix)."""

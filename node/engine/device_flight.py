@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from node.engine.device_sampler import DeviceDraw
+from node.engine.sampler import ScoredPrompt, score_prompt
 from node.engine.step_block import upload
-from node.engine.step_plan import Work
+from node.engine.step_plan import Work, following_tokens
 
 
 @dataclass(slots=True)
@@ -21,7 +22,7 @@ class DeviceFlight:
     logits: Tensor
     drawing: list[int]
     rows: list[int] | None
-    prompt_logprobs: dict[int, Tensor] = field(default_factory=dict)
+    prompt_logprobs: dict[int, ScoredPrompt] = field(default_factory=dict)
     draw: DeviceDraw | None = None
     hidden: Tensor | None = None
 
@@ -32,16 +33,15 @@ class DeviceFlight:
             return self.logits
         return self.logits[upload(self.rows, self.logits.device)]
 
-    def prompt_row_logprobs(self) -> dict[int, Tensor]:
-        """[rows] log-probability of the prompt token after each row, on the device, by work index."""
-        found: dict[int, Tensor] = {}
+    def prompt_row_logprobs(self) -> dict[int, ScoredPrompt]:
+        """The prompt token after each row with its log-probability, on the device, by work index."""
+        found: dict[int, ScoredPrompt] = {}
         first = 0
         for index, item in enumerate(self.work):
             if item.wants_prompt_logprobs:
-                following = item.sequence.tokens[item.start + 1 : min(item.start + item.count + 1, item.sequence.prompt_count)]
+                following = following_tokens(item)
                 logits = self.logits[first : first + len(following)]
-                ids = upload(following, logits.device)
-                found[index] = logits.log_softmax(dim=1).gather(1, ids[:, None])[:, 0]
+                found[index] = score_prompt(logits, upload(following, logits.device), item.sequence.sampling.prompt_top)
             if self.rows is not None:
                 first += item.count if item.wants_prompt_logprobs else int(item.draws_token)
         return found

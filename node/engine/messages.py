@@ -107,7 +107,7 @@ class SequenceEvent(msgspec.Struct, frozen=True, kw_only=True, array_like=True, 
 
     sequence_id: str
     tokens: tuple[DrawnToken, ...] = ()
-    prompt_logprobs: tuple[float | None, ...] | None = None  # once, with the first tokens
+    prompt_logprobs: tuple[DrawnToken | None, ...] | None = None  # once, with the first tokens; the prompt's first has none
     cached_prompt_tokens: int = 0  # prefix-cache hit, once, with the first tokens
     embedding: bytes | None = None  # float32, little-endian: the hidden state after the final norm, of a sequence that `embeds`
     finish_reason: str | None = None

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from node.engine.batch import build_inputs, side_groups
 from node.engine.grammar import mask_width
-from node.engine.sampler import DrawRow, RowMask, draw, next_token_logprobs
-from node.engine.step_plan import Work, WorkResult
+from node.engine.sampler import DrawRow, RowMask, draw, score_prompt
+from node.engine.step_plan import Work, WorkResult, following_tokens
 from node.kernels.lora import LoraPool
 from node.models.inputs import CausalLM, KVCache
 from node.request import DrawnToken
@@ -118,7 +118,7 @@ def add_embeddings(work: Sequence[Work], results: list[WorkResult], hidden: Tens
 
 def sample(work: list[Work], logits: Tensor, masks: MaskSource | None = None) -> list[WorkResult]:
     """Turn the logits of a step into results. logits: [W, V] float32, rows as `batch.logit_rows` asked for them."""
-    prompt_logprobs: dict[int, tuple[float, ...]] = {}
+    prompt_logprobs: dict[int, tuple[DrawnToken, ...]] = {}
     places: dict[int, int] = {}  # work index -> its place among the drawing rows
     drawing_rows: list[int] = []
     row = 0
@@ -193,9 +193,10 @@ def draw_row(item: Work) -> DrawRow:
     return DrawRow(sequence.sampling, sequence.submit.choice_index, sequence.tokens, sequence.prompt_count)
 
 
-def _prompt_logprobs(item: Work, logits: Tensor) -> tuple[float, ...]:
-    """Log-probability of the prompt token after each row; rows at or beyond the prompt's end have none."""
-    following = item.sequence.tokens[item.start + 1 : min(item.start + item.count + 1, item.sequence.prompt_count)]
+def _prompt_logprobs(item: Work, logits: Tensor) -> tuple[DrawnToken, ...]:
+    """The prompt token after each row with its log-probability; rows at or beyond the prompt's end have none."""
+    following = following_tokens(item)
     if not following:
         return ()
-    return tuple(next_token_logprobs(logits[: len(following)], torch.tensor(list(following), dtype=torch.int64)))
+    scored = score_prompt(logits[: len(following)], torch.tensor(following), item.sequence.sampling.prompt_top)
+    return tuple(scored.tolist())

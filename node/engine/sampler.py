@@ -98,9 +98,34 @@ def _replace_forbidden(chosen: list[int], logits: Tensor, mask: TokenMask, index
             chosen[index] = filters.best_allowed(logits[index], words)
 
 
-def next_token_logprobs(logits: Tensor, token_ids: Tensor) -> list[float]:
-    """Log-probability of `token_ids` [n] under `logits` [n, V], for prompts."""
-    return logits.log_softmax(dim=1).gather(1, token_ids[:, None])[:, 0].tolist()
+@dataclass(frozen=True, slots=True)
+class ScoredPrompt:
+    """A prompt under the logits before it. `token_ids`, `logprobs`: [n]; `top_ids`, `top_logprobs`: [n, k], best first."""
+
+    token_ids: Tensor
+    logprobs: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
+
+    def tolist(self) -> list[DrawnToken]:
+        """The tokens, on the host."""
+        columns = (self.token_ids, self.logprobs, self.top_ids, self.top_logprobs)
+        return [
+            DrawnToken(token_id, logprob, tuple(map(TokenLogprob, ids, values)))
+            for token_id, logprob, ids, values in zip(*(column.tolist() for column in columns), strict=True)
+        ]
+
+
+def score_prompt(logits: Tensor, token_ids: Tensor, top: int) -> ScoredPrompt:
+    """Log-probabilities of a prompt, on the device of its logits; nothing waits for it.
+
+    Args:
+        logits: [n, V] float32. token_ids: [n] int64, the token after each row.
+        top: k. How many of the most likely tokens are named beside each.
+    """
+    log_p = logits.log_softmax(dim=1)
+    best = torch.topk(log_p, min(top, log_p.shape[1]), dim=1)
+    return ScoredPrompt(token_ids, log_p.gather(1, token_ids[:, None])[:, 0], best.indices, best.values)
 
 
 def is_plain(sampling: Sampling) -> bool:

@@ -70,7 +70,7 @@ class Sequence:
         self.published_count = 0
         self.chunk_count = 0
         self.cached_count = 0
-        self.prompt_logprobs: list[float | None] = [None]
+        self.prompt_logprobs: list[DrawnToken | None] = [None]
         self.holds_adapters = False
         self.is_admitted = False
         self.has_spoken = False

@@ -46,6 +46,12 @@ class Work:
         )
 
 
+def following_tokens(work: Work) -> list[int]:
+    """The prompt tokens after each row, which the rows' logits predict; there is none after the prompt's last row."""
+    end = min(work.start + work.count + 1, work.sequence.prompt_count)
+    return list(work.sequence.tokens[work.start + 1 : end])
+
+
 @dataclass(slots=True)
 class StepPlan:
     """The rows of one step, and what became of sequences that will not run at all."""
@@ -61,12 +67,12 @@ class WorkResult:
 
     Attributes:
         drawn: The next token when the work draws one; None when it does not, or when the logits were not finite.
-        prompt_logprobs: Log-probability of the token after each row, for works that want them.
+        prompt_logprobs: The prompt's token after each row with its log-probability, for works that want them.
         has_failed: Nothing could be computed for this work.
         embedding: Hidden state of the last row, float32 bytes, for works that embed.
     """
 
     drawn: DrawnToken | None = None
-    prompt_logprobs: tuple[float, ...] = ()
+    prompt_logprobs: tuple[DrawnToken, ...] = ()
     has_failed: bool = False
     embedding: bytes | None = None

@@ -138,6 +138,14 @@ class FakeSequence(SequenceStream):
             await self.aclose()
 
 
+def scored(submit):
+    """The prompt's log-probabilities: -1 for every token, 0.5 less for the token after it, and so on."""
+    yield None
+    for token_id in submit.prompt_ids[1:]:
+        top = [TokenLogprob((token_id + k + 1) % 256, -0.5 - k) for k in range(submit.sampling.prompt_top)]
+        yield DrawnToken(token_id, -1.0, tuple(top))
+
+
 @dataclass
 class FakeEngine:
     """Answers every sequence with `answer`, token by token, then an end-of-sequence id, or "length" when the budget is spent.
@@ -206,7 +214,7 @@ class FakeEngine:
         logprob = self.choice_answers[submit.choice_index][1] if self.choice_answers else -0.5
         drawn = DrawnToken(token_id, logprob if sampling.logprobs >= 0 else None, top)
         is_first = index == 0
-        prefill = (None, *(-1.0 for _ in submit.prompt_ids[1:])) if is_first and sampling.prompt_logprobs else None
+        prefill = tuple(scored(submit)) if is_first and sampling.prompt_logprobs else None
         return SequenceEvent(
             sequence_id=submit.sequence_id,
             tokens=(drawn,),

@@ -282,11 +282,51 @@ async def test_completion_echo_streams_the_prompt_once(client):
     assert "".join(texts) == "hihello world"
 
 
-@pytest.mark.parametrize("extra", [{"logprobs": 2}, {"logprobs": 0, "stream": True}])
-async def test_completion_echo_beyond_what_is_computed_is_refused_by_name(client, extra):
-    answer = await client.post("/v1/completions", json={**COMPLETION, "echo": True, **extra})
+async def test_completion_echo_names_the_likeliest_tokens_of_the_prompt(bench, client):
+    body = {**COMPLETION, "prompt": "hi you", "echo": True, "logprobs": 2}
+    logprobs = (await (await client.post("/v1/completions", json=body)).json())["choices"][0]["logprobs"]
 
-    assert (answer.status, (await answer.json())["error"]["code"]) == (400, "param_not_supported")
+    ids = bench.tokenizer.encode("hi you")
+    assert logprobs["top_logprobs"][0] is None
+    for token_id, found in zip(ids[1:], logprobs["top_logprobs"][1:], strict=False):
+        text = bench.tokenizer.token_text
+        assert found == {text(token_id + 1): -0.5, text(token_id + 2): -1.5, text(token_id): -1.0}
+    assert len(logprobs["top_logprobs"]) == len(logprobs["tokens"]) == len(logprobs["text_offset"])
+    assert bench.engine.submits[0].sampling.prompt_top == 2
+
+
+async def test_completion_logprobs_of_tokens_with_the_same_text_are_those_of_the_best(bench, client):
+    halves = bench.tokenizer.encode("\u00e9")  # two bytes, neither of which is a character
+    body = {**COMPLETION, "prompt": [*halves, halves[1]], "echo": True, "logprobs": 1}
+    assert len({bench.tokenizer.token_text(token_id) for token_id in (halves[1], halves[1] + 1)}) == 1
+    logprobs = (await (await client.post("/v1/completions", json=body)).json())["choices"][0]["logprobs"]
+
+    assert logprobs["top_logprobs"][1:3] == [{"\ufffd": -0.5}, {"\ufffd": -0.5}]
+    assert logprobs["token_logprobs"][1:3] == [-1.0, -1.0]
+
+
+@pytest.mark.parametrize("extra", [{}, {"stop": "hello world!"}, {"logprobs": 0}, {"logprobs": 2}, {"logprobs": 1, "n": 2}])
+async def test_completion_echo_streamed_adds_up_to_the_whole_answer(client, extra):
+    body = {**COMPLETION, "prompt": "hi you", "echo": True, **extra}
+    whole = (await (await client.post("/v1/completions", json=body)).json())["choices"]
+    events = events_of(await (await client.post("/v1/completions", json={**body, "stream": True})).text())
+    chunks = [choice for event in events if event != "[DONE]" for choice in event["choices"]]
+
+    for choice in whole:
+        own = [chunk for chunk in chunks if chunk["index"] == choice["index"]]
+        assert "".join(chunk["text"] for chunk in own) == choice["text"]
+        scored = [chunk["logprobs"] for chunk in own if chunk["logprobs"] is not None]
+        for key, values in (choice["logprobs"] or {}).items():
+            assert values == (None if values is None else [item for part in scored for item in part[key]])
+
+
+async def test_completion_echo_of_more_log_probabilities_than_there_may_be_is_refused(client):
+    body = {**COMPLETION, "prompt": [[1] * 400] * 30, "echo": True, "logprobs": 5}
+    answer = await client.post("/v1/completions", json=body)
+    error = (await answer.json())["error"]
+
+    assert (answer.status, error["param"]) == (400, "logprobs")
+    assert all(number in error["message"] for number in ("12000", "72000", "65536"))
 
 
 async def test_best_of_gives_the_likeliest_of_every_prompt_and_records_all(bench, client):

@@ -8,7 +8,7 @@ from node.engine.messages import Submit
 from node.engine.runner import sample
 from node.engine.sequence import Sequence
 from node.engine.step_plan import Work
-from node.request import AdapterTerm, Sampling
+from node.request import AdapterTerm, DrawnToken, Sampling
 
 SLOTS = {"x": 3, "y": 0}
 
@@ -75,6 +75,6 @@ def test_results_go_to_the_work_they_belong_to():
     chunk, scored, decode = sample(items, logits)
     assert (chunk.drawn, chunk.prompt_logprobs) == (None, ())
     assert len(scored.prompt_logprobs) == 5
-    assert scored.prompt_logprobs[0] == logits[0].log_softmax(-1)[101].item()
+    assert scored.prompt_logprobs[0] == DrawnToken(101, logits[0].log_softmax(-1)[101].item())
     assert scored.drawn.token_id == int(logits[5].argmax())
     assert decode.drawn.token_id == int(logits[6].argmax())

@@ -133,12 +133,13 @@ def test_stop_token_ends_the_answer_although_the_next_step_is_under_way(make_dri
 def test_prompt_logprobs_equal_the_synchronous_engine(make_driver, make_ahead):
     found = []
     for driver in (make_driver(kernels="reference"), make_ahead(max_batch_tokens=16)):
-        driver.add("a", PROMPTS["s4"], prompt_logprobs=True, max_new_tokens=3)
+        driver.add("a", PROMPTS["s4"], prompt_logprobs=True, prompt_top=2, max_new_tokens=3)
         driver.add("b", PROMPTS["s2"], ["y"], max_new_tokens=9)
         driver.run()
-        found.append((driver.tokens("a"), driver.tokens("b"), driver.events["a"][0].prompt_logprobs))
-    assert found[0][:2] == found[1][:2]
-    assert found[0][2][1:] == pytest.approx(found[1][2][1:], abs=1e-5)
+        scored = [item for token in driver.events["a"][0].prompt_logprobs[1:] for item in (token, *token.top)]
+        found.append(((driver.tokens("a"), driver.tokens("b"), [item.token_id for item in scored]), scored))
+    assert found[0][0] == found[1][0]
+    assert [item.logprob for item in found[0][1]] == pytest.approx([item.logprob for item in found[1][1]], abs=1e-5)
 
 
 def test_second_turn_hits_the_prefix_of_the_first(make_ahead):

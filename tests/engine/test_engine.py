@@ -114,7 +114,20 @@ def test_prompt_logprobs_equal_transformers(driver, world):
     expected = logits[:-1].gather(1, ids[0, 1:, None])[:, 0].numpy()
     found = driver.events["a"][0].prompt_logprobs
     assert found[0] is None
-    assert np.allclose(found[1:], expected, atol=1e-4)
+    assert [token.token_id for token in found[1:]] == list(PROMPTS["s4"][1:])
+    assert np.allclose([token.logprob for token in found[1:]], expected, atol=1e-4)
+
+
+def test_prompt_alternatives_equal_transformers(driver, world):
+    driver.add("a", PROMPTS["s4"], prompt_logprobs=True, prompt_top=3, max_new_tokens=0)
+    driver.run()
+    ids = torch.tensor([PROMPTS["s4"]])
+    with torch.no_grad():
+        logits = LlamaForCausalLM.from_pretrained(world.model_dir).eval()(ids).logits[0].log_softmax(-1)
+    expected = torch.topk(logits[:-1], 3, dim=1)
+    found = [token.top for token in driver.events["a"][0].prompt_logprobs[1:]]
+    assert [[item.token_id for item in top] for top in found] == expected.indices.tolist()
+    assert np.allclose([[item.logprob for item in top] for top in found], expected.values.numpy(), atol=1e-4)
 
 
 def test_prompt_logprobs_with_small_chunks_are_complete(make_driver):

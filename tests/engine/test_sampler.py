@@ -15,7 +15,7 @@ from transformers import (
 
 from node.engine import filters
 from node.engine.noise import uniform, uniforms
-from node.engine.sampler import DrawRow, RowMask, draw, next_token_logprobs
+from node.engine.sampler import DrawRow, RowMask, draw, score_prompt
 from node.request import DrawnToken, Sampling
 
 VOCAB = 3000
@@ -289,10 +289,24 @@ def test_noise_is_uniform_over_positions():
     assert ((found - 1000) ** 2 / 1000).sum() < 43.8  # 19 degrees of freedom, 0.001
 
 
-def test_next_token_logprobs_pick_the_following_token():
+def test_score_prompt_picks_the_following_token():
     x = random_logits(2)
     expected = x.log_softmax(-1)
-    assert next_token_logprobs(x, torch.tensor([4, 9])) == [expected[0, 4].item(), expected[1, 9].item()]
+    found = score_prompt(x, torch.tensor([4, 9]), 0).tolist()
+    assert found == [DrawnToken(4, expected[0, 4].item()), DrawnToken(9, expected[1, 9].item())]
+
+
+def test_score_prompt_names_the_likeliest_tokens_best_first():
+    x = random_logits(2)
+    expected = x.log_softmax(-1)
+    for row, token in enumerate(score_prompt(x, torch.tensor([4, 9]), 3).tolist()):
+        values, ids = expected[row].sort(descending=True)
+        assert [(item.token_id, item.logprob) for item in token.top] == [(ids[k].item(), values[k].item()) for k in range(3)]
+
+
+def test_score_prompt_names_no_more_tokens_than_there_are():
+    x = random_logits(1)
+    assert len(score_prompt(x, torch.tensor([4]), 10**6).tolist()[0].top) == x.shape[1]
 
 
 def random_mask(generator, row_count, vocab_size, allowed_count):

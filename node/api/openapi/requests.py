@@ -141,7 +141,7 @@ def _completion(limits: Limits) -> Schema:
         {
             "model": _model(),
             "prompt": _prompts(limits),
-            "echo": optional(boolean("The prompt before the answer; with `logprobs` 0 its tokens are scored too.")),
+            "echo": optional(boolean("The prompt before the answer; with `logprobs` its tokens are scored too.")),
             "max_tokens": optional(integer("Tokens of each answer at most; default 16.", 1, _MAX_TOKENS)),
             "best_of": optional(
                 integer(

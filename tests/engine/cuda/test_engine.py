@@ -47,10 +47,11 @@ def test_log_probabilities_equal_the_cpus(make_gpu, make_cpu):
     found = []
     for driver in (make_gpu(), make_cpu()):
         answers(driver, ["s1", "s3"], logprobs=2)
-        driver.add("p", PROMPTS["s4"], ["y"], prompt_logprobs=True, max_new_tokens=2)
+        driver.add("p", PROMPTS["s4"], ["y"], prompt_logprobs=True, prompt_top=2, max_new_tokens=2)
         driver.run()
         drawn = [token for name in ("s1", "s3") for event in driver.events[name] for token in event.tokens]
-        found.append(([token.logprob for token in drawn], driver.events["p"][0].prompt_logprobs[1:]))
+        scored = [item.logprob for token in driver.events["p"][0].prompt_logprobs[1:] for item in (token, *token.top)]
+        found.append(([token.logprob for token in drawn], scored))
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-4)
     assert found[0][1] == pytest.approx(found[1][1], abs=1e-4)
 
