@@ -53,6 +53,10 @@ def _spell_address(value: str) -> str:
 Address = Annotated[str, Field(pattern=r"^0x[0-9a-fA-F]{40}$"), AfterValidator(_spell_address)]
 
 
+# As browsers spell it: a scheme, a host in lower case, a port that is not the scheme's own.
+Origin = Annotated[str, Field(pattern=r"^(\*|https?://[a-z0-9.\[\]:-]{1,255})$")]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -64,6 +68,7 @@ class ServerSettings(_Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 8080  # 0: any free port, printed at start
     api_keys_file: Path | None = None  # one "name key" pair a line; mode 0600
     insecure: bool = False  # serve other hosts than loopback without API keys
+    cors_origins: tuple[Origin, ...] = ()  # web pages that may read answers: "https://app.example", or "*" for all
     admin_port: Annotated[int, Field(ge=0, le=65535)] | None = None  # the operator's commands over HTTP, on 127.0.0.1 alone
     max_body_bytes: Bytes = 4 << 20
     max_concurrent_requests: Annotated[int, Field(ge=1)] = 256

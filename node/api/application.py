@@ -24,6 +24,7 @@ from node.api.model_routes import ModelRoutes
 from node.api.openai_routes import OpenAiRoutes
 from node.api.openapi.document import build_document
 from node.api.openapi.routes import DocumentRoutes
+from node.api.origins import answer_preflights, let_origins_read
 from node.api.prompting import Prompting
 from node.api.readiness import Readiness
 from node.api.recipes import Recipes
@@ -52,6 +53,7 @@ def build_application(services: Services) -> web.Application:
             take_turns(turnstile),
             identify(services.new_id),
             answer_errors(services.metrics, services.logger, services.clock),
+            answer_preflights(services.server.cors_origins),
             authenticate(services.tenancy),
         ],
         client_max_size=services.server.max_body_bytes,
@@ -61,6 +63,7 @@ def build_application(services: Services) -> web.Application:
     application[TURNSTILE] = turnstile
     application[SERVER] = services.server
     application.on_response_prepare.append(announce_limits(services.tenancy))
+    application.on_response_prepare.append(let_origins_read(services.server.cors_origins))
     answering = _answering(services, gate, application)
     embeddings = EmbeddingRoutes(answering)
     openai, lorax = OpenAiRoutes(answering), LoraxRoutes(answering)
