@@ -49,7 +49,7 @@ class Recipes:
         Raises:
             ModelNotFoundError: `model` is neither the base model nor an adapter.
             AdapterError: The adapter exists and cannot be used, or the adapters cannot be merged.
-            RequestError: Two names of one adapter, or `adapters` beside a model that is not the base.
+            RequestError: Two names of one adapter, the base among adapters, or `adapters` beside a model that is not the base.
         """
         if generation.lists_adapters and generation.model not in ("", self._base_name):
             raise RequestError(
@@ -59,6 +59,11 @@ class Recipes:
         names = [self._adapter_name(term.name) for term in generation.terms]
         if names == [""]:
             return ResolvedRecipe()
+        if "" in names:
+            raise RequestError(
+                f"{self._base_name!r} is the base model, which every adapter is added to: name the adapters alone",
+                param="adapters" if generation.lists_adapters else "model",
+            )
         found = [await self._find(name, generation, sees, owner) for name in names]
         entries = tuple(RecipeEntry(entry, term.weight) for entry, term in zip(found, generation.terms, strict=True))
         if len({item.entry.adapter_id for item in entries}) != len(entries):

@@ -169,6 +169,8 @@ BAD = {
     "not an object": ({"model": "", "adapters": ["alice"]}, "adapters[0]"),
     "unknown field": ({"model": "", "adapters": [{"model": "alice", "scale": 1}]}, "adapters[0].scale"),
     "twice": ({"model": "alice+alice"}, "twice"),
+    "the base among them": ({"model": "tiny-base+alice@1:1"}, "'tiny-base' is the base model"),
+    "the base listed": ({"model": "", "adapters": [{"model": "alice"}, {"model": "tiny-base"}]}, "name the adapters alone"),
     "all zero": ({"model": "alice+org/bob@0:0"}, "every weight"),
     "count": ({"model": "alice+org/bob@1:2:3"}, "2 names and 3 weights"),
     "empty name": ({"model": "alice+@1:2"}, "names joined by +"),
