@@ -1,7 +1,8 @@
 """The grammar of adapter names, checked before any path or URL is made from one.
 
     name = part ["/" part] ["@" revision]
-    part = revision = letter or digit, then up to 95 letters, digits, "." "_" "-"
+    part = letter or digit, then up to 95 letters, digits, "." "_" "-"
+    revision = part {"/" part}, 96 characters at most; "refs/pr/2" is the hub's pull request 2
 
 ASCII only. No comma (metric label lists are split at commas), no "%" (nobody decodes it twice), no ".." and no ".git" or ".lock"
 at the end of a part (the hub and its cache refuse or misread them).
@@ -15,13 +16,14 @@ from dataclasses import dataclass
 from node.errors import AdapterIdError
 
 MAX_NAME_CHARACTERS = 96 * 3 + 2
+MAX_REVISION_CHARACTERS = 96  # it is part of a file's name
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _FORBIDDEN_ENDS = (".git", ".lock", ".ipynb")
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterName:
-    """A well-formed name. `path` is one part, or two with a "/" between them."""
+    """A well-formed name. `path` is one part, or two with a "/" between them; `revision` may have several."""
 
     path: str
     revision: str | None
@@ -49,7 +51,9 @@ def parse_name(text: str) -> AdapterName:
     parts = path.split("/")
     if len(parts) > 2:
         raise _refused(text, 'it has more than one "/"')
-    for part in [*parts, revision] if at else parts:
+    if len(revision) > MAX_REVISION_CHARACTERS:
+        raise _refused(text, f"its revision has {len(revision)} characters; the limit is {MAX_REVISION_CHARACTERS}")
+    for part in [*parts, *revision.split("/")] if at else parts:
         _check_part(text, part)
     return AdapterName(path, revision if at else None)
 

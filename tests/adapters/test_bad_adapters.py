@@ -288,7 +288,7 @@ async def test_resolve_bad_adapter_is_refused_by_name_and_the_next_good_one_is_s
     [
         "", "a,b", "a\nb", "a\x00b", "%2e%2e", "a%2fb", "abc\u202egnp", "x" * 5000, "a/b/c", "a@", "@main", "..", "../x", "/etc",
         "./a", "a/..", "a/", "/", "a//b", "a b", "ä", "a@b@c", "a@../x", "a..b", "-a", ".hidden", "a\\b", "c:x",
-        "x" * 97, "a.lock", "a@b/c",
+        "x" * 97, "a.lock", "a@b//c", "a@/b", "a@b/../c",
     ],
 )  # fmt: skip
 async def test_resolve_malformed_name_is_refused_and_nothing_is_opened(catalog, writer, name):

@@ -147,6 +147,14 @@ async def test_resolve_hub_file_that_arrives_damaged_is_refused_and_fetched_anew
     assert (entry.directory / "adapter_model.safetensors").read_bytes() == sent
 
 
+async def test_resolve_hub_pull_request_by_its_reference(hub, hub_catalog, published):
+    entry = await hub_catalog.resolve("owner/name@refs/pr/2")
+
+    assert (entry.name, entry.revision) == ("owner/name@refs/pr/2", COMMIT)
+    assert "/api/models/owner/name/revision/refs%2Fpr%2F2" in [path for _, path, _ in hub.requests]
+    assert (entry.directory.parent / ".ref-refs%2Fpr%2F2.json").is_file()
+
+
 async def test_resolve_hub_branch_that_moved_is_followed_after_a_minute(hub, hub_catalog, published, writer, clock, tmp_path):
     before = await hub_catalog.resolve("owner/name")
     hub.publish("owner/name", type(writer)(tmp_path / "later").write("adapter", lora_alpha=6), commit=LATER)

@@ -15,6 +15,7 @@ from node.errors import AdapterIdError
         ("owner/name-1.2_x", "owner/name-1.2_x", None, True),
         ("owner/name@main", "owner/name", "main", True),
         ("a@" + "f" * 40, "a", "f" * 40, False),
+        ("owner/name@refs/pr/2", "owner/name", "refs/pr/2", True),
         ("x" * 96, "x" * 96, None, False),
     ],
 )
@@ -33,7 +34,16 @@ def test_parse_any_text_is_refused_or_safe_as_a_relative_path(text):
 
     parts = name.path.split("/")
     assert len(parts) <= 2
-    assert name.path.isascii()
-    assert not name.path.startswith((".", "/"))
-    assert ".." not in name.path
-    assert not set(name.path) & set(",%\\:\0\n ")
+    for path in (name.path, name.revision or "main"):
+        assert path.isascii()
+        assert not path.startswith((".", "/"))
+        assert not path.endswith("/")
+        assert ".." not in path
+        assert "//" not in path
+        assert not set(path) & set(",%\\:\0\n ")
+
+
+def test_parse_any_revision_of_several_parts_is_refused_or_safe():
+    for revision in ("/main", "main/", "a//b", "refs/../x", "refs/.git", "a/.", "x" * 97, "a/" * 60 + "b", "a/b.lock"):
+        with pytest.raises(AdapterIdError):
+            parse_name(f"owner/name@{revision}")

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 from huggingface_hub import HfApi, hf_hub_download
@@ -114,7 +115,7 @@ class HubSource:
         return self._cache.place("hub", name.path.replace("/", "--"), commit)
 
     def _reference_file(self, name: AdapterName) -> Path:
-        return self._cache.place("hub", name.path.replace("/", "--"), f".ref-{name.revision or 'main'}.json")
+        return self._cache.place("hub", name.path.replace("/", "--"), f".ref-{quote(name.revision or 'main', safe='')}.json")
 
     def _remember(self, name: AdapterName, found: RemoteVersion) -> None:
         content = msgspec.json.encode(_Reference(found.revision, found.is_private))
