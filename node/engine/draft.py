@@ -28,9 +28,13 @@ class Draft:
         self._queue = queue
         self._row_count = row_count
 
+    def bound(self, row_count: int) -> None:
+        """Give out no more rows than these."""
+        self._row_count = min(self._row_count, row_count)
+
     def left(self, tenant: str = "") -> int:
         """Rows that are left, of the tenant's part where it has one."""
-        left = self._row_count - self.plan.row_count
+        left = max(0, self._row_count - self.plan.row_count)
         return min(left, self.row_limits.get(tenant, left))
 
     def give(self, sequence: Sequence, count: int) -> None:

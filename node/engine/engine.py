@@ -303,7 +303,14 @@ def open_engine(
     kv, blocks, adapters = held.kv, held.blocks, held.adapters
     # A sequence can never be longer than the whole cache.
     max_model_len = min(spec.max_model_len, blocks.block_limit * kv.block_size)
-    limits = SchedulerLimits(sizes.max_sequences, sizes.max_batch_tokens, settings.queue_limit, max_model_len, spec.vocab_size)
+    limits = SchedulerLimits(
+        sizes.max_sequences,
+        sizes.max_batch_tokens,
+        settings.queue_limit,
+        max_model_len,
+        spec.vocab_size,
+        cheap_rows=sizes.cheap_rows,
+    )
     ready = Ready(
         model_id=source.model_id,
         base_id=loaded.base_id,

@@ -176,6 +176,12 @@ class FairQueue:
         recipe = None if tenant is None else tenant.open.least()
         return None if recipe is None else recipe.waiting[0]
 
+    def open_sequences(self) -> Iterator[Sequence]:
+        """Waiting sequences that are not parked, in no order."""
+        for tenant in self._open:
+            for recipe in tenant.open:
+                yield from recipe.waiting
+
     def in_order(self) -> Generator[Sequence, None, None]:
         """Yield waiting sequences that are not parked, fairest first, following everything that happens between two yields.
 

@@ -11,13 +11,18 @@ from node.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """Bounds from the settings; see `EngineSettings`."""
+    """Bounds from the settings; see `EngineSettings`.
+
+    Attributes:
+        cheap_rows: See `Spread`; 0: a prompt's row costs the same in every step.
+    """
 
     max_sequences: int
     max_batch_tokens: int
     queue_limit: int
     max_model_len: int
     vocab_size: int
+    cheap_rows: int = 0
 
     @property
     def place_count(self) -> int:

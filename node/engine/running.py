@@ -39,6 +39,10 @@ class Running:
         return len(self._sequences) < self._place_count
 
     @property
+    def free_places(self) -> int:
+        return self._place_count - len(self._sequences)
+
+    @property
     def last(self) -> Sequence:
         """The latest arrival."""
         return self._sequences[-1]

@@ -31,6 +31,7 @@ from node.engine.preemption import Preemption
 from node.engine.row_claims import RowClaims
 from node.engine.running import Running
 from node.engine.sequence import Sequence
+from node.engine.spread import Spread
 from node.engine.step_plan import StepPlan, Work, WorkResult
 from node.request import DrawnToken
 
@@ -58,6 +59,7 @@ class Scheduler:
             self._running, self._queue, blocks, adapters, self._preemption, self.counters, retire=self._retire
         )
         self._claims = RowClaims(self._running, self._queue, limits.max_batch_tokens)
+        self._spread = Spread(self._running, self._queue, limits.cheap_rows)
         self._by_id: dict[str, Sequence] = {}
         self._arrivals = 0
         self._open_count = 0  # plans with work that `complete` has not answered: 0 or 1 when `plan` is called
@@ -123,6 +125,9 @@ class Scheduler:
         self._admission.recall(draft)
         draft.row_limits = self._claims.limits(self.counters.steps)
         self._plan_decodes(draft)
+        cheap_rows = self._spread.limit(len(draft.plan.work))
+        if cheap_rows is not None:
+            draft.bound(cheap_rows)
         self._plan_first_prefill(draft)
         self._plan_prompts(draft)
         if not draft.plan.work and draft.row_limits:

@@ -49,10 +49,12 @@ def next_token(tokens):
 class Bench:
     """A scheduler, a fake model and a record of what happened."""
 
-    def __init__(self, block_count=64, block_size=4, max_sequences=8, max_batch_tokens=16, queue_limit=100, prefix_cache=True):
+    def __init__(
+        self, block_count=64, block_size=4, max_sequences=8, max_batch_tokens=16, queue_limit=100, prefix_cache=True, cheap_rows=0
+    ):
         self.blocks = BlockPool(block_count, block_size, prefix_cache)
         self.adapters = FakeAdapters()
-        limits = SchedulerLimits(max_sequences, max_batch_tokens, queue_limit, max_model_len=500, vocab_size=1000)
+        limits = SchedulerLimits(max_sequences, max_batch_tokens, queue_limit, 500, vocab_size=1000, cheap_rows=cheap_rows)
         self.scheduler = Scheduler(self.blocks, limits, self.adapters, base_id="base")
         self.plans = []
         self.tokens = {}
@@ -491,3 +493,22 @@ def test_busy_tenants_prompts_leave_rows_to_somebody_below_its_share():
     assert steps <= 3  # of 16 rows each; alone on half the engine it takes as many
     bench.run()
     assert all(bench.finish_reason(f"busy{index}") == "length" for index in range(40))
+
+
+def test_prompts_beside_decodes_are_spread_while_more_wait_than_there_are_places():
+    def run(cheap_rows):
+        bench = Bench(max_sequences=4, cheap_rows=cheap_rows)
+        bench.add("long", range(3), max_new_tokens=60)
+        bench.step()
+        for index in range(12):
+            bench.add(f"s{index}", range(50 * index, 50 * index + 4), max_new_tokens=8)
+        bench.run()
+        started = [sum(start == 0 for _, start, _ in plan) for plan in bench.plans[1:]]
+        return [count for count in started if count], bench.tokens
+
+    filled, tokens = run(0)
+    spread, same_tokens = run(9)
+    assert filled == [3, 3, 3, 3]
+    assert max(spread) == 2
+    assert sum(spread) == 12
+    assert tokens == same_tokens
