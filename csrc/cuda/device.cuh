@@ -84,6 +84,18 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
 }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Data that no kernel of the step writes, through L1: sent for where this stands, and once, however often the compiler finds use for it.
+__device__ __forceinline__ int load_known(const int* p) {
+  int x;
+  asm volatile("ld.global.nc.s32 %0, [%1];" : "=r"(x) : "l"(p));
+  return x;
+}
+__device__ __forceinline__ int4 load_known(const int4* p) {
+  int4 x;
+  asm volatile("ld.global.nc.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+  return x;
+}
+
 // The tiles of a step, as lora_tiles.py laid them out.
 struct TileTable {
   const int4* tiles;
@@ -136,47 +148,50 @@ __device__ __forceinline__ Tile read_tile(const TileTable& table, int index) {
 
 // ---- The deal: what the host gave each block. One line (two) of loads that wait for nothing.
 
-// A run of a block's (tile, group): from (begin_tile, begin_group) to before (end_tile, end_group), group by group within a tile, all
-// groups of a tile within [0, groups). Empty where both are the same.
+// A run of a block's (tile, group), group by group within a tile.
 struct StreamShare {
-  int begin_tile, begin_group;
-  int end_tile, end_group;
-  int dealt;  // the tile that records[0] is; begin_tile or the one before it
-  int first_pair;  // of `dealt`
-  int pairs;  // from there to the end of the last tile of the run, at least
-  Tile records[kStreamDealTiles];  // of tiles dealt, dealt + 1, dealt + 2; no rows where the run does not go so far
-
-  __device__ __forceinline__ int units(int groups) const { return (end_tile - begin_tile) * groups + end_group - begin_group; }
-  // The record of a tile of the run, out of the share where that has it.
-  __device__ __forceinline__ Tile tile(const TileTable& table, int index) const {
-    const int at = index - dealt;
-    if (at == 0) return records[0];
-    if (at == 1) return records[1];
-    if (at == 2) return records[2];
-    return read_tile(table, index);
-  }
+  int group;       // of the first tile, where it begins; all of that tile's: the next one's first
+  int units;       // 0: nothing, and the tile is none
+  int first_pair;  // of the first tile
+  int pairs;       // from there to the end of the last tile of the run, at least
+  Tile tile;       // the first one
 };
 
-// The first group of a tile that begins at or behind `place` of its weight. lora_deal.py keeps weight * groups below 2^31 for up to
-// 86,000 groups.
+// The first group of a tile that begins at or behind `place` of its weight. Neighbouring blocks compute it in the same way, so they agree.
 __device__ __forceinline__ int group_of(int place, int weight, int groups) {
-  const auto units = static_cast<uint32_t>(max(weight, 1));
-  return static_cast<int>((static_cast<uint32_t>(place) * static_cast<uint32_t>(groups) + units - 1) / units);
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(static_cast<float>(weight)));
+  const int group = __float2int_ru(__fmul_rn(__fmul_rn(static_cast<float>(place), inverse), static_cast<float>(groups)));
+  return place == 0 ? 0 : min(group, groups);
 }
 
-// Block `b` of P blocks; every one of P must be there. groups: units that the kernel cuts a tile's columns into.
-__device__ __forceinline__ StreamShare read_stream_share(const int32_t* block, int b, int groups) {
-  const int4* const line = reinterpret_cast<const int4*>(block + kTileHeader + b * kStreamDealInts);
-  const int4 first = __ldg(line), second = __ldg(line + 1);
-  StreamShare share;
-#pragma unroll
-  for (int i = 0; i < kStreamDealTiles; ++i) share.records[i] = as_tile(__ldg(line + 2 + 2 * i), __ldg(line + 3 + 2 * i));
-  share.dealt = first.x, share.first_pair = second.z, share.pairs = second.w;
-  share.begin_tile = first.x, share.begin_group = group_of(first.y, first.z, groups);
-  share.end_tile = first.w, share.end_group = group_of(second.x, second.y, groups);
-  if (share.begin_group == groups) ++share.begin_tile, share.begin_group = 0;
-  if (share.end_group == groups) ++share.end_tile, share.end_group = 0;
-  return share;
+__device__ __forceinline__ const int4* stream_line(const int32_t* block) {
+  return reinterpret_cast<const int4*>(block + kTileHeader + static_cast<int>(blockIdx.x) * kStreamDealInts);
+}
+
+// What this block does, of a grid of P. groups: units that the kernel cuts a tile's columns into.
+__device__ __forceinline__ StreamShare read_stream_share(const int32_t* block, int groups) {
+  const int4* const line = stream_line(block);
+  const int4 first = load_known(line), second = load_known(line + 1), tile = load_known(line + 2), entry = load_known(line + 3);
+  const int begin = group_of(first.y, first.z, groups), end = group_of(second.x, second.y, groups);
+  return {begin, (first.w - first.x) * groups + end - begin, second.z, second.w, as_tile(tile, entry)};
+}
+
+// What else a block needs of the header: offsets of rows and entries, and rows of the largest tile.
+struct StreamTable {
+  int rows, entries, largest;
+};
+__device__ __forceinline__ StreamTable read_stream_table(const int32_t* block) {
+  const int4 offsets = load_known(reinterpret_cast<const int4*>(block) + 1);
+  return {offsets.y, offsets.z, load_known(block + 8)};
+}
+
+// The so many-th tile of the block: out of its line where that has it, which is in L1 by then.
+__device__ __forceinline__ Tile read_share_tile(const int32_t* block, int index) {
+  const int4* from = stream_line(block) + 2 + 2 * index;
+  if (index >= kStreamDealTiles) from = reinterpret_cast<const int4*>(block + load_known(block + 4)) + 2 * (load_known(from - 2 - 2 * index).x + index);
+  const int4 tile = load_known(from), entry = load_known(from + 1);
+  return as_tile(tile, entry);
 }
 
 // A block's units of the norm, neighbours. rows[i]: of x and y, of the first unit, -1 where it has fewer.

@@ -73,58 +73,6 @@ __device__ __forceinline__ void load_matrices(uint32_t (&b)[4], uint32_t address
                : "memory");
 }
 
-// What a tile costs, in half kilobytes: its pages, its rows. Bounded, so that all units of a step weigh less than 2^32.
-__device__ __forceinline__ uint32_t tile_weight(int rows_and_entries) { return 8 * min(rows_and_entries >> 16, 16) + (rows_and_entries & 0xffff) + 2; }
-
-// A place in the units of all tiles: group by group within a tile.
-struct UnitPlace {
-  int tile;
-  int group;
-};
-
-// Where the units of block `block` begin, of as many as the grid has. For whole warps; each lane weighs a run of tiles.
-struct UnitDeal {
-  const TileTable& table;
-  int groups, first;
-  uint32_t own, until, share, rest;  // of the lane's tiles, of all up to them, of a block
-
-  __device__ __forceinline__ uint32_t weight(int tile) const {
-    return tile_weight(__ldg(reinterpret_cast<const int*>(table.tiles + 2 * tile) + 1)) * groups;
-  }
-  __device__ __forceinline__ UnitDeal(const TileTable& table, int groups) : table(table), groups(groups) {
-    const int lane = static_cast<int>(threadIdx.x & 31), per_lane = (table.tile_count + kWarp - 1) / kWarp;
-    first = min(lane * per_lane, table.tile_count);
-    const int last = min(first + per_lane, table.tile_count);
-    own = 0;
-#pragma unroll 1
-    for (int i = first; i < last; ++i) own += weight(i);
-    until = own;
-#pragma unroll
-    for (int offset = 1; offset < kWarp; offset *= 2) {
-      const uint32_t below = __shfl_up_sync(kAllLanes, until, offset);
-      if (lane >= offset) until += below;
-    }
-    const uint32_t all = __shfl_sync(kAllLanes, until, kWarp - 1);
-    share = all / gridDim.x, rest = all - share * gridDim.x;
-  }
-  __device__ __forceinline__ UnitPlace begin(uint32_t block) const {
-    const uint32_t at = block * share + min(block, rest);
-    const bool is_mine = at >= until - own && at < until;
-    UnitPlace place{table.tile_count, 0};
-    if (is_mine) {
-      uint32_t left = at - (until - own), w = weight(first);
-      place.tile = first;
-      while (left >= w) left -= w, w = weight(++place.tile);
-      w /= groups;
-      place.group = static_cast<int>((left + w - 1) / w);  // the first that begins there or later; perhaps the next tile's first
-    }
-    const unsigned owner = __ballot_sync(kAllLanes, is_mine);
-    if (owner == 0) return {table.tile_count, 0};
-    const int from = __ffs(static_cast<int>(owner)) - 1;
-    return {__shfl_sync(kAllLanes, place.tile, from), __shfl_sync(kAllLanes, place.group, from)};
-  }
-};
-
 // A box's module and what an entry has of it, looked up where they change.
 struct BoxModule {
   int place = -1;  // of the linear's modules; -1: none covers the column
@@ -132,16 +80,14 @@ struct BoxModule {
   int end = 0;
   int count = 0;  // ranks from the entry's page on
 
-  // Whether the module is another one than for the column before.
   template <int G>
-  __device__ __forceinline__ bool find(const LoraWork& work, int column) {
-    if (column >= begin && column < end) return false;
+  __device__ __forceinline__ void find(const LoraWork& work, int column) {
+    if (column >= begin && column < end) return;
     place = -1, begin = 0, end = 0;
 #pragma unroll
     for (int m = 0; m < G; ++m)
       if (m < work.span_count && column >= work.spans[m].column && column < work.spans[m].column + work.spans[m].outputs)
         place = m, begin = work.spans[m].column, end = begin + work.spans[m].outputs;
-    return true;
   }
   __device__ __forceinline__ void take_count(const LoraWork& work, const Entry& entry) {
     count = place < 0 ? 0 : ranks_left(work, work.spans[place].module, entry);
@@ -151,46 +97,41 @@ struct BoxModule {
 
 // A warp's way through its units: every `step`-th.
 struct UnitCursor {
-  int left;  // units from here to the end of the block's
-  int index;  // of the tile
+  int left;   // units from here to the end of the block's
+  int index;  // of the block's tiles
   int group;
   Tile tile;
 
-  __device__ __forceinline__ void start(const TileTable& table, const UnitPlace& from, int units, int skip, int groups) {
-    left = units - skip, index = from.tile, group = from.group + skip;
+  __device__ __forceinline__ void start(const int32_t* block, const StreamShare& share, int skip, int groups) {
+    left = share.units - skip, index = 0, group = share.group + skip;
     while (group >= groups) group -= groups, ++index;
-    if (left > 0) tile = read_tile(table, index);
+    tile = share.tile;
+    if (left > 0 && index > 0) tile = read_share_tile(block, index);
   }
-  __device__ __forceinline__ void advance(const TileTable& table, int step, int groups) {
+  __device__ __forceinline__ void advance(const int32_t* block, int step, int groups) {
     group += step, left -= step;
     if (left <= 0 || group < groups) return;
     do group -= groups, ++index;
     while (group >= groups);
-    tile = read_tile(table, index);
+    tile = read_share_tile(block, index);
   }
 };
 
-// Lane t's ranks 2t, 2t + 1, 2t + 8, 2t + 9 of v of one pair and module, planes added up, as the mma's A: hi, lo, hi, lo.
-// kTogether: all planes at once on their way, which takes 32 registers.
+// Ranks r, r + 1 of v of one pair and module, planes added up: hi of both, lo of both. kTogether: two planes at once on their way.
 template <bool kTogether>
-__device__ __forceinline__ uint4 split_ranks(const float* from, int planes, int64_t stride) {
-  constexpr int kPlanes = kTogether ? kMaxRankPlanes : 1;
-  float2 sum[2] = {};
+__device__ __forceinline__ uint2 split_ranks(const float* from, int planes, int64_t stride) {
+  constexpr int kPlanes = kTogether ? 2 : 1;  // rows of 4096 inputs make one
+  float2 sum = {};
 #pragma unroll 1
   for (; planes > 0; planes -= kPlanes) {
-    float2 some[kPlanes][2];
+    float2 some[kPlanes];
 #pragma unroll
-    for (int c = 0; c < kPlanes; ++c, from += stride)
+    for (int c = 0; c < kPlanes; ++c, from += stride) some[c] = c < planes ? __ldcg(reinterpret_cast<const float2*>(from)) : make_float2(0.f, 0.f);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) some[c][i] = c < planes ? __ldcg(reinterpret_cast<const float2*>(from + 8 * i)) : make_float2(0.f, 0.f);
-#pragma unroll
-    for (int c = 0; c < kPlanes; ++c)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) sum[i].x += some[c][i].x, sum[i].y += some[c][i].y;
+    for (int c = 0; c < kPlanes; ++c) sum.x += some[c].x, sum.y += some[c].y;
   }
-  const uint32_t low = pack_bf16(sum[0].x, sum[0].y), high = pack_bf16(sum[1].x, sum[1].y);
-  return make_uint4(low, pack_bf16(sum[0].x - low_half(low), sum[0].y - high_half(low)), high,
-                    pack_bf16(sum[1].x - low_half(high), sum[1].y - high_half(high)));
+  const uint32_t high = pack_bf16(sum.x, sum.y);
+  return make_uint2(high, pack_bf16(sum.x - low_half(high), sum.y - high_half(high)));
 }
 
 __device__ __forceinline__ uint32_t pair_mask(int rank, int count) { return (rank < count ? 0xffffu : 0u) | (rank + 1 < count ? 0xffff0000u : 0u); }
@@ -238,7 +179,6 @@ struct LanePlaces {
 template <int kPlanes, class Known>
 struct PassRows {
   int row;          // lane r % 8: of the product; the last one there is where the tile has fewer
-  uint32_t offset;  // of that row, in elements
   Known known;      // of that row
   uint2 y[kPlanes > 0 ? kPlanes : 1][kTurns][kBoxes];  // of row 2 turn + lane / 16
 };
@@ -246,12 +186,14 @@ struct PassRows {
 // finish(columns, is_there, row, facts, first, second) gets y finished: four neighbouring columns of either box, for every row of every tile,
 // a half warp at the same row; where not is_there nothing may be written. `unit_columns(group)`: UnitColumns of 0 <= group < groups; no
 // module's border lies inside a box. `places`: of this lane. `facts(row)`: what else the operation reads of a row, read before the wait;
-// of(r) gives what lane r has.
+// of(r) gives what lane r has. `prepare(columns, facts)`: what finish needs beside, of all rows of a pass before the first is finished.
 // kAhead: planes of y that are sent for ahead; 0 for float32, else 1 or 2. kHasBias: there may be one.
-template <bool kFloatPlanes, int kAhead, bool kHasBias, int G, class Columns, class Facts, class Finish>
+template <bool kFloatPlanes, int kAhead, bool kHasBias, int G, class Columns, class Facts, class Prepare, class Finish>
 __device__ __forceinline__ void finish_stream(const ProductView& p, const StreamMaps& maps, const StreamPlan& plan, int groups, const LanePlaces& places,
-                                              Columns unit_columns, Facts facts, Finish finish) {
+                                              Columns unit_columns, Facts facts, Prepare prepare, Finish finish) {
   extern __shared__ uint8_t stream_shared[];
+  const StreamShare share = read_stream_share(p.work.tiles, groups);
+  const StreamTable table = read_stream_table(p.work.tiles);
   const int warp = warp_index(), lane = static_cast<int>(threadIdx.x & 31), g = lane / 4, t = lane % 4;
   uint8_t* const base = stream_shared + (1024 - (shared_address(stream_shared) & 1023)) % 1024;
   const uint32_t ring = shared_address(base) + warp * plan.stages * kStreamStageBytes;
@@ -261,44 +203,36 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
   uint8_t* const after = reinterpret_cast<uint8_t*>(ranks) + plan.pairs * p.work.span_count * kFragmentBytes;
   int4* const facts_of = reinterpret_cast<int4*>(after) + warp * plan.stages;  // a load's counts and modules
   const uint32_t barrier = shared_address(after) + plan.warps * plan.stages * 16 + warp * plan.stages * 8;
+  if (warp == 0 && lane < p.work.span_count) asm volatile("prefetch.tensormap [%0];" ::"l"(&maps.b[lane][1]) : "memory");
+  if (lane < plan.stages) barrier_init(barrier + 8 * lane, 1);
+  barrier_init_fence();
 
-  if (lane == 0) {
-    for (int s = 0; s < plan.stages; ++s) barrier_init(barrier + 8 * s, 1);
-    barrier_init_fence();
-    for (int m = 0; m < G; ++m) asm volatile("prefetch.tensormap [%0];" ::"l"(&maps.b[m][1]) : "memory");
-  }
-  const TileTable table = read_tile_table(p.work.tiles);
-  const UnitDeal deal(table, groups);
-  const UnitPlace begin = deal.begin(blockIdx.x), end = blockIdx.x + 1 < gridDim.x ? deal.begin(blockIdx.x + 1) : UnitPlace{table.tile_count, 0};
-  const int units = (end.tile - begin.tile) * groups + end.group - begin.group;
   // Where a block has fewer units than warps, two or more of these share the rows of each.
-  int sharers = 1;
-  while (sharers * kPassRows < table.largest && 2 * sharers * units <= plan.warps) sharers *= 2;
-  const int own_pass = warp & (sharers - 1), step = plan.warps / sharers;
-  const int own_unit = warp / sharers < step ? warp / sharers : units;
+  int share_bits = 0;
+  while ((kPassRows << share_bits) < table.largest && (2 << share_bits) * share.units <= plan.warps) ++share_bits;
+  const int sharers = 1 << share_bits, own_pass = warp & (sharers - 1), step = plan.warps >> share_bits;
+  const int own_unit = warp >> share_bits < step ? warp >> share_bits : share.units;
   const uint64_t policy = policy_evict_first();
-  auto passes_of = [&](const Tile& tile) { return (tile.rows - own_pass * kPassRows + sharers * kPassRows - 1) / (sharers * kPassRows); };
+  auto passes_of = [&](const Tile& tile) { return (tile.rows + (sharers - own_pass) * kPassRows - 1) / kPassRows >> share_bits; };
   // Pages that all find a stage stay for all passes over the tile's rows; more are sent for again in each pass.
   auto loads_of = [&](const Tile& tile) { return tile.entries <= plan.stages ? tile.entries : tile.entries * passes_of(tile); };
 
   UnitCursor ahead{};  // of what is sent for
-  int sent = 0, sent_entry = 0, sent_stage = 0, counted = -1;
+  int sent = 0, sent_entry = 0, sent_stage = 0;
   BoxModule box[kBoxes];
-  auto skip_idle = [&](UnitCursor& cursor, bool sends) {
-    while (cursor.left > 0 && (own_pass * kPassRows >= cursor.tile.rows || (sends && cursor.tile.entries == 0))) cursor.advance(table, step, groups);
+  auto has_nothing = [&](const UnitCursor& cursor, bool sends) {
+    return cursor.left > 0 && (own_pass * kPassRows >= cursor.tile.rows || (sends && cursor.tile.entries == 0));
   };
   auto send = [&] {
     if (ahead.left <= 0) return;
     Entry entry = ahead.tile.entry;
     if (ahead.tile.entries > 1) {
-      entry = read_entry(table, ahead.tile, sent_entry), counted = -1;
+      entry = as_entry(load_known(reinterpret_cast<const int4*>(p.work.tiles + table.entries) + ahead.tile.first_entry + sent_entry));
       if (++sent_entry == ahead.tile.entries) sent_entry = 0;
     }
     const UnitColumns columns = unit_columns(ahead.group);
 #pragma unroll
-    for (int b = 0; b < kBoxes; ++b)
-      if (box[b].find<G>(p.work, columns.first[b]) || counted != ahead.index) box[b].take_count(p.work, entry);
-    counted = ahead.index;
+    for (int b = 0; b < kBoxes; ++b) box[b].find<G>(p.work, columns.first[b]), box[b].take_count(p.work, entry);
     if (lane == 0) {
       const uint32_t full = barrier + 8 * sent_stage, target = ring + sent_stage * kStreamStageBytes;
       facts_of[sent_stage] = make_int4(box[0].count, box[1].count, box[0].place, box[1].place);
@@ -313,87 +247,82 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
     if (++sent_stage == plan.stages) sent_stage = 0;
     if (++sent >= loads_of(ahead.tile)) {
       sent = 0;
-      ahead.advance(table, step, groups);
-      skip_idle(ahead, true);
+#pragma unroll 1
+      do ahead.advance(p.work.tiles, step, groups);
+      while (has_nothing(ahead, true));
     }
   };
-  ahead.start(table, begin, units, own_unit, groups);
-  skip_idle(ahead, true);
-  __syncwarp();
-  for (int s = 0; s < plan.stages; ++s) send();
-
-  UnitCursor next{};  // of y
-  int next_pass = own_pass;
+  UnitCursor own{};  // of what is summed
+  int pass = own_pass;
   using Known = decltype(facts(0));
-  PassRows<kAhead, Known> coming{};
+  PassRows<kAhead, Known> known_rows{};
   auto column_at = [&](const UnitColumns& columns, int b) {
     return places.at[b] < kBoxColumns ? columns.first[0] + places.at[b] : columns.first[1] + places.at[b] - kBoxColumns;
   };
   auto has_columns = [&](const UnitColumns& columns) { return column_at(columns, 0) < (places.at[0] < kBoxColumns ? columns.end[0] : columns.end[1]); };
-  auto locate = [&] {
-    if (next.left <= 0) return;
-    const int place = min(next_pass * kPassRows + lane % kPassRows, next.tile.rows - 1);
-    coming.row = __ldg(table.rows + next.tile.place + place);
-    coming.offset = static_cast<uint32_t>(coming.row) * static_cast<uint32_t>(p.columns);
-    coming.known = facts(coming.row);
+  int located = -1;  // the tile and pass whose rows `known_rows` has
+  auto find_rows = [&] {
+    const int place = min(pass * kPassRows + lane % kPassRows, own.tile.rows - 1);
+    known_rows.row = load_known(p.work.tiles + table.rows + own.tile.place + place);
+    located = own.index * kPassRows + pass;
   };
+  auto find_facts = [&] { known_rows.known = facts(known_rows.row); };
+  auto row_offset = [&](int row, int r) { return static_cast<uint64_t>(static_cast<uint32_t>(__shfl_sync(kAllLanes, row, r)) * static_cast<uint32_t>(p.columns)); };
   constexpr int kElement = kFloatPlanes ? 4 : 2;
   // Where a lane's columns begin in plane 0; lanes without columns read others'.
   auto column_bytes = [&](const UnitColumns& columns, int b) {
     return static_cast<const char*>(p.y) + static_cast<int64_t>(has_columns(columns) ? column_at(columns, b) : 0) * kElement;
   };
   auto fetch = [&] {
-    if (kAhead == 0 || next.left <= 0) return;
-    const UnitColumns columns = unit_columns(next.group);
+    if (kAhead == 0 || own.left <= 0) return;
+    const UnitColumns columns = unit_columns(own.group);
     const char* const from[kBoxes] = {column_bytes(columns, 0), column_bytes(columns, 1)};
-    const int rows = next.tile.rows - next_pass * kPassRows;
+    const int rows = own.tile.rows - pass * kPassRows;
     const bool has_second = kAhead > 1 && p.planes > 1;
 #pragma unroll
     for (int i = 0; i < kTurns; ++i) {
-      const uint64_t offset = __shfl_sync(kAllLanes, coming.offset, 2 * i + lane / 16) * uint64_t{2};
-      load_if(2 * i < rows, coming.y[0][i], from[0] + offset, from[1] + offset);
+      if (i > 0 && 2 * i >= rows) break;
+      const uint64_t offset = row_offset(known_rows.row, 2 * i + lane / 16) * 2;
+      load_if(2 * i < rows, known_rows.y[0][i], from[0] + offset, from[1] + offset);
       const uint64_t second = p.plane_stride * 2 + offset;
-      if (kAhead > 1) load_if(2 * i < rows && has_second, coming.y[kAhead - 1][i], from[0] + second, from[1] + second);
+      if (kAhead > 1) load_if(2 * i < rows && has_second, known_rows.y[kAhead - 1][i], from[0] + second, from[1] + second);
     }
   };
-  next.start(table, begin, units, own_unit, groups);
-  skip_idle(next, false);
-  locate();
+  own.start(p.work.tiles, share, own_unit, groups);
+  ahead = own;
+#pragma unroll 1
+  while (has_nothing(own, false)) own.advance(p.work.tiles, step, groups);
+  const bool has_units = own.left > 0;
+  if (has_units) find_rows();
+#pragma unroll 1
+  while (has_nothing(ahead, true)) ahead.advance(p.work.tiles, step, groups);
+  __syncwarp();
+#pragma unroll 1
+  for (int s = 0; s < plan.stages; ++s) send();
+  if (has_units) find_facts();
 
   // v of the block's tiles, from the first one's first pair on.
-  int first_pair = 0, kept = 0;
-  if (units > 0) {
-    const Tile first = read_tile(table, begin.tile + (begin.group == groups ? 1 : 0)), last = read_tile(table, end.group > 0 ? end.tile : end.tile - 1);
-    first_pair = first.first_pair;
-    kept = min(plan.pairs, last.first_pair + last.rows * last.entries - first_pair);
-  }
+  const int first_pair = share.first_pair, kept = share.units > 0 ? min(plan.pairs, share.pairs) : 0;
   const float* const v = p.work.v + static_cast<int64_t>(first_pair) * p.work.span_count * kPageRank;
   wait_for_previous();
   start_dependents();
   fetch();
-  const int pieces = kept * p.work.span_count * 4;
-  for (int i = threadIdx.x; i < pieces; i += blockDim.x) ranks[i] = split_ranks<true>(v + i / 4 * kPageRank + i % 4 * 2, p.work.v_planes, p.work.v_stride);
+  // A quad's A of the mma, in order: lane t has ranks 2t, 2t + 1, hi and lo, then 2t + 8, 2t + 9.
+  const int pieces = kept * p.work.span_count * 8;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < pieces; i += blockDim.x)
+    reinterpret_cast<uint2*>(ranks)[i] = split_ranks<true>(v + i / 8 * kPageRank + i % 8 / 2 * 2 + i % 2 * 8, p.work.v_planes, p.work.v_stride);
   __syncthreads();
 
   int stage = 0;
   uint32_t parity = 0;
-  while (next.left > 0) {
-    const Tile tile = next.tile;
-    const int group = next.group, pass = next_pass, rows = min(tile.rows - pass * kPassRows, kPassRows);
+  while (own.left > 0) {
+    const Tile& tile = own.tile;
+    const int rows = min(tile.rows - pass * kPassRows, kPassRows);
     const bool stays = tile.entries <= plan.stages, is_last = (pass + sharers) * kPassRows >= tile.rows;
-    const UnitColumns columns = unit_columns(group);
+    const UnitColumns columns = unit_columns(own.group);
     const bool has = has_columns(columns);
-    const PassRows<kAhead, Known> now = coming;
-    if (is_last) {
-      next.advance(table, step, groups), next_pass = own_pass;
-      if (sharers > 1) skip_idle(next, false);
-    } else {
-      next_pass += sharers;
-    }
-    locate();
-    fetch();
-
-    const int row_pair = tile.first_pair + (pass * kPassRows + min(g, rows - 1)) * tile.entries;
+    const int row_pair = tile.first_pair - first_pair + (pass * kPassRows + min(g, rows - 1)) * tile.entries;
     const bool is_kept = tile.first_pair - first_pair + tile.rows * tile.entries <= kept;
     int at = stage;
     uint32_t at_parity = parity;
@@ -407,9 +336,16 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
         float* const to = delta + min(g, plan.rows - 1) * kDeltaPitch + b * kBoxColumns + 2 * t;
         float sum[8][4];  // hi of row g and columns 8j + 2t, 8j + 2t + 1; lo of the same
         if (count[b] > 0) {
-          const int piece = ((row_pair + e - first_pair) * p.work.span_count + place[b]) * 4 + t;
+          const int piece = ((row_pair + e) * p.work.span_count + place[b]) * 4 + t;
           const float* const of_pair = v + static_cast<int64_t>(piece / 4) * kPageRank + t * 2;
-          const uint4 part = is_kept ? ranks[piece] : split_ranks<false>(of_pair, p.work.v_planes, p.work.v_stride);
+          uint4 part;
+          if (is_kept) {
+            part = ranks[piece];
+          } else {
+            const uint2 low = split_ranks<false>(of_pair, p.work.v_planes, p.work.v_stride);
+            const uint2 high = split_ranks<false>(of_pair + 8, p.work.v_planes, p.work.v_stride);
+            part = make_uint4(low.x, low.y, high.x, high.y);
+          }
           const uint32_t from = ring + at * kStreamStageBytes + b * 2 * kBoxHalfBytes + (lane / 8 % 2) * kBoxHalfBytes + lane % 8 * 128;
           uint32_t raw[4][4];
 #pragma unroll
@@ -450,7 +386,9 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
       const auto* from = static_cast<const __nv_bfloat16*>(p.bias);
       bias[0] = __ldg(reinterpret_cast<const uint2*>(from + column.x)), bias[1] = __ldg(reinterpret_cast<const uint2*>(from + column.y));
     }
-    auto finish_turn = [&](auto turn) {
+    using Ready = decltype(prepare(column, known_rows.known));
+    auto prepare_turn = [&](int turn) { return prepare(column, known_rows.known.of(2 * turn + lane / 16)); };
+    auto finish_turn = [&](auto turn, const Ready& ready) {
       constexpr int kTurn = decltype(turn)::value;
       const int r = 2 * kTurn + lane / 16;
       float y[kBoxes][kQuad] = {};
@@ -458,27 +396,40 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
       for (int b = 0; b < kBoxes; ++b) {
 #pragma unroll
         for (int s = 0; s < kAhead; ++s)
-          if (s == 0 || s < p.planes) add_to(y[b], now.y[s][kTurn][b]);
+          if (s == 0 || s < p.planes) add_to(y[b], known_rows.y[s][kTurn][b]);
         if constexpr (kFloatPlanes) {
-          const char* const from = column_bytes(columns, b) + static_cast<uint64_t>(__shfl_sync(kAllLanes, now.offset, r)) * kElement;
+          const char* const from = column_bytes(columns, b) + row_offset(known_rows.row, r) * kElement;
 #pragma unroll 1
           for (int s = 0; s < p.planes; ++s) add_to(y[b], __ldcg(reinterpret_cast<const float4*>(from + s * p.plane_stride * kElement)));
         }
         if constexpr (kHasBias) add_to(y[b], bias[b]);
         if (tile.entries > 0) add_to(y[b], *reinterpret_cast<const float4*>(delta + r * kDeltaPitch + places.at[b]));
       }
-      finish(column, has && r < rows, __shfl_sync(kAllLanes, now.row, r), now.known.of(r), y[0], y[1]);
+      finish(column, has && r < rows, __shfl_sync(kAllLanes, known_rows.row, r), known_rows.known.of(r), ready, y[0], y[1]);
     };
     if (rows > 4) {
-      finish_turn(std::integral_constant<int, 0>{});
-      finish_turn(std::integral_constant<int, 1>{});
-      finish_turn(std::integral_constant<int, 2>{});
-      finish_turn(std::integral_constant<int, 3>{});
+      const Ready ready[kTurns] = {prepare_turn(0), prepare_turn(1), prepare_turn(2), prepare_turn(3)};
+      finish_turn(std::integral_constant<int, 0>{}, ready[0]);
+      finish_turn(std::integral_constant<int, 1>{}, ready[1]);
+      finish_turn(std::integral_constant<int, 2>{}, ready[2]);
+      finish_turn(std::integral_constant<int, 3>{}, ready[3]);
     } else {
-      finish_turn(std::integral_constant<int, 0>{});
-      if (rows > 2) finish_turn(std::integral_constant<int, 1>{});
+      const Ready ready[2] = {prepare_turn(0), prepare_turn(1)};
+      finish_turn(std::integral_constant<int, 0>{}, ready[0]);
+      if (rows > 2) finish_turn(std::integral_constant<int, 1>{}, ready[1]);
     }
     __syncwarp();  // delta has been read
+    if (is_last) {
+#pragma unroll 1
+      do own.advance(p.work.tiles, step, groups);
+      while (has_nothing(own, false));
+      pass = own_pass;
+    } else {
+      pass += sharers;
+    }
+    if (own.left <= 0) break;
+    if (located != own.index * kPassRows + pass) find_rows(), find_facts();
+    fetch();
   }
 }
 
@@ -531,12 +482,10 @@ inline StreamPlan stream_plan(int rows, int modules, int warps) {
 
 // Calls `go` with the template arguments of a stream kernel of at most `warps` warps, its maps and its shape.
 template <class Go>
-cudaError_t with_stream(const Product& product, int groups, int processors, int warps, Go go) {
+cudaError_t with_stream(const Product& product, int processors, int warps, Go go) {
   const LoraWork& work = *product.lora;
   const StreamPlan plan = stream_plan(product.rows, work.span_count, warps);
-  const int64_t units = static_cast<int64_t>(product.rows) * groups;  // at most
-  const int blocks = static_cast<int>(std::min<int64_t>(processors, (units + plan.warps - 1) / plan.warps));
-  const Shape shape{blocks, plan.warps * kWarp, stream_shared_bytes(plan, work.span_count)};
+  const Shape shape{processors, plan.warps * kWarp, stream_shared_bytes(plan, work.span_count)};
   StreamMaps maps;
   for (int m = 0; m < kMaxLoraSpans; ++m)
     for (int size = 0; size < 2; ++size)

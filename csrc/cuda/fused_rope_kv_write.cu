@@ -111,10 +111,24 @@ struct RowTarget {
   __device__ __forceinline__ RowTarget of(int lane) const { return {__shfl_sync(kAllLanes, offset, lane), __shfl_sync(kAllLanes, position, lane)}; }
 };
 
+// Of four columns of a row.
+struct Angles {
+  float4 cos, sin;
+};
+
+__device__ __forceinline__ void rotate(bool rotates, float (&first)[kQuad], float (&second)[kQuad], const Angles& angles) {
+  const float cosine[4] = {angles.cos.x, angles.cos.y, angles.cos.z, angles.cos.w}, sine[4] = {angles.sin.x, angles.sin.y, angles.sin.z, angles.sin.w};
+#pragma unroll
+  for (int j = 0; j < kQuad; ++j) {
+    const float turned[2] = {first[j] * cosine[j] - second[j] * sine[j], second[j] * cosine[j] + first[j] * sine[j]};
+    first[j] = rotates ? turned[0] : first[j], second[j] = rotates ? turned[1] : second[j];
+  }
+}
+
 // Half heads as boxes where a head has 128 columns or more; heads of 64 two at a time. `head_bits`: log2 of the head size.
 template <bool kFloatPlanes, bool kHasNorm>
-__global__ void __launch_bounds__(kStreamWarps* kWarp, 1) rope_kv_stream_kernel(const __grid_constant__ Params a, const __grid_constant__ StreamMaps maps,
-                                                                                StreamPlan plan, int groups, int head_bits) {
+__global__ void __launch_bounds__(kStreamWarps* kWarp, 1) rope_kv_stream_kernel(StreamPlan plan, int groups, int head_bits, const __grid_constant__ Params a,
+                                                                                const __grid_constant__ StreamMaps maps) {
 #if __CUDA_ARCH__ >= 900
   const ProductView& p = a.p;
   const int half = a.head_size / 2, lane = static_cast<int>(threadIdx.x & 15), slice_bits = head_bits - 7;  // slices of 64 of half a head
@@ -127,27 +141,27 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) rope_kv_stream_kernel(
         return UnitColumns{{column, column + (slice_bits > 0 ? half : kBoxColumns)}, {p.columns, p.columns}};
       },
       [&](int row) {
-        const int slot = __ldg(a.kv_slots + row);
+        const int slot = load_known(a.kv_slots + row);
         const int64_t offset = slot / a.block_size * a.block_stride + slot % a.block_size * a.token_stride;
-        return RowTarget{slot < 0 ? -1 : offset, __ldg(a.positions + row)};
+        return RowTarget{slot < 0 ? -1 : offset, load_known(a.positions + row)};
       },
-      [&](int2 column, bool is_there, int row, const RowTarget& known, float (&x)[kQuad], float (&y)[kQuad]) {
+      [&](int2 column, const RowTarget& known) {
+        const int64_t angle = static_cast<int64_t>(known.position) * half + (column.x & (a.head_size - 1));
+        return Angles{__ldg(reinterpret_cast<const float4*>(a.cos + angle)), __ldg(reinterpret_cast<const float4*>(a.sin + angle))};
+      },
+      [&](int2 column, bool is_there, int row, const RowTarget& known, const Angles& angles, float (&x)[kQuad], float (&y)[kQuad]) {
         const int head = column.x >> head_bits, offset = column.x & (a.head_size - 1);  // below half
-        const bool rotates = head < a.heads + a.groups;
-        const int64_t angle = static_cast<int64_t>(known.position) * half + offset;
+        const bool is_query = head < a.heads, rotates = head < a.heads + a.groups;
         if constexpr (kHasNorm) {
           const auto* weight = static_cast<const __nv_bfloat16*>(head < a.heads ? a.q_norm : (rotates ? a.k_norm : nullptr));
           norm_head(x, y, weight, offset, half / kQuad, a.eps);
         }
-        __nv_bfloat16* target;
-        if (head < a.heads) {
-          target = static_cast<__nv_bfloat16*>(a.q) + static_cast<int64_t>(row) * a.heads * a.head_size + column.x;
-        } else {
-          is_there = is_there && known.offset >= 0;
-          const int group = head - a.heads - (rotates ? 0 : a.groups);
-          target = static_cast<__nv_bfloat16*>(rotates ? a.key_cache : a.value_cache) + known.offset + group * a.group_stride + offset;
-        }
-        if (rotates) rotate(x, y, a.cos + angle, a.sin + angle);
+        // Without branches, so that the rows of a pass go side by side.
+        const int64_t in_cache = (head - a.heads - (rotates ? 0 : a.groups)) * a.group_stride + offset;
+        auto* const target = static_cast<__nv_bfloat16*>(is_query ? a.q : (rotates ? a.key_cache : a.value_cache)) +
+                             (is_query ? static_cast<int64_t>(row) * a.heads * a.head_size + column.x : known.offset + in_cache);
+        is_there = is_there && (is_query || known.offset >= 0);
+        rotate(rotates, x, y, angles);
         store_if(is_there, target, x);
         store_if(is_there, target + half, y);
       });
@@ -221,10 +235,10 @@ cudaError_t launch_fused_rope_kv_write(const RopeKvArgs& args, cudaStream_t stre
   const int head_bits = args.head_size == 64 ? 6 : (args.head_size == 128 ? 7 : (args.head_size == 256 && !has_norm ? 8 : 0));
   if (fits && head_bits > 0 && suits_stream(product, product.columns, 2)) {
     const int processors = processor_count(), groups = (product.columns + 2 * kBoxColumns - 1) / (2 * kBoxColumns);
-    return with_stream(product, groups, processors, kStreamWarps, [&](auto planes, const StreamMaps& maps, const StreamPlan& plan, const Shape& shape) {
+    return with_stream(product, processors, kStreamWarps, [&](auto planes, const StreamMaps& maps, const StreamPlan& plan, const Shape& shape) {
       constexpr bool P = decltype(planes)::value;
       auto* const kernel = has_norm ? rope_kv_stream_kernel<P, true> : rope_kv_stream_kernel<P, false>;
-      return launch(kernel, shape, product.follow, stream, params, maps, plan, groups, head_bits);
+      return launch(kernel, shape, product.follow, stream, plan, groups, head_bits, params, maps);
     });
   }
   if (fits) {

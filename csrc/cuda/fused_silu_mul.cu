@@ -36,13 +36,13 @@ struct NoRowFacts {
 
 template <bool kFloatPlanes>
 __global__ void __launch_bounds__(kStreamWarps* kWarp, 1)
-    silu_mul_stream_kernel(const __grid_constant__ ProductView p, const __grid_constant__ StreamMaps maps, StreamPlan plan, __nv_bfloat16* out) {
+    silu_mul_stream_kernel(StreamPlan plan, __nv_bfloat16* out, const __grid_constant__ ProductView p, const __grid_constant__ StreamMaps maps) {
 #if __CUDA_ARCH__ >= 900
   const int half = p.columns / 2, lane = static_cast<int>(threadIdx.x & 15);
   finish_stream<kFloatPlanes, kFloatPlanes ? 0 : 1, false, 2>(
       p, maps, plan, (half + kBoxColumns - 1) / kBoxColumns, LanePlaces{{kQuad * lane, kBoxColumns + kQuad * lane}},
       [&](int group) { return UnitColumns{{group * kBoxColumns, half + group * kBoxColumns}, {half, p.columns}}; }, [](int) { return NoRowFacts{}; },
-      [&](int2 column, bool is_there, int row, NoRowFacts, float (&gate)[kQuad], const float (&up)[kQuad]) {
+      [](int2, NoRowFacts) { return NoRowFacts{}; }, [&](int2 column, bool is_there, int row, NoRowFacts, NoRowFacts, float (&gate)[kQuad], const float (&up)[kQuad]) {
 #pragma unroll
         for (int c = 0; c < kQuad; ++c) gate[c] = silu(gate[c]) * up[c];
         store_if(is_there, out + static_cast<int64_t>(row) * half + column.x, gate);
@@ -70,10 +70,9 @@ __global__ void __launch_bounds__(256) silu_mul_any_kernel(const __grid_constant
 
 cudaError_t launch_stream(const SiluMulArgs& args, int processors, cudaStream_t stream) {
   const Product& product = args.product;
-  const int groups = (product.columns / 2 + kBoxColumns - 1) / kBoxColumns;
-  return with_stream(product, groups, processors, kStreamWarps, [&](auto planes, const StreamMaps& maps, const StreamPlan& plan, const Shape& shape) {
-    return launch(silu_mul_stream_kernel<decltype(planes)::value>, shape, product.follow, stream, view_of(product, kPassRows), maps, plan,
-                  static_cast<__nv_bfloat16*>(args.out));
+  return with_stream(product, processors, kStreamWarps, [&](auto planes, const StreamMaps& maps, const StreamPlan& plan, const Shape& shape) {
+    return launch(silu_mul_stream_kernel<decltype(planes)::value>, shape, product.follow, stream, plan, static_cast<__nv_bfloat16*>(args.out),
+                  view_of(product, kPassRows), maps);
   });
 }
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from node.kernels import reference
-from node.kernels.cuda_ops import Follow, Product
+from node.kernels.cuda_ops import DeviceTiles, Follow, Product
+from node.kernels.lora_tiles import build_tiles
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -59,6 +63,25 @@ def test_silu_mul_of_every_tile_and_recipe_equals_float64(make_work, error_of, r
     v = shrunk(work, torch.randn(rows, INPUTS, device="cuda").to(torch.bfloat16), planes)
     y = torch.randn(1, rows, sum(GATE_UP), device="cuda").to(torch.bfloat16)
     assert error_of(silu_of(work, y, v), reference.silu_mul(work.product_reference(y, v).cuda())) < 1e-2
+
+
+@pytest.mark.parametrize("rows", [1, 5, 33, 128])
+def test_silu_mul_of_modules_of_different_ranks_equals_float64(make_work, error_of, rows):
+    work = make_work(terms_of(rows), [RANKS, [16, 0, 24, 8, 40]], INPUTS, GATE_UP)
+    v = shrunk(work, torch.randn(rows, INPUTS, device="cuda").to(torch.bfloat16), 2)
+    y = torch.randn(1, rows, sum(GATE_UP), device="cuda").to(torch.bfloat16)
+    assert error_of(silu_of(work, y, v), reference.silu_mul(work.product_reference(y, v).cuda())) < 1e-2
+
+
+@pytest.mark.parametrize("rows", [1, 7, 200])
+def test_ranks_told_by_entries_or_read_from_the_table_give_the_same_bits(make_work, rows):
+    work = make_work(terms_of(rows), RANKS, INPUTS, GATE_UP)
+    pages, processors = work.pool.slot_pages.numpy(), torch.cuda.get_device_properties("cuda").multi_processor_count
+    block = build_tiles(terms_of(rows), [1] * rows, pages, 16, processors=processors, slot_ranks=np.zeros(len(pages), np.int32))
+    other = replace(work, tiles=DeviceTiles(torch.from_numpy(block.data).cuda(), 16))
+    v = shrunk(work, torch.randn(rows, INPUTS, device="cuda").to(torch.bfloat16))
+    y = torch.randn(1, rows, sum(GATE_UP), device="cuda").to(torch.bfloat16)
+    assert torch.equal(silu_of(other, y, v), silu_of(work, y, v))
 
 
 def test_silu_mul_keeps_the_precision_of_v(make_work, error_of):
