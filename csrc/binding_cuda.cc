@@ -367,6 +367,28 @@ void skinny_gemm_silu_mul(const Tensor& x, const Tensor& weight, bool use_pdl, T
   check_launch(openlora::launch_skinny_gemm(a, place.stream()), "skinny_gemm_silu_mul");
 }
 
+int64_t skinny_gemm_parts(int64_t outputs, int64_t inputs) { return openlora::skinny_gemm_parts(outputs, inputs); }
+
+// Logits of the rows that want them, and the largest of every row in each part of the vocabulary, where the product has one plane.
+void skinny_gemm_logits(const Tensor& x, const Tensor& weight, const Tensor& wanted, bool use_pdl, Tensor y, Tensor parts) {
+  const Place place(x);
+  openlora::SkinnyGemmArgs a = skinny_gemm_inputs(place, x, weight, use_pdl);
+  STD_TORCH_CHECK(skinny_gemm_planes(weight.size(0), weight.size(1), x.size(0)) == 1, "openlora: skinny_gemm_logits cannot run ",
+                  weight.size(0), " x ", weight.size(1));
+  check(place, wanted, "wanted", 1, ScalarType::Int);
+  check_size(wanted, "wanted", 0, x.size(0));
+  check_output(place, y, "y", x.size(0), weight.size(0), ScalarType::Float);
+  check(place, parts, "parts", 3, ScalarType::Int);
+  check_size(parts, "parts", 0, x.size(0));
+  check_size(parts, "parts", 1, skinny_gemm_parts(weight.size(0), weight.size(1)));
+  check_size(parts, "parts", 2, 2);
+  a.output = openlora::GemmOutput::kLogits;
+  a.y = y.data_ptr();
+  a.wanted = as<int32_t>(wanted);
+  a.bests = parts.data_ptr();
+  check_launch(openlora::launch_skinny_gemm(a, place.stream()), "skinny_gemm_logits");
+}
+
 void skinny_gemm(const Tensor& x, const Tensor& weight, bool use_pdl, Tensor y) {
   const Place place(x);
   check_launch(openlora::launch_skinny_gemm(skinny_gemm_args(place, x, weight, use_pdl, y), place.stream()), "skinny_gemm");
@@ -468,11 +490,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(openlora, m) {
       "Tensor(a!) partial, Tensor(b!) stats, Tensor(c!) done, float scale_log2, int workers, int variant, int follow, Tensor(d!) out) -> ()");
   m.def("skinny_gemm(Tensor x, Tensor weight, bool use_pdl, Tensor(a!) y) -> ()");
   m.def("skinny_gemm_silu_mul(Tensor x, Tensor weight, bool use_pdl, Tensor(a!) out) -> ()");
+  m.def("skinny_gemm_logits(Tensor x, Tensor weight, Tensor wanted, bool use_pdl, Tensor(a!) y, Tensor(b!) parts) -> ()");
+  m.def("skinny_gemm_parts(int outputs, int inputs) -> int");
   m.def("skinny_gemm_planes(int outputs, int inputs, int tokens) -> int");
   m.def("is_skinny_gemm_faster(int outputs, int inputs, int tokens, bool has_adapters) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(openlora, CompositeExplicitAutograd, m) {
+  m.impl("skinny_gemm_parts", TORCH_BOX(&skinny_gemm_parts));
   m.impl("skinny_gemm_planes", TORCH_BOX(&skinny_gemm_planes));
   m.impl("lora_shrink_planes", TORCH_BOX(&lora_shrink_planes));
   m.impl("is_skinny_gemm_faster", TORCH_BOX(&is_skinny_gemm_faster));
@@ -489,4 +514,5 @@ STABLE_TORCH_LIBRARY_IMPL(openlora, CUDA, m) {
   m.impl("attention_decode", TORCH_BOX(&attention_decode));
   m.impl("skinny_gemm", TORCH_BOX(&skinny_gemm));
   m.impl("skinny_gemm_silu_mul", TORCH_BOX(&skinny_gemm_silu_mul));
+  m.impl("skinny_gemm_logits", TORCH_BOX(&skinny_gemm_logits));
 }

@@ -21,7 +21,8 @@ constexpr int kGemmTileRows = 128;       // of the accumulators: an m64 block fo
 constexpr int kGemmSharedBytes = 232448;  // what a Hopper block can have
 constexpr int kGemmUsedBytes = 212992;    // what it takes: 24 KB stay for a small kernel beside it, which runs early
 constexpr int kGemmProcessors = 132;       // of every H100 and H200 SXM; a number, not the device's, so that bits travel
-constexpr int kGemmBarrierBytes = 512;    // two mbarriers a stage
+constexpr int kGemmBarrierBytes = 512;    // two mbarriers a stage, and a bit a token
+constexpr int kGemmWantedOffset = 448;
 
 struct SkinnyGemmPlan {
   int tile_rows;    // rows of W a block holds per stage; a multiple of 8, at most kGemmTileRows
@@ -105,6 +106,12 @@ constexpr SkinnyGemmPlan gemm_plan(int64_t tokens, int64_t outputs, int64_t inpu
   plan.tile_rows = gemm_fair_rows(outputs, plan.planes);
   plan.stages = gemm_stages_that_fit(plan, kGemmUsedBytes);
   return plan;
+}
+
+// Blocks that share the rows of W where each keeps what it finds: a fixed number, so that whoever reads it knows how many.
+constexpr int gemm_parts(int64_t outputs, int64_t inputs) {
+  const int tiles = gemm_row_tiles(outputs, gemm_fair_rows(outputs, gemm_planes(outputs, inputs)));
+  return tiles < kGemmProcessors ? tiles : kGemmProcessors;
 }
 
 // Above 192 tokens cuBLAS is faster where W is short and narrow, but not behind a shrink, beside which it cannot begin.

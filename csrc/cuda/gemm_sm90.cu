@@ -17,6 +17,7 @@
 #include <algorithm>
 
 #include "device.cuh"
+#include "gemm_best.cuh"
 #include "gemm_plan.h"
 #include "gemm_store.cuh"
 #include "gemm_tma.cuh"
@@ -36,6 +37,8 @@ struct Work {
   int k_blocks, planes, row_tiles, tile_rows, stages, early;
   int stage_bytes;  // of W and x
   GemmOutput output;
+  const int32_t* wanted;
+  int2* bests;
 };
 
 // Where stage buffers and barriers lie.
@@ -47,6 +50,7 @@ struct Ring {
   __device__ uint32_t x(int stage) const { return w(stage) + w_bytes; }
   __device__ uint32_t full(int stage) const { return barriers + stage * 16; }
   __device__ uint32_t empty(int stage) const { return barriers + stage * 16 + 8; }
+  __device__ WantedRows wanted() const { return {barriers + kGemmWantedOffset}; }
 };
 
 struct RingPosition {
@@ -124,14 +128,16 @@ __device__ void produce(const Work& work, const Ring& ring, const CUtensorMap* w
 }
 
 // An item's accumulators to y, in the form that was asked for.
-template <int kTokens>
+template <int kTokens, bool kIsHead>
 __device__ __forceinline__ void store_item(const Work& work, const Ring& ring, const float (&d)[kTokens / 2], int row_tile, int plane) {
   const int group = static_cast<int>(threadIdx.x) / 128;
   const int first_row = row_tile * work.tile_rows, row_end = min(first_row + work.tile_rows, work.outputs);
   const int64_t offset = static_cast<int64_t>(plane) * work.tokens * work.outputs;
   const LineBuffer lines{ring.lines + group * gemm_line_bytes(kTokens), kStoreBarrier + group};
   const int row = first_row + group * 64;
-  if (work.output == GemmOutput::kFloatPlanes) {
+  if constexpr (kIsHead) {
+    store_lines<float, kTokens>(d, static_cast<float*>(work.y), work.tokens, work.outputs, row, row_end, lines, ring.wanted());
+  } else if (work.output == GemmOutput::kFloatPlanes) {
     store_lines<float, kTokens>(d, static_cast<float*>(work.y) + offset, work.tokens, work.outputs, row, row_end, lines);
   } else if (work.output == GemmOutput::kBfloat16) {
     store_lines<__nv_bfloat16, kTokens>(d, static_cast<__nv_bfloat16*>(work.y) + offset, work.tokens, work.outputs, row, row_end, lines);
@@ -140,12 +146,17 @@ __device__ __forceinline__ void store_item(const Work& work, const Ring& ring, c
   }
 }
 
-template <int kTokens>
+template <int kTokens, bool kIsHead>
 __device__ void consume(const Work& work, const Ring& ring) {
   const int group = static_cast<int>(threadIdx.x) / 128, lane = static_cast<int>(threadIdx.x) % 32;
   const auto release = [&](int stage) {
     if (lane == 0) barrier_arrive(ring.empty(stage));
   };
+  Bests<kTokens> bests;
+  if constexpr (kIsHead) {
+    bests.clear();
+    ring.wanted().read<kTokens>(work.wanted, work.tokens);
+  }
   RingPosition at;
   for (Items items(work); !items.is_done(); items.next()) {
     float d[kTokens / 2];
@@ -169,11 +180,16 @@ __device__ void consume(const Work& work, const Ring& ring) {
     wgmma_wait<0>();
     wgmma_results<kTokens / 2>(d);
     if (previous >= 0) release(previous);
-    store_item<kTokens>(work, ring, d, items.row_tile, items.plane);
+    store_item<kTokens, kIsHead>(work, ring, d, items.row_tile, items.plane);
+    if constexpr (kIsHead) {
+      const int first = items.row_tile * work.tile_rows, row = first + static_cast<int>(threadIdx.x) / kWarp * 16;
+      bests.add(d, row, min(first + work.tile_rows, work.outputs));
+    }
   }
+  if constexpr (kIsHead) bests.write(ring.buffers, work.bests, work.tokens, static_cast<int>(gridDim.x));
 }
 
-template <int kTokens>
+template <int kTokens, bool kIsHead>
 __global__ __launch_bounds__(kThreads, 1) void skinny_gemm(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_map,
                                                            const Work work) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere the body is empty and the launcher refuses
@@ -204,23 +220,24 @@ __global__ __launch_bounds__(kThreads, 1) void skinny_gemm(const __grid_constant
     __syncwarp();
   } else {
     wait_for_dependencies();  // y may still be read by a kernel ahead
-    consume<kTokens>(work, ring);
+    consume<kTokens, kIsHead>(work, ring);
   }
 #endif
 }
 
 using Kernel = void (*)(const CUtensorMap, const CUtensorMap, const Work);
 
+template <bool kIsHead>
 Kernel kernel_of(int tile_tokens) {
   switch (tile_tokens) {
-    case 8: return skinny_gemm<8>;
-    case 16: return skinny_gemm<16>;
-    case 32: return skinny_gemm<32>;
-    case 64: return skinny_gemm<64>;
-    case 96: return skinny_gemm<96>;
-    case 128: return skinny_gemm<128>;
-    case 192: return skinny_gemm<192>;
-    case 256: return skinny_gemm<256>;
+    case 8: return skinny_gemm<8, kIsHead>;
+    case 16: return skinny_gemm<16, kIsHead>;
+    case 32: return skinny_gemm<32, kIsHead>;
+    case 64: return skinny_gemm<64, kIsHead>;
+    case 96: return skinny_gemm<96, kIsHead>;
+    case 128: return skinny_gemm<128, kIsHead>;
+    case 192: return skinny_gemm<192, kIsHead>;
+    case 256: return skinny_gemm<256, kIsHead>;
     default: return nullptr;
   }
 }
@@ -260,6 +277,7 @@ bool encode_pairs(EncodeTiled encode, CUtensorMap* map, const void* matrix, int6
 
 // Whether the accumulators can leave in the form that is asked for.
 bool has_valid_output(const SkinnyGemmArgs& args, const SkinnyGemmPlan& plan) {
+  if (args.output == GemmOutput::kLogits) return plan.planes == 1 && args.wanted != nullptr && args.bests != nullptr;
   return args.output != GemmOutput::kSiluMul || (plan.planes == 1 && args.outputs % 16 == 0 && plan.tile_rows % 16 == 0);
 }
 
@@ -275,6 +293,8 @@ bool is_skinny_gemm_faster(int64_t tokens, int64_t outputs, int64_t inputs, bool
 
 int skinny_gemm_planes(int64_t outputs, int64_t inputs) { return gemm_planes(outputs, inputs); }
 
+int skinny_gemm_parts(int64_t outputs, int64_t inputs) { return gemm_parts(outputs, inputs); }
+
 cudaError_t launch_skinny_gemm(const SkinnyGemmArgs& args, cudaStream_t stream) {
   if (!can_run_skinny_gemm(args.tokens, args.outputs, args.inputs)) return cudaErrorInvalidValue;
   const SkinnyGemmPlan plan = gemm_plan(args.tokens, args.outputs, args.inputs);
@@ -287,7 +307,8 @@ cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPl
                         gemm_shared_bytes(plan) <= kGemmSharedBytes && args.x_stride % 8 == 0 && args.x_stride >= args.inputs &&
                         is_aligned(args.x) && is_aligned(args.w) && is_aligned(args.y) &&
                         has_valid_output(args, plan);
-  const Kernel kernel = is_valid ? kernel_of(plan.tile_tokens) : nullptr;
+  const bool is_head = args.output == GemmOutput::kLogits;
+  const Kernel kernel = !is_valid ? nullptr : is_head ? kernel_of<true>(plan.tile_tokens) : kernel_of<false>(plan.tile_tokens);
   if (kernel == nullptr) return cudaErrorInvalidValue;
   static const EncodeTiled encode = find_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
@@ -315,6 +336,8 @@ cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPl
   work.stages = plan.stages;
   work.early = plan.early > 0 ? std::min(plan.early, plan.stages) : plan.stages;
   work.output = args.output;
+  work.wanted = args.wanted;
+  work.bests = static_cast<int2*>(args.bests);
   const int items = work.row_tiles * plan.planes;
   const int resident = sm_count * (2 * shared_bytes <= kGemmSharedBytes - 2048 ? 2 : 1);
 
@@ -322,7 +345,7 @@ cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPl
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = args.use_pdl ? 1 : 0;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(std::min(items, resident));
+  config.gridDim = dim3(is_head ? std::min(items, kGemmProcessors) : std::min(items, resident));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;

@@ -18,6 +18,7 @@ enum class GemmOutput : int {
   kFloatPlanes = 0,  // [S, T, N] float32; every element is written, nothing has to be cleared first
   kBfloat16 = 1,     // [S, T, N] bfloat16, each plane rounded once
   kSiluMul = 2,      // [T, N / 2] bfloat16: silu(y[:, i]) * y[:, N / 2 + i], rounded once; where S is 1 and N a multiple of 16
+  kLogits = 3,       // [T, N] float32 of the rows of x that want it, and each block's largest of every row; where S is 1
 };
 
 struct SkinnyGemmArgs {
@@ -32,6 +33,9 @@ struct SkinnyGemmArgs {
   // Programmatic dependent launch: start while the kernels before it still run and read the first blocks of W meanwhile.
   // W must not be written by a kernel still in flight; x and y may.
   bool use_pdl;
+  // Of kLogits alone.
+  const int32_t* wanted = nullptr;  // [T], not 0 where a row of y is to be written
+  void* bests = nullptr;            // [T, skinny_gemm_parts] pairs of 8 bytes: the largest y of a part, its lowest column (int32)
 };
 
 // Whether the kernel computes this shape: T 1 to 256, K a multiple of 64, N of 8. Host arithmetic only; the caller checks that
@@ -45,6 +49,10 @@ bool is_skinny_gemm_faster(int64_t tokens, int64_t outputs, int64_t inputs, bool
 
 // S of the planes for these outputs and inputs; 1 to 8, the same for every T and every device.
 int skinny_gemm_planes(int64_t outputs, int64_t inputs);
+
+// Parts of N whose largest y kLogits tells, the same for every T and device. A part in which nothing is above -infinity has that
+// and no column; one with a NaN has a NaN.
+int skinny_gemm_parts(int64_t outputs, int64_t inputs);
 
 // Enqueues one kernel: no allocation, no synchronisation, capturable in a graph (the tensor maps are kernel parameters).
 // Returns cudaErrorInvalidValue for a shape or alignment the kernel cannot do, cudaErrorNotSupported off Hopper.

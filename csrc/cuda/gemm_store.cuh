@@ -46,10 +46,16 @@ struct LineBuffer {
   int barrier;
 };
 
-// A warpgroup's m64 block to y[:, column .. min(column + 64, column_end)].
-template <typename Out, int kTokens>
+// Every row of y is written.
+struct AllRows {
+  __device__ __forceinline__ constexpr uint32_t from(int) const { return ~0u; }
+};
+
+// A warpgroup's m64 block to y[:, column .. min(column + 64, column_end)]. rows.from(first): a bit for each row of y from `first`
+// on that is to be written.
+template <typename Out, int kTokens, class Rows = AllRows>
 __device__ __forceinline__ void store_lines(const float (&d)[kTokens / 2], Out* y, int tokens, int outputs, int column, int column_end,
-                                            const LineBuffer& lines) {
+                                            const LineBuffer& lines, const Rows& rows = {}) {
   constexpr bool kHalf = sizeof(Out) == 2;
   constexpr int kChunk = gemm_line_tokens(kTokens, kHalf);  // tokens at a time
   constexpr int kPitch = 64 * sizeof(Out) + 16;                                           // no two rows of a store in one bank
@@ -58,6 +64,8 @@ __device__ __forceinline__ void store_lines(const float (&d)[kTokens / 2], Out* 
 #pragma unroll
   for (int first = 0; first < kTokens; first += kChunk) {
     if (first >= tokens) break;
+    const uint32_t wanted = rows.from(first) & (kChunk < 32 ? (1u << kChunk % 32) - 1 : ~0u);
+    if (wanted == 0) continue;
     sync_threads(lines.barrier, 128);  // the chunk before has been picked up
     if constexpr (kHalf) {
       const uint32_t place = lines.address + (lane / 16 * 8 + lane % 8) * kPitch + (warp * 16 + lane / 8 % 2 * 8) * 2;
@@ -80,7 +88,8 @@ __device__ __forceinline__ void store_lines(const float (&d)[kTokens / 2], Out* 
 #pragma unroll
     for (int i = 0; i < kChunk * kPieces / 128 + (kChunk * kPieces < 128); ++i) {
       const int at = i * 128 + thread, token = first + at / kPieces, piece = at % kPieces;
-      if (at < kChunk * kPieces && token < tokens && column + piece * 16 / static_cast<int>(sizeof(Out)) < column_end) {
+      if (at < kChunk * kPieces && token < tokens && (wanted >> at / kPieces & 1) != 0 &&
+          column + piece * 16 / static_cast<int>(sizeof(Out)) < column_end) {
         uint4* target = reinterpret_cast<uint4*>(y + static_cast<int64_t>(token) * outputs + column) + piece;
         *target = load_piece(lines.address + at / kPieces * kPitch + piece * 16);
       }

@@ -5,12 +5,13 @@ Shape letters: T rows (tokens), Q sequences, W rows that want logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from node.engine.device_sampler import reads_logits
 from node.engine.step_block import BlockLayout, Ints
 from node.engine.step_plan import Work
 from node.kernels.lora_tiles import Recipe
@@ -89,13 +90,30 @@ def pending_places(work: Sequence[Work], places: Mapping[str, int]) -> dict[int,
     return found
 
 
+def wanted_rows(work: Iterable[Work], *, is_watched: bool) -> list[int]:
+    """1 for every row whose logits somebody reads, 0 where a token is drawn that needs no more than the largest.
+
+    Args:
+        work: Those that want the logits of one row. is_watched: Somebody reads them all.
+    """
+    if is_watched:
+        return [1 for _ in work]
+    return [int(reads_logits(item.sequence.sampling, has_grammar=item.sequence.submit.grammar is not None)) for item in work]
+
+
 def write_decode(
-    host: Ints, layout: BlockLayout, work: Sequence[Work], block_size: int, pending: Mapping[int, int], own: int
+    host: Ints,
+    layout: BlockLayout,
+    work: Sequence[Work],
+    block_size: int,
+    pending: Mapping[int, int],
+    own: int,
+    wanted: Sequence[int],
 ) -> None:
     """Write one row a sequence; behind them padding up to `layout.rows`: no keys are written for it and its context is 0.
 
     Args:
-        pending: See `pending_places`. own: `sources` value of the first of the run's own tokens.
+        pending: See `pending_places`. own: `sources` value of the first of the run's own tokens. wanted: See `wanted_rows`.
     """
     count, bucket = len(work), layout.rows
     starts = np.array([item.start for item in work], dtype=np.int32)
@@ -109,6 +127,7 @@ def write_decode(
         (layout.positions, starts, 0),
         (layout.kv_slots, slots, -1),
         (layout.context_lens, starts + 1, 0),
+        (layout.wanted, wanted, 0),
     ):
         host[at : at + count] = values
         host[at + count : at + bucket] = padding
@@ -123,6 +142,7 @@ def write_rows(
     block_size: int,
     pending: Mapping[int, int],
     own: int,
+    wanted: Sequence[int] = (),
 ) -> None:
     """Write any number of rows a sequence, padding behind them where the layout has room. See `write_decode`."""
     row = 0
@@ -146,6 +166,7 @@ def write_rows(
     pad_rows(host, layout, row, len(work), own)
     if shape.logit_rows is not None:
         host[layout.logits : layout.logits + len(shape.logit_rows)] = shape.logit_rows
+        host[layout.wanted : layout.wanted + len(wanted)] = wanted
     _write_tables(host, layout, work)
 
 

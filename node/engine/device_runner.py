@@ -23,6 +23,7 @@ from node.engine.step_adapters import DeviceSlots, StepAdapters, sent_rows
 from node.engine.step_block import BlockLayout, upload
 from node.engine.step_plan import Work, WorkResult
 from node.kernels.device_rows import DeviceRows
+from node.kernels.head_rows import LogitTops
 from node.kernels.lora import LoraRows
 from node.kernels.ops import Kernels
 from node.kernels.side import SideGroup
@@ -64,7 +65,10 @@ class DeviceRunner:
         most = buckets_for(sizes.max_sequences)[-1]
         self._sampler = DeviceSampler(sizes.vocab_size, most, kernels.device)
         self._choice = self._sampler.new_choice(most)
-        self._recorded = RecordedSteps(model, kernels, kv, self._adapters, sizes, self._choose, is_recording=has_graphs)
+        is_watched = watch_logits is not None
+        self._recorded = RecordedSteps(
+            model, kernels, kv, self._adapters, sizes, self._choose, is_watched=is_watched, is_recording=has_graphs
+        )
         self._block = self._recorded.block
         self._places: dict[str, int] = {}  # sequence id -> its place among the tokens of the last draw
 
@@ -73,8 +77,8 @@ class DeviceRunner:
         """The recorded steps."""
         return self._recorded.graphs
 
-    def _choose(self, logits: Tensor) -> None:
-        self._sampler.greedy(logits, self._choice)
+    def _choose(self, logits: Tensor, tops: LogitTops | None = None) -> None:
+        self._sampler.greedy(logits, self._choice, tops)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -103,14 +107,17 @@ class DeviceRunner:
         if shape.is_decode:
             logits = self._recorded.decode(work, self._places)
             return None if logits is None else DeviceFlight(work, logits, list(range(len(work))), None)
-        logits = self._recorded.chunks(work, shape, self._places)
-        return None if logits is None else self._drawing_flight(work, logits)
+        found = self._recorded.chunks(work, shape, self._places)
+        return None if found is None else self._drawing_flight(work, found[0], tops=found[1])
 
-    def _drawing_flight(self, work: list[Work], logits: Tensor, hidden: Tensor | None = None) -> DeviceFlight:
+    def _drawing_flight(
+        self, work: list[Work], logits: Tensor, *, hidden: Tensor | None = None, tops: LogitTops | None = None
+    ) -> DeviceFlight:
+        """`tops`: of logits whose rows all draw."""
         rows, drawing = drawing_rows(work)
         flight = DeviceFlight(work, logits, drawing, rows, hidden=hidden)
         if rows:
-            self._choose(flight.drawing_logits)
+            self._choose(flight.drawing_logits, tops)
         return flight
 
     def _launch_rows(self, work: list[Work], shape: StepShape, side: tuple[SideGroup, ...] | None) -> DeviceFlight:
@@ -129,7 +136,7 @@ class DeviceRunner:
         if hidden_rows:
             inputs.hidden_rows = upload(hidden_rows, self._kernels.device)
         logits = self._model.forward(inputs, self._kv, self._adapters.tensors)
-        return self._drawing_flight(work, logits, inputs.hidden)
+        return self._drawing_flight(work, logits, hidden=inputs.hidden)
 
     def _send(self, work: list[Work], shape: StepShape, layout: BlockLayout) -> LoraRows | DeviceRows | None:
         """Copy a step's metadata to the device; returns its adapters."""

@@ -22,6 +22,7 @@ from node.engine.device_shift import forbid_rows, shift, to_device
 from node.engine.grammar import mask_width
 from node.engine.noise import uniforms
 from node.engine.sampler import DrawRow, RowMask, draw_random, is_plain, is_shifted
+from node.kernels.head_rows import LogitTops
 from node.request import DrawnToken, Sampling, TokenLogprob
 
 _PARTS = 8  # programs that share a row of the greedy kernel: 64 rows then fill the GPU four times over
@@ -109,6 +110,7 @@ class DeviceSampler:
         self._vocab = vocab_size
         self._device = device
         self._again = self.new_choice(max_rows)  # of logits that were changed
+        self._has_dependents = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self._spans = 1 << (-(-vocab_size // _DRAW_BLOCK) - 1).bit_length()
         if device.type == "cuda":
             self._part_values = torch.empty((max_rows, _PARTS), dtype=torch.float32, device=device)
@@ -132,18 +134,23 @@ class DeviceSampler:
             for mask in (None, RowMask([0], words)):
                 self.draw(torch.zeros((1, self._vocab), device=self._device), [row], choice, mask).read()
 
-    def greedy(self, logits: Tensor, choice: Choice, *, use_pdl: bool = False) -> None:
+    def greedy(self, logits: Tensor, choice: Choice, tops: LogitTops | None = None, *, use_pdl: bool = False) -> None:
         """Choose the largest logit of every row, the lowest index among equals. Safe inside a CUDA graph.
 
         Args:
             logits: [W, V] float32, contiguous rows. choice: of at least W rows, written.
+            tops: Of these logits; they are then not read, where the largest are there.
             use_pdl: launch with programmatic stream serialization (compute capability 9.0 on).
         """
         count = logits.shape[0]
+        parts = None if tops is None else tops.parts
+        if logits.is_cuda and parts is not None:
+            self._launch_top(parts, choice)
+            return
         if logits.is_cuda:
             self._launch_greedy(logits, choice, use_pdl)
             return
-        best, token_ids = logits.max(dim=1)
+        best, token_ids = logits.max(dim=1) if parts is None else join_parts(parts)
         is_sound = best.isfinite()  # max propagates NaN
         choice.is_sound[:count] = is_sound
         choice.next_tokens[:count] = torch.where(is_sound, token_ids, 0)
@@ -157,6 +164,16 @@ class DeviceSampler:
             self._vocab, logits.stride(0), PARTS=_PARTS, BLOCK=_GREEDY_BLOCK, USE_PDL=use_pdl, num_warps=8, **pdl,
         )  # fmt: skip
 
+    def _launch_top(self, parts: Tensor, choice: Choice) -> None:
+        from node.kernels.triton_sampling import top_kernel
+
+        count = parts.shape[1]
+        pdl = {"launch_pdl": True} if self._has_dependents else {}
+        top_kernel[(parts.shape[0],)](
+            parts, choice.next_tokens, choice.is_sound, count,
+            PARTS=1 << (count - 1).bit_length(), USE_PDL=self._has_dependents, num_warps=1, **pdl,
+        )  # fmt: skip
+
     def draw(
         self,
         logits: Tensor,
@@ -168,8 +185,8 @@ class DeviceSampler:
         """Draw for the rows that ask for more than `greedy` chose, and send everything to the host.
 
         Args:
-            logits: [W, V] float32, those that `greedy` filled `choice` from. Rows that are greedy but for penalties, a bias or
-                a mask, and want no log-probabilities, are changed in place.
+            logits: [W, V] float32, those that `greedy` filled `choice` from; only rows that `reads_logits` are read. Rows
+                that are greedy but for penalties, a bias or a mask, and want no log-probabilities, are changed in place.
             rows: W of them; their `tokens` are what the host knows.
             choice: read, and overwritten for the rows that ask for more.
             mask: Tokens allowed, words on this device or in memory that it reads while the host goes on; None allows all.
@@ -246,6 +263,18 @@ class DeviceSampler:
             x, asked, where, choice.next_tokens, self._vocab, x.stride(0), IN_PLACE=in_place, ANY_KEY=0x7FFFFFFF,
             TINY=torch.finfo(torch.float32).tiny, SPANS=self._spans, BLOCK=_DRAW_BLOCK, num_warps=_DRAW_WARPS,
         )  # fmt: skip
+
+
+def join_parts(parts: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest value [W] (NaN where one is) and its lowest token [W] of `LogitTops.parts`."""
+    values, tokens = parts[..., 0].contiguous().view(torch.float32), parts[..., 1]
+    best = values.amax(dim=1)
+    return best, tokens.where(values == best[:, None], torch.iinfo(torch.int32).max).amin(dim=1).long()
+
+
+def reads_logits(sampling: Sampling, *, has_grammar: bool) -> bool:
+    """Whether drawing a row may take more than the largest of its logits."""
+    return has_grammar or sampling.logprobs >= 0 or not is_plain(sampling)
 
 
 def _is_greedy_again(sampling: Sampling, *, is_masked: bool) -> bool:

@@ -11,13 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from node.engine.device_batch import StepShape, pad_rows, pending_places, write_decode, write_rows
+from node.engine.device_batch import StepShape, pad_rows, pending_places, wanted_rows, write_decode, write_rows
 from node.engine.graphs import ROW_BUCKETS, Adapted, GraphKey, StepGraphs, buckets_for
 from node.engine.sizing import DeviceSizes
 from node.engine.step_adapters import Members, StepAdapters, adapted_of, most_tile_ints, static_rows
 from node.engine.step_block import BlockLayout, StepBlock
 from node.engine.step_plan import Work
 from node.kernels.device_rows import SHORT_ROWS
+from node.kernels.head_rows import LogitTops
 from node.kernels.lora_tiles import empty_tiles
 from node.kernels.ops import Kernels
 from node.models.inputs import CausalLM, KVCache, StepInputs
@@ -32,7 +33,8 @@ class RecordedSteps:
     Args:
         model: The decoder. kernels: what it runs on. kv: its paged cache. adapters: their tiles.
         sizes: Bounds of a step.
-        choose: Called with the logits [W, V] of a decode step, inside its graph.
+        choose: Called with the logits [W, V] of a decode step and their largest, inside its graph.
+        is_watched: Somebody reads the logits of every row.
         is_recording: Record steps. False on devices that cannot, and for tests.
 
     Attributes:
@@ -47,8 +49,9 @@ class RecordedSteps:
         kv: KVCache,
         adapters: StepAdapters,
         sizes: DeviceSizes,
-        choose: Callable[[Tensor], None],
+        choose: Callable[[Tensor, LogitTops | None], None],
         *,
+        is_watched: bool,
         is_recording: bool,
     ) -> None:
         self._model = model
@@ -56,6 +59,7 @@ class RecordedSteps:
         self._adapters = adapters
         self._sizes = sizes
         self._choose = choose
+        self._is_watched = is_watched
         self.width = -(-sizes.max_model_len // kv.block_size)
         buckets = buckets_for(sizes.max_sequences)
         row_buckets = [rows for rows in ROW_BUCKETS if rows <= sizes.max_batch_tokens] if kernels.has_static_prefill else []
@@ -65,6 +69,7 @@ class RecordedSteps:
         self.block = StepBlock(buckets[-1], self._capacity(), kernels.device)
         self._no_tiles = empty_tiles(sizes.processors)
         self._members: Members | None = None  # of the decode batch whose tiles are on the device
+        self._wanted: list[int] = []  # of the same batch
 
     def _capacity(self) -> int:
         """int32 of the largest step: a prefill in which every row wants logits, with the tiles of its rows and of its head."""
@@ -123,11 +128,12 @@ class RecordedSteps:
         end = layout.tiles + (0 if tiles is None else len(tiles))
         host = self.block.begin(end)
         own = self.block.source_of_own(layout.tokens)
-        write_decode(host, layout, work, self._kv.block_size, pending_places(work, places), own)
+        wanted = self._wanted if members is self._members else wanted_rows(work, is_watched=self._is_watched)
+        write_decode(host, layout, work, self._kv.block_size, pending_places(work, places), own, wanted)
         if tiles is not None:
             host[layout.tiles : end] = tiles
         self.block.send(end)
-        self._members = members
+        self._members, self._wanted = members, wanted
         return self.graphs.step(GraphKey(bucket, members.adapted))[: len(work)]
 
     def _members_of(self, work: Sequence[Work], bucket: int) -> Members | None:
@@ -144,15 +150,17 @@ class RecordedSteps:
     def _run_decode(self, bucket: int, adapted: Adapted) -> Tensor:
         layout = self._layouts[bucket]
         lora = static_rows(self.block, layout, adapted, GRAPH_ENTRIES * bucket)
-        inputs = self.block.inputs(layout, lora, logit_rows=None, max_query=1, max_context=self._sizes.max_model_len)
+        most = self._sizes.max_model_len
+        inputs = self.block.inputs(layout, lora, logit_rows=None, max_query=1, max_context=most, has_tops=True)
         logits = self._model.forward(inputs, self._kv, self._adapters.tensors)
-        self._choose(logits)
+        self._choose(logits, inputs.tops)
         return logits
 
     # ---- prompt chunks
 
-    def chunks(self, work: list[Work], shape: StepShape, places: Mapping[str, int]) -> Tensor | None:
-        """Logits [W, V] of a small step with prompt chunks; None where it is not one or asks for more than next tokens."""
+    def chunks(self, work: list[Work], shape: StepShape, places: Mapping[str, int]) -> tuple[Tensor, LogitTops | None] | None:
+        """Logits [W, V] of a small step with prompt chunks, and their largest; None where it is not one or asks for more than
+        next tokens."""
         rows = self.graphs.row_bucket(shape.rows)
         if rows is None or shape.logit_rows is None or any(item.wants_prompt_logprobs or item.embeds for item in work):
             return None
@@ -162,14 +170,16 @@ class RecordedSteps:
             return None
         host = self.block.begin(end)
         own = self.block.source_of_own(layout.tokens)
-        write_rows(host, layout, work, shape, self._kv.block_size, pending_places(work, places), own)
+        wanted = wanted_rows([item for item in work if item.draws_token], is_watched=self._is_watched)
+        write_rows(host, layout, work, shape, self._kv.block_size, pending_places(work, places), own, wanted)
         for block in tiles:
             host[layout.tiles : end] = block.data
         self.forget_tiles()
         self.block.send(end)
         adapted = adapted_of(rows, tiles[0]) if tiles else Adapted.NOTHING
         h = self.graphs.step(GraphKey(rows, adapted, is_decode=False))
-        return self._model.logits(h, self._inputs(layout, Adapted.NOTHING, len(shape.logit_rows)), self._adapters.tensors)
+        inputs = self._inputs(layout, Adapted.NOTHING, len(shape.logit_rows))
+        return self._model.logits(h, inputs, self._adapters.tensors), inputs.tops
 
     def _run_rows(self, rows: int, adapted: Adapted) -> Tensor:
         layout = self._row_layouts[rows]
@@ -178,4 +188,4 @@ class RecordedSteps:
     def _inputs(self, layout: BlockLayout, adapted: Adapted, logit_rows: int) -> StepInputs:
         lora = static_rows(self.block, layout, adapted, GRAPH_ENTRIES * layout.rows)
         most = self._sizes.max_model_len
-        return self.block.inputs(layout, lora, logit_rows=logit_rows, max_query=layout.rows, max_context=most)
+        return self.block.inputs(layout, lora, logit_rows=logit_rows, max_query=layout.rows, max_context=most, has_tops=True)

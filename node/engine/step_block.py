@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from node.kernels.device_rows import DeviceRows
+from node.kernels.head_rows import LogitTops
 from node.kernels.lora import LoraRows
 from node.kernels.lora_tiles import LINE_INTS
 from node.kernels.side import SideGroup
@@ -33,6 +34,7 @@ class BlockLayout:
     Attributes:
         rows, sequences, logit_rows: T, Q and W. table_width: blocks of one sequence at most.
         tokens, sources, positions, kv_slots: [T]. query_start: [Q + 1]. context_lens: [Q]. logits: [W]. tables: [Q, table_width].
+        wanted: [W], or [T] where every row wants logits: 0 where nobody reads them.
         tiles: the LoRA work, last because it stays on the device while a batch's members do not change.
         size: Without the tiles.
     """
@@ -48,12 +50,13 @@ class BlockLayout:
     query_start: int
     context_lens: int
     logits: int
+    wanted: int
     tables: int
     tiles: int
 
     @classmethod
     def of(cls, rows: int, sequences: int, logit_rows: int, table_width: int) -> BlockLayout:
-        counts = (rows, rows, rows, rows, sequences + 1, sequences, logit_rows, sequences * table_width)
+        counts = (rows, rows, rows, rows, sequences + 1, sequences, logit_rows, logit_rows or rows, sequences * table_width)
         starts = np.cumsum([0, *(_aligned(count) for count in counts)]).tolist()
         starts[-1] = _aligned(starts[-1], LINE_INTS)
         return cls(rows, sequences, logit_rows, table_width, *starts)
@@ -125,15 +128,18 @@ class StepBlock:
         logit_rows: int | None,
         max_query: int,
         max_context: int,
+        has_tops: bool = False,
         side: tuple[SideGroup, ...] | None = None,
     ) -> StepInputs:
         """What a model reads of a run that was sent.
 
         Args:
             logit_rows: How many of the layout's W are wanted; None: every row is.
+            has_tops: `wanted` was written.
             lora, side, max_query, max_context: See `StepInputs`.
         """
         rows, sequences, width = layout.rows, layout.sequences, layout.table_width
+        tops = LogitTops(self.view(layout.wanted, rows if logit_rows is None else logit_rows)) if has_tops else None
         return StepInputs(
             token_ids=self.gather(self.view(layout.sources, rows)),
             positions=self.view(layout.positions, rows),
@@ -146,6 +152,7 @@ class StepBlock:
             side=side,
             max_query=max_query,
             max_context=max_context,
+            tops=tops,
         )
 
 

@@ -17,11 +17,13 @@ from node.errors import ConfigError
 from node.kernels.attention.paged import DecodePlan, PagedAttention, PrefillPlan
 from node.kernels.cuda_ops import CudaOps, Follow, Product, span_list
 from node.kernels.device_rows import SHORT_ROWS, DeviceRows
+from node.kernels.head_rows import LogitTops
 from node.kernels.linear import LoraSpans, PackedLinear
 from node.kernels.lora import LoraPool, LoraRows
 from node.kernels.ops import Kernels
 from node.kernels.reference import lora_delta
 
+MAX_TOP_ROWS = 256  # of a step whose output projection finds the largest logits itself
 EXACT_ROWS = 32  # of a product whose bits may not depend on the batch, where the skinny GEMM cannot run
 
 
@@ -124,6 +126,29 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         """Planes of v."""
         can_stream = x.dtype == torch.bfloat16 and self._is_hopper
         return self._ops.shrink_planes(x.shape[1]) if can_stream else 1
+
+    def logits(
+        self,
+        x: Tensor,
+        packed: PackedLinear,
+        bias: Tensor | None = None,
+        *,
+        pool: LoraPool | None = None,
+        rows: DeviceRows | None = None,
+        spans: LoraSpans | None = None,
+        tops: LogitTops | None = None,
+    ) -> Tensor:
+        weight = packed.data
+        is_base = bias is None and (rows is None or spans is None)
+        if tops is None or not is_base or x.shape[0] > MAX_TOP_ROWS or self._skinny_planes(x, weight, has_adapters=False) != 1:
+            return super().logits(x, packed, bias, pool=pool, rows=rows, spans=spans)
+        count, outputs = x.shape[0], weight.shape[0]
+        y = torch.empty((count, outputs), dtype=torch.float32, device=x.device)
+        tops.parts = torch.empty(
+            (count, self._ops.skinny_gemm_parts(outputs, weight.shape[1]), 2), dtype=torch.int32, device=x.device
+        )
+        self._ops.skinny_gemm_logits(x, weight, tops.wanted, y, tops.parts, self._follow)
+        return y
 
     def finish(self, product: Product, out_dtype: torch.dtype) -> Tensor:
         y = product.y

@@ -93,6 +93,8 @@ class CudaOps:
         self._embed_rms_norm = ops.embed_rms_norm.default
         self._skinny_gemm = ops.skinny_gemm.default
         self._skinny_gemm_silu_mul = ops.skinny_gemm_silu_mul.default
+        self._skinny_gemm_logits = ops.skinny_gemm_logits.default
+        self._skinny_gemm_parts = ops.skinny_gemm_parts.default
         self._skinny_gemm_planes = ops.skinny_gemm_planes.default
         self._is_skinny_gemm_faster = ops.is_skinny_gemm_faster.default
         self._pages = None if pool is None else pool.pages
@@ -208,6 +210,22 @@ class CudaOps:
     def skinny_gemm_silu_mul(self, x: Tensor, weight: Tensor, out: Tensor, follow: Follow = Follow.WAIT_FIRST) -> None:
         """out [T, N / 2] bfloat16 = silu(gate) * up of x [T, K] and weight [N, K], gate first; S must be 1. Hopper only."""
         self._skinny_gemm_silu_mul(x, weight, follow != Follow.PLAIN, out)
+
+    def skinny_gemm_logits(
+        self, x: Tensor, weight: Tensor, wanted: Tensor, y: Tensor, parts: Tensor, follow: Follow = Follow.WAIT_FIRST
+    ) -> None:
+        """`skinny_gemm` into y [T, N] float32, written where a row is wanted, and the largest of every row; S must be 1.
+
+        Args:
+            wanted: [T] int32, not 0 where a row of y is written.
+            parts: [T, `skinny_gemm_parts`, 2] int32, written: the largest of each part of the row (float32 bits; NaN where one
+                is) and its lowest column among equals, which means nothing where the largest is not finite.
+        """
+        self._skinny_gemm_logits(x, weight, wanted, follow != Follow.PLAIN, y, parts)
+
+    def skinny_gemm_parts(self, outputs: int, inputs: int) -> int:
+        """Parts of a row whose largest `skinny_gemm_logits` tells."""
+        return int(self._skinny_gemm_parts(outputs, inputs))
 
     def _lora(self, product: Product) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, tuple[int, ...], int]:
         tiles = product.tiles

@@ -62,6 +62,7 @@ CUDA_OPS = (
     "embed_rms_norm",
     "skinny_gemm",
     "skinny_gemm_silu_mul",
+    "skinny_gemm_logits",
     "attention_decode",
 )
 

@@ -5,10 +5,26 @@ Shape letters: T rows (tokens), W rows that want logits.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from node.kernels.lora import LoraPool, LoraRows
+
+
+@dataclass(slots=True)
+class LogitTops:
+    """The largest logits of every row, which kernels may find while they project on the vocabulary.
+
+    Attributes:
+        wanted: [W] int32, 0 where nobody reads the row's logits: they may be left unwritten where `parts` is there.
+        parts: [W, P, 2] int32, set by the kernels that found them: of each part of the vocabulary the largest logit (float32
+            bits; NaN where one is) and the lowest token that has it. None: every row's logits are written.
+    """
+
+    wanted: Tensor
+    parts: Tensor | None = None
 
 
 def head_rows(rows: LoraRows | None, pool: LoraPool | None, logit_rows: Tensor | None, module: int) -> LoraRows | None:

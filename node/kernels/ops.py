@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from node.kernels.head_rows import LogitTops
 from node.kernels.linear import LoraSpans, PackedLinear, lora_spans
 from node.kernels.lora import LoraPool, LoraRows
 
@@ -104,6 +105,26 @@ class Kernels(ABC, Generic[ProductT, RowsT]):
         Returns:
             The product [T, O].
         """
+
+    def logits(
+        self,
+        x: Tensor,
+        packed: PackedLinear,
+        bias: Tensor | None = None,
+        *,
+        pool: LoraPool | None = None,
+        rows: RowsT | None = None,
+        spans: LoraSpans | None = None,
+        tops: LogitTops | None = None,
+    ) -> Tensor:
+        """`linear` in float32, finished: [W, O].
+
+        Args:
+            tops: Says which rows are read, and takes their largest logits, where these kernels find them on the way.
+        """
+        return self.finish(
+            self.linear(x, packed, bias, pool=pool, rows=rows, spans=spans, out_dtype=torch.float32), torch.float32
+        )
 
     @abstractmethod
     def finish(self, product: ProductT, out_dtype: torch.dtype) -> Tensor:

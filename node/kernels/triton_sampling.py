@@ -58,11 +58,39 @@ def greedy_kernel(
         values = tl.load(part_value_ptr + row * PARTS + each, cache_modifier=".cg")
         tokens = tl.load(part_token_ptr + row * PARTS + each, cache_modifier=".cg")
         has_nan = tl.max((values != values).to(tl.int32), 0) > 0
-        top = tl.max(tl.where(values != values, float("-inf"), values), 0)
-        chosen = tl.min(tl.where(values == top, tokens, 0x7FFFFFFF), 0)
-        is_sound = (top > float("-inf")) & (top < float("inf")) & (has_nan == 0)
-        tl.store(token_ptr + row, tl.where(is_sound, chosen, 0).to(tl.int64))
-        tl.store(is_sound_ptr + row, is_sound.to(tl.int8))
+        _choose(values, tokens, has_nan, token_ptr + row, is_sound_ptr + row)
+
+
+@triton.jit
+def top_kernel(
+    part_ptr,  # [W, P, 2] int32: the largest logit of each part (float32 bits, NaN where one is) and its token
+    token_ptr,  # [W] int64, written
+    is_sound_ptr,  # [W] int8, written: as of `greedy_kernel`
+    count,  # P
+    PARTS: tl.constexpr,  # a power of two, at least P
+    USE_PDL: tl.constexpr,
+):
+    """`greedy_kernel` where the output projection has found the largest of every part. A program owns a row."""
+    if USE_PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0)
+    each = tl.arange(0, PARTS)
+    part_ptr += (row * count + each) * 2
+    bits = tl.load(part_ptr, mask=each < count, other=-8388608)  # -inf
+    tokens = tl.load(part_ptr + 1, mask=each < count, other=0x7FFFFFFF)
+    values = bits.to(tl.float32, bitcast=True)
+    _choose(values, tokens, tl.max((values != values).to(tl.int32), 0) > 0, token_ptr + row, is_sound_ptr + row)
+
+
+@triton.jit
+def _choose(values, tokens, has_nan, token_ptr, is_sound_ptr):
+    """The lowest token of the largest value; 0 where that is not finite."""
+    top = tl.max(tl.where(values != values, float("-inf"), values), 0)
+    chosen = tl.min(tl.where(values == top, tokens, 0x7FFFFFFF), 0)
+    is_sound = (top > float("-inf")) & (top < float("inf")) & (has_nan == 0)
+    tl.store(token_ptr, tl.where(is_sound, chosen, 0).to(tl.int64))
+    tl.store(is_sound_ptr, is_sound.to(tl.int8))
 
 
 @triton.jit

@@ -150,8 +150,7 @@ class Decoder:
         if inputs.side is not None and pool is not None:
             groups = inputs.side if wanted is None else select_groups(inputs.side, wanted)
             return self._side_linear(x, head, pool, rows, groups or (), torch.float32)
-        product = kernels.linear(x, head.packed, head.bias, pool=pool, rows=rows, spans=head.spans, out_dtype=torch.float32)
-        return kernels.finish(product, torch.float32)
+        return kernels.logits(x, head.packed, head.bias, pool=pool, rows=rows, spans=head.spans, tops=inputs.tops)
 
     def _side_linear(
         self,

@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from node.kernels.device_rows import DeviceRows
+from node.kernels.head_rows import LogitTops
 from node.kernels.lora import LoraPool, LoraRows
 from node.kernels.side import SideGroup
 
@@ -33,6 +34,7 @@ class StepInputs:
         max_query, max_context: The most rows and tokens of one sequence; a GPU's attention wants to know.
         hidden_rows: [E] int64. Rows whose hidden state is wanted; None for none.
         hidden: [E, H] float32, written by the model: hidden states after the final norm, of `hidden_rows`.
+        tops: Which logits are read, and the largest of every row where the model's kernels find them; None: all are read.
     """
 
     token_ids: Tensor
@@ -48,6 +50,7 @@ class StepInputs:
     max_context: int = 0
     hidden_rows: Tensor | None = None
     hidden: Tensor | None = None
+    tops: LogitTops | None = None
 
 
 @dataclass(slots=True)

@@ -26,10 +26,10 @@ def test_layout_sections_are_aligned_and_do_not_overlap():
     layout = BlockLayout.of(rows=5, sequences=3, logit_rows=2, table_width=7)
     starts = [
         layout.tokens, layout.sources, layout.positions, layout.kv_slots,
-        layout.query_start, layout.context_lens, layout.logits, layout.tables, layout.tiles,
+        layout.query_start, layout.context_lens, layout.logits, layout.wanted, layout.tables, layout.tiles,
     ]  # fmt: skip
     assert all(start % 4 == 0 for start in starts)
-    sizes = [5, 5, 5, 5, 4, 3, 2, 21]
+    sizes = [5, 5, 5, 5, 4, 3, 2, 2, 21]
     assert all(start + size <= following for start, size, following in zip(starts, sizes, starts[1:], strict=False))
 
 
@@ -41,7 +41,7 @@ def test_decode_rows_and_padding():
     host = block.begin(layout.tiles)
     host[:] = 77
     pending = pending_places(work, {"b": 2})
-    write_decode(host, layout, work, 4, pending, block.source_of_own(layout.tokens))
+    write_decode(host, layout, work, 4, pending, block.source_of_own(layout.tokens), [0, 1])
     block.send(layout.tiles)
 
     assert pending == {1: 2}
@@ -49,6 +49,7 @@ def test_decode_rows_and_padding():
     assert block.view(layout.positions, 4).tolist() == [5, 3, 0, 0]
     assert block.view(layout.kv_slots, 4).tolist() == [1 * 4 + 1, 7 * 4 + 3, -1, -1]
     assert block.view(layout.context_lens, 4).tolist() == [6, 4, 0, 0]
+    assert block.view(layout.wanted, 4).tolist() == [0, 1, 0, 0]
     tables = block.view(layout.tables, 12).view(4, 3)
     assert tables[0, :2].tolist() == [3, 1]
     assert tables[1, 0] == 7
@@ -61,7 +62,7 @@ def test_rows_of_chunks_and_of_a_decode_together():
     block = StepBlock(4, layout.tiles, torch.device("cpu"))
     block.drawn[0] = 55
     host = block.begin(layout.tiles)
-    write_rows(host, layout, work, shape, 4, {1: 0}, block.source_of_own(layout.tokens))
+    write_rows(host, layout, work, shape, 4, {1: 0}, block.source_of_own(layout.tokens), [1])
     block.send(layout.tiles)
 
     assert (shape.rows, shape.max_query, shape.max_context, shape.is_decode) == (7, 6, 10, False)
@@ -72,6 +73,7 @@ def test_rows_of_chunks_and_of_a_decode_together():
     assert block.view(layout.query_start, 3).tolist() == [0, 6, 7]
     assert block.view(layout.context_lens, 2).tolist() == [10, 4]
     assert block.view(layout.logits, 1).tolist() == [6]
+    assert block.view(layout.wanted, 1).tolist() == [1]
 
 
 def test_prompt_log_probabilities_want_every_row():

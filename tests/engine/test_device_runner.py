@@ -24,6 +24,19 @@ class TileKernels(TorchKernels):
         lora = None if rows is None else rows_of_tiles(rows.tiles, pool, x.shape[0])
         return super().linear(x, packed, bias, pool=pool, rows=lora, spans=spans, out_dtype=out_dtype)
 
+    def logits(self, x, packed, bias=None, *, pool=None, rows=None, spans=None, tops=None):
+        """Leaves the logits that nobody may read as they are on a GPU: anything at all."""
+        y = super().logits(x, packed, bias, pool=pool, rows=rows, spans=spans)
+        if tops is None or rows is not None:
+            return y
+        best = [part.max(dim=1) for part in y.split(40, dim=1)]
+        values, tokens = (
+            torch.stack([b.values for b in best], 1),
+            torch.stack([b.indices + 40 * i for i, b in enumerate(best)], 1),
+        )
+        tops.parts = torch.stack([values.view(torch.int32), tokens.int()], dim=2)
+        return y.masked_fill(tops.wanted[:, None] == 0, float("nan"))
+
     def head_rows(self, rows, pool, logit_rows, module):
         return None if rows is None else rows.head
 

@@ -5,9 +5,10 @@ from array import array
 import pytest
 import torch
 
-from node.engine.device_sampler import DeviceSampler
+from node.engine.device_sampler import DeviceSampler, reads_logits
 from node.engine.device_shift import forbid_rows, shift
 from node.engine.sampler import DrawRow, RowMask, draw
+from node.kernels.head_rows import LogitTops
 from node.request import Sampling
 
 VOCAB = 3000
@@ -141,3 +142,34 @@ def test_forbid_rows_takes_the_words_of_the_rows_it_was_given():
     forbid_rows(x, RowMask([3], words), [1, 3])
     assert x[0].isfinite().all()
     assert x[1].isfinite().nonzero()[:, 0].tolist() == [34]
+
+
+def test_tops_give_what_the_logits_give():
+    logits = random_logits(6)
+    logits[1, [100, 2000]] = 50.0
+    logits[2, 17], logits[3, 2999], logits[4] = float("nan"), float("inf"), float("-inf")
+    best = [part.max(dim=1) for part in logits.split(999, dim=1)]
+    values, columns = torch.stack([part.values for part in best], 1), torch.stack([part.indices for part in best], 1)
+    parts = torch.stack([values.view(torch.int32), (columns + 999 * torch.arange(4)).int()], dim=2)
+    sampler = DeviceSampler(VOCAB, 6, torch.device("cpu"))
+    found, expected = sampler.new_choice(6), sampler.new_choice(6)
+    sampler.greedy(logits, expected)
+    sampler.greedy(torch.full_like(logits, float("nan")), found, LogitTops(torch.zeros(6, dtype=torch.int32), parts))
+    assert found.next_tokens.tolist() == expected.next_tokens.tolist()
+    assert found.is_sound.tolist() == expected.is_sound.tolist()
+    assert expected.next_tokens[1] == 100
+
+
+def test_rows_that_do_not_read_logits_are_drawn_without_them():
+    rows, logits = make_rows(), random_logits(len(PARAMETERS))
+    mask = RowMask([1, 4], torch.randint(-(1 << 31), 1 << 31, (len(rows), -(-VOCAB // 32))).int())
+    sampler = DeviceSampler(VOCAB, len(rows), torch.device("cpu"))
+    choice = sampler.new_choice(len(rows))
+    sampler.greedy(logits, choice)
+    expected = sampler.draw(logits.clone(), rows, choice, mask).read()
+    sampler.greedy(logits, choice)
+    for index, row in enumerate(rows):
+        if not reads_logits(row.sampling, has_grammar=index in mask.rows):
+            logits[index] = float("nan")
+    assert logits.isnan().any()
+    assert sampler.draw(logits, rows, choice, mask).read() == expected

@@ -24,6 +24,7 @@ using namespace openlora;
 extern "C" bool can_run(long long t, long long n, long long k) { return gemm_can_run(t, n, k); }
 extern "C" bool is_faster(long long t, long long n, long long k) { return gemm_is_faster(t, n, k, false); }
 extern "C" int planes(long long n, long long k) { return gemm_planes(n, k); }
+extern "C" int parts(long long n, long long k) { return gemm_parts(n, k); }
 extern "C" int plane_start(int blocks, int planes, int plane) { return gemm_plane_start(blocks, planes, plane); }
 extern "C" void plan(long long t, long long n, long long k, int* out) {
   const SkinnyGemmPlan p = gemm_plan(t, n, k);
@@ -44,8 +45,8 @@ class Planner:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         library.can_run.restype = library.is_faster.restype = ctypes.c_bool
-        for name in ("can_run", "is_faster", "planes", "plan"):
-            count = 2 if name == "planes" else 3
+        for name in ("can_run", "is_faster", "planes", "parts", "plan"):
+            count = 2 if name in ("planes", "parts") else 3
             getattr(library, name).argtypes = [ctypes.c_longlong] * count + ([ctypes.c_void_p] if name == "plan" else [])
 
     def can_run(self, t: int, n: int, k: int) -> bool:
@@ -53,6 +54,9 @@ class Planner:
 
     def is_faster(self, t: int, n: int, k: int) -> bool:
         return bool(self._library.is_faster(t, n, k))
+
+    def parts(self, n: int, k: int) -> int:
+        return int(self._library.parts(n, k))
 
     def planes(self, n: int, k: int) -> int:
         return int(self._library.planes(n, k))

@@ -24,7 +24,7 @@ if tuple(int(part) for part in np.__version__.split(".")[:2]) >= (2, 4):
     pytest.skip("Triton's interpreter needs numpy < 2.4", allow_module_level=True)
 
 from node.kernels.attention.triton_backend import TritonAttention
-from node.kernels.triton_sampling import draw_kernel, forbid_kernel, greedy_kernel
+from node.kernels.triton_sampling import draw_kernel, forbid_kernel, greedy_kernel, top_kernel
 
 CPU = torch.device("cpu")
 
@@ -125,6 +125,18 @@ def test_greedy_takes_the_lowest_of_the_largest_and_marks_rows_that_are_not_fini
     tokens, is_sound = launch_greedy(logits)
     assert is_sound == [1, 1, 0, 0, 0, 1]
     assert tokens == [int(logits[0].argmax()), 100, 0, 0, 0, int(logits[5].argmax())]
+
+
+def test_tops_give_the_token_that_greedy_takes_from_the_logits():
+    logits = torch.randn(6, 3000)
+    logits[1, [100, 2000]] = 50.0
+    logits[2, 17], logits[3, 2999], logits[4] = float("nan"), float("inf"), float("-inf")
+    best = [part.max(dim=1) for part in logits.split(999, dim=1)]
+    values, columns = torch.stack([part.values for part in best], 1), torch.stack([part.indices for part in best], 1)
+    parts = torch.stack([values.view(torch.int32), (columns + 999 * torch.arange(4)).int()], dim=2)
+    tokens, is_sound = torch.full((6,), -7), torch.full((6,), 9, dtype=torch.int8)
+    top_kernel[(6,)](parts, tokens, is_sound, 4, PARTS=8, USE_PDL=False)
+    assert (tokens.tolist(), is_sound.tolist()) == launch_greedy(logits)
 
 
 @pytest.mark.parametrize(

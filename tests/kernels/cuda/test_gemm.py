@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from node.engine.device_sampler import DeviceSampler
 from node.kernels.build_cuda import build_cuda
 from node.kernels.cuda_ops import CudaOps, Follow
+from node.kernels.head_rows import LogitTops
 
 
 def _has_hopper() -> bool:
@@ -146,6 +148,70 @@ def test_nothing_outside_the_output_is_written(ops, dtype, outputs, inputs, toke
         assert y.isfinite().all()
         assert buffer[:margin].isnan().all()
         assert buffer[-margin:].isnan().all()
+
+
+def _ties(x: Tensor, weight: Tensor) -> None:
+    weight.copy_(weight[torch.randint(0, 5, (len(weight),), device="cuda")])
+
+
+def _some_nan(x: Tensor, weight: Tensor) -> None:
+    x[:: 1 + len(x) // 3, 0] = float("nan")
+
+
+def _nan_in_one_column(x: Tensor, weight: Tensor) -> None:
+    weight[len(weight) // 2, 3] = float("nan")
+
+
+def _infinite(x: Tensor, weight: Tensor) -> None:
+    x[::2, 0] = float("inf")
+
+
+def _minus_infinity_everywhere(x: Tensor, weight: Tensor) -> None:
+    weight[:, 0] = 1
+    x[::2, 0] = -float("inf")
+
+
+def _zero(x: Tensor, weight: Tensor) -> None:
+    x.zero_()
+
+
+INPUTS = [lambda x, weight: None, _ties, _some_nan, _nan_in_one_column, _infinite, _minus_infinity_everywhere, _zero]
+
+
+@pytest.mark.parametrize("change", INPUTS)
+@pytest.mark.parametrize(("outputs", "inputs"), [(8, 64), (72, 128), (17024, 64), (49152, 576), (128256, 4096)])
+def test_logits_are_written_where_wanted_and_their_largest_found_everywhere(ops, outputs, inputs, change):
+    for tokens in TOKENS if outputs < 20000 else (1, 8, 33, 96, 192, 256):
+        x, weight = _random(tokens, inputs), _random(outputs, inputs)
+        change(x, weight)
+        expected = _planes(ops, x, weight)[0]
+        wanted = (torch.rand(tokens, device="cuda") < 0.3).int()
+        y = torch.full_like(expected, 7.5)
+        parts = torch.full((tokens, ops.skinny_gemm_parts(outputs, inputs), 2), -99, device="cuda", dtype=torch.int32)
+        ops.skinny_gemm_logits(x, weight, wanted, y, parts)
+        rows = wanted.bool()
+        assert torch.equal(y[rows].view(torch.int32), expected[rows].view(torch.int32))
+        assert (y[~rows] == 7.5).all()
+        sampler = DeviceSampler(outputs, tokens, torch.device("cuda"))
+        found, of_logits = sampler.new_choice(tokens), sampler.new_choice(tokens)
+        sampler.greedy(y, found, LogitTops(wanted, parts))
+        sampler.greedy(expected, of_logits)
+        assert torch.equal(found.next_tokens, of_logits.next_tokens), tokens
+        assert torch.equal(found.is_sound, of_logits.is_sound), tokens
+
+
+def test_logits_pass_opcheck(ops):
+    x, weight, wanted = _random(3, 64), _random(72, 64), torch.ones(3, device="cuda", dtype=torch.int32)
+    parts = torch.zeros(3, ops.skinny_gemm_parts(72, 64), 2, device="cuda", dtype=torch.int32)
+    arguments = (x, weight, wanted, False, torch.zeros(3, 72, device="cuda"), parts)
+    torch.library.opcheck(torch.ops.openlora.skinny_gemm_logits.default, arguments)
+
+
+def test_logits_of_more_than_one_plane_are_refused(ops):
+    x, weight, wanted = _random(1, 4096), _random(4096, 4096), torch.ones(1, device="cuda", dtype=torch.int32)
+    parts = torch.empty(1, ops.skinny_gemm_parts(4096, 4096), 2, device="cuda", dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="skinny_gemm_logits cannot run"):
+        ops.skinny_gemm_logits(x, weight, wanted, torch.empty(1, 4096, device="cuda"), parts)
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(100, 64), (64, 96)])
