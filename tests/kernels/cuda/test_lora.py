@@ -120,7 +120,8 @@ def test_delta_in_a_graph_follows_new_tiles(make_work):
     few = make_work([((0, 1.0),)] * rows, RANKS, 576, QKV)
     many = make_work(mixed_terms(rows), RANKS, 576, QKV, pool=few.pool)
     wanted = [delta(few, x), delta(many, x)]
-    block = torch.zeros(4096, dtype=torch.int32, device="cuda")
+    block = torch.full((max(few.block.data.size, many.block.data.size),), -1, dtype=torch.int32, device="cuda")
+    block[: few.block.data.size] = few.tiles.block
     v, out = torch.empty(1, 1024, 3, 16, device="cuda"), torch.empty(rows, few.columns, device="cuda")
     y, tiles = torch.zeros(1, rows, few.columns, device="cuda"), type(few.tiles)(block, 16)
     product = Product(y, None, tiles, v, few.span_tuple)
