@@ -379,7 +379,7 @@ def main() -> int:
     parser.add_argument("--files", type=Path, help="where files are made; default: the temporary directory")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    if args.client_cores:
+    if args.client_cores and args.row != "storm-figures":
         os.sched_setaffinity(0, {int(core) for cores in client_cores(args.client_cores) for core in cores.split(",")})
     if args.row == "prepare":
         prepare(args, args.prepared)
