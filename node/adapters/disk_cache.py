@@ -2,7 +2,8 @@
 
 An entry is one directory `<root>/<source>/<name>/<revision>/`. It appears under that name complete and leaves it at once, so
 nobody ever reads half of one. The time of last use is the time of change of the directory's `.used` file: it survives restarts,
-and any process, the command line too, may collect.
+and any process, the command line too, may collect. A download is `.part-<revision>` beside it: it takes room like an entry, and
+one that broke off leaves like one.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from node.errors import AdapterUnavailableError
 
 USED_FILE = ".used"
 PROTECTED_S = 600.0  # a request may have resolved the adapter and not loaded it yet
+PART_PREFIX = ".part-"
 _HIDDEN = "."
 
 
 @dataclass(frozen=True, slots=True)
 class CachedAdapter:
-    """One entry. `used_s` is in seconds since 1970."""
+    """One entry, or a download. `used_s`: when it was used or written to last, in seconds since 1970."""
 
     directory: Path
     size_bytes: int
@@ -53,6 +55,10 @@ class DiskCache:
     def place(self, source: str, name: str, revision: str) -> Path:
         """Where an entry lies. The arguments are single path components, checked by whoever made them."""
         return self.root / source / name / revision
+
+    def part(self, final: Path) -> Path:
+        """Where the download of an entry lies until it is complete."""
+        return final.parent / f"{PART_PREFIX}{final.name}"
 
     def touch(self, directory: Path) -> None:
         """Mark an entry as used now."""
@@ -111,7 +117,8 @@ class DiskCache:
 
     def _found(self) -> Iterator[CachedAdapter]:
         for directory in self.root.glob("*/*/*"):
-            if not directory.name.startswith(_HIDDEN) and directory.is_dir():
+            is_entry = directory.name.startswith(PART_PREFIX) or not directory.name.startswith(_HIDDEN)
+            if is_entry and directory.is_dir():
                 try:
                     yield _measured(directory)
                 except FileNotFoundError:
@@ -125,7 +132,10 @@ def open_disk_cache(settings: Settings) -> DiskCache:
 
 
 def _measured(directory: Path) -> CachedAdapter:
-    sizes = [path.stat().st_size for path in directory.rglob("*")]  # Ludwig's output has directories inside
+    found = [path.stat() for path in directory.rglob("*")]  # Ludwig's output has directories inside
     marker = directory / USED_FILE
-    used_s = marker.stat().st_mtime if marker.exists() else directory.stat().st_mtime
-    return CachedAdapter(directory, sum(sizes), used_s)
+    if directory.name.startswith(PART_PREFIX):
+        used_s = max(state.st_mtime for state in (directory.stat(), *found))
+    else:
+        used_s = marker.stat().st_mtime if marker.exists() else directory.stat().st_mtime
+    return CachedAdapter(directory, sum(state.st_size for state in found), used_s)

@@ -20,6 +20,7 @@ from node.errors import AdapterUnavailableError
 SLOWEST_BYTES_PER_S = 16 << 10
 GRACE_S = 10.0  # before a slow source is given up
 DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE})
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 # Yields a file's bytes from an offset on.
 Opener = Callable[[RemoteFile, int], Iterator[bytes]]
@@ -75,12 +76,13 @@ class Staging:
             if final.is_dir():
                 yield None
                 return
-            part = final.parent / f".part-{final.name}"
+            part = self._cache.part(final)
             sizes = [file.size_bytes for file in files]
             total = None if None in sizes else sum(size or 0 for size in sizes)
-            with _disk_faults(name):
+            with _disk_faults(name, part):
                 part.mkdir(parents=True, exist_ok=True)
-                self._cache.make_room(total or 0)
+                os.utime(part)  # wanted again: what it makes room for is not to push it out
+                self._cache.make_room(max(0, (total or 0) - _size_of(part)))
                 with self._shown(part, name, total):
                     yield part
                     part.rename(final)
@@ -154,12 +156,14 @@ def unstorable(error: OSError, name: object) -> AdapterUnavailableError:
 
 
 @contextmanager
-def _disk_faults(name: str) -> Iterator[None]:
+def _disk_faults(name: str, part: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno not in DISK_FAULTS:
             raise
+        if error.errno in _NO_ROOM:
+            discard(part)  # half an adapter must not keep smaller ones out
         raise unstorable(error, name) from error
 
 

@@ -65,5 +65,33 @@ def test_collect_reports_what_left_and_leaves_no_rest(tmp_path, fill):
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["s3"]
 
 
+def half(tmp_path, size_bytes, written_s):
+    directory = tmp_path / "cache" / "s3" / "broken" / ".part-1"
+    directory.mkdir(parents=True)
+    file = directory / "adapter_model.safetensors"
+    file.write_bytes(b"x" * size_bytes)
+    for path in (file, directory):
+        os.utime(path, (written_s, written_s))
+    return directory
+
+
+def test_download_that_broke_off_takes_room_and_leaves_like_any_other(tmp_path, fill):
+    entry, broken = fill("a", 10, 5_000.0), half(tmp_path, 10, 3_000.0)
+
+    assert [item.directory for item in cache(tmp_path, 30).entries()] == [broken, entry]
+    cache(tmp_path, 30).make_room(15)
+
+    assert (entry.exists(), broken.exists()) == (True, False)
+
+
+def test_download_under_way_takes_room_and_stays(tmp_path):
+    growing = half(tmp_path, 20, 9_950.0)
+
+    with pytest.raises(AdapterUnavailableError):
+        cache(tmp_path, 30).make_room(15)
+
+    assert growing.exists()
+
+
 def test_entries_of_a_cache_never_used_are_none(tmp_path):
     assert cache(tmp_path, 1).entries() == []
