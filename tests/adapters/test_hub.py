@@ -32,6 +32,12 @@ class Hub:
         self.repositories = {}
         self.status = None
         self.is_damaging = False
+        self.pieces = []  # bytes of the weights after which a connection ends, one for each time they are asked for
+        self.knows_ranges = True
+        self.ranges = []  # (file, range) asked for
+        self.surplus = b""
+        self.download_status = None
+        self.storage = None  # another server's address, to which downloads are sent
         self.hides_private = False  # as the public hub answers those who show a token of their own
         self.requests = []
         hub = self
@@ -77,7 +83,22 @@ class Hub:
         content = files["/".join(parts[4:])]
         if self.is_damaging:
             content = content[:-1] + bytes([content[-1] ^ 1])
-        return send(handler, 200, content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit})
+        marks = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit}
+        if self.storage is not None:
+            return send(handler, 302, b"", {"Location": self.storage + handler.path})
+        if self.download_status is not None:
+            return send(handler, self.download_status, b"{}", {"Retry-After": "3600"})
+        status, first, wanted = 200, 0, handler.headers.get("Range")
+        if wanted is not None:
+            self.ranges.append((parts[-1], wanted))
+            if self.knows_ranges:
+                status, first = 206, int(wanted.removeprefix("bytes=").partition("-")[0])
+                marks["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
+        content = content[first:] + self.surplus
+        marks["Content-Length"] = str(len(content))
+        if self.pieces and parts[-1].endswith(".safetensors"):
+            content = content[: self.pieces.pop(0)]
+        return send(handler, status, content, marks)
 
 
 def described(file, content):
@@ -145,6 +166,63 @@ async def test_resolve_hub_file_that_arrives_damaged_is_refused_and_fetched_anew
 
     sent = (published / "adapter_model.safetensors").read_bytes()
     assert (entry.directory / "adapter_model.safetensors").read_bytes() == sent
+
+
+@pytest.mark.parametrize("knows_ranges", [True, False])
+async def test_resolve_hub_broken_download_goes_on_where_it_stopped(hub, hub_catalog, published, clock, knows_ranges):
+    hub.pieces, hub.knows_ranges = [1000, 0, 500] if knows_ranges else [1000, 200, 0], knows_ranges
+    with pytest.raises(AdapterUnavailableError):
+        await hub_catalog.resolve("owner/name")
+
+    clock.now_s += 61
+    entry = await hub_catalog.resolve("owner/name")
+
+    sent = (published / "adapter_model.safetensors").read_bytes()
+    assert len(sent) > 1500
+    kept = [1000, 1000, 1500] if knows_ranges else [1000, 1000, 1000]
+    assert [wanted for _, wanted in hub.ranges] == [f"bytes={size}-" for size in kept]
+    assert (entry.directory / "adapter_model.safetensors").read_bytes() == sent
+
+
+async def test_resolve_hub_connection_that_breaks_once_is_taken_up_again_at_once(hub, hub_catalog, published):
+    hub.pieces = [1000]
+    entry = await hub_catalog.resolve("owner/name")
+
+    assert hub.ranges == [("adapter_model.safetensors", "bytes=1000-")]
+    assert entry.source == "hub"
+
+
+async def test_resolve_hub_file_beyond_its_listed_size_is_cut_off(hub, hub_catalog, published):
+    hub.surplus = b"x" * 5000
+    with pytest.raises(AdapterUnavailableError) as caught:
+        await hub_catalog.resolve("owner/name")
+
+    assert caught.value.error_code == "source_limit"
+
+
+async def test_resolve_hub_download_told_to_wait_an_hour_says_so_at_once(hub, hub_catalog, published):
+    hub.download_status = 429
+    with pytest.raises(AdapterUnavailableError) as caught:
+        await hub_catalog.resolve("owner/name")
+
+    assert caught.value.retry_after_s == 300
+
+
+async def test_resolve_hub_storage_elsewhere_is_followed_without_the_token(hub, hub_catalog, published):
+    storage = Hub()
+    try:
+        hub.publish("owner/name", published, token=TOKEN)
+        storage.publish("owner/name", published)
+        hub.storage = storage.url.replace("127.0.0.1", "localhost")
+        entry = await hub_catalog.resolve("owner/name", token=TOKEN)
+    finally:
+        storage.server.shutdown()
+        storage.thread.join()
+        storage.server.server_close()
+
+    assert entry.source == "hub"
+    assert {token for _, _, token in hub.requests} == {TOKEN}
+    assert {token for _, _, token in storage.requests} == {""}
 
 
 async def test_resolve_hub_pull_request_by_its_reference(hub, hub_catalog, published):

@@ -1,7 +1,7 @@
 """Adapters from the Hugging Face hub: the files of one commit, nothing else, in the node's own cache under its hash.
 
-`HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE` and the rest mean what the library's documentation says. It downloads straight into
-the node's cache, so that one size limit holds for everything fetched, and goes on where a download broke off.
+`HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE` and the rest mean what the library's documentation says. Files go straight into the
+node's cache, so that one size limit holds for everything fetched, and a download goes on where it broke off.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import msgspec
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from node.adapters.disk_cache import DiskCache
 from node.adapters.formats.layout import is_adapter, wanted_files
 from node.adapters.names import AdapterName
-from node.adapters.remote import RemoteFile, RemoteVersion, refuse_oversized
-from node.adapters.sources.hub_errors import from_hub, translated
-from node.adapters.staging import Staging, discard
+from node.adapters.remote import RemoteFile, RemoteVersion, file_limit, refuse_oversized
+from node.adapters.sources.hub_errors import HUB_ERRORS, from_hub, is_broken_connection, translated
+from node.adapters.sources.hub_files import HubFiles
+from node.adapters.staging import Opener, Staging, discard
 from node.errors import AdapterForbiddenError, AdapterNotFoundError, AdapterUnavailableError
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -44,7 +44,7 @@ class HubSource:
     Args:
         cache: Where fetched adapters are kept: hub/<owner>--<name>/<commit>. staging: fills it.
         max_bytes: Limit on the weights file.
-        timeout_s: Limit on one answer about a repository; a download is bounded by the library's own HF_HUB_DOWNLOAD_TIMEOUT.
+        timeout_s: Limit on one answer about a repository; every read of a download has the library's HF_HUB_DOWNLOAD_TIMEOUT.
         endpoint: The hub's address; None: HF_ENDPOINT, else the public hub.
     """
 
@@ -55,7 +55,7 @@ class HubSource:
         self._staging = staging
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
-        self._endpoint = endpoint
+        self._files = HubFiles(endpoint)
         self._api = HfApi(endpoint=endpoint)
 
     def look_up(self, name: AdapterName, token: str | None) -> RemoteVersion:
@@ -99,17 +99,22 @@ class HubSource:
         return staged
 
     def _download(self, name: AdapterName, commit: str, files: Sequence[RemoteFile], token: str | None, part: Path) -> None:
+        def open_from(file: RemoteFile, offset: int) -> Iterator[bytes]:
+            return self._files.read(name, commit, file, token, offset)
+
         for file in files:
-            hf_hub_download(
-                name.path,
-                file.name,
-                revision=commit,
-                token=token,
-                endpoint=self._endpoint,
-                etag_timeout=self._timeout_s,
-                local_dir=part,
-            )
-        shutil.rmtree(part / ".cache", ignore_errors=True)  # the library's notes about the download
+            (part / file.name).parent.mkdir(parents=True, exist_ok=True)
+            self._receive(part, file, open_from)
+
+    def _receive(self, part: Path, file: RemoteFile, open_from: Opener) -> None:
+        """One file; a connection that breaks is taken up again at once, where it stopped."""
+        for is_last in (False, False, True):
+            try:
+                self._staging.receive(part, file, open_from, file_limit(file, self._max_bytes))
+                break
+            except HUB_ERRORS as error:
+                if is_last or not is_broken_connection(error):
+                    raise
 
     def _staged(self, name: AdapterName, commit: str) -> Path:
         return self._cache.place("hub", name.path.replace("/", "--"), commit)
@@ -159,7 +164,7 @@ def _remote_file(file: Any) -> RemoteFile:
 
 
 def _require_whole(part: Path, files: Sequence[RemoteFile]) -> None:
-    """Refuse bytes that are not those the hub keeps. The library compares sizes only, and goes on with what broke off."""
+    """Refuse bytes that are not those the hub keeps, whichever connections they came through."""
     for file in files:
         if file.sha256 is None:
             continue

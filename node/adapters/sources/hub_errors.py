@@ -27,9 +27,14 @@ DEFAULT_RETRY_S = 10.0
 MAX_RETRY_S = 300.0
 
 
-# Its first base is the transport's own error (time-outs, refused connections), whichever HTTP library the hub's one is built on.
-# RuntimeError is what its native downloader raises.
-HUB_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], HFValidationError, OSError, RuntimeError)
+# The transport's own error (time-outs, refused and broken connections), whichever HTTP library the hub's one is built on.
+_TRANSPORT_ERROR = HfHubHTTPError.__bases__[0]
+HUB_ERRORS: tuple[type[Exception], ...] = (_TRANSPORT_ERROR, HFValidationError, OSError, RuntimeError)
+
+
+def is_broken_connection(error: Exception) -> bool:
+    """Whether the hub gave no answer, or not all of it: asking again at once may do."""
+    return isinstance(error, _TRANSPORT_ERROR) and not isinstance(error, HfHubHTTPError)
 
 
 @contextmanager
