@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from node.errors import AdapterInvalidError, AdapterUnavailableError, OverloadedError
@@ -318,3 +319,21 @@ async def test_failed_generation_names_its_receipt(bench, client):
     answer = await client.post("/generate", json={"inputs": "x"})
     assert (answer.status, (await answer.json())["error_type"]) == (424, "generation")
     assert answer.headers["x-openlora-receipt"] == bench.one_closing().request_id
+
+
+async def test_prompt_details_of_more_tokens_than_there_may_be_are_refused(make_bench, make_client):
+    bench = make_bench(max_body_bytes=4 << 20)
+    bench = type(bench)(**{**vars(bench), "services": _long_context(bench.services)})
+    client = await make_client(bench)
+    body = {"inputs": "a" * 60_000, "parameters": {"best_of": 3, "do_sample": True, "decoder_input_details": True}}
+    answer = await client.post("/generate", json=body)
+    error = await answer.json()
+
+    assert (answer.status, error["error_type"]) == (422, "validation")
+    assert "180000" in error["error"]
+
+
+def _long_context(services):
+    fields = {name: getattr(services, name) for name in services.__dataclass_fields__}
+    ready = msgspec.structs.replace(services.ready, max_model_len=70_000)
+    return type(services)(**{**fields, "ready": ready})

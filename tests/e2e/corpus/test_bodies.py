@@ -68,6 +68,12 @@ MORE = {
         {},
     ),
     "39 logit_bias of 10**5 entries": (chat(logit_bias={str(key): 1 for key in range(100_000)}), 400, "invalid_request", {}),
+    "40 log-probabilities of 60,000 prompt tokens": (
+        completion(prompt=[[40] * 1000] * 60, echo=True, logprobs=1, max_tokens=0),
+        400,
+        "invalid_request",
+        {},
+    ),
     "39 logit_bias one token twice": (chat(logit_bias={"1": 1, "01": 2}), 400, "invalid_request", {}),
     "41 stop of a megabyte": (chat(stop="x" * (1 << 20)), 400, "invalid_request", {}),
     "45 template that counts": (chat(chat_template="{% for i in range(10**9) %}x{% endfor %}"), 400, "param_not_supported", {}),
