@@ -90,7 +90,7 @@ class AdapterRoutes:
         )
         with suppress(OverloadedError):  # the name is given; a full command queue only means that its first request loads it
             if before is not None and before.adapter_id != entry.adapter_id:
-                self._engine.evict(before.adapter_id)
+                self._let_go(request, before)
             self._engine.prefetch(AdapterTerm(entry.adapter_id, str(entry.directory), 1.0))
         return entry
 
@@ -101,12 +101,19 @@ class AdapterRoutes:
         entry, was_own = await self._catalog.unregister(name, owner=owner, sees=tenancy.sees(tenant))
         if entry is None:  # given before a restart and not used since: nothing of it is in memory
             return name
-        # Other tenants may use the same adapter under a name that everybody has: one tenant's unload must not cost them a load.
-        left = self._catalog.entries(tenancy.sees(tenant), owner)
-        if not owner or (was_own and all(other.adapter_id != entry.adapter_id for other in left)):
+        if was_own or not owner:
             with suppress(OverloadedError):  # the name is taken back; what nobody uses leaves memory by itself, only later
-                self._engine.evict(entry.adapter_id)
+                self._let_go(request, entry)
         return name
+
+    def _let_go(self, request: web.Request, entry: CatalogEntry) -> None:
+        """Free the memory of what an owner's name stood for. Other tenants may use the same adapter under a name that everybody
+        has: what one of them loads and unloads must not cost the others a load."""
+        tenancy, tenant = self._answering.tenancy, request[TENANT]
+        owner = tenancy.owner(tenant)
+        left = self._catalog.entries(tenancy.sees(tenant), owner)
+        if not owner or all(other.adapter_id != entry.adapter_id for other in left):
+            self._engine.evict(entry.adapter_id)
 
     def _outcome(self, request: web.Request, error: NodeError | None) -> web.Response:
         tenancy, tenant = self._answering.tenancy, request[TENANT]

@@ -100,6 +100,16 @@ async def test_unload_of_one_tenants_name_leaves_what_everybody_has_in_memory(ma
     assert [kind for kind, _ in bench.engine.wishes] == ["prefetch"]
 
 
+async def test_load_in_place_of_one_tenants_name_leaves_what_everybody_has_in_memory(make_bench, make_client):
+    bench = make_bench(keys={"ann": "a-key-of-ann-1234567"})
+    client, headers = await make_client(bench), {"Authorization": "Bearer a-key-of-ann-1234567"}
+    for target in ("alice", "org/bob", "alice"):
+        body = {"lora_name": "poet", "lora_path": target, "load_inplace": True}
+        await client.post("/v1/load_lora_adapter", json=body, headers=headers)
+
+    assert [kind for kind, _ in bench.engine.wishes] == ["prefetch"] * 3
+
+
 async def test_unload_of_a_name_that_was_not_found_again_since_a_restart_evicts_nothing(bench, client):
     async def unregister(name, *, owner, sees):
         return None, True

@@ -30,6 +30,24 @@ def test_loaded_name_serves_the_adapter_until_it_is_unloaded(node, kit):
     assert complete(node, "lincoln").status == 200
 
 
+def test_name_reloaded_in_place_serves_the_new_adapter_while_the_old_ones_answer_ends(node):
+    body = {"model": "poet", "prompt": PROMPT, "max_tokens": 120, "temperature": 0, "ignore_eos": True}
+    names = {name: {**body, "model": name} for name in ("lincoln", "reagan")}
+    expected = {name: node.post("/v1/completions", asked).body["choices"][0]["text"] for name, asked in names.items()}
+    node.post("/v1/load_lora_adapter", {"lora_name": "poet", "lora_path": "lincoln"})
+
+    with node.stream("/v1/completions", {**body, "stream": True}) as events:
+        running = iter(events)
+        text = next(running)["choices"][0]["text"]
+        answer = node.post("/v1/load_lora_adapter", {"lora_name": "poet", "lora_path": "reagan", "load_inplace": True})
+        after = node.post("/v1/completions", body)
+        text += "".join(event["choices"][0]["text"] for event in running)
+
+    assert answer.status == 200
+    assert (text, after.body["choices"][0]["text"]) == (expected["lincoln"], expected["reagan"])
+    assert node.post("/v1/unload_lora_adapter", {"lora_name": "poet"}).status == 200
+
+
 def test_name_of_the_directory_comes_back_after_it_was_unloaded(node):
     assert node.post("/unload_lora_adapter", {"lora_name": "reagan"}).body["success"]
     assert complete(node, "reagan").status == 404
