@@ -142,7 +142,7 @@ def _completion(limits: Limits) -> Schema:
             "model": _model(),
             "prompt": _prompts(limits),
             "echo": optional(boolean("The prompt before the answer; with `logprobs` its tokens are scored too.")),
-            "max_tokens": optional(integer("Tokens of each answer at most; default 16.", 1, _MAX_TOKENS)),
+            "max_tokens": optional(integer("Tokens of each answer at most; default 16. 0 only with `echo`.", 0, _MAX_TOKENS)),
             "best_of": optional(
                 integer(
                     "Answers made for each prompt, of which the `n` likeliest are given; not streamed.", 1, limits.max_choices
