@@ -165,16 +165,17 @@ __device__ __forceinline__ int group_of(int place, int weight, int groups) {
   return place == 0 ? 0 : min(group, groups);
 }
 
-__device__ __forceinline__ const int4* stream_line(const int32_t* block) {
-  return reinterpret_cast<const int4*>(block + kTileHeader + static_cast<int>(blockIdx.x) * kStreamDealInts);
+__device__ __forceinline__ const int4* stream_line(const int32_t* block, int share) {
+  return reinterpret_cast<const int4*>(block + kTileHeader + share * kStreamDealInts);
 }
 
-// What this block does, of a grid of P. groups: units that the kernel cuts a tile's columns into.
-__device__ __forceinline__ StreamShare read_stream_share(const int32_t* block, int groups) {
-  const int4* const line = stream_line(block);
+// What this block does: shares `from` to `last` of the deal. groups: units that the kernel cuts a tile's columns into.
+__device__ __forceinline__ StreamShare read_stream_share(const int32_t* block, int from, int last, int groups) {
+  const int4 *const line = stream_line(block, from), *const end_line = stream_line(block, last);
   const int4 first = load_known(line), second = load_known(line + 1), tile = load_known(line + 2), entry = load_known(line + 3);
-  const int begin = group_of(first.y, first.z, groups), end = group_of(second.x, second.y, groups);
-  return {begin, (first.w - first.x) * groups + end - begin, second.z, second.w, as_tile(tile, entry)};
+  const int4 end = load_known(end_line), behind = load_known(end_line + 1);
+  const int begin_group = group_of(first.y, first.z, groups), end_group = group_of(behind.x, behind.y, groups);
+  return {begin_group, (end.w - first.x) * groups + end_group - begin_group, second.z, behind.z + behind.w - second.z, as_tile(tile, entry)};
 }
 
 // What else a block needs of the header: offsets of rows and entries, and rows of the largest tile.
@@ -186,11 +187,15 @@ __device__ __forceinline__ StreamTable read_stream_table(const int32_t* block) {
   return {offsets.y, offsets.z, load_known(block + 8)};
 }
 
-// The so many-th tile of the block: out of its line where that has it, which is in L1 by then.
-__device__ __forceinline__ Tile read_share_tile(const int32_t* block, int index) {
-  const int4* from = stream_line(block) + 2 + 2 * index;
-  if (index >= kStreamDealTiles) from = reinterpret_cast<const int4*>(block + load_known(block + 4)) + 2 * (load_known(from - 2 - 2 * index).x + index);
-  const int4 tile = load_known(from), entry = load_known(from + 1);
+// The so many-th tile from the first of share `from` on: out of that share's line where it has it, which is in L1 by then.
+__device__ __forceinline__ Tile read_share_tile(const int32_t* block, int from, int index) {
+  const int4* const line = stream_line(block, from);
+  if (index < kStreamDealTiles) {
+    const int4 tile = load_known(line + 2 + 2 * index), entry = load_known(line + 3 + 2 * index);
+    if (tile.y != 0) return as_tile(tile, entry);
+  }
+  const int4* const tiles = reinterpret_cast<const int4*>(block + load_known(block + 4)) + 2 * (load_known(line).x + index);
+  const int4 tile = load_known(tiles), entry = load_known(tiles + 1);
   return as_tile(tile, entry);
 }
 

@@ -1,14 +1,15 @@
 // The product on its way into an operation, on Hopper: B by the copy engine through a ring of each warp, the expand on tensor cores.
 //
 // A unit is a tile times two boxes of 64 columns that the operation needs together (gate and up, the halves of a head). Units run
-// group by group within a tile, and every block takes a run of them whose share of the work is the same (UnitDeal), its warps in
-// turn: neighbouring warps read neighbouring 128 bytes of a rank at about the same time, and a block meets only two or three tiles.
-// Warps do not wait for each other: each sends for its own B, two loads of at most 4 KB ahead, from before the previous kernel
-// has ended until its last unit, and for the next 8 rows of y before it sums those it has. Where a block has fewer units than
-// warps, these share a unit's rows.
+// group by group within a tile, and every block takes a run of them whose share of the work is the same (lora_deal.py, one line of 128
+// bytes a block), its warps in turn: neighbouring warps read neighbouring 128 bytes of a rank at about the same time, and a block meets
+// only two or three tiles. Warps do not wait for each other: each sends for its own B, two loads of at most 4 KB ahead, from before the
+// previous kernel has ended until its last unit, and for the next 8 rows of y when those before are finished. Where a block has fewer
+// units than warps, these share a unit's rows. Whatever a warp does alone costs it 4 to 6 cycles an instruction, so what stands between
+// the start and the first load, and behind the wait, is kept short: it is longer than the loads themselves.
 //
-// v comes in up to 8 planes: 1 KB a row of gate_up, as much as the row's y of 256 columns. So a block adds up v of the tiles it
-// meets once, splits it into two bf16 (hi + lo, exact to 2^-17) and keeps it in shared memory as mma fragments.
+// v may come in several planes, and every warp needs it for each of its units. So a block adds up v of the tiles it meets once, splits
+// it into two bf16 (hi + lo, exact to 2^-17) and keeps it in shared memory as mma fragments.
 //
 // Sums: m16n8k16 with v on the M side, hi of 8 rows in rows 0 to 7 and lo of the same in 8 to 15, ranks on k, columns on n. So one
 // instruction does 8 rows x 8 columns whatever the tile's rows are, and a row's bits depend on nothing but its own v and B. One row
@@ -18,8 +19,7 @@
 // pass in whole lines.
 //
 // Shared memory of SiLU: 16 warps x (2 x 4 KB + 4.25 KB) + 16 KB of v = 219 KB, of which 128 KB are on their way; with one row 28 KB,
-// which fit beside the GEMM ahead. 128 registers. Instructions: about 450 for a pass of one row, 750 of eight, 2.7 and 5.5 us of gate_up at
-// 64 tiles of one row and 16 of sixteen; the first version's 600 and 1,050 at 12 warps kept 256 rows from the memory's pace.
+// which fit beside the GEMM ahead. 128 registers.
 #pragma once
 
 #include <cuda.h>
@@ -45,6 +45,8 @@ struct StreamPlan {
   int stages;  // of a warp's ring
   int pairs;   // whose v a block keeps
   int rows;    // of a pass, at most
+  int deal;    // shares that the host has cut the step's work into, one a processor
+  int shares;  // of them a block takes
 };
 
 constexpr int stream_shared_bytes(const StreamPlan& plan, int modules) {
@@ -102,18 +104,18 @@ struct UnitCursor {
   int group;
   Tile tile;
 
-  __device__ __forceinline__ void start(const int32_t* block, const StreamShare& share, int skip, int groups) {
+  __device__ __forceinline__ void start(const int32_t* block, int first_share, const StreamShare& share, int skip, int groups) {
     left = share.units - skip, index = 0, group = share.group + skip;
     while (group >= groups) group -= groups, ++index;
     tile = share.tile;
-    if (left > 0 && index > 0) tile = read_share_tile(block, index);
+    if (left > 0 && index > 0) tile = read_share_tile(block, first_share, index);
   }
-  __device__ __forceinline__ void advance(const int32_t* block, int step, int groups) {
+  __device__ __forceinline__ void advance(const int32_t* block, int first_share, int step, int groups) {
     group += step, left -= step;
     if (left <= 0 || group < groups) return;
     do group -= groups, ++index;
     while (group >= groups);
-    tile = read_share_tile(block, index);
+    tile = read_share_tile(block, first_share, index);
   }
 };
 
@@ -192,7 +194,8 @@ template <bool kFloatPlanes, int kAhead, bool kHasBias, int G, class Columns, cl
 __device__ __forceinline__ void finish_stream(const ProductView& p, const StreamMaps& maps, const StreamPlan& plan, int groups, const LanePlaces& places,
                                               Columns unit_columns, Facts facts, Prepare prepare, Finish finish) {
   extern __shared__ uint8_t stream_shared[];
-  const StreamShare share = read_stream_share(p.work.tiles, groups);
+  const int first_share = static_cast<int>(blockIdx.x) * plan.shares;
+  const StreamShare share = read_stream_share(p.work.tiles, first_share, min(first_share + plan.shares, plan.deal) - 1, groups);
   const StreamTable table = read_stream_table(p.work.tiles);
   const int warp = warp_index(), lane = static_cast<int>(threadIdx.x & 31), g = lane / 4, t = lane % 4;
   uint8_t* const base = stream_shared + (1024 - (shared_address(stream_shared) & 1023)) % 1024;
@@ -248,26 +251,28 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
     if (++sent >= loads_of(ahead.tile)) {
       sent = 0;
 #pragma unroll 1
-      do ahead.advance(p.work.tiles, step, groups);
+      do ahead.advance(p.work.tiles, first_share, step, groups);
       while (has_nothing(ahead, true));
     }
   };
   UnitCursor own{};  // of what is summed
   int pass = own_pass;
   using Known = decltype(facts(0));
-  PassRows<kAhead, Known> known_rows{};
+  PassRows<kAhead, Known> coming{};
   auto column_at = [&](const UnitColumns& columns, int b) {
     return places.at[b] < kBoxColumns ? columns.first[0] + places.at[b] : columns.first[1] + places.at[b] - kBoxColumns;
   };
   auto has_columns = [&](const UnitColumns& columns) { return column_at(columns, 0) < (places.at[0] < kBoxColumns ? columns.end[0] : columns.end[1]); };
-  int located = -1;  // the tile and pass whose rows `known_rows` has
+  int located = -1;  // the tile and pass whose rows `coming` has
   auto find_rows = [&] {
     const int place = min(pass * kPassRows + lane % kPassRows, own.tile.rows - 1);
-    known_rows.row = load_known(p.work.tiles + table.rows + own.tile.place + place);
+    coming.row = load_known(p.work.tiles + table.rows + own.tile.place + place);
     located = own.index * kPassRows + pass;
   };
-  auto find_facts = [&] { known_rows.known = facts(known_rows.row); };
-  auto row_offset = [&](int row, int r) { return static_cast<uint64_t>(static_cast<uint32_t>(__shfl_sync(kAllLanes, row, r)) * static_cast<uint32_t>(p.columns)); };
+  auto find_facts = [&] { coming.known = facts(coming.row); };
+  auto row_offset = [&](int row, int r) -> uint64_t {  // elements; below 2^31
+    return static_cast<uint32_t>(__shfl_sync(kAllLanes, row, r)) * static_cast<uint32_t>(p.columns);
+  };
   constexpr int kElement = kFloatPlanes ? 4 : 2;
   // Where a lane's columns begin in plane 0; lanes without columns read others'.
   auto column_bytes = [&](const UnitColumns& columns, int b) {
@@ -282,20 +287,20 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
 #pragma unroll
     for (int i = 0; i < kTurns; ++i) {
       if (i > 0 && 2 * i >= rows) break;
-      const uint64_t offset = row_offset(known_rows.row, 2 * i + lane / 16) * 2;
-      load_if(2 * i < rows, known_rows.y[0][i], from[0] + offset, from[1] + offset);
+      const uint64_t offset = row_offset(coming.row, 2 * i + lane / 16) * 2;
+      load_if(2 * i < rows, coming.y[0][i], from[0] + offset, from[1] + offset);
       const uint64_t second = p.plane_stride * 2 + offset;
-      if (kAhead > 1) load_if(2 * i < rows && has_second, known_rows.y[kAhead - 1][i], from[0] + second, from[1] + second);
+      if (kAhead > 1) load_if(2 * i < rows && has_second, coming.y[kAhead - 1][i], from[0] + second, from[1] + second);
     }
   };
-  own.start(p.work.tiles, share, own_unit, groups);
+  own.start(p.work.tiles, first_share, share, own_unit, groups);
   ahead = own;
 #pragma unroll 1
-  while (has_nothing(own, false)) own.advance(p.work.tiles, step, groups);
+  while (has_nothing(own, false)) own.advance(p.work.tiles, first_share, step, groups);
   const bool has_units = own.left > 0;
   if (has_units) find_rows();
 #pragma unroll 1
-  while (has_nothing(ahead, true)) ahead.advance(p.work.tiles, step, groups);
+  while (has_nothing(ahead, true)) ahead.advance(p.work.tiles, first_share, step, groups);
   __syncwarp();
 #pragma unroll 1
   for (int s = 0; s < plan.stages; ++s) send();
@@ -386,8 +391,8 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
       const auto* from = static_cast<const __nv_bfloat16*>(p.bias);
       bias[0] = __ldg(reinterpret_cast<const uint2*>(from + column.x)), bias[1] = __ldg(reinterpret_cast<const uint2*>(from + column.y));
     }
-    using Ready = decltype(prepare(column, known_rows.known));
-    auto prepare_turn = [&](int turn) { return prepare(column, known_rows.known.of(2 * turn + lane / 16)); };
+    using Ready = decltype(prepare(column, coming.known));
+    auto prepare_turn = [&](int turn) { return prepare(column, coming.known.of(2 * turn + lane / 16)); };
     auto finish_turn = [&](auto turn, const Ready& ready) {
       constexpr int kTurn = decltype(turn)::value;
       const int r = 2 * kTurn + lane / 16;
@@ -396,16 +401,16 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
       for (int b = 0; b < kBoxes; ++b) {
 #pragma unroll
         for (int s = 0; s < kAhead; ++s)
-          if (s == 0 || s < p.planes) add_to(y[b], known_rows.y[s][kTurn][b]);
+          if (s == 0 || s < p.planes) add_to(y[b], coming.y[s][kTurn][b]);
         if constexpr (kFloatPlanes) {
-          const char* const from = column_bytes(columns, b) + row_offset(known_rows.row, r) * kElement;
+          const char* const from = column_bytes(columns, b) + row_offset(coming.row, r) * kElement;
 #pragma unroll 1
           for (int s = 0; s < p.planes; ++s) add_to(y[b], __ldcg(reinterpret_cast<const float4*>(from + s * p.plane_stride * kElement)));
         }
         if constexpr (kHasBias) add_to(y[b], bias[b]);
         if (tile.entries > 0) add_to(y[b], *reinterpret_cast<const float4*>(delta + r * kDeltaPitch + places.at[b]));
       }
-      finish(column, has && r < rows, __shfl_sync(kAllLanes, known_rows.row, r), known_rows.known.of(r), ready, y[0], y[1]);
+      finish(column, has && r < rows, __shfl_sync(kAllLanes, coming.row, r), coming.known.of(r), ready, y[0], y[1]);
     };
     if (rows > 4) {
       const Ready ready[kTurns] = {prepare_turn(0), prepare_turn(1), prepare_turn(2), prepare_turn(3)};
@@ -421,7 +426,7 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
     __syncwarp();  // delta has been read
     if (is_last) {
 #pragma unroll 1
-      do own.advance(p.work.tiles, step, groups);
+      do own.advance(p.work.tiles, first_share, step, groups);
       while (has_nothing(own, false));
       pass = own_pass;
     } else {
@@ -473,19 +478,20 @@ inline bool suits_stream(const Product& product, int run, int most_planes) {
 }
 
 // Warps, stages and kept pairs for so many rows. A block of one row takes little shared memory, so that it can start beside the kernel
-// before it.
-inline StreamPlan stream_plan(int rows, int modules, int warps) {
+// before it. Where there are few units at most, there are few blocks: they start on the processors that the kernel before leaves first.
+inline StreamPlan stream_plan(int rows, int modules, int groups, int processors, int warps) {
   const int most_rows = std::min(rows, kPassRows);
-  if (rows == 1) return {2, 3, 8, most_rows};
-  return {warps, 2, 16384 / (modules * kFragmentBytes), most_rows};
+  if (rows == 1) return {2, 3, 8, most_rows, processors, 1};
+  const int64_t blocks = (static_cast<int64_t>(rows) * groups + warps - 1) / warps;  // that have work, at most
+  return {warps, 2, 16384 / (modules * kFragmentBytes), most_rows, processors, std::max(1, static_cast<int>(processors / blocks))};
 }
 
 // Calls `go` with the template arguments of a stream kernel of at most `warps` warps, its maps and its shape.
 template <class Go>
-cudaError_t with_stream(const Product& product, int processors, int warps, Go go) {
+cudaError_t with_stream(const Product& product, int groups, int processors, int warps, Go go) {
   const LoraWork& work = *product.lora;
-  const StreamPlan plan = stream_plan(product.rows, work.span_count, warps);
-  const Shape shape{processors, plan.warps * kWarp, stream_shared_bytes(plan, work.span_count)};
+  const StreamPlan plan = stream_plan(product.rows, work.span_count, groups, processors, warps);
+  const Shape shape{(plan.deal + plan.shares - 1) / plan.shares, plan.warps * kWarp, stream_shared_bytes(plan, work.span_count)};
   StreamMaps maps;
   for (int m = 0; m < kMaxLoraSpans; ++m)
     for (int size = 0; size < 2; ++size)

@@ -117,7 +117,8 @@ struct Angles {
 };
 
 __device__ __forceinline__ void rotate(bool rotates, float (&first)[kQuad], float (&second)[kQuad], const Angles& angles) {
-  const float cosine[4] = {angles.cos.x, angles.cos.y, angles.cos.z, angles.cos.w}, sine[4] = {angles.sin.x, angles.sin.y, angles.sin.z, angles.sin.w};
+  const float cosine[4] = {angles.cos.x, angles.cos.y, angles.cos.z, angles.cos.w};
+  const float sine[4] = {angles.sin.x, angles.sin.y, angles.sin.z, angles.sin.w};
 #pragma unroll
   for (int j = 0; j < kQuad; ++j) {
     const float turned[2] = {first[j] * cosine[j] - second[j] * sine[j], second[j] * cosine[j] + first[j] * sine[j]};
@@ -127,7 +128,8 @@ __device__ __forceinline__ void rotate(bool rotates, float (&first)[kQuad], floa
 
 // Half heads as boxes where a head has 128 columns or more; heads of 64 two at a time. `head_bits`: log2 of the head size.
 template <bool kFloatPlanes, bool kHasNorm>
-__global__ void __launch_bounds__(kStreamWarps* kWarp, 1) rope_kv_stream_kernel(StreamPlan plan, int groups, int head_bits, const __grid_constant__ Params a,
+__global__ void __launch_bounds__(kStreamWarps* kWarp, 1) rope_kv_stream_kernel(StreamPlan plan, int groups, int head_bits,
+                                                                                const __grid_constant__ Params a,
                                                                                 const __grid_constant__ StreamMaps maps) {
 #if __CUDA_ARCH__ >= 900
   const ProductView& p = a.p;
@@ -235,7 +237,7 @@ cudaError_t launch_fused_rope_kv_write(const RopeKvArgs& args, cudaStream_t stre
   const int head_bits = args.head_size == 64 ? 6 : (args.head_size == 128 ? 7 : (args.head_size == 256 && !has_norm ? 8 : 0));
   if (fits && head_bits > 0 && suits_stream(product, product.columns, 2)) {
     const int processors = processor_count(), groups = (product.columns + 2 * kBoxColumns - 1) / (2 * kBoxColumns);
-    return with_stream(product, processors, kStreamWarps, [&](auto planes, const StreamMaps& maps, const StreamPlan& plan, const Shape& shape) {
+    return with_stream(product, groups, processors, kStreamWarps, [&](auto planes, const StreamMaps& maps, const StreamPlan& plan, const Shape& shape) {
       constexpr bool P = decltype(planes)::value;
       auto* const kernel = has_norm ? rope_kv_stream_kernel<P, true> : rope_kv_stream_kernel<P, false>;
       return launch(kernel, shape, product.follow, stream, plan, groups, head_bits, params, maps);

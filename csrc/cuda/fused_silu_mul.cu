@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1)
   finish_stream<kFloatPlanes, kFloatPlanes ? 0 : 1, false, 2>(
       p, maps, plan, (half + kBoxColumns - 1) / kBoxColumns, LanePlaces{{kQuad * lane, kBoxColumns + kQuad * lane}},
       [&](int group) { return UnitColumns{{group * kBoxColumns, half + group * kBoxColumns}, {half, p.columns}}; }, [](int) { return NoRowFacts{}; },
-      [](int2, NoRowFacts) { return NoRowFacts{}; }, [&](int2 column, bool is_there, int row, NoRowFacts, NoRowFacts, float (&gate)[kQuad], const float (&up)[kQuad]) {
+      [](int2, NoRowFacts) { return NoRowFacts{}; },
+      [&](int2 column, bool is_there, int row, NoRowFacts, NoRowFacts, float (&gate)[kQuad], const float (&up)[kQuad]) {
 #pragma unroll
         for (int c = 0; c < kQuad; ++c) gate[c] = silu(gate[c]) * up[c];
         store_if(is_there, out + static_cast<int64_t>(row) * half + column.x, gate);
@@ -70,7 +71,8 @@ __global__ void __launch_bounds__(256) silu_mul_any_kernel(const __grid_constant
 
 cudaError_t launch_stream(const SiluMulArgs& args, int processors, cudaStream_t stream) {
   const Product& product = args.product;
-  return with_stream(product, processors, kStreamWarps, [&](auto planes, const StreamMaps& maps, const StreamPlan& plan, const Shape& shape) {
+  const int groups = (product.columns / 2 + kBoxColumns - 1) / kBoxColumns;
+  return with_stream(product, groups, processors, kStreamWarps, [&](auto planes, const StreamMaps& maps, const StreamPlan& plan, const Shape& shape) {
     return launch(silu_mul_stream_kernel<decltype(planes)::value>, shape, product.follow, stream, plan, static_cast<__nv_bfloat16*>(args.out),
                   view_of(product, kPassRows), maps);
   });
