@@ -1,4 +1,5 @@
-// residual += product, then the next norm. See fused.h, product.cuh; with adapters on Hopper, up to H = 4096, norm_lora.cuh.
+// residual += product, then the next norm. See fused.h, product.cuh; with adapters on Hopper, up to H = 4096, norm_lora.cuh, of few
+// rows norm_pair.cuh.
 //
 // A block takes a part of a tile (1, 2 or 32 rows), R rows of it and all columns at a time, a thread two quads a pass, C passes: 512
 // threads and one pass at H = 4096, whose B (256 bytes a thread, 128 KB a block), residual and weights are on their way before the
@@ -9,7 +10,7 @@
 // Shared memory: 64 R bytes a warp for v. Bytes: S * T * H * 4 of planes, T * H * 2 of residual read and written, T * H * 2 out,
 // B of every tile once (H = 4096, D = 64, r = 16: 8.4 MB, 2.7 us at 3.1 TB/s).
 #include "launch.cuh"
-#include "norm_lora.cuh"
+#include "norm_pair.cuh"
 #include "product.cuh"
 
 namespace openlora {
@@ -181,6 +182,11 @@ cudaError_t launch_blocks(const Product& product, Params params, cudaStream_t st
     } else {
       if (C == 1 && fits_norm_lora(product)) {
         const Shape shape{std::min(product.rows, processors), threads + kNormHelpers * kWarp, norm_lora_shared_bytes(product.columns)};
+        params.processors = processors;
+        if (product.rows <= processors / kPairBlocks) {
+          const Shape pairs{product.rows * kPairBlocks, (pair_warps(product.columns) + kNormHelpers) * kWarp, norm_pair_shared_bytes(product.columns)};
+          return launch(add_rms_norm_pair_kernel<P>, pairs, product.follow, stream, params);
+        }
         if (product.rows <= processors) return launch(add_rms_norm_lora_kernel<P, 1>, shape, product.follow, stream, params);
         return launch(add_rms_norm_lora_kernel<P, P ? 2 : 3>, shape, product.follow, stream, params);
       }

@@ -10,6 +10,9 @@
 // Units are dealt so that each block has one if that can be: the smallest size that makes no more units than blocks; else each block
 // has a run of neighbouring ones.
 //
+// Every lane that has read a stage tells its barrier so itself: racecheck follows an arrival for the lane that makes it alone, and one lane
+// for all, behind __syncwarp, costs as much.
+//
 // Shared memory: 48 H bytes (192 KB at H = 4096) + 4.3 KB R. Bytes: S T H 2 of planes, B of a page (131 KB) once a unit that changes it,
 // residual read and written, out. Instructions behind the wait: 4 warps x 16 ranks x (9 + 8 + 8 R) a scheduler and page: 0.9 us for one
 // row, 1.2 for two. Predicted over no adapters: 1.5 us at T = 1, 2.5 at 64 rows of 64 adapters, 3.5 at 256 (192 KB a processor from L2).
@@ -28,6 +31,7 @@ struct NormParams {
   const void* weight;
   float eps;
   void* out;
+  int processors;  // P of the deal; the kernel of pairs
 };
 
 inline int norm_lora_shared_bytes(int columns) { return kNormStages * kNormStageRanks * columns * 2; }
@@ -121,32 +125,36 @@ __device__ __forceinline__ void send_pages(const ProductView& p, NormShared<R>& 
   }
 }
 
-// The warp of v: v of every unit, its planes added up in order.
+// v of a unit's rows and of up to kNormEntries entries, from `group` on, its planes added up in order.
+template <int R>
+__device__ __forceinline__ void put_ranks(const ProductView& p, float4 (&to)[R][kNormEntries][kPageRank / 4], const Tile& tile, int first, int rows, int group) {
+  const int entries = min(kNormEntries, tile.entries - group), count = rows * entries * (kPageRank / 4);
+  for (int i = threadIdx.x % kWarp; i < count; i += kWarp) {
+    const int part = i % (kPageRank / 4), pair = i / (kPageRank / 4), row = pair / entries, entry = pair % entries;
+    const int64_t at = tile.first_pair + static_cast<int64_t>(first + row) * tile.entries + group + entry;
+    const float* from = p.work.v + at * kPageRank + part * 4;
+    float4 plane[kMaxRankPlanes];
+#pragma unroll
+    for (int c = 0; c < kMaxRankPlanes; ++c)
+      if (c < p.work.v_planes) plane[c] = __ldcg(reinterpret_cast<const float4*>(from + c * p.work.v_stride));
+#pragma unroll
+    for (int c = 1; c < kMaxRankPlanes; ++c)
+      if (c < p.work.v_planes) plane[0].x += plane[c].x, plane[0].y += plane[c].y, plane[0].z += plane[c].z, plane[0].w += plane[c].w;
+    to[row][entry][part] = plane[0];
+  }
+}
+
+// The warp of v: v of every unit.
 template <int R>
 __device__ __forceinline__ void send_ranks(const ProductView& p, NormShared<R>& shared, NormUnits units) {
-  const int lane = threadIdx.x % kWarp;
   wait_for_previous();
   NormTurn<2> turn;
   int sent = 0;
   for (; units.left > 0; units.next()) {
     const Tile& tile = units.tile;
-    const int rows = units.rows();
     for (int group = 0; group < tile.entries; group += kNormEntries) {
       if (sent >= 2) barrier_wait(shared_address(&shared.v_empty[turn.slot]), turn.parity ^ 1);
-      const int entries = min(kNormEntries, tile.entries - group), count = rows * entries * (kPageRank / 4);
-      for (int i = lane; i < count; i += kWarp) {
-        const int part = i % (kPageRank / 4), pair = i / (kPageRank / 4), row = pair / entries, entry = pair % entries;
-        const int64_t at = tile.first_pair + static_cast<int64_t>(units.first + row) * tile.entries + group + entry;
-        const float* from = p.work.v + at * kPageRank + part * 4;
-        float4 plane[kMaxRankPlanes];
-#pragma unroll
-        for (int c = 0; c < kMaxRankPlanes; ++c)
-          if (c < p.work.v_planes) plane[c] = __ldcg(reinterpret_cast<const float4*>(from + c * p.work.v_stride));
-#pragma unroll
-        for (int c = 1; c < kMaxRankPlanes; ++c)
-          if (c < p.work.v_planes) plane[0].x += plane[c].x, plane[0].y += plane[c].y, plane[0].z += plane[c].z, plane[0].w += plane[c].w;
-        shared.v[turn.slot][row][entry][part] = plane[0];
-      }
+      put_ranks(p, shared.v[turn.slot], tile, units.first, units.rows(), group);
       barrier_arrive(shared_address(&shared.v_full[turn.slot]));  // every lane
       ++sent;
       turn.next();
@@ -217,8 +225,7 @@ __device__ __forceinline__ void finish_norm(const NormParams& a, NormShared<kHel
     int group = -1;
     auto next_group = [&] {
       if (group >= 0) {
-        __syncwarp();
-        if (threadIdx.x % kWarp == 0) barrier_arrive(shared_address(&shared.v_empty[v_turn.slot]));
+        barrier_arrive(shared_address(&shared.v_empty[v_turn.slot]));
         v_turn.next();
       }
       if (++group < groups) barrier_wait(shared_address(&shared.v_full[v_turn.slot]), v_turn.parity);
@@ -235,10 +242,7 @@ __device__ __forceinline__ void finish_norm(const NormParams& a, NormShared<kHel
         while (group < static_cast<int>(static_cast<unsigned>(stage.entry) / kNormEntries)) next_group();
         expand_stage_of<R>(rows, y, ring + turn.slot * kNormStageRanks * pitch, pitch, at, shared.v[v_turn.slot], stage);
       }
-      if (!keeps) {
-        __syncwarp();
-        if (threadIdx.x % kWarp == 0) barrier_arrive(shared_address(&shared.empty[turn.slot]));
-      }
+      if (!keeps) barrier_arrive(shared_address(&shared.empty[turn.slot]));
     }
 #pragma unroll 1
     while (group < groups) next_group();
@@ -305,9 +309,9 @@ __global__ void __launch_bounds__((kNormWarps + kNormHelpers) * kWarp, 1) add_rm
   if (warp == warps) {
     if (threadIdx.x % kWarp == 0) {
 #pragma unroll
-      for (int s = 0; s < kNormStages; ++s) barrier_init(shared_address(&shared.full[s]), 1), barrier_init(shared_address(&shared.empty[s]), warps);
+      for (int s = 0; s < kNormStages; ++s) barrier_init(shared_address(&shared.full[s]), 1), barrier_init(shared_address(&shared.empty[s]), warps * kWarp);
 #pragma unroll
-      for (int s = 0; s < 2; ++s) barrier_init(shared_address(&shared.v_full[s]), kWarp), barrier_init(shared_address(&shared.v_empty[s]), warps);
+      for (int s = 0; s < 2; ++s) barrier_init(shared_address(&shared.v_full[s]), kWarp), barrier_init(shared_address(&shared.v_empty[s]), warps * kWarp);
       barrier_init_fence();
     }
     const int4 share = find_norm_share<R>(read_tile_table(units.block));
