@@ -309,7 +309,7 @@ def open_engine(
         settings.queue_limit,
         max_model_len,
         spec.vocab_size,
-        cheap_rows=sizes.cheap_rows,
+        spread_sizes=sizes.spread_sizes,
     )
     ready = Ready(
         model_id=source.model_id,

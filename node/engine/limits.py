@@ -14,7 +14,7 @@ class SchedulerLimits:
     """Bounds from the settings; see `EngineSettings`.
 
     Attributes:
-        cheap_rows: See `Spread`; 0: a prompt's row costs the same in every step.
+        spread_sizes: See `Spread`; empty: a prompt's row costs the same in every step.
     """
 
     max_sequences: int
@@ -22,7 +22,7 @@ class SchedulerLimits:
     queue_limit: int
     max_model_len: int
     vocab_size: int
-    cheap_rows: int = 0
+    spread_sizes: tuple[tuple[int, int], ...] = ()
 
     @property
     def place_count(self) -> int:

@@ -59,7 +59,7 @@ class Scheduler:
             self._running, self._queue, blocks, adapters, self._preemption, self.counters, retire=self._retire
         )
         self._claims = RowClaims(self._running, self._queue, limits.max_batch_tokens)
-        self._spread = Spread(self._running, self._queue, limits.cheap_rows)
+        self._spread = Spread(self._running, self._queue, limits.spread_sizes)
         self._by_id: dict[str, Sequence] = {}
         self._arrivals = 0
         self._open_count = 0  # plans with work that `complete` has not answered: 0 or 1 when `plan` is called
@@ -125,9 +125,9 @@ class Scheduler:
         self._admission.recall(draft)
         draft.row_limits = self._claims.limits(self.counters.steps)
         self._plan_decodes(draft)
-        cheap_rows = self._spread.limit(len(draft.plan.work))
-        if cheap_rows is not None:
-            draft.bound(cheap_rows)
+        row_count = self._spread.limit(len(draft.plan.work))
+        if row_count is not None:
+            draft.bound(row_count)
         self._plan_first_prefill(draft)
         self._plan_prompts(draft)
         if not draft.plan.work and draft.row_limits:

@@ -5,7 +5,7 @@
 | engine.kv_block_size | 16 | 64 | small blocks share short prefixes; a GPU's attention reads blocks of 64 whole |
 | engine.max_sequences | 64 | 256 | the largest batch whose step is bound by memory |
 | engine.max_batch_tokens | 512 | 8192 + max_sequences | prompts for 0.2 s (8B), beside everybody's row |
-| rows of a step whose prompts are spread | none | 512 | `engine/spread.py` |
+| rows of a step that prompts are spread over | all | 256, 512 | `engine/spread.py` |
 | adapters.page_rank | 8 | 16 | 8 wastes least; 16 is the height of a tensor core's tile |
 | adapters.memory_bytes | 256 MiB | a quarter of what base and reserve leave | 8B, 80 GB: about 180 adapters of rank 16 |
 | engine.kv_cache_bytes | 256 MiB | the rest | |
@@ -23,7 +23,7 @@ from node.errors import ConfigError
 
 MAX_SEQUENCES_GPU = 256
 PROMPT_ROWS_GPU = 8192
-CHEAP_ROWS_GPU = 512
+SPREAD_SIZES_GPU = ((256, 384), (512, 4096))
 ADAPTER_SHARE = 4  # a quarter
 GRAPH_BYTES = 1 << 30  # CUDA graphs, activations in their pool, and what the libraries keep for themselves
 _CPU_BYTES = 256 << 20
@@ -41,7 +41,7 @@ class StepSizes:
     max_sequences: int
     max_batch_tokens: int
     page_rank: int
-    cheap_rows: int
+    spread_sizes: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def step_sizes(settings: EngineSettings, adapters: AdapterSettings, device: Devi
         max_sequences=max_sequences,
         max_batch_tokens=settings.max_batch_tokens or (PROMPT_ROWS_GPU + max_sequences if is_gpu else 512),
         page_rank=adapters.page_rank or (16 if is_gpu else 8),
-        cheap_rows=CHEAP_ROWS_GPU if is_gpu else 0,
+        spread_sizes=SPREAD_SIZES_GPU if is_gpu else (),
     )
 
 

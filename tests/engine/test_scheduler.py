@@ -50,11 +50,18 @@ class Bench:
     """A scheduler, a fake model and a record of what happened."""
 
     def __init__(
-        self, block_count=64, block_size=4, max_sequences=8, max_batch_tokens=16, queue_limit=100, prefix_cache=True, cheap_rows=0
+        self,
+        block_count=64,
+        block_size=4,
+        max_sequences=8,
+        max_batch_tokens=16,
+        queue_limit=100,
+        prefix_cache=True,
+        spread_sizes=(),
     ):
         self.blocks = BlockPool(block_count, block_size, prefix_cache)
         self.adapters = FakeAdapters()
-        limits = SchedulerLimits(max_sequences, max_batch_tokens, queue_limit, 500, vocab_size=1000, cheap_rows=cheap_rows)
+        limits = SchedulerLimits(max_sequences, max_batch_tokens, queue_limit, 500, vocab_size=1000, spread_sizes=spread_sizes)
         self.scheduler = Scheduler(self.blocks, limits, self.adapters, base_id="base")
         self.plans = []
         self.tokens = {}
@@ -496,8 +503,8 @@ def test_busy_tenants_prompts_leave_rows_to_somebody_below_its_share():
 
 
 def test_prompts_beside_decodes_are_spread_while_more_wait_than_there_are_places():
-    def run(cheap_rows):
-        bench = Bench(max_sequences=4, cheap_rows=cheap_rows)
+    def run(*sizes):
+        bench = Bench(max_sequences=4, spread_sizes=sizes)
         bench.add("long", range(3), max_new_tokens=60)
         bench.step()
         for index in range(12):
@@ -506,8 +513,8 @@ def test_prompts_beside_decodes_are_spread_while_more_wait_than_there_are_places
         started = [sum(start == 0 for _, start, _ in plan) for plan in bench.plans[1:]]
         return [count for count in started if count], bench.tokens
 
-    filled, tokens = run(0)
-    spread, same_tokens = run(9)
+    filled, tokens = run()
+    spread, same_tokens = run((9, 36))
     assert filled == [3, 3, 3, 3]
     assert max(spread) == 2
     assert sum(spread) == 12

@@ -3,9 +3,10 @@
 import pytest
 
 from node.engine.fairness import FairQueue
-from node.engine.spread import MOST_STEPS, Spread
+from node.engine.spread import Spread
 
-ROWS = 20
+SHORT, LONG = 20, 40
+SIZES = ((SHORT, 30), (LONG, 120))
 
 
 class Bench:
@@ -13,7 +14,7 @@ class Bench:
         self.running = running
         self.make_sequence = make_sequence
         self.queue = FairQueue()
-        self.spread = Spread(running, self.queue, ROWS)
+        self.spread = Spread(running, self.queue, SIZES)
         self.count = 0
 
     def wait(self, count, prompt_count, *, is_parked=False):
@@ -39,13 +40,19 @@ def bench(make_running, make_sequence):
 def test_prompts_are_spread_while_another_waits_for_its_adapter(bench):
     bench.wait(2, 15)
     bench.wait(1, 6, is_parked=True)
-    assert bench.spread.limit(3) == ROWS
+    assert bench.spread.limit(3) == SHORT
+
+
+def test_more_prompts_are_spread_over_longer_steps(bench):
+    bench.wait(2, 16)
+    bench.wait(1, 6, is_parked=True)
+    assert bench.spread.limit(3) == LONG
 
 
 def test_prompts_are_spread_while_another_waits_for_a_place(bench):
     bench.start(2, 15)
     bench.wait(3, 15)
-    assert bench.spread.limit(2) == ROWS
+    assert bench.spread.limit(2) == LONG
 
 
 def test_steps_are_filled_where_all_that_wait_could_start(bench):
@@ -54,19 +61,25 @@ def test_steps_are_filled_where_all_that_wait_could_start(bench):
 
 
 def test_steps_are_filled_where_prompts_would_take_many(bench):
-    bench.wait(4, MOST_STEPS * ROWS // 4 + 1)
+    bench.wait(4, 31)
     bench.wait(1, 6, is_parked=True)
     assert bench.spread.limit(3) is None
 
 
-@pytest.mark.parametrize("decode_count", [0, ROWS, ROWS + 1])
+@pytest.mark.parametrize("decode_count", [0, LONG, LONG + 1])
 def test_steps_are_filled_where_nobody_decodes_or_no_row_would_be_left(bench, decode_count):
     bench.wait(2, 15)
     bench.wait(1, 6, is_parked=True)
     assert bench.spread.limit(decode_count) is None
 
 
-def test_devices_without_cheap_rows_spread_nothing(bench):
+def test_short_steps_leave_rows_beside_many_decodes(bench):
     bench.wait(2, 15)
     bench.wait(1, 6, is_parked=True)
-    assert Spread(bench.running, bench.queue, 0).limit(3) is None
+    assert bench.spread.limit(SHORT) == LONG
+
+
+def test_devices_without_sizes_spread_nothing(bench):
+    bench.wait(2, 15)
+    bench.wait(1, 6, is_parked=True)
+    assert Spread(bench.running, bench.queue, ()).limit(3) is None
