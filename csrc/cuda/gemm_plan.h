@@ -19,6 +19,8 @@ constexpr int kGemmMaxTokens = 256;      // one wgmma n side
 constexpr int kGemmMaxPlanes = 8;
 constexpr int kGemmTileRows = 128;       // of the accumulators: an m64 block for each of two warpgroups
 constexpr int kGemmSharedBytes = 232448;  // what a Hopper block can have
+constexpr int kGemmWideRows = 224;        // rows of W of a tile of the wide form (gemm_wide_sm90.h)
+constexpr int kGemmWideHeadRows = 200;    // and of its output projection
 constexpr int kGemmUsedBytes = 212992;    // what it takes: 24 KB stay for a small kernel beside it, which runs early
 constexpr int kGemmProcessors = 132;       // of every H100 and H200 SXM; a number, not the device's, so that bits travel
 constexpr int kGemmBarrierBytes = 512;    // two mbarriers a stage, and a bit a token
@@ -106,6 +108,23 @@ constexpr SkinnyGemmPlan gemm_plan(int64_t tokens, int64_t outputs, int64_t inpu
   plan.tile_rows = gemm_fair_rows(outputs, plan.planes);
   plan.stages = gemm_stages_that_fit(plan, kGemmUsedBytes);
   return plan;
+}
+
+// Clocks of a block's tensor cores for all rows of W in tiles of `tile_rows`, of which wgmma computes `rows`; of one plane.
+constexpr int64_t gemm_rounds(int64_t outputs, int tile_rows, int rows) {
+  return static_cast<int64_t>((gemm_row_tiles(outputs, tile_rows) + kGemmProcessors - 1) / kGemmProcessors) * rows;
+}
+
+// Whether the wide form (gemm_wide_sm90.h) takes fewer of them: its tiles are not rounded up to blocks of 64 rows of W.
+constexpr bool gemm_is_wide(int64_t tokens, int64_t outputs, int64_t inputs, int wide_rows) {
+  return tokens > 192 && tokens <= kGemmMaxTokens && gemm_planes(outputs, inputs) == 1 &&
+         gemm_rounds(outputs, wide_rows, wide_rows) < gemm_rounds(outputs, gemm_fair_rows(outputs, 1), kGemmTileRows);
+}
+
+// The same of logits, whose blocks are as many as of the narrow form.
+constexpr bool gemm_is_wide_head(int64_t tokens, int64_t outputs, int64_t inputs) {
+  return gemm_is_wide(tokens, outputs, inputs, kGemmWideHeadRows) && inputs >= 3 * kGemmBlockK &&
+         gemm_row_tiles(outputs, kGemmWideHeadRows) >= kGemmProcessors;
 }
 
 // Blocks that share the rows of W where each keeps what it finds: a fixed number, so that whoever reads it knows how many.

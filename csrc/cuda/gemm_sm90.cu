@@ -18,10 +18,13 @@
 
 #include "device.cuh"
 #include "gemm_best.cuh"
+#include "gemm_maps.h"
 #include "gemm_plan.h"
 #include "gemm_store.cuh"
 #include "gemm_tma.cuh"
 #include "gemm_wgmma.cuh"
+#include "gemm_wide_sm90.h"
+#include "launch.cuh"
 
 namespace openlora {
 namespace {
@@ -242,39 +245,6 @@ Kernel kernel_of(int tile_tokens) {
   }
 }
 
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-// The driver's encoder, found through the runtime so that nothing links libcuda.
-EncodeTiled find_encoder() {
-  void* entry = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
-  return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(entry) : nullptr;
-}
-
-// A [rows, columns] bf16 matrix read in boxes of [box_rows, 64], zeros beyond its edge.
-bool encode_map(EncodeTiled encode, CUtensorMap* map, const void* matrix, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};
-  const cuuint32_t box[2] = {kGemmBlockK, static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[2] = {1, 1};
-  return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(matrix), sizes, strides, box, steps,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
-// W of gate and up, [2][rows / 2, columns], in boxes that take 8 rows of each in turn.
-bool encode_pairs(EncodeTiled encode, CUtensorMap* map, const void* matrix, int64_t rows, int64_t columns, int box_rows) {
-  const cuuint64_t row_bytes = static_cast<cuuint64_t>(columns) * 2;
-  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(columns), 8, 2, static_cast<cuuint64_t>(rows / 16)};
-  const cuuint64_t strides[3] = {row_bytes, row_bytes * static_cast<cuuint64_t>(rows / 2), row_bytes * 8};
-  const cuuint32_t box[4] = {kGemmBlockK, 8, 2, static_cast<cuuint32_t>(box_rows / 16)};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
-  return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(matrix), sizes, strides, box, steps,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 // Whether the accumulators can leave in the form that is asked for.
 bool has_valid_output(const SkinnyGemmArgs& args, const SkinnyGemmPlan& plan) {
   if (args.output == GemmOutput::kLogits) return plan.planes == 1 && args.wanted != nullptr && args.bests != nullptr;
@@ -282,6 +252,12 @@ bool has_valid_output(const SkinnyGemmArgs& args, const SkinnyGemmPlan& plan) {
 }
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+bool is_valid(const SkinnyGemmArgs& args, const SkinnyGemmPlan& plan) {
+  return can_run_skinny_gemm(args.tokens, args.outputs, args.inputs) && args.tokens <= plan.tile_tokens && plan.tile_rows % 8 == 0 &&
+         plan.tile_rows <= kGemmTileRows && gemm_shared_bytes(plan) <= kGemmSharedBytes && args.x_stride % 8 == 0 &&
+         args.x_stride >= args.inputs && is_aligned(args.x) && is_aligned(args.w) && is_aligned(args.y) && has_valid_output(args, plan);
+}
 
 }  // namespace
 
@@ -298,24 +274,23 @@ int skinny_gemm_parts(int64_t outputs, int64_t inputs) { return gemm_parts(outpu
 cudaError_t launch_skinny_gemm(const SkinnyGemmArgs& args, cudaStream_t stream) {
   if (!can_run_skinny_gemm(args.tokens, args.outputs, args.inputs)) return cudaErrorInvalidValue;
   const SkinnyGemmPlan plan = gemm_plan(args.tokens, args.outputs, args.inputs);
+  if (is_valid(args, plan) && device_attribute(cudaDevAttrComputeCapabilityMajor) == 9) {
+    const bool is_half = args.output == GemmOutput::kBfloat16 || args.output == GemmOutput::kSiluMul;
+    if (is_half && gemm_is_wide(args.tokens, args.outputs, args.inputs, kGemmWideRows)) return launch_wide_gemm(args, stream);
+    const bool is_head = args.output == GemmOutput::kLogits;
+    if (is_head && gemm_is_wide_head(args.tokens, args.outputs, args.inputs)) return launch_wide_head(args, stream);
+  }
   return launch_skinny_gemm_as(args, plan, stream);
 }
 
 cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPlan& plan, cudaStream_t stream) {
-  const bool is_valid = can_run_skinny_gemm(args.tokens, args.outputs, args.inputs) && args.tokens <= plan.tile_tokens &&
-                        plan.tile_rows % 8 == 0 && plan.tile_rows <= kGemmTileRows &&
-                        gemm_shared_bytes(plan) <= kGemmSharedBytes && args.x_stride % 8 == 0 && args.x_stride >= args.inputs &&
-                        is_aligned(args.x) && is_aligned(args.w) && is_aligned(args.y) &&
-                        has_valid_output(args, plan);
   const bool is_head = args.output == GemmOutput::kLogits;
-  const Kernel kernel = !is_valid ? nullptr : is_head ? kernel_of<true>(plan.tile_tokens) : kernel_of<false>(plan.tile_tokens);
+  const Kernel kernel = !is_valid(args, plan) ? nullptr : is_head ? kernel_of<true>(plan.tile_tokens) : kernel_of<false>(plan.tile_tokens);
   if (kernel == nullptr) return cudaErrorInvalidValue;
-  static const EncodeTiled encode = find_encoder();
-  if (encode == nullptr) return cudaErrorNotSupported;
   CUtensorMap w_map, x_map;
-  if (!(args.output == GemmOutput::kSiluMul ? encode_pairs(encode, &w_map, args.w, args.outputs, args.inputs, plan.tile_rows)
-                                            : encode_map(encode, &w_map, args.w, args.outputs, args.inputs, args.inputs, plan.tile_rows)) ||
-      !encode_map(encode, &x_map, args.x, args.tokens, args.inputs, args.x_stride, plan.tile_tokens)) {
+  if (!(args.output == GemmOutput::kSiluMul ? encode_pairs(&w_map, args.w, args.outputs, args.inputs, plan.tile_rows)
+                                            : encode_matrix(&w_map, args.w, args.outputs, args.inputs, args.inputs, plan.tile_rows)) ||
+      !encode_matrix(&x_map, args.x, args.tokens, args.inputs, args.x_stride, plan.tile_tokens)) {
     return cudaErrorInvalidValue;
   }
   int device = 0, sm_count = 0, major = 0;

@@ -50,8 +50,8 @@ bool is_skinny_gemm_faster(int64_t tokens, int64_t outputs, int64_t inputs, bool
 // S of the planes for these outputs and inputs; 1 to 8, the same for every T and every device.
 int skinny_gemm_planes(int64_t outputs, int64_t inputs);
 
-// Parts of N whose largest y kLogits tells, the same for every T and device. A part in which nothing is above -infinity has that
-// and no column; one with a NaN has a NaN.
+// Parts of N whose largest y kLogits tells, the same for every T and device. A part with a NaN has a
+// NaN; where the largest is not finite, its column means nothing.
 int skinny_gemm_parts(int64_t outputs, int64_t inputs);
 
 // Enqueues one kernel: no allocation, no synchronisation, capturable in a graph (the tensor maps are kernel parameters).

@@ -39,6 +39,7 @@ __device__ __forceinline__ void wgmma_results(float (&d)[kCount]) {
 #define GEMM_P64 GEMM_P48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define GEMM_P80 GEMM_P64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
 #define GEMM_P96 GEMM_P80 ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define GEMM_P100 GEMM_P96 ",%96,%97,%98,%99"
 #define GEMM_P112 GEMM_P96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"
 #define GEMM_P128 GEMM_P112 ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define GEMM_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -48,6 +49,8 @@ __device__ __forceinline__ void wgmma_results(float (&d)[kCount]) {
 #define GEMM_F48(i) GEMM_F32(i), GEMM_F16(i + 32)
 #define GEMM_F64(i) GEMM_F32(i), GEMM_F32(i + 32)
 #define GEMM_F96(i) GEMM_F64(i), GEMM_F32(i + 64)
+#define GEMM_F100(i) GEMM_F96(i), GEMM_F4(i + 96)
+#define GEMM_F112(i) GEMM_F64(i), GEMM_F48(i + 64)
 #define GEMM_F128(i) GEMM_F64(i), GEMM_F64(i + 64)
 
 // d += A[64, 16] B[N, 16]^T. COUNT is N / 2; A and B are the numbers of the operands after the accumulators.
@@ -72,6 +75,8 @@ GEMM_WGMMA(64, 32, 32, 33)
 GEMM_WGMMA(96, 48, 48, 49)
 GEMM_WGMMA(128, 64, 64, 65)
 GEMM_WGMMA(192, 96, 96, 97)
+GEMM_WGMMA(200, 100, 100, 101)
+GEMM_WGMMA(224, 112, 112, 113)
 GEMM_WGMMA(256, 128, 128, 129)
 
 }  // namespace openlora

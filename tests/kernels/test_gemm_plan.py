@@ -25,6 +25,8 @@ extern "C" bool can_run(long long t, long long n, long long k) { return gemm_can
 extern "C" bool is_faster(long long t, long long n, long long k) { return gemm_is_faster(t, n, k, false); }
 extern "C" int planes(long long n, long long k) { return gemm_planes(n, k); }
 extern "C" int parts(long long n, long long k) { return gemm_parts(n, k); }
+extern "C" bool is_wide(long long t, long long n, long long k) { return gemm_is_wide(t, n, k, kGemmWideRows); }
+extern "C" bool is_wide_head(long long t, long long n, long long k) { return gemm_is_wide_head(t, n, k); }
 extern "C" int plane_start(int blocks, int planes, int plane) { return gemm_plane_start(blocks, planes, plane); }
 extern "C" void plan(long long t, long long n, long long k, int* out) {
   const SkinnyGemmPlan p = gemm_plan(t, n, k);
@@ -44,8 +46,9 @@ class Planner:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        library.can_run.restype = library.is_faster.restype = ctypes.c_bool
-        for name in ("can_run", "is_faster", "planes", "parts", "plan"):
+        for name in ("can_run", "is_faster", "is_wide", "is_wide_head"):
+            getattr(library, name).restype = ctypes.c_bool
+        for name in ("can_run", "is_faster", "is_wide", "is_wide_head", "planes", "parts", "plan"):
             count = 2 if name in ("planes", "parts") else 3
             getattr(library, name).argtypes = [ctypes.c_longlong] * count + ([ctypes.c_void_p] if name == "plan" else [])
 
@@ -54,6 +57,12 @@ class Planner:
 
     def is_faster(self, t: int, n: int, k: int) -> bool:
         return bool(self._library.is_faster(t, n, k))
+
+    def is_wide(self, t: int, n: int, k: int) -> bool:
+        return bool(self._library.is_wide(t, n, k))
+
+    def is_wide_head(self, t: int, n: int, k: int) -> bool:
+        return bool(self._library.is_wide_head(t, n, k))
 
     def parts(self, n: int, k: int) -> int:
         return int(self._library.parts(n, k))
@@ -130,6 +139,21 @@ def test_tiles_take_no_more_rounds_than_whole_ones(planner, t, n, k):
     plan = planner.plan(t, n, k)
     rounds = [-(-(-(-n // rows) * plan["planes"]) // PROCESSORS) for rows in (plan["tile_rows"], 128)]
     assert rounds[0] <= rounds[1]
+
+
+@given(t=tokens, n=outputs, k=inputs)
+def test_parts_are_the_blocks_of_every_form(planner, t, n, k):
+    assert planner.parts(n, k) == min(-(-n // planner.plan(t, n, k)["tile_rows"]), PROCESSORS)
+    if planner.is_wide_head(t, n, k):
+        assert planner.parts(n, k) == PROCESSORS
+        assert planner.planes(n, k) == 1
+
+
+def test_wide_form_takes_the_widest_matrices_at_the_largest_batches(planner):
+    wide = {(t, n, k) for t in (1, 192, 193, 256) for n, k in LAYER_SHAPES if planner.is_wide(t, n, k)}
+    assert {(t, n) for t, n, _ in wide if n < 100_000} == {(193, 28672), (256, 28672)}
+    heads = {(t, n) for t in (1, 192, 193, 256) for n, k in LAYER_SHAPES if planner.is_wide_head(t, n, k)}
+    assert heads == {(193, 128256), (256, 128256)}
 
 
 @given(t=tokens, n=outputs, k=inputs)

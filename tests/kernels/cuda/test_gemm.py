@@ -84,6 +84,18 @@ def test_silu_mul_is_that_of_the_plane(ops, outputs, inputs, tokens):
     torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=2**-8)
 
 
+@pytest.mark.parametrize(("outputs", "inputs"), [(28672, 4096), (17008, 64), (28672, 192)])
+def test_silu_mul_has_the_same_bits_in_every_batch(ops, outputs, inputs):
+    x, weight = _random(256, inputs), _random(outputs, inputs) / inputs**0.5
+    alone = torch.full((256, outputs // 2), float("nan"), device="cuda", dtype=torch.bfloat16)
+    for first in range(0, 256, 64):
+        ops.skinny_gemm_silu_mul(x[first : first + 64], weight, alone[first : first + 64], Follow.PLAIN)
+    for tokens in (129, 192, 193, 200, 249, 256):
+        out = torch.full_like(alone[:tokens], float("nan"))
+        ops.skinny_gemm_silu_mul(x[:tokens], weight, out, Follow.PLAIN)
+        assert torch.equal(out, alone[:tokens]), tokens
+
+
 def test_silu_mul_of_more_than_one_plane_is_refused(ops):
     x, weight = _random(1, 4096), _random(4096, 4096)
     with pytest.raises(RuntimeError, match="skinny_gemm_silu_mul cannot run"):
@@ -179,9 +191,9 @@ INPUTS = [lambda x, weight: None, _ties, _some_nan, _nan_in_one_column, _infinit
 
 
 @pytest.mark.parametrize("change", INPUTS)
-@pytest.mark.parametrize(("outputs", "inputs"), [(8, 64), (72, 128), (17024, 64), (49152, 576), (128256, 4096)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(8, 64), (72, 128), (17024, 64), (26392, 192), (49152, 576), (128256, 4096)])
 def test_logits_are_written_where_wanted_and_their_largest_found_everywhere(ops, outputs, inputs, change):
-    for tokens in TOKENS if outputs < 20000 else (1, 8, 33, 96, 192, 256):
+    for tokens in TOKENS if outputs < 30000 else (1, 8, 33, 96, 192, 256):
         x, weight = _random(tokens, inputs), _random(outputs, inputs)
         change(x, weight)
         expected = _planes(ops, x, weight)[0]
