@@ -89,7 +89,7 @@ def test_add_rms_norm_of_every_width_equals_float64(make_work, error_of, size):
 
 
 @pytest.mark.parametrize("size", [576, 4096, 8192])
-@pytest.mark.parametrize("prompt", [1, 97, 225, 900])
+@pytest.mark.parametrize("prompt", [1, 35, 36, 97, 225, 900])  # 66 rows are the last that two blocks share, 67 the first
 def test_add_rms_norm_of_a_row_has_the_same_bits_alone_and_beside_a_prompt(make_work, size, prompt):
     terms = [*terms_of(31), *([((4, 0.75),)] * prompt)]
     work = make_work(terms, RANKS, 64, (size,))
