@@ -396,7 +396,7 @@ void skinny_gemm(const Tensor& x, const Tensor& weight, bool use_pdl, Tensor y) 
 
 // The plan's tables lie in device memory and are not checked here; their one writer is node/kernels/attention/items.py.
 void attention_decode(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& tables, const Tensor& items,
-                      const Tensor& counts, const Tensor& firsts, Tensor partial, Tensor stats, Tensor done, double scale_log2,
+                      const Tensor& counts, Tensor partial, Tensor stats, Tensor done, double scale_log2,
                       int64_t workers, int64_t variant, int64_t follow, Tensor out) {
   const Place place(q);
   place.require(keys, "keys");
@@ -425,11 +425,9 @@ void attention_decode(const Tensor& q, const Tensor& keys, const Tensor& values,
   STD_TORCH_CHECK(tables.dim() == 2 && tables.scalar_type() == ScalarType::Int && tables.stride(1) == 1, "openlora: tables must be [Q, n] int32");
   check_size(tables, "tables", 0, q.size(0));
   check(place, items, "items", 2, ScalarType::Int);
-  check_size(items, "items", 1, 4);
+  check_size(items, "items", 1, openlora::kAttentionItemInts);
   check(place, counts, "counts", 1, ScalarType::Int);
   check_size(counts, "counts", 0, q.size(0) + 1);
-  check(place, firsts, "firsts", 1, ScalarType::Int);
-  check_size(firsts, "firsts", 0, q.size(0));
   check(place, partial, "partial", 3, ScalarType::Float);
   check(place, stats, "stats", 3, ScalarType::Float);
   check(place, done, "done", 2, ScalarType::Int);
@@ -445,7 +443,6 @@ void attention_decode(const Tensor& q, const Tensor& keys, const Tensor& values,
   a.tables = as<int32_t>(tables);
   a.items = as<int32_t>(items);
   a.counts = as<int32_t>(counts);
-  a.firsts = as<int32_t>(firsts);
   a.partial = as<float>(partial);
   a.stats = as<float>(stats);
   a.done = as<int32_t>(done);
@@ -459,7 +456,7 @@ void attention_decode(const Tensor& q, const Tensor& keys, const Tensor& values,
   a.heads_per_group = as_int(q.size(1) / groups, "heads of a group");
   a.head_dim = as_int(size, "the head size");
   a.block_size = as_int(keys.size(1), "the block size");
-  STD_TORCH_CHECK(workers >= 1, "openlora: workers is ", workers);
+  STD_TORCH_CHECK(workers >= 1 && workers <= items.size(0), "openlora: workers is ", workers, " with room for ", items.size(0), " items");
   a.workers = as_int(workers, "workers");
   a.scale_log2 = static_cast<float>(scale_log2);
   a.follow = follow_of(follow, 1);
@@ -486,7 +483,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(openlora, m) {
   m.def("rms_norm_into(Tensor x, Tensor weight, float eps, int follow, Tensor(a!) out) -> ()");
   m.def("embed_rms_norm(Tensor token_ids, Tensor embedding, Tensor weight, float eps, int follow, Tensor(a!) residual, Tensor(b!) out) -> ()");
   m.def(
-      "attention_decode(Tensor q, Tensor keys, Tensor values, Tensor tables, Tensor items, Tensor counts, Tensor firsts, "
+      "attention_decode(Tensor q, Tensor keys, Tensor values, Tensor tables, Tensor items, Tensor counts, "
       "Tensor(a!) partial, Tensor(b!) stats, Tensor(c!) done, float scale_log2, int workers, int variant, int follow, Tensor(d!) out) -> ()");
   m.def("skinny_gemm(Tensor x, Tensor weight, bool use_pdl, Tensor(a!) y) -> ()");
   m.def("skinny_gemm_silu_mul(Tensor x, Tensor weight, bool use_pdl, Tensor(a!) out) -> ()");

@@ -11,6 +11,7 @@
 // 8 KiB: 1.5 us of issue an SM at batch 64, context 320, against 27 us of bytes.
 #include "attention_decode.h"
 
+#include <bit>
 #include <cstdint>
 
 #include "device.cuh"
@@ -94,31 +95,34 @@ struct Decode {
   static constexpr int kChunks = kRowBytes / 16;           // 16-byte pieces of a row
   static constexpr int kRowsACopy = 32 / kChunks;          // rows that one instruction of a warp copies
   static constexpr int kSteps = kHead / 16;
-  static constexpr int kRingBytes = kWarps * kStages * 2 * kTileBytes;
+  static constexpr int kWarpBytes = kStages * 2 * kTileBytes;  // of a warp's ring
   static constexpr int kHeads = kColumns * 8;
-  // The ring is reused for the warps' results: kWarps x kHeads x (kHead + 2) floats, and one flag.
-  static constexpr int kResultBytes = kWarps * kHeads * (kHead + 2) * 4 + 16;
-  static constexpr int kSharedBytes = kRingBytes > kResultBytes ? kRingBytes : kResultBytes;
-
-  struct Item {
-    int sequence, begin, end, place;
-  };
+  // A warp's results lie where its ring was: kHeads x kHead floats, then kHeads x 2.
+  static constexpr int kPitch = kWarpBytes / 4;
+  static_assert(kHeads * (kHead + 2) * 4 <= kWarpBytes);
+  static constexpr int kSharedBytes = kWarps * kWarpBytes;
 
   const AttentionDecodeArgs& args;
   const int group, warp, lane;
   const uint32_t ring;  // this warp's, shared-memory address
-  Item item;
-  int first_key;   // of this warp's first tile
-  int tile_count;  // of this warp
+  int record;           // of this lane: int `lane` of the item
+  int sequence, begin, end, newest;  // newest: the key that the kernel before this one writes; -1: in another item
+  int first_key;                     // of this warp's first tile
+  int tile_count;                    // of this warp
 
   __device__ Decode(const AttentionDecodeArgs& a, int g, uint32_t shared)
-    : args(a), group(g), warp(threadIdx.x / 32), lane(threadIdx.x % 32), ring(shared + warp * (kStages * 2 * kTileBytes)) {}
+    : args(a), group(g), warp(threadIdx.x / 32), lane(threadIdx.x % 32), ring(shared + warp * kWarpBytes) {}
 
-  __device__ __forceinline__ void take(int index) {
-    const int4 raw = __ldg(reinterpret_cast<const int4*>(args.items) + index);
-    item = {raw.x, raw.y, raw.z, raw.w};
-    const int aligned = item.begin & ~(kTileKeys - 1);
-    const int tiles = (item.end - aligned + kTileKeys - 1) / kTileKeys;
+  __device__ __forceinline__ int field(int number) const { return __shfl_sync(~0u, record, number); }
+
+  __device__ __forceinline__ int read_item(int index) const { return __ldg(args.items + int64_t(index) * kAttentionItemInts + lane); }
+
+  __device__ __forceinline__ void take(int read) {
+    record = read;
+    sequence = field(0), begin = field(1), end = field(2);
+    newest = end == field(6) ? end - 1 : -1;
+    const int aligned = begin & ~(kTileKeys - 1);
+    const int tiles = (end - aligned + kTileKeys - 1) / kTileKeys;
     first_key = aligned + warp * kTileKeys;
     tile_count = tiles > warp ? (tiles - warp + kWarps - 1) / kWarps : 0;
   }
@@ -127,72 +131,99 @@ struct Decode {
 
   // The cache block of a tile; blocks are at least as long as tiles.
   __device__ __forceinline__ int block_of(int tile) const {
-    return __ldg(args.tables + int64_t(item.sequence) * args.table_stride + key_of(tile) / args.block_size);
+    const int number = key_of(tile) >> args.block_bits, known = number - (begin >> args.block_bits);
+    if (known < kAttentionItemInts - kAttentionItemHeader) return field(kAttentionItemHeader + known);
+    return __ldg(args.tables + int64_t(sequence) * args.table_stride + number);
   }
 
-  // Copy one tile's keys and values; rows at or after the item's end become zeros.
-  __device__ __forceinline__ void fetch(int tile, int block) const {
-    const int key = key_of(tile);
-    const int row = lane / kChunks, chunk = lane % kChunks;
-    const int64_t offset = int64_t(block) * args.block_stride + int64_t((key & (args.block_size - 1)) + row) * args.token_stride +
-               group * kHead + chunk * 8;
+  __device__ __forceinline__ int64_t offset_of(int key, int block, int chunk) const {
+    return int64_t(block) * args.block_stride + int64_t(key & (args.block_size - 1)) * args.token_stride + group * kHead + chunk * 8;
+  }
+
+  __device__ __forceinline__ uint32_t place_of(int tile, int row, int chunk) const {
+    return ring + (tile % kStages) * (2 * kTileBytes) + row * kRowBytes + ((chunk ^ (row & 7)) * 16);
+  }
+
+  // Copy one tile's keys and values; rows at or after the item's end become zeros, key `missing` is left out.
+  __device__ __forceinline__ void fetch(int tile, int block, int missing) const {
+    const int key = key_of(tile), row = lane / kChunks, chunk = lane % kChunks;
+    const int64_t offset = offset_of(key + row, block, chunk), step = int64_t(kRowsACopy) * args.token_stride;
     const auto* keys = static_cast<const __nv_bfloat16*>(args.keys) + offset;
     const auto* values = static_cast<const __nv_bfloat16*>(args.values) + offset;
-    const int64_t step = int64_t(kRowsACopy) * args.token_stride;
-    const uint32_t stage = ring + (tile % kStages) * (2 * kTileBytes);
 #pragma unroll
     for (int i = 0; i < kTileKeys / kRowsACopy; ++i) {
       const int r = row + i * kRowsACopy;
-      const uint32_t to = stage + r * kRowBytes + ((chunk ^ (r & 7)) * 16);
-      const int bytes = key + r < item.end ? 16 : 0;
+      if (key + r == missing) continue;
+      const uint32_t to = place_of(tile, r, chunk);
+      const int bytes = key + r < end ? 16 : 0;
       copy_async(to, keys + i * step, bytes);
       copy_async(to + kTileBytes, values + i * step, bytes);
     }
   }
 
-  // A tile that holds the sequence's newest key waits for the kernel that writes it.
-  __device__ __forceinline__ bool is_old(int tile) const { return key_of(tile) + kTileKeys < item.end; }
+  // The key and value that `fetch` left out.
+  __device__ __forceinline__ void fetch_newest(int tile, int block) const {
+    const int chunk = lane % kChunks;
+    const bool is_value = lane >= kChunks;
+    if (lane >= 2 * kChunks) return;
+    const auto* from = static_cast<const __nv_bfloat16*>(is_value ? args.values : args.keys) + offset_of(newest, block, chunk);
+    const uint4 x = __ldcg(reinterpret_cast<const uint4*>(from));
+    const uint32_t to = place_of(tile, newest - key_of(tile), chunk) + (is_value ? kTileBytes : 0);
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+  }
+};
+
+// Two neighbouring dimensions of one head, summed over parts of the keys.
+struct PairSum {
+  float top = kMinusInfinity, total = 0.f;
+  float2 value = {0.f, 0.f};
+
+  __device__ __forceinline__ void add(float2 number, float2 part) {
+    const float higher = fmaxf(top, number.x);
+    const float left = exp2_fast(top - higher), right = exp2_fast(number.x - higher);
+    value.x = value.x * left + part.x * right;
+    value.y = value.y * left + part.y * right;
+    total = total * left + number.y * right;
+    top = higher;
+  }
+  __device__ __forceinline__ uint32_t result() const { return pack(value.x / total, value.y / total); }
 };
 
 template <int kHead, int kColumns, int kWarps, int kStages>
 __global__ void __launch_bounds__(kWarps * 32) attention_decode(const __grid_constant__ AttentionDecodeArgs args) {
   using D = Decode<kHead, kColumns, kWarps, kStages>;
-  extern __shared__ __align__(1024) uint8_t shared[];
+  extern __shared__ __align__(128) uint8_t shared[];
   const int group = blockIdx.x % args.groups, worker = blockIdx.x / args.groups;
   D self(args, group, static_cast<uint32_t>(__cvta_generic_to_shared(shared)));
   start_dependents();
   const int lane = self.lane, warp = self.warp;
   const int heads = args.groups * args.heads_per_group;
   const int head0 = group * args.heads_per_group;
+  int record = self.read_item(worker);  // beside the count, not after it; the launcher knows that there is room for it
   const int count = __ldg(args.counts);
   bool has_waited = false;
 
   for (int index = worker; index < count; index += args.workers) {
-    self.take(index);
+    self.take(record);
+    const bool has_next = index + args.workers < count;
+    if (has_next) record = self.read_item(index + args.workers);
     const int tiles = self.tile_count;
-    int blocks[kStages];
+    // All stages, but for the newest key, are on their way before the kernel ahead has ended.
+    int block = 0;
 #pragma unroll
-    for (int s = 0; s < kStages; ++s) blocks[s] = s < tiles ? self.block_of(s) : 0;
-    int fetched = 0;  // tiles whose copies were committed before the wait
-    if (!has_waited) {
-#pragma unroll
-      for (int s = 0; s < kStages - 1; ++s) {
-        if (s < tiles && self.is_old(s)) {
-          self.fetch(s, blocks[s]);
-          commit_copies();
-          fetched = s + 1;
-        }
+    for (int s = 0; s < kStages; ++s) {
+      if (s < tiles) {
+        block = self.block_of(s);
+        self.fetch(s, block, has_waited ? -1 : self.newest);
       }
-      wait_for_previous();
-      has_waited = true;
-    }
-#pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) {
-      if (s < fetched) continue;
-      if (s < tiles) self.fetch(s, blocks[s]);
       commit_copies();
     }
-    int next_block = blocks[kStages - 1];
+    int next_block = kStages < tiles ? self.block_of(kStages) : 0;
+    if (!has_waited) {
+      wait_for_previous();
+      has_waited = true;
+      if (tiles > 0 && tiles <= kStages && self.newest >= self.key_of(tiles - 1)) self.fetch_newest(tiles - 1, block);
+    }
 
     // Q^T as the 16 x 8 side: this lane holds dims 2 (lane % 4) + {0, 1, 8, 9} of head lane / 4.
     uint32_t q[kColumns][D::kSteps][2];
@@ -200,7 +231,7 @@ __global__ void __launch_bounds__(kWarps * 32) attention_decode(const __grid_con
     for (int n = 0; n < kColumns; ++n) {
       const int head = n * 8 + lane / 4;
       const bool is_head = head < args.heads_per_group;
-      const auto* row = static_cast<const __nv_bfloat16*>(args.q) + int64_t(self.item.sequence) * args.q_stride +
+      const auto* row = static_cast<const __nv_bfloat16*>(args.q) + int64_t(self.sequence) * args.q_stride +
                (head0 + head) * kHead + (lane % 4) * 2;
 #pragma unroll
       for (int step = 0; step < D::kSteps; ++step) {
@@ -222,14 +253,8 @@ __global__ void __launch_bounds__(kWarps * 32) attention_decode(const __grid_con
     }
 
     for (int tile = 0; tile < tiles; ++tile) {
-      wait_for_copies<kStages - 2>();
+      wait_for_copies<kStages - 1>();
       __syncwarp();
-      // The tile before this one is read by now, so its place in the ring takes the tile after the ones in flight.
-      const int ahead = tile + kStages - 1;
-      if (ahead < tiles) self.fetch(ahead, next_block);
-      commit_copies();
-      if (ahead + 1 < tiles) next_block = self.block_of(ahead + 1);
-
       const uint32_t stage = self.ring + (tile % kStages) * (2 * D::kTileBytes);
       float score[kColumns][4];
 #pragma unroll
@@ -246,8 +271,8 @@ __global__ void __launch_bounds__(kWarps * 32) attention_decode(const __grid_con
         }
       }
       const int key = self.key_of(tile) + lane / 4;
-      const bool is_seen0 = key >= self.item.begin && key < self.item.end;
-      const bool is_seen1 = key + 8 >= self.item.begin && key + 8 < self.item.end;
+      const bool is_seen0 = key >= self.begin && key < self.end;
+      const bool is_seen1 = key + 8 >= self.begin && key + 8 < self.end;
       uint32_t p[kColumns][2];
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
@@ -293,18 +318,21 @@ __global__ void __launch_bounds__(kWarps * 32) attention_decode(const __grid_con
         }
       }
       __syncwarp();
+      const int ahead = tile + kStages;
+      if (ahead < tiles) self.fetch(ahead, next_block, -1);
+      commit_copies();
+      if (ahead + 1 < tiles) next_block = self.block_of(ahead + 1);
     }
-    wait_for_copies<0>();
-    __syncthreads();  // the ring now holds the warps' results: [warp][head][kHead] float32, then [warp][head][2]
 
-    float* results = reinterpret_cast<float*>(shared);
-    float* numbers = results + kWarps * D::kHeads * kHead;
-    volatile int& is_last = *reinterpret_cast<int*>(numbers + kWarps * D::kHeads * 2);
+    // The ring is empty: it takes this warp's results, [head][kHead], then [head][2].
+    float* results = reinterpret_cast<float*>(shared + warp * D::kWarpBytes);
+    float* numbers = results + D::kHeads * kHead;
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
       const float sum0 = sum_over_keys(total[n][0]), sum1 = sum_over_keys(total[n][1]);
       const int head = n * 8 + (lane % 4) * 2;
-      float* mine = results + (warp * D::kHeads + head) * kHead + lane / 4;
+      if (head >= args.heads_per_group) continue;
+      float* mine = results + head * kHead + lane / 4;
 #pragma unroll
       for (int step = 0; step < D::kSteps; ++step) {
         mine[step * 16] = acc[n][step][0];
@@ -312,74 +340,64 @@ __global__ void __launch_bounds__(kWarps * 32) attention_decode(const __grid_con
         mine[step * 16 + 8] = acc[n][step][2];
         mine[step * 16 + 8 + kHead] = acc[n][step][3];
       }
-      if (lane < 4) {
-        float* number = numbers + (warp * D::kHeads + head) * 2;
-        number[0] = top[n][0];
-        number[1] = sum0;
-        number[2] = top[n][1];
-        number[3] = sum1;
-      }
+      if (lane < 4) *reinterpret_cast<float4*>(numbers + head * 2) = {top[n][0], sum0, top[n][1], sum1};
     }
     __syncthreads();
 
-    const int shares = __ldg(args.counts + 1 + self.item.sequence);
-    auto* out = static_cast<__nv_bfloat16*>(args.out) + int64_t(self.item.sequence) * args.out_stride + head0 * kHead;
+    results = reinterpret_cast<float*>(shared);
+    numbers = results + D::kHeads * kHead;
+    const int place = self.field(3), shares = self.field(4), first_place = self.field(5);
+    auto* out = static_cast<__nv_bfloat16*>(args.out) + int64_t(self.sequence) * args.out_stride + head0 * kHead;
     const int pairs = args.heads_per_group * (kHead / 2);
     for (int pair = threadIdx.x; pair < pairs; pair += kWarps * 32) {
       const int head = pair / (kHead / 2), dim = pair % (kHead / 2) * 2;
-      float best = kMinusInfinity, sum = 0.f;
-      float2 value = {0.f, 0.f};
+      PairSum all;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) best = fmaxf(best, numbers[(w * D::kHeads + head) * 2]);
+      for (int w = 0; w < kWarps; ++w) all.top = fmaxf(all.top, numbers[w * D::kPitch + head * 2]);
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        const float share = exp2_fast(numbers[(w * D::kHeads + head) * 2] - best);
-        sum += numbers[(w * D::kHeads + head) * 2 + 1] * share;
-        const float2 part = *reinterpret_cast<const float2*>(results + (w * D::kHeads + head) * kHead + dim);
-        value.x += part.x * share;
-        value.y += part.y * share;
+        const float2 number = *reinterpret_cast<const float2*>(numbers + w * D::kPitch + head * 2);
+        const float2 part = *reinterpret_cast<const float2*>(results + w * D::kPitch + head * kHead + dim);
+        const float share = exp2_fast(number.x - all.top);
+        all.total += number.y * share;
+        all.value.x += part.x * share;
+        all.value.y += part.y * share;
       }
       if (shares == 1) {
-        *reinterpret_cast<uint32_t*>(out + head * kHead + dim) = pack(value.x / sum, value.y / sum);
+        *reinterpret_cast<uint32_t*>(out + head * kHead + dim) = all.result();
       } else {
-        const int64_t flat = int64_t(self.item.place) * heads + head0 + head;
-        *reinterpret_cast<float2*>(args.partial + flat * kHead + dim) = value;
-        if (dim == 0) *reinterpret_cast<float2*>(args.stats + flat * 2) = {best, sum};
+        const int64_t flat = int64_t(place) * heads + head0 + head;
+        *reinterpret_cast<float2*>(args.partial + flat * kHead + dim) = all.value;
+        if (dim == 0) *reinterpret_cast<float2*>(args.stats + flat * 2) = {all.top, all.total};
       }
     }
     if (shares > 1) {
-      __threadfence();
       __syncthreads();
+      int* is_last = reinterpret_cast<int*>(shared);  // over the results, which all have read
       if (threadIdx.x == 0) {
-        int32_t* done = args.done + self.item.sequence * args.groups + group;
-        is_last = atomicAdd(done, 1) == shares - 1;
-        if (is_last) *done = 0;
+        int32_t* done = args.done + self.sequence * args.groups + group;
+        __threadfence();  // for the whole block: its stores come before the barrier
+        *is_last = atomicAdd(done, 1) == shares - 1;
+        if (*is_last) *done = 0;
+        __threadfence();
       }
       __syncthreads();
-      if (is_last) {
-        __threadfence();
-        const int64_t first = __ldg(args.firsts + self.item.sequence);
+      if (*is_last) {
         for (int pair = threadIdx.x; pair < pairs; pair += kWarps * 32) {
           const int head = pair / (kHead / 2), dim = pair % (kHead / 2) * 2;
-          float best = kMinusInfinity, sum = 0.f;
-          float2 value = {0.f, 0.f};
+          PairSum all;
           for (int s = 0; s < shares; ++s) {
-            const int64_t flat = (first + s) * heads + head0 + head;
-            const float2 number = __ldcg(reinterpret_cast<const float2*>(args.stats + flat * 2));
-            const float2 part = __ldcg(reinterpret_cast<const float2*>(args.partial + flat * kHead + dim));
-            const float higher = fmaxf(best, number.x);
-            const float left = exp2_fast(best - higher), right = exp2_fast(number.x - higher);
-            value.x = value.x * left + part.x * right;
-            value.y = value.y * left + part.y * right;
-            sum = sum * left + number.y * right;
-            best = higher;
+            const int64_t flat = int64_t(first_place + s) * heads + head0 + head;
+            all.add(__ldcg(reinterpret_cast<const float2*>(args.stats + flat * 2)),
+                    __ldcg(reinterpret_cast<const float2*>(args.partial + flat * kHead + dim)));
           }
-          *reinterpret_cast<uint32_t*>(out + head * kHead + dim) = pack(value.x / sum, value.y / sum);
+          *reinterpret_cast<uint32_t*>(out + head * kHead + dim) = all.result();
         }
       }
     }
-    __syncthreads();  // the ring is free for the next item
+    if (has_next) __syncthreads();  // the ring is free for the next item
   }
+  if (worker >= args.sequences) return;
   if (!has_waited) wait_for_previous();
   // Padding rows have no item.
   for (int row = worker; row < args.sequences; row += args.workers) {
@@ -400,14 +418,7 @@ cudaError_t launch_variant(const AttentionDecodeArgs& args, int variant, cudaStr
   switch (variant) {
     case 0: return launch_shape<kHead, kColumns, 2, 3>(args, stream);
     case 1: return launch_shape<kHead, kColumns, 4, 3>(args, stream);
-#ifdef OPENLORA_ATTENTION_VARIANTS
-    case 2: return launch_shape<kHead, kColumns, 4, 2>(args, stream);
-    case 3: return launch_shape<kHead, kColumns, 2, 4>(args, stream);
-    case 4: return launch_shape<kHead, kColumns, 1, 3>(args, stream);
-    case 5: return launch_shape<kHead, kColumns, 3, 3>(args, stream);
-    case 6: return launch_shape<kHead, kColumns, 1, 6>(args, stream);
-    case 7: return launch_shape<kHead, kColumns, 4, 4>(args, stream);
-#endif
+    case 2: return launch_shape<kHead, kColumns, 8, 3>(args, stream);
     default: return cudaErrorInvalidValue;
   }
 }
@@ -424,8 +435,10 @@ cudaError_t launch_attention_decode(const AttentionDecodeArgs& args, int variant
   if (args.sequences == 0) return cudaSuccess;
   if (!can_attend_decode(args.head_dim, args.heads_per_group, args.block_size)) return cudaErrorInvalidValue;
   const bool is_wide = args.heads_per_group > 8;
-  if (args.head_dim == 64) return is_wide ? launch_variant<64, 2>(args, variant, stream) : launch_variant<64, 1>(args, variant, stream);
-  return is_wide ? launch_variant<128, 2>(args, variant, stream) : launch_variant<128, 1>(args, variant, stream);
+  AttentionDecodeArgs a = args;
+  a.block_bits = std::countr_zero(static_cast<uint32_t>(args.block_size));
+  if (args.head_dim == 64) return is_wide ? launch_variant<64, 2>(a, variant, stream) : launch_variant<64, 1>(a, variant, stream);
+  return is_wide ? launch_variant<128, 2>(a, variant, stream) : launch_variant<128, 1>(a, variant, stream);
 }
 
 }  // namespace openlora

@@ -10,15 +10,19 @@
 
 namespace openlora {
 
+constexpr int kAttentionItemInts = 32;
+constexpr int kAttentionItemHeader = 8;
+
 struct AttentionDecodeArgs {
   const void* q;       // [sequences, heads, head_dim] bfloat16; rows q_stride elements apart
   const void* keys;    // [blocks, block_size, groups, head_dim] bfloat16
   const void* values;  // the same, same strides
   void* out;           // [sequences, heads, head_dim] bfloat16; rows with context 0 get 0
   const int32_t* tables;  // [sequences, table_stride]
-  const int32_t* items;   // [items, 4]: sequence, first key, key after the last, place of its partial result
+  // [at least `workers`, 32]: sequence, first key, key after the last, place of its partial result, items of the sequence, place of
+  // its first partial result (they lie one after another), length of the sequence, 0, the item's first 24 cache blocks
+  const int32_t* items;
   const int32_t* counts;  // [1 + sequences]: items in all, then of each sequence
-  const int32_t* firsts;  // [sequences]: the first partial result of each; they lie one after another
   float* partial;         // [items, heads, head_dim]
   float* stats;           // [items, heads, 2]: largest score (log2 units), sum of weights
   int32_t* done;          // [sequences, groups]: 0 before and after
@@ -26,17 +30,17 @@ struct AttentionDecodeArgs {
   int32_t q_stride, out_stride, table_stride;
   int32_t sequences, groups, heads_per_group, head_dim;
   int32_t block_size;  // a power of two, at least 16
+  int32_t block_bits;  // its logarithm; the launcher sets it
   int32_t workers;     // blocks of threads for each group; any number is right
   float scale_log2;    // scale of the scores x log2(e)
   Follow follow;       // kWaitFirst: keys and values of earlier steps are fetched before the kernel before this one has ended.
-                       // What `items`, `counts`, `firsts` and `tables` hold must be older than the kernel before.
+                       // What `items`, `counts` and `tables` hold must be older than the kernel before.
 };
 
 // Whether head_dim (64 or 128), heads_per_group (1 to 16) and block_size are among the compiled ones.
 bool can_attend_decode(int32_t head_dim, int32_t heads_per_group, int32_t block_size);
 
-// Launch on `stream`. Returns the launch's error. `variant`: 0 has 2 warps a block (four blocks an SM), 1 has 4 (two); more are
-// compiled for measurements with OPENLORA_ATTENTION_VARIANTS.
+// Launch on `stream`. Returns the launch's error. `variant`: 0 has 2 warps a block (four blocks an SM), 1 has 4 (two), 2 has 8 (one).
 cudaError_t launch_attention_decode(const AttentionDecodeArgs& args, int variant, cudaStream_t stream);
 
 }  // namespace openlora

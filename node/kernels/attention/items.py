@@ -13,6 +13,8 @@ from node.kernels.attention.triton_decode import TILE, plan_items_kernel
 
 _MOST_CHUNKS = 16  # of one sequence when the chunk is fixed; bounds the partial results
 _LEAST_CHUNK = 4  # tiles: 256 keys
+ITEM_HEADER = 8  # int32
+_PLAN_PROGRAMS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +30,14 @@ class DecodeItems:
     """The plan kernel's output for one window.
 
     Attributes:
-        items: [most items, 4] int32: sequence, first key, key after the last, place of its partial result.
-        counts: [1 + Q] int32: items in all, then of each sequence. firsts: [Q] int32: the first partial result of each.
+        items: [most items, 8 + cache blocks] int32: sequence, first key, key after the last, place of its partial result, items
+            of the sequence, place of its first partial result (they lie one after another), the sequence's length, 0; then the
+            item's first cache blocks, so that whoever takes it asks for keys after a single load.
+        counts: [1 + Q] int32: items in all, then of each sequence.
     """
 
     items: Tensor
     counts: Tensor
-    firsts: Tensor
 
 
 @dataclass(slots=True)
@@ -51,6 +54,7 @@ class DecodeWork:
     Args:
         programs: Of one key/value head that run at once, at most. cost: What the device weighs when it chooses the cuts.
         is_deterministic: Cuts at multiples of a fixed chunk, whatever else is in the batch.
+        item_blocks: Cache blocks that an item names, 0 or 24.
 
     Attributes:
         partial: [most items, N, D] float32. stats: [most items, N, 2] float32. done: [max_batch, G] int32, 0 between launches.
@@ -65,8 +69,10 @@ class DecodeWork:
         *,
         is_deterministic: bool = False,
         cost: ItemCost | None = None,
+        item_blocks: int = 0,
     ) -> None:
         self.shape = shape
+        self._width = ITEM_HEADER + item_blocks
         self._cost = cost or ItemCost()
         self._rows = triton.next_power_of_2(shape.max_batch)  # one compilation for every batch
         self.programs = max(1, programs)
@@ -79,21 +85,31 @@ class DecodeWork:
         self.stats = torch.empty((self.most_items, shape.heads, 2), dtype=torch.float32, device=device)
         self.done = torch.zeros((shape.max_batch, shape.groups), dtype=torch.int32, device=device)
 
-    def plan(self, block_tables: Tensor, context_lens: Tensor, max_context: int, programs: int | None = None) -> ItemPlan:
+    def plan(
+        self,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        max_context: int,
+        programs: int | None = None,
+        cost: ItemCost | None = None,
+    ) -> ItemPlan:
         """Launch the plan kernel for every window. programs: Of one key/value head that run at once in this step; None: all."""
         programs = min(programs or self.programs, self.programs)
-        items = {window: self._items(context_lens, window, programs) for window in self.shape.windows}
+        found = {w: self._items(block_tables, context_lens, w, programs, cost or self._cost) for w in self.shape.windows}
         # Programs without an item end at once; those with several take one after the other.
-        return ItemPlan(block_tables, context_lens, max_context, items, max(context_lens.shape[0], programs))
+        return ItemPlan(block_tables, context_lens, max_context, found, max(context_lens.shape[0], programs))
 
-    def _items(self, context_lens: Tensor, window: int | None, programs: int) -> DecodeItems:
+    def _items(
+        self, block_tables: Tensor, context_lens: Tensor, window: int | None, programs: int, cost: ItemCost
+    ) -> DecodeItems:
         batch = context_lens.shape[0]
         empty = context_lens.new_empty
-        found = DecodeItems(empty((self.most_items, 4)), empty(batch + 1), empty(batch))
-        plan_items_kernel[(1,)](
-            context_lens, found.items, found.counts, found.firsts, batch, programs, self.most_items,
-            self.chunk_keys // TILE, window or 0, self._cost.start_tiles, self._cost.join_tiles,
-            TILE=TILE, BATCH=self._rows, CHUNKS=64, num_warps=4,
+        found = DecodeItems(empty((self.most_items, self._width)), empty(batch + 1))
+        plan_items_kernel[(_PLAN_PROGRAMS,)](
+            context_lens, block_tables, found.items, found.counts, batch, programs, self.most_items,
+            self.chunk_keys // TILE, window or 0, cost.start_tiles, cost.join_tiles,
+            self.shape.block_size, block_tables.stride(0),
+            TILE=TILE, BATCH=self._rows, CHUNKS=64, HEADER=ITEM_HEADER, WIDTH=self._width, num_warps=8,
         )  # fmt: skip
         return found
 

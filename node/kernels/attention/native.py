@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -9,14 +10,34 @@ import torch
 from torch import Tensor
 
 from node.errors import ConfigError
-from node.kernels.attention.items import DecodeWork, ItemPlan, processors
+from node.kernels.attention.items import DecodeWork, ItemCost, ItemPlan, processors
 from node.kernels.attention.paged import AttentionShape, DecodePlan, PagedAttention, PrefillPlan
 from node.kernels.build_cuda import cuda_library_path
 
 LOG2_E = 1.4426950408889634
-# Of each variant, as the plan counts them: 48 KiB of shared memory a block, four at once; and 96 KiB, two at once, of which
-# cutting contexts for the second one never gained what the join costs.
-_PROGRAMS_PER_SM = (4, 1)
+_ITEM_BLOCKS = 24  # named in an item
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A compiled kernel and how its work is cut.
+
+    Attributes:
+        number: As `launch_attention_decode` counts them. programs_per_sm: What the plan counts on; more may be resident.
+        cost: What it weighs. has_spare: Launch a program a slot more, which end at once or find an item of a long context.
+    """
+
+    number: int
+    programs_per_sm: int
+    cost: ItemCost
+    has_spare: bool = False
+
+
+# 2 warps and 48 KiB of shared memory, four blocks a processor; 4 warps and 96 KiB, two, of which cutting contexts for the
+# second one never gained what the join costs; 8 warps and 192 KiB, for few sequences: 384 keys are on their way at once.
+_SMALL = Variant(0, 4, ItemCost(), has_spare=True)
+_MIDDLE = Variant(1, 1, ItemCost())
+_LARGE = Variant(2, 1, ItemCost(join_tiles=8))
 _FULL = 0.95  # of the last round of small blocks
 
 
@@ -45,7 +66,7 @@ class NativeAttention(PagedAttention):
         self._prefill = prefill
         self._follow = int(has_follow and torch.cuda.get_device_capability(device)[0] >= 9)
         self._processors = processors(device)
-        self._work = DecodeWork(shape, device, self._programs(0))
+        self._work = DecodeWork(shape, device, self._programs(_SMALL), item_blocks=_ITEM_BLOCKS)
 
     @property
     def name(self) -> str:
@@ -53,18 +74,21 @@ class NativeAttention(PagedAttention):
 
     def plan_decode(self, block_tables: Tensor, context_lens: Tensor, max_context: int) -> ItemPlan:
         variant = self._variant(context_lens.shape[0])
-        plan = self._work.plan(block_tables, context_lens, max_context, self._programs(variant))
-        if variant == 0:
-            plan.workers += self._programs(0)  # blocks that find no item end at once, and long contexts find a free block
+        plan = self._work.plan(block_tables, context_lens, max_context, self._programs(variant), variant.cost)
+        if variant.has_spare:
+            plan.workers += self._programs(variant)
         return plan
 
-    def _variant(self, batch: int) -> int:
-        """Small blocks where they fill the GPU in whole rounds (2 % faster at 64, 128 and 256 even contexts), else large ones."""
-        rounds = batch * self.shape.groups / (self._processors * _PROGRAMS_PER_SM[0])
-        return 0 if rounds >= _FULL * ceil(rounds) else 1
+    def _variant(self, batch: int) -> Variant:
+        """Small blocks where they fill the GPU in whole rounds, large ones where each sequence has a processor of its own."""
+        blocks = batch * self.shape.groups
+        if blocks <= self._processors:
+            return _LARGE
+        rounds = blocks / (self._processors * _SMALL.programs_per_sm)
+        return _SMALL if rounds >= _FULL * ceil(rounds) else _MIDDLE
 
-    def _programs(self, variant: int) -> int:
-        return max(1, self._processors * _PROGRAMS_PER_SM[variant] // self.shape.groups)
+    def _programs(self, variant: Variant) -> int:
+        return max(1, self._processors * variant.programs_per_sm // self.shape.groups)
 
     def decode(
         self, q: Tensor, keys: Tensor, values: Tensor, plan: DecodePlan, out: Tensor, *, window: int | None = None
@@ -78,13 +102,12 @@ class NativeAttention(PagedAttention):
             plan.block_tables,
             found.items,
             found.counts,
-            found.firsts,
             work.partial,
             work.stats,
             work.done,
             self.shape.scale * LOG2_E,
             plan.workers,
-            self._variant(q.shape[0]),
+            self._variant(q.shape[0]).number,
             self._follow,
             out,
         )

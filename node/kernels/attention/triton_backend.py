@@ -64,12 +64,13 @@ class TritonAttention(PagedAttention):
         batch = q.shape[0]
         pdl = {"launch_pdl": True} if tuning.use_pdl else {}
         decode_kernel[(shape.groups, plan.workers)](
-            q, keys, values, out, plan.block_tables, found.items, found.counts, found.firsts,
+            q, keys, values, out, plan.block_tables, found.items, found.counts,
             work.partial, work.stats, work.done, batch, shape.scale * LOG2_E,
             q.stride(0), out.stride(0), plan.block_tables.stride(0), keys.stride(0), keys.stride(1),
             GROUPS=shape.groups, PER_GROUP=shape.heads_per_group, M=max(16, triton.next_power_of_2(shape.heads_per_group)),
             HEAD=shape.head_dim, D=triton.next_power_of_2(shape.head_dim), BLOCK=shape.block_size, TILE=TILE,
-            STAGES=tuning.stages, USE_PDL=tuning.use_pdl, num_warps=tuning.warps, num_stages=tuning.stages, **pdl,
+            STAGES=tuning.stages, USE_PDL=tuning.use_pdl, WIDTH=found.items.shape[1],
+            num_warps=tuning.warps, num_stages=tuning.stages, **pdl,
         )  # fmt: skip
         return out
 

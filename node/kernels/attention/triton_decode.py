@@ -1,6 +1,6 @@
 """Paged decode in Triton: one row a sequence, the query heads of a key/value head together, keys split over programs.
 
-A plan kernel (one program, once a step) cuts the contexts into items of at most `chunk` tiles of 64 keys, whole ones first, so
+A plan kernel (once a step) cuts the contexts into items of at most `chunk` tiles of 64 keys, whole ones first, so
 that programs that take several end together. In the decode kernel a program takes items of one key/value head; the program that
 finishes a sequence's last item joins all of them in ascending order, so the result does not depend on who came last. No second
 launch, no order of arrival in the sums.
@@ -29,17 +29,17 @@ TILE = 64  # keys of one tile
         "max_items",
         "fixed_chunk",
         "window",
-        "tile_cost",
-        "item_cost",
-        "join_cost",
-        "share_cost",
+        "start_tiles",
+        "join_tiles",
+        "block",
+        "table_stride",
     ]
 )
 def plan_items_kernel(
     lens_ptr,  # [Q] int32
-    items_ptr,  # [max_items, 4] int32: sequence, first key, key after the last, place of its partial result
+    tables_ptr,  # [Q, table_stride] int32
+    items_ptr,  # [max_items, WIDTH] int32: see DecodeItems
     counts_ptr,  # [1 + Q] int32: items in all, then items of each sequence
-    firsts_ptr,  # [Q] int32: the first of each sequence's partial results, which lie one after another
     batch,
     slots,  # programs of one key/value head that run at once
     max_items,
@@ -47,13 +47,18 @@ def plan_items_kernel(
     window,  # 0: none
     start_tiles,  # what a program costs before its first key arrives, in tiles
     join_tiles,  # what it costs to join the items of a sequence that was cut
+    block,  # tokens of a cache block
+    table_stride,
     TILE: tl.constexpr,
     BATCH: tl.constexpr,
     CHUNKS: tl.constexpr,
+    HEADER: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     row = tl.arange(0, BATCH)
     length = tl.load(lens_ptr + row, mask=row < batch, other=0)
-    begin = tl.where(window > 0, tl.maximum(length - window, 0), 0) // TILE
+    low = tl.where(window > 0, tl.maximum(length - window, 0), 0)
+    begin = low // TILE
     end = tl.cdiv(length, TILE)
     if fixed_chunk > 0:
         chunk = fixed_chunk
@@ -75,18 +80,30 @@ def plan_items_kernel(
     whole = count - has_rest
     first_whole = tl.cumsum(whole, 0) - whole
     rest = tl.sum(whole, 0) + tl.cumsum(has_rest, 0) - has_rest
-    tl.store(counts_ptr, tl.sum(count, 0))
-    tl.store(counts_ptr + 1 + row, count, mask=row < batch)
-    tl.store(firsts_ptr + row, first, mask=row < batch)
-    low = tl.where(window > 0, tl.maximum(length - window, 0), 0)
-    for place in range(tl.max(count, 0)):
+    if tl.program_id(0) == 0:
+        tl.store(counts_ptr, tl.sum(count, 0))
+        tl.store(counts_ptr + 1 + row, count, mask=row < batch)
+    field = tl.arange(0, WIDTH)[None, :]
+    # Every program works the cuts out and writes its share of them.
+    for place in range(tl.program_id(0), tl.max(count, 0), tl.num_programs(0)):
         here = (row < batch) & (place < count)
-        target = items_ptr + tl.where(place < whole, first_whole + place, rest) * 4
         cut = (first_cut + place) * chunk * TILE
-        tl.store(target, row, mask=here)
-        tl.store(target + 1, tl.maximum(cut, low), mask=here)
-        tl.store(target + 2, tl.minimum(cut + chunk * TILE, length), mask=here)
-        tl.store(target + 3, first + place, mask=here)
+        from_key = tl.maximum(cut, low)
+        to_key = tl.minimum(cut + chunk * TILE, length)
+        record = tl.where(field == 0, row[:, None], 0)
+        record = tl.where(field == 1, from_key[:, None], record)
+        record = tl.where(field == 2, to_key[:, None], record)
+        record = tl.where(field == 3, (first + place)[:, None], record)
+        record = tl.where(field == 4, count[:, None], record)
+        record = tl.where(field == 5, first[:, None], record)
+        record = tl.where(field == 6, length[:, None], record)
+        if WIDTH > HEADER:
+            number = (from_key // block)[:, None] + field - HEADER
+            is_block = here[:, None] & (field >= HEADER) & (number * block < to_key[:, None])
+            blocks = tl.load(tables_ptr + row[:, None].to(tl.int64) * table_stride + number, mask=is_block, other=0)
+            record = tl.where(field >= HEADER, blocks, record)
+        target = tl.where(place < whole, first_whole + place, rest)
+        tl.store(items_ptr + target[:, None] * WIDTH + field, record, mask=here[:, None] & (field < WIDTH))
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -98,7 +115,6 @@ def decode_kernel(
     tables_ptr,
     items_ptr,
     counts_ptr,
-    firsts_ptr,
     acc_ptr,  # [max_items, N, D] float32
     stats_ptr,  # [max_items, N, 2] float32: largest score, sum of weights
     done_ptr,  # [Q, G] int32, 0 before and after
@@ -118,6 +134,7 @@ def decode_kernel(
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     USE_PDL: tl.constexpr,
+    WIDTH: tl.constexpr,  # of an item
 ):
     group = tl.program_id(0)
     worker = tl.program_id(1)
@@ -139,9 +156,9 @@ def decode_kernel(
             where = row * out_stride + head[:, None] * HEAD + dim[None, :]
             tl.store(out_ptr + where, tl.zeros([M, D], tl.float32), mask=is_head[:, None] & is_dim[None, :])
     for item in range(worker, count, workers):
-        row = tl.load(items_ptr + item * 4)
-        begin = tl.load(items_ptr + item * 4 + 1)
-        end = tl.load(items_ptr + item * 4 + 2)
+        row = tl.load(items_ptr + item * WIDTH)
+        begin = tl.load(items_ptr + item * WIDTH + 1)
+        end = tl.load(items_ptr + item * WIDTH + 2)
         q_where = row * q_stride + head[:, None] * HEAD + dim[None, :]
         q = tl.load(q_ptr + q_where, mask=is_head[:, None] & is_dim[None, :], other=0.0)
         acc = tl.zeros([M, D], tl.float32)
@@ -156,13 +173,13 @@ def decode_kernel(
             k = tl.load(k_here + offset[None, :] + dim[:, None], mask=is_seen[None, :] & is_dim[:, None], other=0.0)
             v = tl.load(v_here + offset[:, None] + dim[None, :], mask=is_seen[:, None] & is_dim[None, :], other=0.0)
             acc, top, total = attend_tile(q, k, v, is_seen[None, :], acc, top, total, scale_log2)
-        shares = tl.load(counts_ptr + 1 + row)
+        shares = tl.load(items_ptr + item * WIDTH + 4)
         out_where = row * out_stride + head[:, None] * HEAD + dim[None, :]
         out_mask = is_head[:, None] & is_dim[None, :]
         if shares == 1:
             tl.store(out_ptr + out_where, finish(acc, total), mask=out_mask)
         else:
-            flat = (tl.load(items_ptr + item * 4 + 3) * heads + head).to(tl.int64)
+            flat = (tl.load(items_ptr + item * WIDTH + 3) * heads + head).to(tl.int64)
             tl.store(acc_ptr + flat[:, None] * HEAD + dim[None, :], acc, mask=out_mask)
             tl.store(stats_ptr + flat * 2, top, mask=is_head)
             tl.store(stats_ptr + flat * 2 + 1, total, mask=is_head)
@@ -170,7 +187,7 @@ def decode_kernel(
             arrived = tl.atomic_add(done_ptr + row * GROUPS + group, 1, sem="acq_rel")
             if arrived == shares - 1:
                 tl.store(done_ptr + row * GROUPS + group, 0)
-                first = tl.load(firsts_ptr + row)
+                first = tl.load(items_ptr + item * WIDTH + 5)
                 acc = tl.zeros([M, D], tl.float32)
                 top = tl.full([M], float("-inf"), tl.float32)
                 total = tl.zeros([M], tl.float32)
