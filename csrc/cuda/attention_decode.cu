@@ -129,6 +129,8 @@ struct Decode {
 
   __device__ __forceinline__ int key_of(int tile) const { return first_key + tile * (kWarps * kTileKeys); }
 
+  __device__ __forceinline__ bool holds_newest(int tile) const { return static_cast<unsigned>(newest - key_of(tile)) < kTileKeys; }
+
   // The cache block of a tile; blocks are at least as long as tiles.
   __device__ __forceinline__ int block_of(int tile) const {
     const int number = key_of(tile) >> args.block_bits, known = number - (begin >> args.block_bits);
@@ -222,7 +224,7 @@ __global__ void __launch_bounds__(kWarps * 32) attention_decode(const __grid_con
     if (!has_waited) {
       wait_for_previous();
       has_waited = true;
-      if (tiles > 0 && tiles <= kStages && self.newest >= self.key_of(tiles - 1)) self.fetch_newest(tiles - 1, block);
+      if (tiles > 0 && tiles <= kStages && self.holds_newest(tiles - 1)) self.fetch_newest(tiles - 1, block);
     }
 
     // Q^T as the 16 x 8 side: this lane holds dims 2 (lane % 4) + {0, 1, 8, 9} of head lane / 4.
