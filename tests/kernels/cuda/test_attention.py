@@ -7,6 +7,7 @@ from node.errors import ConfigError
 from node.kernels import reference
 from node.kernels.attention.paged import AttentionShape
 from node.kernels.attention.registry import attention_facts, open_attention
+from node.kernels.cuda_ops import CudaOps, Product
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -107,6 +108,49 @@ def test_decode_float32_matches_float64(geometry, is_deterministic):
 def test_decode_even_contexts_match_float64(name, count):
     batch = Batch([(320, 1)] * count, *LLAMA, 16, torch.bfloat16)
     batch.check(batch.decode(batch.backend(name, max_context=8192)))
+
+
+EDGES = {
+    "whole in the ring": [384, 385, 383, 16, 17, 1],
+    "two blocks a processor": [192, 193, 208, 176] * 8,
+    "one round of small blocks": [260, 257, 256, 1] * 16,
+    "rounds begun": [1, 500] * 35,
+    "one": [260],
+    "cut": [2048],
+    "blocks not named": [8192, 1600],
+}
+
+
+@pytest.mark.parametrize("contexts", EDGES.values(), ids=EDGES)
+def test_decode_at_the_edges_of_what_is_fetched_early_matches_float64(contexts):
+    batch = Batch([(context, 1) for context in contexts], *LLAMA, 64, torch.bfloat16)
+    batch.check(batch.decode(batch.backend("native", max_context=8192)))
+
+
+@pytest.mark.parametrize("heads", [8, 40, 72, 128])
+def test_decode_of_other_group_sizes_matches_float64(heads):
+    batch = Batch([(context, 1) for context in (300, 17, 1000)], heads, 8, 128, 64, torch.bfloat16)
+    batch.check(batch.decode(batch.backend("native")))
+
+
+@pytest.mark.parametrize("contexts", [[260], [1, 17, 1000], [160] * 32, [130, 385] * 32], ids=len)
+def test_decode_behind_the_kernel_that_writes_the_newest_key_sees_it(contexts):
+    batch = Batch([(context, 1) for context in contexts], *LLAMA, 64, torch.bfloat16)
+    backend, ops, (heads, groups, size) = batch.backend("native"), CudaOps(), LLAMA
+    plan = backend.plan_decode(batch.tables, batch.lens, backend.shape.max_context)
+    positions = batch.lens - 1
+    places = positions.long()
+    blocks = batch.tables.long().gather(1, places[:, None] // 64)[:, 0]
+    slots = (blocks * 64 + places % 64).int()
+    angles = torch.randn(2, max(contexts), size // 2, device="cuda")
+    product = Product(torch.randn(2, len(contexts), (heads + 2 * groups) * size, device="cuda"))
+    for _ in range(5):
+        for written in (batch.keys, batch.values):
+            written[blocks, places % 64] = float("nan")
+        batch.q.fill_(float("nan"))
+        out = torch.full_like(batch.q, float("nan"))  # nothing may stand between the two kernels
+        ops.rope_kv_write(product, *angles, positions, slots, batch.keys, batch.values, batch.q.flatten(1))
+        batch.check(backend.decode(batch.q, batch.keys, batch.values, plan, out))
 
 
 def test_decode_long_context_matches_float64(name):
