@@ -6,6 +6,9 @@
 // and its 8-column side the query heads of the group: a group of 4 heads wastes half of an instruction, not three quarters, and
 // the online softmax, the rescaling and O^T = V^T P^T all have heads in the same place of a thread (no shuffle but the maximum's).
 //
+// From a block's start to its first keys stands one load: an item names its cache blocks. With a dependent launch the whole ring is on
+// its way before the kernel ahead has ended, but for the newest key and value, which that kernel writes.
+//
 // Shared memory: WARPS x STAGES x 2 x 16 x head_dim x 2 bytes (48 KiB for 2 warps, 3 stages, head size 128: four blocks an SM).
 // Bytes from memory: 4 x head_dim x groups a key, once. Bound: memory. A tile costs a warp 16 mma and about 120 instructions for
 // 8 KiB: 1.5 us of issue an SM at batch 64, context 320, against 27 us of bytes.
