@@ -9,7 +9,7 @@
 // From a block's start to its first keys stands one load: an item names its cache blocks. With a dependent launch the whole ring is on
 // its way before the kernel ahead has ended, but for the newest key and value, which that kernel writes.
 //
-// Shared memory: WARPS x STAGES x 2 x 16 x head_dim x 2 bytes (48 KiB for 2 warps, 3 stages, head size 128: four blocks an SM).
+// Shared memory: WARPS x STAGES x 2 x 16 x head_dim x 2 bytes (48 KiB for 3 warps, 2 stages, head size 128: four blocks an SM).
 // Bytes from memory: 4 x head_dim x groups a key, once. Bound: memory. A tile costs a warp 16 mma and about 120 instructions for
 // 8 KiB: 1.5 us of issue an SM at batch 64, context 320, against 27 us of bytes.
 #include "attention_decode.h"
@@ -421,8 +421,8 @@ cudaError_t launch_shape(const AttentionDecodeArgs& args, cudaStream_t stream) {
 template <int kHead, int kColumns>
 cudaError_t launch_variant(const AttentionDecodeArgs& args, int variant, cudaStream_t stream) {
   switch (variant) {
-    case 0: return launch_shape<kHead, kColumns, 2, 3>(args, stream);
-    case 1: return launch_shape<kHead, kColumns, 4, 3>(args, stream);
+    case 0: return launch_shape<kHead, kColumns, 3, 2>(args, stream);
+    case 1: return launch_shape<kHead, kColumns, 6, 2>(args, stream);
     case 2: return launch_shape<kHead, kColumns, 8, 3>(args, stream);
     default: return cudaErrorInvalidValue;
   }

@@ -40,7 +40,8 @@ struct AttentionDecodeArgs {
 // Whether head_dim (64 or 128), heads_per_group (1 to 16) and block_size are among the compiled ones.
 bool can_attend_decode(int32_t head_dim, int32_t heads_per_group, int32_t block_size);
 
-// Launch on `stream`. Returns the launch's error. `variant`: 0 has 2 warps a block (four blocks an SM), 1 has 4 (two), 2 has 8 (one).
+// Launch on `stream`. Returns the launch's error. `variant`: 0 has 3 warps a block (four blocks an SM), 1 has 6 (two), 2 has 8 (one, and
+// 192 KiB of shared memory).
 cudaError_t launch_attention_decode(const AttentionDecodeArgs& args, int variant, cudaStream_t stream);
 
 }  // namespace openlora

@@ -33,12 +33,14 @@ class Variant:
     has_spare: bool = False
 
 
-# 2 warps and 48 KiB of shared memory, four blocks a processor; 4 warps and 96 KiB, two, of which cutting contexts for the
+# 3 warps and 48 KiB of shared memory, four blocks a processor; 6 warps and 96 KiB, two, of which cutting contexts for the
 # second one never gained what the join costs; 8 warps and 192 KiB, for few sequences: 384 keys are on their way at once.
 _SMALL = Variant(0, 4, ItemCost(), has_spare=True)
 _MIDDLE = Variant(1, 1, ItemCost())
-_LARGE = Variant(2, 1, ItemCost(join_tiles=8))
+_LARGE = Variant(2, 1, ItemCost(join_tiles=3))
+_MIDDLE_RESIDENT = 2  # blocks of a processor
 _FULL = 0.95  # of the last round of small blocks
+_WITH_LARGE = (9, 10)  # major capabilities whose processors have 227 KiB of shared memory for a block
 
 
 class NativeAttention(PagedAttention):
@@ -64,7 +66,9 @@ class NativeAttention(PagedAttention):
         torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
         self._decode: Any = torch.ops.openlora.attention_decode.default
         self._prefill = prefill
-        self._follow = int(has_follow and torch.cuda.get_device_capability(device)[0] >= 9)
+        major = torch.cuda.get_device_capability(device)[0]
+        self._follow = int(has_follow and major >= 9)
+        self._has_large = major in _WITH_LARGE
         self._processors = processors(device)
         self._work = DecodeWork(shape, device, self._programs(_SMALL), item_blocks=_ITEM_BLOCKS)
 
@@ -80,12 +84,14 @@ class NativeAttention(PagedAttention):
         return plan
 
     def _variant(self, batch: int) -> Variant:
-        """Small blocks where they fill the GPU in whole rounds, large ones where each sequence has a processor of its own."""
+        """The largest blocks that all run at once; beyond that small ones where their last round is full, else middle ones."""
         blocks = batch * self.shape.groups
-        if blocks <= self._processors:
+        if self._has_large and blocks <= self._processors:
             return _LARGE
+        if blocks <= self._processors * _MIDDLE_RESIDENT:
+            return _MIDDLE
         rounds = blocks / (self._processors * _SMALL.programs_per_sm)
-        return _SMALL if rounds >= _FULL * ceil(rounds) else _MIDDLE
+        return _SMALL if rounds <= 1 or rounds >= _FULL * ceil(rounds) else _MIDDLE
 
     def _programs(self, variant: Variant) -> int:
         return max(1, self._processors * variant.programs_per_sm // self.shape.groups)
