@@ -143,6 +143,7 @@ void lora_shrink(const Tensor& x, const Tensor& pages, const Tensor& tiles, cons
   STD_TORCH_CHECK(v.size(0) == 1 || v.size(0) == openlora::lora_shrink_planes(x.size(1)), "openlora: v has ", v.size(0),
                   " planes, wanted 1 or ", openlora::lora_shrink_planes(x.size(1)));
   a.follow = follow_of(follow, 2);
+  a.tile_ints = as_int(tiles.size(0), "the size of tiles");
   check_launch(openlora::launch_lora_shrink(a, place.stream()), "lora_shrink");
 }
 

@@ -13,6 +13,7 @@ struct LoraShrinkArgs {
   bool is_float;  // x and pages float32 (SIMT), else bfloat16 (tensor cores, K a multiple of 32)
   LoraWork work;
   Follow follow;
+  int tile_ints;  // int32 that may be read at work.tiles
 };
 
 // Planes of v (LoraWork::v_planes) of the kernel for steps in tiles of at most 16 rows, bfloat16, on Hopper. Everything else makes 1.

@@ -13,6 +13,9 @@
 // Bound by memory: qkv at D = 64, K = 4,096: 25 MB, 8.1 us at 3.1 TB/s, most of which may arrive while the kernel ahead runs; behind
 // its end x (0.7 us), 16 steps (0.6 us), the sum and v (0.5 us). Two blocks of half the ring a processor take as long or longer.
 //
+// Items are read at their fixed places, before it is known how many there are, and beside the header: where entries say their ranks A is
+// sent for after one read. Scales arrive while it does.
+//
 // Blocks without tasks leave at once and the next kernel may start when all others have: a GEMM then fills its ring beside them. So a kernel
 // that follows must read nothing before its wait but what no kernel of the step writes.
 #include "lora_stream.h"
@@ -24,7 +27,7 @@
 namespace openlora {
 namespace {
 
-constexpr int kStreamWarps = 8;
+constexpr int kStreamWarps = 8;      // and stages of a task at most
 constexpr int kStreamColumns = 512;  // inputs of a stage: 16 ranks, one behind the other
 // With 64 bytes between ranks 8 lanes that read 16 bytes each of two of them meet no bank twice.
 constexpr int kStreamPitch = kStreamColumns * 2 + 64;
@@ -33,8 +36,10 @@ constexpr int kStreamRing = 12;
 constexpr int kStreamBarriers = 32;  // at least the ring and a task's stages: a barrier's last stage has then been left by all
 constexpr int kStreamStep = 32;      // k of one load: 4 lanes of 8
 constexpr int kStreamFull = kStreamColumns / kStreamStep;  // steps of a stage
-constexpr int kStreamDepth = kStreamFull;                      // loads of x in flight
+constexpr int kStreamDepth = kStreamFull;                  // loads of x in flight
 constexpr int kSumPitch = 20;        // of 16 ranks: the fragments' stores meet no bank twice
+constexpr int kSumBytes = kStreamWarps * 16 * kSumPitch * 4;
+constexpr int kStreamSharedBytes = kStreamRing * kStageBytes + kSumBytes + kStreamBarriers * 8;
 
 struct StreamParams {
   const void* x;
@@ -42,25 +47,37 @@ struct StreamParams {
   int inputs;
   int chunks;  // stages of a task
   bool waits_last;
+  int processors;
+  int readable;  // items that the block of tiles has room for: what may be read before it is known whether they are there
   LoraWork work;  // v_planes: ranges of k
 };
 
-constexpr int kStreamSharedBytes = kStreamRing * kStageBytes + kStreamWarps * 16 * kSumPitch * 4 + kStreamBarriers * 8;
-
 struct StreamTasks {
-  const int4* items;
   const int* rows;
   int total;
 
   __device__ __forceinline__ explicit StreamTasks(const StreamParams& p) {
-    const TileTable table = read_tile_table(p.work.tiles);
-    items = table.items;
-    rows = table.rows;
-    total = table.item_count * p.work.span_count * p.work.v_planes;
+    const int items = __ldg(p.work.tiles + 1);
+    rows = p.work.tiles + __ldg(p.work.tiles + 5);
+    total = items * p.work.span_count * p.work.v_planes;
   }
   __device__ __forceinline__ int count() const {  // of this block
     const int block = static_cast<int>(blockIdx.x);
     return block < total ? (total - 1 - block) / static_cast<int>(gridDim.x) + 1 : 0;
+  }
+};
+
+__device__ __forceinline__ int stream_number(int j) { return static_cast<int>(blockIdx.x) + j * static_cast<int>(gridDim.x); }
+
+// An item's record, sent for before it is known whether there is one.
+struct RawTask {
+  int4 tile, entry;
+
+  __device__ __forceinline__ RawTask(const StreamParams& p, int j) : tile(), entry() {
+    const int item = stream_number(j) / (p.work.v_planes * p.work.span_count);
+    if (item >= p.readable) return;
+    const int4* from = dealt_items(p.work.tiles, p.processors) + 2 * item;
+    tile = __ldg(from), entry = __ldg(from + 1);
   }
 };
 
@@ -69,45 +86,40 @@ struct StreamTask {
   int place, rows;  // of the item
   int pair, entries, plane, span;
   int ranks;
-  float scale;
+  float scale, weight;
   const __nv_bfloat16* a;  // of the first rank, at the task's first k
 };
 
-__device__ __forceinline__ StreamTask read_stream_task(const StreamParams& p, const StreamTasks& tasks, int j, int count) {
+__device__ __forceinline__ StreamTask as_stream_task(const StreamParams& p, const RawTask& raw, int j, int count) {
   StreamTask found{};
   if (j >= count) return found;
   const LoraWork& work = p.work;
-  const int number = static_cast<int>(blockIdx.x) + j * static_cast<int>(gridDim.x), module = number / work.v_planes;
-  const int4 tile = __ldg(tasks.items + 2 * (module / work.span_count)), raw = __ldg(tasks.items + 2 * (module / work.span_count) + 1);
-  const Entry entry = as_entry(raw);
+  const int number = stream_number(j);
+  const Entry entry = as_entry(raw.entry);
   found.plane = number % work.v_planes;
-  found.span = module % work.span_count;
+  found.span = number / work.v_planes % work.span_count;
   const LoraSpan& span = work.spans[found.span];
-  found.place = tile.x;
-  found.rows = tile.y & 0xffff;
-  found.entries = tile.y >> 16;
-  found.pair = tile.z + tile.w;
+  found.place = raw.tile.x;
+  found.rows = raw.tile.y & 0xffff;
+  found.entries = raw.tile.y >> 16;
+  found.pair = raw.tile.z + raw.tile.w;
   const int left = ranks_left(work, span.module, entry);
   found.ranks = left <= 0 ? 0 : left >= kPageRank ? kPageRank : left;
-  found.scale = __ldg(work.scales + static_cast<int64_t>(span.module) * work.slots + entry.slot) * entry.weight;
+  found.scale = __ldg(work.scales + static_cast<int64_t>(span.module) * work.slots + entry.slot);  // not used before the first sum
+  found.weight = entry.weight;
   found.a = static_cast<const __nv_bfloat16*>(work.pages) + entry.page * work.page_elements + span.a_offset +
             static_cast<int64_t>(found.plane) * p.chunks * kStreamColumns;
   return found;
 }
 
+__device__ __forceinline__ StreamTask read_stream_task(const StreamParams& p, int j, int count) {
+  return as_stream_task(p, RawTask(p, j), j, count);
+}
+
 __device__ __forceinline__ int from_lane(int value, int lane) { return __shfl_sync(kAllLanes, value, lane); }
-
-// Stages of A on their way: a warp's view, which knows where its block's tasks stand in the pages.
-struct StreamSource {
-  const __nv_bfloat16* a;
-  int ranks, plane;
-  int window;  // of 32 tasks
-
-  __device__ __forceinline__ void read(const StreamParams& p, const StreamTasks& tasks, int first, int count) {
-    const StreamTask task = read_stream_task(p, tasks, first * kWarp + static_cast<int>(threadIdx.x) % kWarp, count);
-    a = task.a, ranks = task.ranks, plane = task.plane, window = first;
-  }
-};
+__device__ __forceinline__ const __nv_bfloat16* from_lane(const __nv_bfloat16* value, int lane) {
+  return reinterpret_cast<const __nv_bfloat16*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(value), lane));
+}
 
 // First of the inputs of a stage, and how many: none where k has ended.
 __device__ __forceinline__ int stream_column(const StreamParams& p, int plane, int chunk) {
@@ -117,20 +129,17 @@ __device__ __forceinline__ int stream_columns(const StreamParams& p, int column)
   return max(0, min(kStreamColumns, p.inputs - column));
 }
 
-// One warp: asks for stage `number` of the block.
-__device__ __forceinline__ void load_stage(const StreamParams& p, const StreamTasks& tasks, StreamSource& source, int number, int count,
-                                           uint32_t buffers, uint32_t barriers, uint64_t policy) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, j = number / p.chunks, chunk = number % p.chunks;
-  if (j / kWarp != source.window) source.read(p, tasks, j / kWarp, count);
-  const int from = j % kWarp, ranks = from_lane(source.ranks, from), plane = from_lane(source.plane, from);
-  const auto* a = reinterpret_cast<const __nv_bfloat16*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(source.a), from));
-  const int bytes = stream_columns(p, stream_column(p, plane, chunk)) * 2;
-  const uint32_t barrier = barriers + number % kStreamBarriers * 8, stage = buffers + number % kStreamRing * kStageBytes;
-  if (lane == 0) barrier_expect(barrier, ranks * bytes);
-  __syncwarp();
-  if (lane < ranks && bytes > 0) {
-    bulk_load(stage + lane * kStreamPitch, a + static_cast<int64_t>(lane) * p.inputs + chunk * kStreamColumns, bytes, barrier, policy);
-  }
+// This lane's n-th row of x in a tile, -1 where it has fewer.
+__device__ __forceinline__ int read_row(const StreamTasks& tasks, int place, int rows, int n) {
+  const int r = n * 8 + static_cast<int>(threadIdx.x) % kWarp / 4;
+  return r < rows ? __ldg(tasks.rows + place + r) : -1;
+}
+
+// In the order in which it is written: moved up, they would take more registers than there are.
+__device__ __forceinline__ uint4 load_level2(const char* p) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
 }
 
 // x of a stage for this lane's rows g (and g + 8): all of it where a tile has at most 8 rows, else half.
@@ -138,12 +147,17 @@ struct StreamRows {
   uint4 step[kStreamDepth];
   const char* row[2];  // this lane's first k; null where there is no row
 
+  // number: of a row of x, -1 for none; column: the stage's first.
+  __device__ __forceinline__ void locate(const StreamParams& p, int number, int n, int column) {
+    const int first = column + static_cast<int>(threadIdx.x) % 4 * 8;
+    row[n] = number >= 0 ? reinterpret_cast<const char*>(static_cast<const __nv_bfloat16*>(p.x) + number * p.x_stride + first) : nullptr;
+  }
   template <int kTiles>
   __device__ __forceinline__ void load(int slot, int step_index, int steps) {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       step[slot * kTiles + n] = row[n] != nullptr && step_index < steps
-                                    ? __ldcg(reinterpret_cast<const uint4*>(row[n] + step_index * kStreamStep * 2))
+                                    ? load_level2(row[n] + step_index * kStreamStep * 2)
                                     : make_uint4(0, 0, 0, 0);
     }
   }
@@ -157,6 +171,72 @@ struct StreamRows {
     }
   }
 };
+
+// What a task's sums need of it, the same in all lanes.
+struct StreamPlace {
+  int rows, ranks, plane, span, pair, entries;
+  float scale;
+
+  // Of the task that lane `from` knows.
+  __device__ __forceinline__ StreamPlace(const StreamTask& known, int from)
+      : rows(from_lane(known.rows, from)),
+        ranks(from_lane(known.ranks, from)),
+        plane(from_lane(known.plane, from)),
+        span(from_lane(known.span, from)),
+        pair(from_lane(known.pair, from)),
+        entries(from_lane(known.entries, from)),
+        scale(__shfl_sync(kAllLanes, known.scale, from) * __shfl_sync(kAllLanes, known.weight, from)) {}
+};
+
+// Puts a stage's sums down for the block.
+__device__ __forceinline__ void put_sums(float* sums, int chunk, const float (&acc)[2][4], float scale) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      sums[(chunk * 16 + n * 8 + 2 * (lane % 4) + i % 2) * kSumPitch + lane / 4 + 8 * (i / 2)] = acc[n][i] * scale;
+  }
+}
+
+// One of 256 values of a task: its stages' sums in order, to v.
+__device__ __forceinline__ void store_sum(const StreamParams& p, const StreamPlace& at, const float* sums, int number) {
+  const int r = number / kPageRank, rank = number % kPageRank;
+  if (r >= at.rows) return;
+  float sum = sums[r * kSumPitch + rank];
+  for (int c = 1; c < p.chunks; ++c) sum += sums[(c * 16 + r) * kSumPitch + rank];
+  const int64_t place = ((at.pair + static_cast<int64_t>(r) * at.entries) * p.work.span_count + at.span) * kPageRank + rank;
+  p.work.v[at.plane * p.work.v_stride + place] = rank < at.ranks ? sum : 0.f;
+}
+
+// Stages of A on their way: a warp's view, which knows where its block's tasks stand in the pages.
+struct StreamSource {
+  const __nv_bfloat16* a;
+  int ranks, plane;
+  int window;  // of 32 tasks
+
+  __device__ __forceinline__ StreamSource(const StreamTask& task) : a(task.a), ranks(task.ranks), plane(task.plane), window(0) {}
+  __device__ __forceinline__ void read(const StreamParams& p, int first, int count) {
+    *this = StreamSource(read_stream_task(p, first * kWarp + static_cast<int>(threadIdx.x) % kWarp, count));
+    window = first;
+  }
+};
+
+// One warp: asks for stage `number` of the block.
+__device__ __forceinline__ void load_stage(const StreamParams& p, StreamSource& source, int number, int count,
+                                           uint32_t buffers, uint32_t barriers, uint64_t policy) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, j = number / p.chunks, chunk = number % p.chunks;
+  if (j / kWarp != source.window) source.read(p, j / kWarp, count);
+  const int from = j % kWarp, ranks = from_lane(source.ranks, from), plane = from_lane(source.plane, from);
+  const __nv_bfloat16* a = from_lane(source.a, from);
+  const int bytes = stream_columns(p, stream_column(p, plane, chunk)) * 2;
+  const uint32_t barrier = barriers + number % kStreamBarriers * 8, stage = buffers + number % kStreamRing * kStageBytes;
+  if (lane == 0) barrier_expect(barrier, ranks * bytes);
+  __syncwarp();
+  if (lane < ranks && bytes > 0) {
+    bulk_load(stage + lane * kStreamPitch, a + static_cast<int64_t>(lane) * p.inputs + chunk * kStreamColumns, bytes, barrier, policy);
+  }
+}
 
 // acc += A x^T of a stage. Ranks that are not there hold what the stage held before: their sums are not used. kFull: it has
 // kStreamFull steps, which the compiler can then order as it likes.
@@ -197,34 +277,28 @@ __device__ __forceinline__ void multiply_stage(StreamRows& x, const char* stage,
 __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) shrink_stream_kernel(const __grid_constant__ StreamParams p) {
   extern __shared__ __align__(128) char shared[];
   start_dependents();
+  const int warp = warp_index(), lane = static_cast<int>(threadIdx.x) % kWarp;
+  const RawTask raw(p, lane);
   const StreamTasks tasks(p);
   const int count = tasks.count(), stages = count * p.chunks;
   if (count == 0 && blockIdx.x > 0) return;  // the first block waits for the kernels ahead, so that who waits for this one does
-  const int warp = warp_index(), lane = static_cast<int>(threadIdx.x) % kWarp;
   float* sums = reinterpret_cast<float*>(shared + kStreamRing * kStageBytes);
-  const uint32_t buffers = shared_address(shared), barriers = shared_address(sums + kStreamWarps * 16 * kSumPitch);
+  const uint32_t buffers = shared_address(shared), barriers = shared_address(sums) + kSumBytes;
   if (threadIdx.x < kStreamBarriers) barrier_init(barriers + static_cast<int>(threadIdx.x) * 8, 1);
   if (warp == 0) barrier_init_fence();
   __syncthreads();
   const uint64_t policy = policy_evict_first();
-  StreamSource source;
-  source.read(p, tasks, 0, count);
-  for (int number = warp; number < min(kStreamRing, stages); number += kStreamWarps) load_stage(p, tasks, source, number, count, buffers, barriers, policy);
+  StreamTask known = as_stream_task(p, raw, lane, count);
+  StreamSource source(known);
+  for (int number = warp; number < min(kStreamRing, stages); number += kStreamWarps) load_stage(p, source, number, count, buffers, barriers, policy);
 
-  StreamTask known = read_stream_task(p, tasks, lane, count);
   StreamRows x;
   int steps = 0;
   auto locate = [&](int j) {  // this lane's rows of x in task j
     const int from = j % kWarp, place = from_lane(known.place, from), rows = from_lane(known.rows, from);
     const int column = stream_column(p, from_lane(known.plane, from), warp);
     steps = warp < p.chunks ? stream_columns(p, column) / kStreamStep : 0;
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const int r = n * 8 + lane / 4;
-      x.row[n] = r < rows ? reinterpret_cast<const char*>(static_cast<const __nv_bfloat16*>(p.x) + __ldg(tasks.rows + place + r) * p.x_stride +
-                                                          column + lane % 4 * 8)
-                          : nullptr;
-    }
+    x.locate(p, read_row(tasks, place, rows, 0), 0, column), x.locate(p, read_row(tasks, place, rows, 1), 1, column);
   };
   if (count > 0) locate(0);
   if (!p.waits_last) wait_for_previous();
@@ -237,33 +311,18 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) shrink_stream_kernel(c
       barrier_wait(barriers + number % kStreamBarriers * 8, number / kStreamBarriers & 1);
       multiply_stage(x, shared + number % kStreamRing * kStageBytes, rows, steps, acc);
       __syncwarp();
-      if (number + kStreamRing < stages) load_stage(p, tasks, source, number + kStreamRing, count, buffers, barriers, policy);
+      if (number + kStreamRing < stages) load_stage(p, source, number + kStreamRing, count, buffers, barriers, policy);
     }
-    const int ranks = from_lane(known.ranks, from), plane = from_lane(known.plane, from), span = from_lane(known.span, from);
-    const int pair = from_lane(known.pair, from), entries = from_lane(known.entries, from);
-    const float scale = __shfl_sync(kAllLanes, known.scale, from);
+    const StreamPlace at(known, from);
     if (j + 1 < count) {  // its x arrives while this task is summed
-      if ((j + 1) % kWarp == 0) known = read_stream_task(p, tasks, j + 1 + lane, count);
+      if ((j + 1) % kWarp == 0) known = read_stream_task(p, j + 1 + lane, count);
       locate(j + 1);
       x.open(from_lane(known.rows, (j + 1) % kWarp), steps);
     }
     __syncthreads();  // the sums of the task before have been read
-    if (warp < p.chunks) {
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          sums[(warp * 16 + n * 8 + 2 * (lane % 4) + i % 2) * kSumPitch + lane / 4 + 8 * (i / 2)] = acc[n][i] * scale;
-      }
-    }
+    if (warp < p.chunks) put_sums(sums, warp, acc, at.scale);
     __syncthreads();
-    const int r = static_cast<int>(threadIdx.x) / kPageRank, rank = static_cast<int>(threadIdx.x) % kPageRank;
-    if (r < rows) {
-      float sum = sums[r * kSumPitch + rank];
-      for (int c = 1; c < p.chunks; ++c) sum += sums[(c * 16 + r) * kSumPitch + rank];
-      const int64_t place = ((pair + static_cast<int64_t>(r) * entries) * p.work.span_count + span) * kPageRank + rank;
-      p.work.v[plane * p.work.v_stride + place] = rank < ranks ? sum : 0.f;
-    }
+    store_sum(p, at, sums, static_cast<int>(threadIdx.x));
   }
   if (p.waits_last && blockIdx.x == 0) wait_for_previous();
 }
@@ -272,6 +331,13 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) shrink_stream_kernel(c
 int stream_ranges(int64_t inputs) {
   const int64_t most = int64_t{kStreamWarps} * kStreamColumns;
   return static_cast<int>((inputs + most - 1) / most);
+}
+
+StreamParams stream_params(const LoraShrinkArgs& args) {
+  const int ranges = args.work.v_planes, stages = (args.inputs + kStreamColumns - 1) / kStreamColumns, processors = processor_count();
+  const int items = kTileHeader + processors * (kStreamDealInts + kNormDealInts), chunks = (stages + ranges - 1) / ranges;
+  const int readable = std::max(0, (args.tile_ints - items) / 8);
+  return {args.x, args.x_stride, args.inputs, chunks, args.follow == Follow::kWaitLast, processors, readable, args.work};
 }
 
 }  // namespace
@@ -287,10 +353,8 @@ bool can_stream_lora(const LoraShrinkArgs& args) {
 }
 
 cudaError_t launch_lora_stream(const LoraShrinkArgs& args, cudaStream_t stream) {
-  const int ranges = args.work.v_planes, stages = (args.inputs + kStreamColumns - 1) / kStreamColumns;
-  const StreamParams p{args.x, args.x_stride, args.inputs, (stages + ranges - 1) / ranges, args.follow == Follow::kWaitLast, args.work};
   const Shape shape{processor_count(), kStreamWarps * kWarp, kStreamSharedBytes};
-  return launch(shrink_stream_kernel, shape, args.follow, stream, p);
+  return launch(shrink_stream_kernel, shape, args.follow, stream, stream_params(args));
 }
 
 }  // namespace openlora

@@ -85,7 +85,8 @@ def test_stream_without_adapters_writes_nothing_and_still_waits(make_work):
 
 @pytest.mark.parametrize("inputs", [4096, 14336])
 @pytest.mark.parametrize("rows", [1, 64, 256])
-def test_stream_before_a_product_reads_what_was_just_written(make_work, inputs, rows):
+@pytest.mark.parametrize("follow", [Follow.WAIT_FIRST, Follow.WAIT_LAST])
+def test_stream_before_or_behind_a_product_reads_what_was_just_written(make_work, inputs, rows, follow):
     """x is made anew before each product, and the product may begin while its shrink still waits for x."""
     terms = _terms(rows)
     work, count = make_work(terms, RANKS, inputs, (1024,)), 6
@@ -94,19 +95,25 @@ def test_stream_before_a_product_reads_what_was_just_written(make_work, inputs, 
     y = torch.empty(work.ops.skinny_gemm_planes(1024, inputs, rows), rows, 1024, device="cuda")
     v, outs = work.poisoned_v(work.ops.shrink_planes(inputs)), torch.empty(count, rows, 1024, device="cuda")
 
-    def run(follow):
-        for i in range(count):
-            work.ops.rms_norm(raw[i], norm, 1e-5, x, follow)
-            work.ops.lora_shrink(x, work.tiles, work.span_tuple, v, follow)
-            work.ops.skinny_gemm(x, weight, y, follow)
-            work.ops.materialize(work.product(y, v), outs[i], follow)
+    def shrink(follow):
+        work.ops.lora_shrink(x, work.tiles, work.span_tuple, v, follow)
 
-    run(Follow.PLAIN)
+    def run(others, own):
+        for i in range(count):
+            work.ops.rms_norm(raw[i], norm, 1e-5, x, others)
+            if own <= Follow.WAIT_FIRST:
+                shrink(own)
+            work.ops.skinny_gemm(x, weight, y, others)
+            if own > Follow.WAIT_FIRST:
+                shrink(own)
+            work.ops.materialize(work.product(y, v), outs[i], others)
+
+    run(Follow.PLAIN, Follow.PLAIN)
     wanted = outs.clone()
     assert bool(wanted.isfinite().all())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run(Follow.WAIT_FIRST)
+        run(Follow.WAIT_FIRST, follow)
     for _ in range(20):
         outs.fill_(float("nan"))
         v.fill_(float("nan"))
