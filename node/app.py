@@ -109,7 +109,7 @@ async def open_node(settings: Settings) -> AsyncIterator[Node]:
         fetcher = FetchClient(settings, ready.linears, ready.base_id)
         await fetcher.start()
         stack.push_async_callback(fetcher.close)
-        catalog = AdapterCatalog(settings, fetcher, time.monotonic, names=names)
+        catalog = AdapterCatalog(settings, fetcher, time.monotonic, names=names, weight_of=tenancy.weight_of_owner)
         stack.push_async_callback(catalog.close)
         await catalog.start()
         await catalog.restore(tenancy.sees_of_owner)

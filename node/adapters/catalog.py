@@ -14,7 +14,7 @@ from pathlib import Path
 
 from node.adapters.entry import CatalogEntry, NameFilter, sees_all
 from node.adapters.failures import Failures
-from node.adapters.fetching.door import Fetcher
+from node.adapters.fetching.door import VERIFY_THREADS, Fetcher
 from node.adapters.flights import Flights
 from node.adapters.locations import SCHEMES, SOURCES, is_location
 from node.adapters.name_desk import NameDesk
@@ -23,6 +23,7 @@ from node.adapters.registrations import NameStore
 from node.adapters.shelves import Shelves
 from node.adapters.sources.local import LocalSource
 from node.adapters.staging import Progress
+from node.adapters.turns import WeightOf, same_weight
 from node.adapters.verify import Fingerprint, fingerprint
 from node.config import Settings
 from node.errors import (
@@ -48,6 +49,7 @@ class AdapterCatalog:
         fetcher: Does what blocks: asks sources, fetches, verifies.
         clock: Monotonic seconds.
         names: Where given names outlive the node; None: they do not.
+        weight_of: An owner's weight, by which fetches that wait take turns.
 
     Raises:
         ConfigError: A directory of the settings does not exist, or a store's settings make no sense.
@@ -60,12 +62,19 @@ class AdapterCatalog:
         clock: Callable[[], float],
         *,
         names: NameStore | None = None,
+        weight_of: WeightOf = same_weight,
     ) -> None:
         chosen = settings.adapters
         self._local = LocalSource(_roots(chosen.directory, chosen.roots))
         self._fetcher = fetcher
         # Of directories alone: fetches from elsewhere have flights of their own, so that a storm of them closes nothing here.
-        self._flights = Flights(limit=chosen.fetch_queue_limit, timeout_s=chosen.fetch_timeout_s)
+        # One worker more than threads: a tenant that is alone leaves one to others, and files of this machine are checked soon.
+        self._flights = Flights(
+            limit=chosen.fetch_queue_limit,
+            timeout_s=chosen.fetch_timeout_s,
+            workers=VERIFY_THREADS + 1,
+            weight_of=weight_of,
+        )
         self._failures = Failures(chosen.negative_cache_s, clock)
         self._aliases: dict[str, Path] = {}
         self._entries: OrderedDict[str, tuple[Fingerprint, CatalogEntry]] = OrderedDict()
@@ -74,7 +83,7 @@ class AdapterCatalog:
         self._names = NameDesk(self._find, names)
         self._problems: dict[str, AdapterError] = {}
         self._default_source = chosen.default_source
-        self._shelves = Shelves(chosen, fetcher, self._failures, clock)
+        self._shelves = Shelves(chosen, fetcher, self._failures, clock, weight_of)
 
     @property
     def problems(self) -> Mapping[str, AdapterError]:
@@ -136,7 +145,7 @@ class AdapterCatalog:
         if not path.is_dir():
             raise AdapterNotFoundError(f"{path} is not a directory; name one that holds adapter_config.json")
         directory = path.resolve()
-        entry = await self._from_directory(alias, directory)
+        entry = await self._from_directory(alias, directory, owner="")
         self._aliases[alias] = directory
         return entry
 
@@ -211,16 +220,14 @@ class AdapterCatalog:
             pin: The content hash the client insists on.
             sees: Which of the operator's names exist for the caller. One that does not is looked past, so that its answer, and
                 the work for it, are those of a name nobody registered.
-            owner: Whose registered names count.
+            owner: Whose registered names count, and whose turn it is when something has to be fetched or verified.
 
         Raises:
             AdapterError: Every kind; the message names the adapter.
         """
         given = await self._names.resolve(owner, name, source, token, sees)
-        entry = given if given is not None else await self._find(name, source, token, sees)
-        if pin is not None and entry.adapter_id != pin:
-            raise AdapterChangedError(f"adapter {name} is now {entry.adapter_id}; the request is pinned to {pin}", param="model")
-        return entry
+        entry = given if given is not None else await self._find(name, source, token, sees, owner)
+        return entry if pin is None else _pinned(entry, name, pin)
 
     def entries(self, sees: NameFilter = sees_all, owner: str = "") -> tuple[CatalogEntry, ...]:
         """The adapters known now, by name, of those that exist for the caller. Ones that their source keeps private or gated are
@@ -241,13 +248,13 @@ class AdapterCatalog:
         """The downloads under way now."""
         return await self._shelves.fetching()
 
-    async def _find(self, text: str, source: str | None, token: str | None, sees: NameFilter) -> CatalogEntry:
+    async def _find(self, text: str, source: str | None, token: str | None, sees: NameFilter, owner: str) -> CatalogEntry:
         if source is not None and source not in SOURCES:
             raise AdapterForbiddenError(
                 f"adapter source {source[:40]!r} is not offered; use one of {', '.join(SOURCES)}", param="adapter_source"
             )
         if is_location(text) or source in SCHEMES:
-            return await self._shelves.at_location(text, source, sees)
+            return await self._shelves.at_location(text, source, sees, owner)
         name = self._local.name_of(text) if source in (None, "local") else None
         name = name or parse_name(text)
         if source in (None, "local"):
@@ -255,22 +262,24 @@ class AdapterCatalog:
             if directory is None:
                 self._drop(str(name))
             elif sees(name.path):
-                return await self._from_directory(str(name), directory)
+                return await self._from_directory(str(name), directory, owner)
         if _CONTENT_ID.fullmatch(name.path):
-            return await self._find_by_content(name, sees)
+            return await self._find_by_content(name, sees, owner)
         chosen = source or self._default_source
         if chosen in SCHEMES:
-            return await self._shelves.at_location(text, chosen, sees)
+            return await self._shelves.at_location(text, chosen, sees, owner)
         if chosen == "local" or not (name.is_hub_id or source is not None):
             raise AdapterNotFoundError(f"adapter {name}: this node has no adapter directory of that name", param="model")
-        return await self._shelves.by_name(chosen, name, token, sees)
+        return await self._shelves.by_name(chosen, name, token, sees, owner)
 
-    async def _find_by_content(self, name: AdapterName, sees: NameFilter) -> CatalogEntry:
+    async def _find_by_content(self, name: AdapterName, sees: NameFilter, owner: str) -> CatalogEntry:
         """An adapter by what it is, through a name that exists for the caller. The files are looked at again: a moved alias must
         not answer for its old hash."""
         for entry in (*self._named_by_content.get(name.path, {}).values(), *self._shelves.of_content(name.path)):
             if sees(entry.name):
-                return await self.resolve(entry.name, entry.source, pin=name.path, sees=sees)
+                self._names.refuse_withdrawn("", entry.name)
+                found = await self._find(entry.name, entry.source, None, sees, owner)
+                return _pinned(found, entry.name, name.path)
         raise AdapterNotFoundError(f"no adapter with content hash {name.path} is known here; name it by its name", param="model")
 
     def _find_directory(self, name: AdapterName) -> Path | None:
@@ -279,7 +288,7 @@ class AdapterCatalog:
         found = self._local.find(name)  # an alias takes as long as a name nobody registered
         return self._aliases.get(name.path, found)
 
-    async def _from_directory(self, name: str, directory: Path) -> CatalogEntry:
+    async def _from_directory(self, name: str, directory: Path, owner: str) -> CatalogEntry:
         """The entry of a local directory, verified again whenever a stat of its files says they changed."""
         state = fingerprint(directory)
         known = self._entries.get(name)
@@ -287,7 +296,7 @@ class AdapterCatalog:
             return known[1]
         key = ("local", name, directory)
         self._failures.raise_known(key, state)
-        return await self._flights.join((key, state), lambda: self._verify_directory(name, directory, key, state))
+        return await self._flights.join((key, state), lambda: self._verify_directory(name, directory, key, state), owner)
 
     async def _verify_directory(self, name: str, directory: Path, key: tuple[str, str, Path], state: Fingerprint) -> CatalogEntry:
         try:
@@ -314,6 +323,12 @@ class AdapterCatalog:
             del names[name]
             if not names:
                 del self._named_by_content[known[1].adapter_id]
+
+
+def _pinned(entry: CatalogEntry, name: str, pin: str) -> CatalogEntry:
+    if entry.adapter_id != pin:
+        raise AdapterChangedError(f"adapter {name} is now {entry.adapter_id}; the request is pinned to {pin}", param="model")
+    return entry
 
 
 def _roots(directory: Path | None, further: Sequence[Path]) -> tuple[Path, ...]:

@@ -15,7 +15,7 @@ from node.errors import AdapterError, AdapterIdError, AdapterNotFoundError
 RESTORED_AT_ONCE = 4
 RESTORED_NAMES = 1000  # found without being asked for after a restart; more would be a storm at their sources
 
-Find = Callable[[str, str | None, str | None, NameFilter], Awaitable[CatalogEntry]]  # (target, source, token, sees)
+Find = Callable[[str, str | None, str | None, NameFilter, str], Awaitable[CatalogEntry]]  # (target, source, token, sees, owner)
 
 
 class NameDesk:
@@ -44,7 +44,7 @@ class NameDesk:
         """
         alias = _new_name(name)
         self._require_free(owner, alias, replaces=replaces)
-        entry = replace(await self._found(target, source, token, sees), name=alias)
+        entry = replace(await self._found(target, source, token, sees, owner), name=alias)
         async with self._changing:
             known = self._require_free(owner, alias, replaces=replaces)  # somebody may have been faster
             await self._keep(GivenName(owner, alias, target, source, token is not None))
@@ -88,14 +88,19 @@ class NameDesk:
         """
         known = self._table.get(owner, name) if source is None else None
         if known is not None:
-            entry = replace(await self._find(known.target, known.source, known.token_for(name, token), sees), name=name)
+            found = await self._find(known.target, known.source, known.token_for(name, token), sees, owner)
+            entry = replace(found, name=name)
             self._table.refresh(owner, name, entry)
             return entry
+        self.refuse_withdrawn(owner, name)
+        return None
+
+    def refuse_withdrawn(self, owner: str, name: str) -> None:
+        """Raise AdapterNotFoundError (adapter_unloaded) where an owner took back a name that others may still use."""
         if self._table.is_withdrawn(owner, name):
             raise AdapterNotFoundError(
                 f"the adapter {name} was unloaded; load it again first", code="adapter_unloaded", param="model"
             )
-        return None
 
     def target(self, owner: str, name: str) -> str | None:
         """The name or location that an owner's name was given to."""
@@ -157,10 +162,10 @@ class NameDesk:
 
         await asyncio.gather(*(find(owner, name) for owner, name, _ in self._table.all()[:RESTORED_NAMES]))
 
-    async def _found(self, target: str, source: str | None, token: str | None, sees: NameFilter) -> CatalogEntry:
+    async def _found(self, target: str, source: str | None, token: str | None, sees: NameFilter, owner: str) -> CatalogEntry:
         """What a new name is to stand for; its errors name the field that says so."""
         try:
-            return await self._find(target, source, token, sees)
+            return await self._find(target, source, token, sees, owner)
         except AdapterError as error:
             param = "lora_path" if error.param == "model" else error.param
             raise type(error)(error.message, code=error.error_code, param=param, retry_after_s=error.retry_after_s) from error

@@ -69,8 +69,8 @@ class RemoteShelf(Generic[NameT]):
         self._shelved: OrderedDict[Key, _Shelved] = OrderedDict()
         self._content: OrderedDict[Path, str] = OrderedDict()  # staged directory -> content hash
 
-    async def resolve(self, name: NameT, token: str | None) -> tuple[str, VerifiedAdapter]:
-        """The revision a name stands for and its verified adapter.
+    async def resolve(self, name: NameT, token: str | None, owner: str) -> tuple[str, VerifiedAdapter]:
+        """The revision a name stands for and its verified adapter. What has to be asked for it takes `owner`'s turn.
 
         Raises:
             AdapterError: The source's refusal, or what is wrong with the files. AdapterChangedError: a revision's files changed.
@@ -82,7 +82,7 @@ class RemoteShelf(Generic[NameT]):
             return known.revision, known.verified
         self._failures.raise_known(key)
         flights = self._flights if known is None else self._rechecks
-        shelved = await flights.join(key, lambda: self._refresh(key, name, token))
+        shelved = await flights.join(key, lambda: self._refresh(key, name, token), owner)
         return shelved.revision, shelved.verified
 
     def expire(self, name: str) -> None:

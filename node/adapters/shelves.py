@@ -16,6 +16,7 @@ from node.adapters.names import AdapterName
 from node.adapters.remote import NameT
 from node.adapters.shelf import RemoteShelf
 from node.adapters.staging import Progress
+from node.adapters.turns import WeightOf
 from node.config import AdapterSettings
 from node.errors import AdapterError, AdapterForbiddenError, AdapterNotFoundError
 
@@ -26,14 +27,26 @@ class Shelves:
     Args:
         fetcher: Asks the sources. failures: the negative cache.
         clock: Monotonic seconds.
+        weight_of: An owner's weight.
 
     Raises:
         ConfigError: A store's URL makes no sense.
     """
 
-    def __init__(self, settings: AdapterSettings, fetcher: Fetcher, failures: Failures, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, settings: AdapterSettings, fetcher: Fetcher, failures: Failures, clock: Callable[[], float], weight_of: WeightOf
+    ) -> None:
         # Names that are known here are asked about in flights of their own: a storm of unknown ones refuses none of them.
-        flights, rechecks = (Flights(limit=settings.fetch_queue_limit, timeout_s=settings.fetch_timeout_s) for _ in range(2))
+        # As many workers as the fetching process has threads for each: nothing waits over there, where no tenant's turn counts.
+        flights, rechecks = (
+            Flights(
+                limit=settings.fetch_queue_limit,
+                timeout_s=settings.fetch_timeout_s,
+                workers=settings.fetch_workers,
+                weight_of=weight_of,
+            )
+            for _ in range(2)
+        )
 
         def shelf(kind: str) -> RemoteShelf[Any]:
             return RemoteShelf(kind, fetcher, flights, rechecks, failures, clock, settings.private_recheck_s)
@@ -47,26 +60,26 @@ class Shelves:
             kind: shelf(kind) for kind, is_offered in offered.items() if is_offered
         }
 
-    async def by_name(self, source: str, name: AdapterName, token: str | None, sees: NameFilter) -> CatalogEntry:
+    async def by_name(self, source: str, name: AdapterName, token: str | None, sees: NameFilter, owner: str) -> CatalogEntry:
         """An adapter of the hub or of pbase. What the operator closed to the caller is absent, whatever its token may read."""
         shelf = self._by_name.get(source)
         if shelf is None:
             key = "adapters.allow_hub is false" if source == "hub" else "adapters.pbase_url is not set"
             raise AdapterForbiddenError(f"adapter {name}: this node fetches nothing from {source} ({key})", param="model")
         if not sees(name.path) and "/" in name.path:
-            raise await _missing(shelf, name, _absent_name(source, name), token)
-        revision, verified = await shelf.resolve(name, token)
+            raise await _missing(shelf, name, _absent_name(source, name), token, owner)
+        revision, verified = await shelf.resolve(name, token, owner)
         return CatalogEntry(str(name), source, revision, verified)
 
-    async def at_location(self, text: str, source: str | None, sees: NameFilter) -> CatalogEntry:
+    async def at_location(self, text: str, source: str | None, sees: NameFilter, owner: str) -> CatalogEntry:
         """An adapter of one of the operator's stores. A location outside them is refused before anything is asked."""
         location = parse_location(text, source if source in SCHEMES else None)
         if source not in (None, location.source):
             raise AdapterForbiddenError(f"adapter location {location} is not of source {source}", param="adapter_source")
         require_below(location, self._roots)
         if not sees(str(location)):
-            raise await _missing(self._by_location, location, _absent_sibling(location), None)
-        revision, verified = await self._by_location.resolve(location, None)
+            raise await _missing(self._by_location, location, _absent_sibling(location), None, owner)
+        revision, verified = await self._by_location.resolve(location, None, owner)
         return CatalogEntry(str(location), location.source, revision, verified)
 
     def entries(self) -> Iterator[CatalogEntry]:
@@ -101,10 +114,10 @@ class Shelves:
             await flights.close()
 
 
-async def _missing(shelf: RemoteShelf[NameT], name: NameT, absent: NameT, token: str | None) -> AdapterError:
+async def _missing(shelf: RemoteShelf[NameT], name: NameT, absent: NameT, token: str | None, owner: str) -> AdapterError:
     """The answer for a name that does not exist for the caller, after the work for one that nobody has anything at."""
     try:
-        await shelf.resolve(absent, token)
+        await shelf.resolve(absent, token, owner)
     except AdapterError as error:
         message = error.message.replace(str(absent), str(name))
         return type(error)(message, code=error.error_code, param=error.param, retry_after_s=error.retry_after_s)

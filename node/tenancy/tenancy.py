@@ -43,6 +43,10 @@ class Tenancy:
         """`sees` for whoever owns registered names."""
         return self.sees(owner or ANONYMOUS)
 
+    def weight_of_owner(self, owner: str) -> int:
+        """What an owner of registered names weighs against others."""
+        return self.store.terms(owner or ANONYMOUS).weight
+
     def is_public(self, name: str) -> bool:
         """Whether everybody may know of an adapter name."""
         return self.store.private_adapter(name) is None and self.store_rules.admits(name, None)

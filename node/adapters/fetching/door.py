@@ -10,6 +10,8 @@ from typing import Protocol
 from node.adapters.staging import Progress
 from node.adapters.verify import Fingerprint, VerifiedAdapter
 
+VERIFY_THREADS = 4  # for directories
+
 
 @dataclass(frozen=True, slots=True)
 class FetchedAdapter:

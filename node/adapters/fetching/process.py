@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from node.adapters.fetching.door import VERIFY_THREADS
 from node.adapters.fetching.messages import (
     MAX_MESSAGE_BYTES,
     Answer,
@@ -38,7 +39,6 @@ from node.config import AdapterSettings, Settings
 from node.errors import NodeError
 
 NICENESS = 5  # whoever is served now comes first
-VERIFY_THREADS = 4
 DRAIN_S = 1.0  # at the end, for what is nearly done; a broken download goes on where it stopped
 EXIT_START_FAILED = 3
 
