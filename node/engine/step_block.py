@@ -20,7 +20,7 @@ from torch import Tensor
 from node.kernels.device_rows import DeviceRows
 from node.kernels.head_rows import LogitTops
 from node.kernels.lora import LoraRows
-from node.kernels.lora_tiles import LINE_INTS
+from node.kernels.lora_tiles import LINE_INTS, aligned_ints
 from node.kernels.side import SideGroup
 from node.models.inputs import StepInputs
 
@@ -57,8 +57,8 @@ class BlockLayout:
     @classmethod
     def of(cls, rows: int, sequences: int, logit_rows: int, table_width: int) -> BlockLayout:
         counts = (rows, rows, rows, rows, sequences + 1, sequences, logit_rows, logit_rows or rows, sequences * table_width)
-        starts = np.cumsum([0, *(_aligned(count) for count in counts)]).tolist()
-        starts[-1] = _aligned(starts[-1], LINE_INTS)
+        starts = np.cumsum([0, *(aligned_ints(count) for count in counts)]).tolist()
+        starts[-1] = aligned_ints(starts[-1], LINE_INTS)
         return cls(rows, sequences, logit_rows, table_width, *starts)
 
 
@@ -76,7 +76,7 @@ class StepBlock:
 
     def __init__(self, drawn: int, capacity: int, device: torch.device) -> None:
         self._capacity = capacity
-        self._drawn = _aligned(drawn, LINE_INTS)
+        self._drawn = aligned_ints(drawn, LINE_INTS)
         is_gpu = device.type == "cuda"
         self._hosts = [torch.zeros(capacity, dtype=torch.int32, pin_memory=is_gpu) for _ in range(2)]
         self._memory = torch.zeros(self._drawn + capacity, dtype=torch.int32, device=device)
@@ -160,7 +160,3 @@ def upload(values: Sequence[int], device: torch.device) -> Tensor:
     """[n] int64 on the device, without waiting for it: from pinned memory, which torch keeps until it is read."""
     host = torch.tensor(list(values), dtype=torch.int64, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
-
-
-def _aligned(count: int, multiple: int = 4) -> int:
-    return -(-count // multiple) * multiple

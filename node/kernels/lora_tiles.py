@@ -93,7 +93,7 @@ def block_ints(rows: int, sequences: int, entries: int, tile_rows: int, processo
     tiles = min(rows, -(-rows // tile_rows) + sequences)
     table = ENTRY_INTS * min(rows, sequences) * entries
     parts = (HEADER_INTS, deal_ints(processors), ITEM_INTS * tiles * entries, TILE_INTS * tiles, rows, table, rows)
-    return _aligned(sum(_aligned(part) for part in parts), LINE_INTS)
+    return aligned_ints(sum(aligned_ints(part) for part in parts), LINE_INTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +175,8 @@ def _join(facts: Sequence[int], deals: Ints, items: Ints, rest: Sequence[Ints]) 
         facts: tiles, items, rows, pairs, rows of the largest tile, processors. rest: tiles, rows, entries, tile_of.
     """
     sections = [deals, items, *rest]
-    offsets = np.cumsum([HEADER_INTS, *(_aligned(section.size) for section in sections)]).tolist()
-    data = np.zeros(_aligned(offsets[-1], LINE_INTS), np.int32)
+    offsets = np.cumsum([HEADER_INTS, *(aligned_ints(section.size) for section in sections)]).tolist()
+    data = np.zeros(aligned_ints(offsets[-1], LINE_INTS), np.int32)
     _, items_at, tiles_at, rows_at, entries_at, tile_of_at, _ = offsets
     data[:11] = [*facts[:4], tiles_at, rows_at, entries_at, items_at, facts[4], tile_of_at, facts[5]]
     for offset, section in zip(offsets, sections, strict=False):
@@ -184,5 +184,6 @@ def _join(facts: Sequence[int], deals: Ints, items: Ints, rest: Sequence[Ints]) 
     return data
 
 
-def _aligned(ints: int, multiple: int = 4) -> int:
+def aligned_ints(ints: int, multiple: int = 4) -> int:
+    """The next multiple: sections of a step's run of int32 begin at one, of 16 bytes where nothing else is said."""
     return -(-ints // multiple) * multiple
