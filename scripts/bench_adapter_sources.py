@@ -7,7 +7,8 @@ storm: eight clients stream from resident adapters, for some seconds alone and f
 adapters, which all come at once, from a hub that takes 5 s and fails one time in five: for each answer, or with --slow-lookups
 for each adapter, so that the others' files arrive together and are served while the hot load is measured; --rounds such pairs on
 one node, after a few adapters from a quick hub (its library asks more when it is first used). Every hot request counts, those of
-the storm's first instant too. Ratios of quantiles over all rounds have bootstrap intervals. Clients and hub are processes of
+the storm's first instant too. Times between tokens are those between the events that bring them; the event that ends an answer waits
+for its record and is no token: `last_event` says how long it came behind the last one. Ratios of quantiles over all rounds have bootstrap intervals. Clients and hub are processes of
 their own (`storm_load`); where they and the node share cores, wall-clock ratios say little: the row also has the engine process's
 CPU time and steps a token on both sides, and the API process's, and which moments of the storm the slowest hot requests fell
 into, how many steps each waited for, and how long those were (`storm_moments`).
@@ -318,7 +319,7 @@ def _round(hot: Helper, cold: Helper, hub: Helper, url: str, pid: int, args: arg
         spent = {name: seconds - before_cpu.get(name, 0.0) for name, seconds in cpu_seconds(pid).items()}
         time.sleep(STATS_S)
         steps = engine_steps(url) - before_steps
-        streamed = [Streamed(sent_s, event_s) for sent_s, event_s in found["answers"]]
+        streamed = [Streamed(*answer) for answer in found["answers"]]
         phases[side] = Phase(streamed, steps, spent)
         if side == "beside":
             outcome = cold.ask(wait_s=args.cold_wait_s)

@@ -31,12 +31,17 @@ class Phase:
 
     @property
     def gap_s(self) -> list[float]:
-        """Between a request's events."""
+        """Between a request's tokens. The event that ends an answer is none."""
         return [late_s - early_s for found in self.answers for early_s, late_s in pairwise(found.event_s)]
 
     @property
+    def end_wait_s(self) -> list[float]:
+        """Of every request, from its last token to the event that ends it, which waits for the record."""
+        return [found.end_s - found.event_s[-1] for found in self.answers if found.end_s is not None]
+
+    @property
     def tokens(self) -> int:
-        """Events of all requests."""
+        """That all requests got."""
         return sum(len(found.event_s) for found in self.answers)
 
 
@@ -89,6 +94,10 @@ def compared(rounds: list[Round], draws: int = DRAWS) -> dict[str, Any]:
         for (part, _), alone, beside, between in zip(QUANTILES, *found, limits, strict=True):
             row[f"{name}_{part}_ms"] = [round(float(alone), 3), round(float(beside), 3)]
             row[f"{name}_{part}_ratio"] = [round(float(beside / alone), 4), *between]
+    for part, quantile in QUANTILES:
+        waits = [[wait_s for r in rounds for wait_s in getattr(r, side).end_wait_s] for side in ("alone", "beside")]
+        if all(waits):
+            row[f"last_event_{part}_ms"] = [round(1000 * float(np.quantile(side, quantile)), 3) for side in waits]
     row["ttft_max_ms"] = [round(1000 * max(max(getattr(r, side).ttft_s) for r in rounds), 2) for side in ("alone", "beside")]
     row["ttft_p99_ratio_by_round"] = [
         round(float(np.quantile(r.beside.ttft_s, 0.99) / np.quantile(r.alone.ttft_s, 0.99)), 3) for r in rounds

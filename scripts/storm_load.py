@@ -28,7 +28,7 @@ import uvloop
 from aiohttp import web
 
 PROMPT_TOKENS = 16
-_EVENT = b"data: {"
+_EVENT, _TOKEN = b"data: {", b'"finish_reason":null'  # what ends an answer is an event, and no token
 _END = b"0\r\n\r\n"
 Answer = Callable[[dict[str, Any]], Coroutine[Any, Any, Any]]
 
@@ -94,6 +94,7 @@ class HotClient(asyncio.Protocol):
         self._key = key
         self._rest = b""
         self._event_s: list[float] = []
+        self._end_s = 0.0
         self._done: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -107,14 +108,18 @@ class HotClient(asyncio.Protocol):
         data = self._rest + data
         end = data.rfind(b"\n") + 1
         data, self._rest = data[:end], data[end:]
-        self._event_s += [now_s] * data.count(_EVENT)
+        tokens = data.count(_TOKEN)
+        self._event_s += [now_s] * tokens
+        if data.count(_EVENT) > tokens:
+            self._end_s = now_s
         if b'data: {"error"' in data or (data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 200")):
             self._fail(data.decode()[:300])
         if (data.endswith(b"\r\n" + _END) or data == _END) and self._done is not None and not self._done.done():
             self._done.set_result(None)
 
-    async def ask(self, tokens: int, seed: int, prompt_tokens: int = PROMPT_TOKENS) -> tuple[float, list[float]]:
-        """When the request was sent, and when each of its events arrived (seconds of one clock)."""
+    async def ask(self, tokens: int, seed: int, prompt_tokens: int = PROMPT_TOKENS) -> tuple[float, list[float], float]:
+        """When the request was sent, when each of its tokens arrived, and when the event that ended the answer did (seconds of one
+        clock). A last token that shows no text has no event: it came with the end."""
         body = {
             "model": self._model,
             "prompt": [3 + (seed + number) % 500 for number in range(prompt_tokens)],
@@ -128,7 +133,7 @@ class HotClient(asyncio.Protocol):
         started_s = time.perf_counter()
         self._transport.write(http_post(self._host, body, self._key))
         await self._done
-        return started_s, self._event_s
+        return started_s, self._event_s or [self._end_s], self._end_s
 
     def hang_up(self) -> None:
         """Leave without a word."""
@@ -160,14 +165,14 @@ def http_post(host: str, body: dict[str, Any], key: str = "") -> bytes:
 
 def hot(host: str, count: int) -> None:
     """{"seconds", "tokens", "seed"} -> {"answers"}: `count` clients stream until the time is over, answers of half to one and a
-    half times as many tokens; of each when it was asked for and when its events came."""
+    half times as many tokens; of each when it was asked for, when its tokens came and when its end."""
     clients: list[HotClient] = []
 
     async def answer(line: dict[str, Any]) -> dict[str, Any]:
         for number in range(len(clients), count):
             clients.append(await connected(host, f"hot-{number}"))
         end_s = time.perf_counter() + line["seconds"]
-        found: list[tuple[float, list[float]]] = []
+        found: list[tuple[float, list[float], float]] = []
 
         async def run(client: HotClient, seed: int) -> None:
             draw = random.Random(seed)  # noqa: S311 - answers of unequal length, or the clients would ask in lock-step
@@ -196,7 +201,7 @@ def tenant(host: str, key: str, model: str, count: int) -> None:
         await asyncio.sleep(draw.uniform(0, 2 * line["think_s"]))
         while time.perf_counter() < begun_s + line["seconds"]:
             length = draw.randint(*line["prompt"])
-            started_s, event_s = await client.ask(line["tokens"], draw.randrange(1 << 30), length)
+            started_s, event_s, _ = await client.ask(line["tokens"], draw.randrange(1 << 30), length)
             if started_s > begun_s + line["warm_up_s"]:
                 found.append((started_s, event_s[0] - started_s))
             await asyncio.sleep(draw.uniform(0, 2 * line["think_s"]))

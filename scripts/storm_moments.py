@@ -23,14 +23,16 @@ CALM = "before and after"
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """One hot answer: when its request was sent and when its events arrived, in seconds of one clock of the whole machine."""
+    """One hot answer: when its request was sent, when its tokens arrived, and when the event that ended it, in seconds of one
+    clock of the whole machine. None in older files, where that was the last token's event."""
 
     sent_s: float
     event_s: Sequence[float]
+    end_s: float | None = None
 
     @property
     def ttft_s(self) -> float:
-        """From the request to the first event."""
+        """From the request to the first token."""
         return self.event_s[0] - self.sent_s
 
 

@@ -34,6 +34,10 @@ class Piece(msgspec.Struct, frozen=True, gc=False):
     tokens: tuple[TextToken, ...]
     finish_reason: str | None
 
+    def split(self) -> tuple[Piece, Piece]:
+        """What it adds to the answer, and that the answer is over."""
+        return Piece(self.choice_index, self.text, self.tokens, None), Piece(self.choice_index, "", (), self.finish_reason)
+
 
 class Choice:
     """The growing text of one sequence. Not thread-safe; lives on the event loop."""

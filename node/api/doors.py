@@ -29,7 +29,7 @@ class SequenceEvents(Protocol):
     def __aiter__(self) -> AsyncIterator[SequenceEvent]: ...
 
     def hand_to(self, take: Callable[[SequenceEvent], bool]) -> None:
-        """Offer every event but the last to `take` while the reader waits; only what it does not take is iterated over."""
+        """Offer events to `take` while the reader waits; what it does not take is iterated over, and the last one always."""
 
     async def aclose(self) -> None:
         """Stop following; a sequence that still runs is cancelled."""

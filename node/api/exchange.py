@@ -16,15 +16,19 @@ from node.engine.messages import SequenceEvent, Submit
 from node.errors import EngineError
 
 
+_FAULTS = ("error", "cancelled")  # finish reasons of sequences that have no answer
+
+
 class PieceSink(Protocol):
-    """Takes the pieces in the middle of an answer without a task of the event loop in between."""
+    """Takes the pieces of an answer without a task of the event loop in between."""
 
     @property
     def is_clear(self) -> bool:
         """Whether a piece would be taken now, without waiting."""
 
-    def take(self, piece: Piece) -> None:
-        """Pass a piece on; called only while clear."""
+    def take(self, piece: Piece) -> Piece | None:
+        """Pass a piece on; called only while clear. Returns what must wait for the record: of one that ends the answer at least
+        that it does."""
 
 
 class Exchange:
@@ -57,7 +61,7 @@ class Exchange:
         self._is_streamed = is_streamed
         self._closing: asyncio.Task[dict[str, Any]] | None = None
         self._status: str | None = None
-        self._ends: dict[int, Piece] = {}  # by choice: pieces that ended an answer where only the middle was wanted
+        self._ends: dict[int, Piece] = {}  # by choice: what a sink left of the piece that ended the answer
 
     @property
     def request_id(self) -> str:
@@ -103,7 +107,7 @@ class Exchange:
         """The answer as it grows. A piece counts as delivered when the reader comes back for the next one.
 
         Args:
-            sink: Of a single choice it gets, while it is clear, every piece but the last. They are not yielded then.
+            sink: Of a single choice it gets, while it is clear, every piece. What it passes on is not yielded.
 
         Raises:
             NodeError: The engine failed or is gone; the typed error says which.
@@ -112,9 +116,11 @@ class Exchange:
         async with aclosing(interleave([self._follow(submit, sink) for submit in self._submits])) as events:
             async for index, event in events:
                 choice = self.choices[index]
-                if choice.finish_reason is not None:
-                    continue
-                piece = self._ends.pop(index, None) or self._taken(choice, event)
+                piece = self._ends.pop(index, None)
+                if piece is None:
+                    if choice.finish_reason is not None:
+                        continue
+                    piece = self._taken(choice, event)
                 if piece.finish_reason == "stop_sequence" and event.finish_reason is None:
                     self._engine.cancel(self._submits[index].sequence_id)
                 yield piece
@@ -131,16 +137,16 @@ class Exchange:
         return choice.take(event)
 
     def _take_at_once(self, sink: PieceSink, event: SequenceEvent) -> bool:
-        if not sink.is_clear:
-            return False
         choice = self.choices[0]
-        piece = self._taken(choice, event)
-        if piece.finish_reason is not None:
-            self._ends[0] = piece
+        if not sink.is_clear or choice.finish_reason is not None or event.finish_reason in _FAULTS:
             return False
-        sink.take(piece)
-        choice.delivered_count = len(choice.token_ids)
-        return True
+        piece = self._taken(choice, event)
+        rest = sink.take(piece)
+        if rest is not piece:
+            choice.delivered_count = len(choice.token_ids)
+        if rest is not None:
+            self._ends[0] = rest
+        return rest is None
 
     async def _follow(self, submit: Submit, sink: PieceSink | None) -> AsyncIterator[SequenceEvent]:
         async with aclosing(self._engine.submit(submit)) as events:

@@ -118,7 +118,8 @@ class LoraxRoutes:
 
 
 class _Events:
-    """Pieces as events of a stream, a `PieceSink` of those in the middle, and the text so far."""
+    """Pieces as events of a stream, a `PieceSink`, and the text so far. The last token waits for the record: LoRAX's clients
+    expect the whole text in its event, and a token in every event."""
 
     def __init__(self, stream: EventStream, answers: LoraxAnswers) -> None:
         self.text = ""
@@ -129,10 +130,13 @@ class _Events:
     def is_clear(self) -> bool:
         return self._stream.is_clear
 
-    def take(self, piece: Piece) -> None:
+    def take(self, piece: Piece) -> Piece | None:
+        if piece.finish_reason is not None:
+            return piece
         self.text += piece.text
         if piece.tokens:
             self._stream.send_at_once(*(msgspec.json.encode(self._answers.event(token)) for token in piece.tokens))
+        return None
 
 
 def _characters(generation: Generation) -> dict[str, str]:

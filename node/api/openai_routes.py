@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -81,17 +82,19 @@ class OpenAiRoutes:
                 if chunks.opening is not None:
                     await stream.send(chunks.opening)
                     chunks.opening = None
-                build = functools.partial(chunks.of, piece)
-                chunk = await self._answering.off_loop(build) if chunks.begins_scored(piece.choice_index) else build()
-                if chunk is None:
-                    continue
-                if piece.finish_reason is not None and exchange.is_finished:
-                    await self._send_last(stream, answers, exchange, chunk)
-                else:
-                    await stream.send(chunk)
+                for part in chunks.parts(piece):
+                    build = functools.partial(chunks.of, part)
+                    chunk = await self._answering.off_loop(build) if chunks.begins_scored(part.choice_index) else build()
+                    if chunk is None:
+                        continue
+                    if part.finish_reason is not None and exchange.is_finished:
+                        await self._send_last(stream, answers, exchange, chunk)
+                    else:
+                        await stream.send(chunk)
 
     async def _send_last(self, stream: EventStream, answers: OpenAiAnswers, exchange: Exchange, chunk: dict[str, Any]) -> None:
-        """The record is durable before the end of the answer leaves; the receipt rides on the very last chunk."""
+        """The record is durable before the end of the answer leaves, behind its last token; the receipt rides on the very last
+        chunk."""
         receipt = await exchange.commit()
         if not answers.generation.has_usage_chunk:
             await stream.send({**chunk, "openlora": answers.proof(receipt)})
@@ -109,7 +112,7 @@ class OpenAiRoutes:
 
 
 class _Chunks:
-    """Pieces as chunks of a stream; a `PieceSink` of those in the middle."""
+    """Pieces as chunks of a stream; a `PieceSink`."""
 
     def __init__(self, stream: EventStream, answers: OpenAiAnswers) -> None:
         self.opening = answers.opening_chunk()  # None: there is none, or it has left
@@ -134,7 +137,21 @@ class _Chunks:
         """Whether the choice's next chunk is its first and holds the log-probabilities of its prompt, which may be very many."""
         return self._answers.generation.sampling.prompt_logprobs and choice_index not in self._answers.echoed
 
-    def take(self, piece: Piece) -> None:
+    def parts(self, piece: Piece) -> Sequence[Piece]:
+        """A finish reason has a chunk of its own, as OpenAI's have, behind what there is to show: that need not wait for it."""
+        shows = piece.text or (piece.tokens and self._answers.generation.top_logprobs >= 0)
+        return piece.split() if piece.finish_reason is not None and shows else (piece,)
+
+    def take(self, piece: Piece) -> Piece | None:
+        if piece.finish_reason is None:
+            self._send_at_once(piece)
+            return None
+        *shown, end = self.parts(piece)
+        for part in shown:
+            self._send_at_once(part)
+        return end
+
+    def _send_at_once(self, piece: Piece) -> None:
         if self._around is not None and piece.text:
             before, behind = self._around
             self._stream.send_at_once(b"%b%b%b" % (before, msgspec.json.encode(piece.text), behind))

@@ -18,8 +18,8 @@ class SequenceStream:
     """An async iterator over the events of one sequence; it ends after the one with a `finish_reason`.
 
     A reader slower than the engine finds the waiting events joined to one. They are bounded: one a token, at most
-    `max_new_tokens` tokens a sequence, and the client bounds the sequences. A reader with a function for ordinary events
-    (`hand_to`) is not woken for them: waking a task costs more than a token is worth.
+    `max_new_tokens` tokens a sequence, and the client bounds the sequences. A reader with a function for events
+    (`hand_to`) is not woken for those it takes: waking a task costs more than a token is worth.
 
     Args:
         on_abandon: Called once when the reader closes the stream before its end.
@@ -38,8 +38,8 @@ class SequenceStream:
         self._is_closed = False  # the reader has taken it, or has left
 
     def hand_to(self, take: Take) -> None:
-        """Offer events to `take` while the reader waits, on whose behalf it says whether it took one. The last event is never
-        offered. What it raises is raised to the reader."""
+        """Offer events to `take` while the reader waits, on whose behalf it says whether it took one. The reader gets the last
+        event whatever `take` says of it. What it raises is raised to the reader."""
         self._take = take
 
     def put(self, event: SequenceEvent) -> None:
@@ -66,7 +66,7 @@ class SequenceStream:
     def _is_taken(self, take: Take) -> bool:
         event = self._next()
         try:
-            if event.finish_reason is None and not self._events and take(event):
+            if not self._events and take(event) and event.finish_reason is None:
                 return True
         except Exception as error:  # noqa: BLE001 - raised to the reader, whose function it is
             self._fault = error

@@ -77,13 +77,13 @@ async def reading(stream: SequenceStream) -> asyncio.Task[SequenceEvent]:
     return task
 
 
-async def test_stream_with_a_taker_wakes_its_reader_only_for_the_end(stream: SequenceStream) -> None:
+async def test_stream_with_a_taker_wakes_its_reader_only_for_the_end_that_both_get(stream: SequenceStream) -> None:
     taken: list[SequenceEvent] = []
     stream.hand_to(lambda event: not taken.append(event))
     reader = await reading(stream)
     for sent in (event(1), event(2), event(3, finish_reason="stop")):
         stream.put(sent)
-    assert taken == [event(1), event(2)]
+    assert taken == [event(1), event(2), event(3, finish_reason="stop")]
     assert await reader == event(3, finish_reason="stop")
 
 
