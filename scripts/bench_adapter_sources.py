@@ -7,11 +7,12 @@ storm: eight clients stream from resident adapters, for some seconds alone and f
 adapters, which all come at once, from a hub that takes 5 s and fails one time in five: for each answer, or with --slow-lookups
 for each adapter, so that the others' files arrive together and are served while the hot load is measured; --rounds such pairs on
 one node, after a few adapters from a quick hub (its library asks more when it is first used). Every hot request counts, those of
-the storm's first instant too. Times between tokens are those between the events that bring them; the event that ends an answer waits
-for its record and is no token: `last_event` says how long it came behind the last one. Ratios of quantiles over all rounds have bootstrap intervals. Clients and hub are processes of
-their own (`storm_load`); where they and the node share cores, wall-clock ratios say little: the row also has the engine process's
-CPU time and steps a token on both sides, and the API process's, and which moments of the storm the slowest hot requests fell
-into, how many steps each waited for, and how long those were (`storm_moments`).
+the storm's first instant too. Times between tokens are those between the events that bring them; the event that ends an answer
+waits for its record and is no token: `last_event` says how far it is behind the last one. Ratios of quantiles over all rounds
+have bootstrap intervals. Clients and hub are processes of their own (`storm_load`); where they and the node share cores,
+wall-clock ratios say little: the row also has the engine process's CPU time and steps a token on both sides, and the API
+process's, and which moments of the storm the slowest hot requests fell into, how many steps each waited for, and how long those
+were (`storm_moments`).
 
     python scripts/bench_adapter_sources.py catalogue --pairs 200
     python scripts/bench_adapter_sources.py storm --shape llama-3.1-8b --random-weights --engine-cores 0-9 --client-cores 10-15

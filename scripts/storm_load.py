@@ -118,8 +118,9 @@ class HotClient(asyncio.Protocol):
             self._done.set_result(None)
 
     async def ask(self, tokens: int, seed: int, prompt_tokens: int = PROMPT_TOKENS) -> tuple[float, list[float], float]:
-        """When the request was sent, when each of its tokens arrived, and when the event that ended the answer did (seconds of one
-        clock). A last token that shows no text has no event: it came with the end."""
+        """When the request was sent, when its tokens arrived, and when the event that ended the answer did: seconds of one clock.
+
+        A last token that shows no text has no event: it came with the end."""
         body = {
             "model": self._model,
             "prompt": [3 + (seed + number) % 500 for number in range(prompt_tokens)],

@@ -15,7 +15,6 @@ from node.api.interleave import interleave
 from node.engine.messages import SequenceEvent, Submit
 from node.errors import EngineError
 
-
 _FAULTS = ("error", "cancelled")  # finish reasons of sequences that have no answer
 
 
