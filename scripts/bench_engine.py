@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_report import median_interval
+from bench_report import commit, median_interval
 
 from node.adapters.binding import LinearTable
 from node.adapters.verify import AdapterVerifier
@@ -553,6 +553,7 @@ def machine(args: argparse.Namespace, ready: Ready) -> dict[str, Any]:
         "max_batch_tokens": args.max_batch_tokens,
         "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens,
+        "commit": commit(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "peft")},
     }

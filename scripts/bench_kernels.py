@@ -1,11 +1,12 @@
 """Time every kernel on SmolLM2-135M shapes and add them up to one decode step.
 
-    python scripts/bench_kernels.py [--threads 2] [--dtype bfloat16] [--isa avx512] [--rows 1 8 16] [--seconds 0.3]
+    python scripts/bench_kernels.py [--threads 2] [--dtype bfloat16] [--isa avx512] [--rows 1 8 16] [--seconds 0.3] [--out FILE]
     python scripts/bench_kernels.py --device cuda [--out FILE] [--short]    # LoRA and fused operations of a Llama-3.1-8B layer
 
-Prints one JSON line per measurement. Each layer's call is timed on its own, the least of many rounds is kept and the layers are
-summed: the machine's other work only ever adds. All 30 layers have weights of their own and take turns, so that they come from
-main memory as they do in a real step. "sum" adds up the operations, "step" is the least whole step, calls from Python included.
+Prints one JSON line per measurement, and appends it to --out. Each layer's call is timed on its own, the least of many rounds is
+kept and the layers are summed: the machine's other work only ever adds. All 30 layers have weights of their own and take turns,
+so that they come from main memory as they do in a real step. "sum" adds up the operations, "step" is the least whole step, calls
+from Python included.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
+from bench_report import commit
 from torch import Tensor
 
 from node.kernels.layout import PageLayout
@@ -175,7 +177,7 @@ def step_operations(step: Step) -> dict[str, list[Callable[[], object]]]:
     }
 
 
-def bench_decode(kernels: Kernels, dtype: torch.dtype, row_counts: list[int], seconds: float, label: dict[str, object]) -> None:
+def bench_decode(kernels: Kernels, dtype: torch.dtype, row_counts: list[int], seconds: float) -> Iterator[dict[str, object]]:
     layout, pool = make_pool(dtype)
     layers = make_layers(kernels, dtype, layout, max(row_counts))
     head = kernels.pack_linear((torch.randn(VOCABULARY, HIDDEN) * 0.02).to(dtype))
@@ -188,10 +190,10 @@ def bench_decode(kernels: Kernels, dtype: torch.dtype, row_counts: list[int], se
             for name, ms in times.items():
                 line = {"work": "decode", "op": name, "rows": rows, "adapters": has_adapters, "ms": round(ms, 3)}
                 speed = {"tokens_per_s": round(rows / ms * 1e3)} if name in ("sum", "step") else {}
-                print(json.dumps({**line, **speed, **label}), flush=True)
+                yield {**line, **speed}
 
 
-def bench_prefill(kernels: Kernels, dtype: torch.dtype, seconds: float, label: dict[str, object]) -> None:
+def bench_prefill(kernels: Kernels, dtype: torch.dtype, seconds: float) -> Iterator[dict[str, object]]:
     """One gate_up of one sequence: ours, ours with an adapter, and torch's own matrix product."""
     layout, pool = make_pool(dtype)
     weight = (torch.randn(2 * INTERMEDIATE, HIDDEN) * 0.02).to(dtype)
@@ -207,10 +209,17 @@ def bench_prefill(kernels: Kernels, dtype: torch.dtype, seconds: float, label: d
         for name, call in calls.items():
             ms = least_ms([call], seconds)
             gflops = 2 * rows * HIDDEN * 2 * INTERMEDIATE / ms / 1e6
-            print(
-                json.dumps({"work": "prefill", "op": name, "rows": rows, "ms": round(ms, 4), "gflops": round(gflops), **label}),
-                flush=True,
-            )
+            yield {"work": "prefill", "op": name, "rows": rows, "ms": round(ms, 4), "gflops": round(gflops)}
+
+
+def report(rows: Iterator[dict[str, object]], label: dict[str, object], out: Path | None) -> None:
+    """Print rows as they come, and append them to a file."""
+    for row in rows:
+        line = json.dumps({**row, **label})
+        print(line, flush=True)
+        if out is not None:
+            with out.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
 
 def main() -> None:
@@ -222,11 +231,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.3, help="time per measurement")
     parser.add_argument("--skip-prefill", action="store_true")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, help="append the GPU's JSON lines to this file as well")
-    parser.add_argument("--commit", help="GPU: commit of these sources, where they are no repository")
+    parser.add_argument("--out", type=Path, help="append the JSON lines to this file as well")
+    parser.add_argument("--commit", default=commit(), help="of these sources, where they are no repository")
     parser.add_argument("--short", action="store_true", help="GPU: rank 16, dealt in turn, only")
     options = parser.parse_args()
     if options.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("torch sees no NVIDIA GPU here")
         import bench_kernels_cuda  # beside this file; needs a GPU
 
         with torch.inference_mode():
@@ -239,13 +250,14 @@ def main() -> None:
         "dtype": options.dtype,
         "cpu": cpu_name(),
         "torch": torch.__version__,
+        "commit": options.commit,
     }
     with torch.inference_mode():
         torch.set_num_threads(1)  # as the engine does: see Kernels.load
-        bench_decode(kernels, dtype, options.rows, options.seconds, label)
+        report(bench_decode(kernels, dtype, options.rows, options.seconds), label, options.out)
         if not options.skip_prefill:
             torch.set_num_threads(options.threads)  # torch's own product stands beside ours
-            bench_prefill(kernels, dtype, options.seconds, label)
+            report(bench_prefill(kernels, dtype, options.seconds), label, options.out)
 
 
 if __name__ == "__main__":

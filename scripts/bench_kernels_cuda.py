@@ -286,13 +286,10 @@ def make_weights() -> dict[str, list[Tensor]]:
     }
 
 
-def facts(commit: str | None) -> dict[str, object]:
-    """What a figure means nothing without. commit: of the sources, where they are no repository."""
+def facts(commit: str) -> dict[str, object]:
+    """What a figure means nothing without. commit: of the sources."""
     query = ["nvidia-smi", "--query-gpu=name,clocks.max.sm,clocks.max.mem,driver_version", "--format=csv,noheader"]
     found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().split(", ")
-    if commit is None:
-        head = ["git", "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "gpu": found[0],
         "clock_sm": found[1],
@@ -303,7 +300,7 @@ def facts(commit: str | None) -> dict[str, object]:
     }
 
 
-def bench(out: Path | None, *, is_short: bool = False, commit: str | None = None) -> None:
+def bench(out: Path | None, *, is_short: bool = False, commit: str) -> None:
     """Print a JSON line a measurement, and append it to `out`."""
     label = facts(commit)
     adapters = Adapters.make()

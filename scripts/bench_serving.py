@@ -29,6 +29,7 @@ import gc
 import json
 import multiprocessing
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -560,7 +561,32 @@ def _loop_in_process(engine: Any, submits: list[Any], streams: int) -> tuple[int
     return tokens, time.perf_counter() - begun_s
 
 
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    """What was measured, on what, with which versions."""
+    import torch
+    from bench_report import commit, gpu_facts
+
+    return {
+        "row": "machine",
+        "server": "own" if args.own else args.url,
+        "shape": args.shape if args.own else None,
+        "layers": args.layers,
+        "adapters": args.adapters if args.own else len(args.models),
+        "rank": args.rank if args.own else None,
+        "prompt_tokens": args.prompt_tokens,
+        "new_tokens": args.new_tokens,
+        "clients": args.clients,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": commit(),
+        **gpu_facts(),
+    }
+
+
 def run(args: argparse.Namespace, target: Target, engine: InProcess | None) -> Iterator[dict[str, Any]]:
+    yield machine(args)
     if isinstance(target, OwnNode):
         first_s = target.first_token_s(args)
         if "start" in args.rows:

@@ -7,6 +7,9 @@ step_ms = (total - prefill) / 127, the best of --repeat runs after a warm-up. fl
 turn_ms: the median time between the tokens of two steps, once all requests decode. graph_ms: such a step's graph alone, replayed
 without a host in between.
 
+The table long has few sequences of long prompts, computed in chunks of --max-batch-tokens: --table long --prompt-tokens 32640
+--max-model-len 32768. The machine's row says how many tokens the planned memory holds, peak_bytes of a row what was allocated.
+
 Two tables compare engines that do the same work in turns. lora-engine: requests that name no adapter, on an engine that holds 64
 adapters and on one that has room for a single page: what it costs to be able to serve adapters. deterministic: an engine whose
 answers do not depend on the batch, against one without that promise.
@@ -64,6 +67,7 @@ TABLES = {
     "all": [*_anchors()[:7], Row(64, 64, "round robin", "64"), *_anchors()[7:]],  # what has a goal first
     "draws": [Row(64, 64, draw) for draw in ("distinct", "uniform", "zipf", "identical")],
     "ranks": [Row(64, 64, "round robin", rank) for rank in ("64", "16", "8", "mixed")],
+    "long": [Row(1, 0), Row(1, 1), Row(4, 4)],
 }
 
 
@@ -178,6 +182,9 @@ def facts(engine: Engine, args: argparse.Namespace, start_s: float) -> dict[str,
         "engine_start_s": round(start_s, 3),
         "max_batch_tokens": args.max_batch_tokens,
         "kv_blocks": engine.ready.kv_block_count,
+        "kv_tokens": engine.ready.kv_block_count * engine.ready.kv_block_size,
+        "max_model_len": args.max_model_len,
+        "gpu_bytes": torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0,
         "adapter_slots": engine.stats().adapter_slots,
         "deterministic": args.deterministic,
         "torch": torch.__version__,

@@ -35,6 +35,7 @@ _LLAMA = {
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
         **_LLAMA,
+        "max_position_embeddings": 131072,
         "vocab_size": 128256,
         "hidden_size": 4096,
         "intermediate_size": 14336,
