@@ -174,10 +174,10 @@ class Driver:
 def make_driver(world, tmp_path):
     engines = []
 
-    def make(dtype="float32", adapters=None, model=None, device="cpu", watch=None, **settings) -> Driver:
+    def make(dtype="float32", adapters=None, model=None, device="cpu", watch=None, max_model_len=None, **settings) -> Driver:
         bell = threading.Event()
         engine = open_engine(
-            ModelSettings(path=str(model or world.model_dir), dtype=dtype, device=device),
+            ModelSettings(path=str(model or world.model_dir), dtype=dtype, device=device, max_model_len=max_model_len),
             EngineSettings(**{"threads": 1, "kv_cache_bytes": 1 << 20, "kv_block_size": 4, **settings}),
             AdapterSettings(**{"memory_bytes": 4 << 20, **(adapters or {})}),
             tmp_path,
