@@ -154,6 +154,7 @@ def _print(findings: list[Finding]) -> None:
 
     console = Console(highlight=False)
     for finding in findings:
-        console.print(f"{_MARKS[finding.state]}  {finding.subject:<15} {finding.detail}")
+        # Soft: a path that is broken over two lines cannot be copied.
+        console.print(f"{_MARKS[finding.state]}  {finding.subject:<15} {finding.detail}", soft_wrap=True)
         if finding.remedy:
-            console.print(f"      {'':<15} -> {finding.remedy}")
+            console.print(f"      {'':<15} -> {finding.remedy}", soft_wrap=True)

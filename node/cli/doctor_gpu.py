@@ -73,8 +73,10 @@ def gpu_findings(settings: Settings, facts: GpuFacts) -> Iterator[Finding]:
     yield device
     if device.state == "fail" or facts.attention is None or facts.capability < _LEAST_CAPABILITY:
         return
-    yield _cuda_kernels(facts)
-    yield _attention(settings, facts.attention)
+    kernels = _cuda_kernels(settings, facts)
+    yield kernels
+    if kernels.state == "ok":
+        yield _attention(settings, facts.attention)
 
 
 def _device(settings: Settings, facts: GpuFacts) -> Finding:
@@ -102,11 +104,21 @@ def _use_cpu(is_required: bool) -> str:
     return 'set model.device = "cpu" or "auto"' if is_required else ""
 
 
-def _cuda_kernels(facts: GpuFacts) -> Finding:
+def _cuda_kernels(settings: Settings, facts: GpuFacts) -> Finding:
+    """As `node.engine.device.open_kernels` decides: without the library "auto" runs plain torch, and "cpp" refuses."""
+    if settings.engine.kernels == "reference":
+        return Finding(
+            "cuda kernels",
+            "warn",
+            "not used: engine.kernels names the torch reference, many times slower",
+            'engine.kernels = "auto"',
+        )
     if facts.has_kernels:
         return Finding("cuda kernels", "ok", "built")
     remedy = _BUILD if facts.has_nvcc else f"install the CUDA toolkit (nvcc on the PATH), then: {_BUILD}"
-    return Finding("cuda kernels", "fail", "not built: the GPU cannot be used", remedy)
+    if settings.engine.kernels == "cpp":
+        return Finding("cuda kernels", "fail", 'not built, and engine.kernels is "cpp"', remedy)
+    return Finding("cuda kernels", "warn", "not built: plain torch runs on the GPU, many times slower", remedy)
 
 
 def _attention(settings: Settings, facts: AttentionFacts) -> Finding:

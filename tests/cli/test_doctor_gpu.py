@@ -59,10 +59,20 @@ def test_backend_that_cannot_run_fails_with_the_setting_that_does():
 
 
 @pytest.mark.parametrize(("has_nvcc", "remedy"), [(True, "python -m node.kernels.build"), (False, "install the CUDA toolkit")])
-def test_kernels_that_are_not_built_fail_and_say_how_to_build_them(has_nvcc, remedy):
-    finding = found(changed(has_kernels=False, has_nvcc=has_nvcc))["cuda kernels"]
-    assert finding.state == "fail"
-    assert finding.remedy.startswith(remedy)
+def test_kernels_that_are_not_built_warn_and_say_how_to_build_them(has_nvcc, remedy):
+    findings = found(changed(has_kernels=False, has_nvcc=has_nvcc))
+    assert list(findings) == ["gpu", "cuda kernels"]  # plain torch runs, with an attention of its own
+    assert findings["cuda kernels"].state == "warn"
+    assert findings["cuda kernels"].remedy.startswith(remedy)
+
+
+def test_kernels_that_are_not_built_fail_where_the_settings_insist():
+    assert found(changed(has_kernels=False), settings(kernels="cpp"))["cuda kernels"].state == "fail"
+
+
+def test_reference_by_setting_warns_that_built_kernels_rest():
+    finding = found(H100, settings(kernels="reference"))["cuda kernels"]
+    assert (finding.state, finding.remedy) == ("warn", 'engine.kernels = "auto"')
 
 
 def test_machine_without_a_gpu_is_ok_on_auto_and_fails_on_cuda():
