@@ -17,6 +17,7 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict, deque
 from collections.abc import Generator, Iterator
+from itertools import chain
 from typing import Any
 
 from node.engine.counter_heap import CounterHeap
@@ -29,10 +30,11 @@ OUTPUT_TOKEN_COST = 2  # the paper's weights: a decode row costs more time than 
 class _Recipe:
     """Sequences of one tenant with one recipe, first come first served."""
 
-    __slots__ = ("counter", "present", "waiting")
+    __slots__ = ("counter", "present", "waiting", "was_loaded")
 
     def __init__(self, counter: int) -> None:
         self.counter = counter
+        self.was_loaded = False  # once since its sequences wait
         self.present = 0  # sequences waiting or running
         self.waiting: deque[Sequence] = deque()
 
@@ -43,7 +45,20 @@ class _Recipe:
 class _Tenant:
     """One tenant that is present, with its recipes."""
 
-    __slots__ = ("away", "counter", "name", "open", "order", "parked", "present", "recipes", "waiting_count", "weight", "working")
+    __slots__ = (
+        "away",
+        "counter",
+        "name",
+        "open",
+        "order",
+        "parked",
+        "present",
+        "recipes",
+        "returned",
+        "waiting_count",
+        "weight",
+        "working",
+    )
 
     def __init__(self, name: str, counter: float, order: int) -> None:
         self.name = name
@@ -55,8 +70,16 @@ class _Tenant:
         self.recipes: dict[FairKey, _Recipe] = {}
         self.open: CounterHeap[_Recipe] = CounterHeap(_Recipe.rank)  # waiting and not parked
         self.parked: OrderedDict[_Recipe, None] = OrderedDict()  # longest parked first
+        self.returned: OrderedDict[_Recipe, None] = OrderedDict()  # parked as well, again: their adapters may still be there
         self.working: CounterHeap[_Recipe] = CounterHeap(lambda recipe: recipe.counter)  # waiting or running
         self.away: OrderedDict[FairKey, int] = OrderedDict()
+
+    def is_parked(self, recipe: _Recipe) -> bool:
+        return recipe in self.parked or recipe in self.returned
+
+    def unpark(self, recipe: _Recipe) -> None:
+        self.parked.pop(recipe, None)
+        self.returned.pop(recipe, None)
 
     def rank(self) -> tuple[float, int, int]:
         """Of equal counters the one that runs less goes first: a tenant that was just lifted ties with the least served one."""
@@ -125,7 +148,8 @@ class FairQueue:
             recipe.waiting.remove(sequence)
         self._count_waiting(tenant, -1)
         if not recipe.waiting:
-            tenant.parked.pop(recipe, None)
+            recipe.was_loaded = False
+            tenant.unpark(recipe)
             self._withdraw(tenant, recipe)
 
     def leave(self, sequence: Sequence) -> None:
@@ -205,24 +229,31 @@ class FairQueue:
                     self._offer(tenant, recipe)
 
     def park(self, sequence: Sequence) -> None:
-        """The adapters of a waiting sequence are not loaded: its recipe leaves the order."""
+        """The adapters of a waiting sequence are not loaded: its recipe leaves the order.
+
+        One that was loaded before, and could not start, does not stand behind those that never were.
+        """
         tenant, recipe = self._find(sequence.fair_key)
-        tenant.parked[recipe] = None
+        if not tenant.is_parked(recipe):
+            (tenant.returned if recipe.was_loaded else tenant.parked)[recipe] = None
         self._withdraw(tenant, recipe)
 
     def unpark(self, sequence: Sequence) -> None:
         """They are loaded."""
         tenant, recipe = self._find(sequence.fair_key)
-        del tenant.parked[recipe]
+        recipe.was_loaded = True
+        tenant.unpark(recipe)
         self._offer(tenant, recipe)
 
     def parked(self, limit: int) -> list[Sequence]:
         """At most `limit` heads of parked recipes: tenants take turns, the least served first, each with its longest parked."""
         tenants = heapq.nsmallest(
-            limit, (tenant for tenant in self._tenants.values() if tenant.parked), key=lambda tenant: tenant.counter
+            limit,
+            (tenant for tenant in self._tenants.values() if tenant.parked or tenant.returned),
+            key=lambda tenant: tenant.counter,
         )
         heads: list[Sequence] = []
-        turns = deque(iter(tenant.parked) for tenant in tenants)
+        turns = deque(chain(tenant.returned, tenant.parked) for tenant in tenants)
         while turns and len(heads) < limit:
             turn = turns.popleft()
             recipe = next(turn, None)
@@ -255,7 +286,7 @@ class FairQueue:
 
     def _offer(self, tenant: _Tenant, recipe: _Recipe) -> None:
         """The recipe may be next, unless it is parked."""
-        if recipe not in tenant.parked and recipe not in tenant.open:
+        if not tenant.is_parked(recipe) and recipe not in tenant.open:
             tenant.open.add(recipe)
             if tenant not in self._open:
                 self._open.add(tenant)

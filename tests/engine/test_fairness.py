@@ -128,6 +128,33 @@ def test_parked_recipe_is_out_of_the_order_until_it_is_loaded():
     assert names(queue) == ["0", "1"]
 
 
+def test_recipe_that_was_loaded_is_parked_before_those_that_never_were():
+    queue = FairQueue()
+    items = [sequence(index, "t", index) for index in range(20)]
+    for item in items:
+        queue.join(item)
+        queue.park(item)
+    for item in items[:2]:
+        queue.unpark(item)
+    for item in items[:2]:
+        queue.park(item)
+    assert [item.id for item in queue.parked(3)] == ["0", "1", "2"]
+    assert len(queue.parked(100)) == 20
+
+
+def test_recipe_without_waiting_sequences_forgets_that_it_was_loaded():
+    queue = FairQueue()
+    first, cold, later = sequence(0, "t", "again"), sequence(1, "t", "cold"), sequence(2, "t", "again")
+    queue.join(first)
+    queue.park(first)
+    queue.unpark(first)
+    queue.take(first)
+    for item in (cold, later):
+        queue.join(item)
+        queue.park(item)
+    assert [item.id for item in queue.parked(2)] == ["1", "2"]
+
+
 def test_parked_heads_take_turns_between_tenants():
     queue = FairQueue()
     for index in range(100):
