@@ -1,8 +1,11 @@
 """Adapter pages and tables on a GPU, filled by a copy stream beside the steps.
 
-One contiguous copy a page and one small copy of the table columns, then an event. Nothing here ever waits: a copy into pages that
+A page in pieces and one small copy of the table columns, then an event. Nothing here ever waits: a copy into pages that
 a launched step may still read waits on the device for the event recorded after that step, and a step that names an adapter on its
 way waits on the device for the copy's event.
+
+The copy engine takes turns between streams from one copy to the next, so what a step sends for itself would wait for a whole page
+(1.6 ms for 84 MB): hence the pieces.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from node.adapters.page_store import SLOT_LIMIT
 from node.adapters.tier import Place
 from node.kernels.layout import PageLayout
 from node.kernels.lora import EmbeddingDelta, LoraPool, SideTensors
+
+PIECE_BYTES = 8 << 20  # 0.15 ms at 55 GB/s
 
 
 class Fences:
@@ -140,7 +145,7 @@ class CudaPages:
             self._fences.guard(self._copies, place.fence)
             begin.record(self._copies)
             for page, source in zip(place.pages, sources, strict=False):  # the place may have pages for its side tensors
-                self.tensors.pages[page, : file.extent].copy_(source[: file.extent], non_blocking=True)
+                _copy_in_pieces(self.tensors.pages[page, : file.extent], source[: file.extent])
             self._landing[place.slot].copy_(columns, non_blocking=True)
             self._tables[:, :, place.slot].copy_(self._landing[place.slot])
             if side is not None:
@@ -171,6 +176,13 @@ class CudaPages:
         moved = tensor.to(self._device, non_blocking=True)
         moved.record_stream(self._compute)
         return moved
+
+
+def _copy_in_pieces(place: Tensor, source: Tensor) -> None:
+    """[n] each, on the current stream."""
+    step = PIECE_BYTES // source.element_size()
+    for start in range(0, source.numel(), step):
+        place[start : start + step].copy_(source[start : start + step], non_blocking=True)
 
 
 def _new_event() -> torch.cuda.Event:

@@ -3,6 +3,10 @@
 The device's memory begins with the tokens that the last step drew, because the next step may be launched before the host knows
 them: `sources` says for every row where its token stands, there or among the run's own tokens.
 
+A run travels while the step before it computes, on a stream of its own, and a kernel puts it in its place in the order of the
+steps. Sent in that order itself it would set out when that step ends, together with adapters that wait for the same moment, and
+stand behind one of those in the copy engine: 1.6 ms for 84 MB, in every other step that somebody begins in.
+
 Shape letters: T rows (tokens), Q sequences, W rows that want logits.
 """
 
@@ -62,8 +66,38 @@ class BlockLayout:
         return cls(rows, sequences, logit_rows, table_width, *starts)
 
 
+class Route:
+    """How a run gets to a GPU: copied beside the steps to where it lands, and from there into its place in their order.
+
+    Args:
+        turns: Runs that may be on their way. capacity: int32 of the largest. device: the GPU.
+    """
+
+    def __init__(self, turns: int, capacity: int, device: torch.device) -> None:
+        self._landings = [torch.zeros(capacity, dtype=torch.int32, device=device) for _ in range(turns)]
+        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream(device))  # the zeros
+        self._landed = [torch.cuda.Event() for _ in range(turns)]  # type: ignore[no-untyped-call]
+        self._placed = [torch.cuda.Event() for _ in range(turns)]  # type: ignore[no-untyped-call]
+
+    def wait(self, turn: int) -> None:
+        """Until the host's copy of this turn may be written again."""
+        self._landed[turn].synchronize()
+
+    def send(self, turn: int, host: Tensor, place: Tensor) -> None:
+        """Copy `host` (pinned) into `place`, both [n] int32."""
+        steps, landing = torch.cuda.current_stream(), self._landings[turn][: len(host)]
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._placed[turn])
+            landing.copy_(host, non_blocking=True)
+            self._landed[turn].record(self._stream)
+        steps.wait_event(self._landed[turn])
+        torch.add(landing, 0, out=place)  # a kernel: a copy might wait for the copy engine
+        self._placed[turn].record(steps)
+
+
 class StepBlock:
-    """The run on both sides: two pinned copies on the host, taken in turns, and one on the device.
+    """The run on both sides: two pinned copies on the host and where they land, taken in turns, and the place that steps read.
 
     A host copy is written again two steps later, once the device has read it: a step that draws no token is not waited for, so
     the host may be more than one step ahead.
@@ -82,7 +116,7 @@ class StepBlock:
         self._memory = torch.zeros(self._drawn + capacity, dtype=torch.int32, device=device)
         self._device = self._memory[self._drawn :]
         self._turn = 0
-        self._read: list[Any] = [torch.cuda.Event() for _ in self._hosts] if is_gpu else []  # type: ignore[no-untyped-call]
+        self._route = Route(len(self._hosts), capacity, device) if is_gpu else None
         self.drawn = self._memory[:drawn]  # the last step's tokens, in the order it drew them
 
     @property
@@ -98,15 +132,17 @@ class StepBlock:
         if needed > self._capacity:
             raise ValueError(f"a step needs {needed} int32 of metadata and the engine has room for {self._capacity}")
         self._turn = 1 - self._turn
-        if self._read:
-            self._read[self._turn].synchronize()
+        if self._route is not None:
+            self._route.wait(self._turn)
         return self._hosts[self._turn].numpy()
 
     def send(self, count: int) -> None:
-        """Copy the first `count` int32 to the device, in stream order."""
-        self._device[:count].copy_(self._hosts[self._turn][:count], non_blocking=True)
-        if self._read:
-            self._read[self._turn].record()
+        """Put the first `count` int32 in their place on the device, in stream order."""
+        host, place = self._hosts[self._turn][:count], self._device[:count]
+        if self._route is None:
+            place.copy_(host)
+        else:
+            self._route.send(self._turn, host, place)
 
     def view(self, start: int, count: int) -> Tensor:
         """A section on the device."""
