@@ -45,7 +45,9 @@ from node.tenancy.meter import TokenPrice
 from node.tenancy.tenancy import Tenancy, open_tenancy
 
 BANNER_ENTRIES = 12  # names and problems shown at the start; there may be thousands
-_GC_THRESHOLD = 20_000  # objects; at Python's 700 its walks take 3 % of a loop that streams 10,000 tokens/s
+_GC_THRESHOLD = (
+    4_000  # objects; at Python's 700 its walks take 3 % of a loop that streams 10,000 tokens/s, at 20,000 one may take 20 ms
+)
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
+import socket
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -10,8 +13,9 @@ import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from node.api.acceptor import Acceptor, bound
 from node.api.errors import openai_body
-from node.api.turnstile import Begin, Turnstile
+from node.api.turnstile import Turnstile
 from node.errors import RequestError
 
 _BACKLOG = 1024  # connections that wait to be accepted; one that finds no room there tries again after a whole second
@@ -32,12 +36,18 @@ class Connection(web.RequestHandler):
 
     def __init__(self, manager: web.Server, left: Callable[[], None], **options: Any) -> None:
         super().__init__(manager, **options)
-        self._left = left
+        self._left: Callable[[], None] | None = left
         self.is_known = False
+
+    def leave(self) -> None:
+        """Give its place back, once."""
+        left, self._left = self._left, None
+        if left is not None:
+            left()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """It is gone."""
-        self._left()
+        self.leave()
         super().connection_lost(exc)
 
     def handle_error(
@@ -76,7 +86,8 @@ def take_turns(turnstile: Turnstile) -> Middleware:
 
 class BoundedSite(web.BaseSite):
     """A TCP site. Beyond the limit a connection is answered 429 and closed before anything of it is read; the others come in one
-    at a time.
+    at a time. Until then they are sockets that nobody listens to: a transport and a protocol of each would cost the loop more
+    than a token.
 
     An address that holds idle connections open would otherwise hold the process's descriptors, which belong to everybody.
 
@@ -100,6 +111,8 @@ class BoundedSite(web.BaseSite):
         self._max_per_address = max_per_address
         self._turnstile = turnstile
         self._held: dict[str, int] = {}
+        self._waiting: set[socket.socket] = set()
+        self._opening: set[asyncio.Task[None]] = set()
 
     @property
     def name(self) -> str:
@@ -109,10 +122,26 @@ class BoundedSite(web.BaseSite):
     async def start(self) -> None:
         """Listen; raises OSError where that is not possible."""
         await super().start()
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _Doorkeeper(self), self._host, self._port, backlog=self._backlog)
+        sockets = await bound(self._host, self._port, self._backlog)
+        self._server = cast(asyncio.AbstractServer, Acceptor(sockets, self._accepted))
 
-    def take_place(self, address: str) -> bool:
+    async def stop(self) -> None:
+        """Listen no more; who waited is let go."""
+        await super().stop()
+        for connection in self._waiting:
+            connection.close()
+        self._waiting.clear()
+
+    def _accepted(self, connection: socket.socket, address: str) -> None:
+        if not self._take_place(address):
+            with contextlib.suppress(OSError):  # gone already
+                connection.send(_REFUSAL)
+            connection.close()
+            return
+        self._waiting.add(connection)
+        self._turnstile.come(functools.partial(self._begin, connection, address))
+
+    def _take_place(self, address: str) -> bool:
         """Count a connection of an address, where it may have one more."""
         held = self._held.get(address, 0)
         if held >= self._max_per_address or self._runner.server is None:
@@ -120,71 +149,40 @@ class BoundedSite(web.BaseSite):
         self._held[address] = held + 1
         return True
 
-    def leave_place(self, address: str) -> None:
-        """Give a place back."""
+    def _leave_place(self, address: str) -> None:
         self._held[address] -= 1
         if not self._held[address]:
             del self._held[address]
 
-    def let_in(self, begin: Begin) -> None:
-        """Call `begin` when it is a new connection's turn."""
-        self._turnstile.come(begin)
-
-    def connection(self, left: Callable[[], None]) -> asyncio.Protocol | None:
-        """The server's own protocol for a connection; None while it stops."""
+    def _begin(self, connection: socket.socket, address: str) -> bool:
+        """It is its turn, unless it hung up while it waited, or the site has stopped."""
+        if connection not in self._waiting:
+            return False
+        self._waiting.remove(connection)
         server = self._runner.server
-        return None if server is None else Connection(server, left, loop=asyncio.get_running_loop(), **self._options)
-
-
-class _Doorkeeper(asyncio.Protocol):
-    """A connection's first protocol: refuses it, or hands it to the server's own when its turn comes, with what it has said."""
-
-    def __init__(self, site: BoundedSite) -> None:
-        self._site = site
-        self._transport: asyncio.Transport | None = None
-        self._address = ""
-        self._heard = b""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Decide."""
-        tcp = cast(asyncio.Transport, transport)
-        peer = tcp.get_extra_info("peername")
-        self._address = str(peer[0]) if peer else ""
-        if not self._site.take_place(self._address):
-            self._address = ""
-            tcp.write(_REFUSAL)
-            tcp.close()
-            return
-        self._transport = tcp
-        self._site.let_in(self._hand_over)
-
-    def data_received(self, data: bytes) -> None:
-        """Keep what comes before its turn, and read no more until then."""
-        if self._transport is not None:
-            self._heard += data
-            self._transport.pause_reading()
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        """It hung up while it waited."""
-        if self._transport is not None:
-            self._transport = None
-            self._leave()
-
-    def _leave(self) -> None:
-        self._site.leave_place(self._address)
-
-    def _hand_over(self) -> bool:
-        tcp, self._transport = self._transport, None
-        if tcp is None:
+        if server is None or _has_hung_up(connection):
+            self._leave_place(address)
+            connection.close()
             return False
-        protocol = self._site.connection(self._leave)
-        if protocol is None or tcp.is_closing():
-            self._leave()
-            tcp.abort()
-            return False
-        tcp.set_protocol(protocol)
-        protocol.connection_made(tcp)
-        if self._heard:
-            tcp.resume_reading()
-            protocol.data_received(self._heard)
+        loop = asyncio.get_running_loop()
+        protocol = Connection(server, functools.partial(self._leave_place, address), loop=loop, **self._options)
+        opening = loop.create_task(self._open(protocol, connection))
+        self._opening.add(opening)
+        opening.add_done_callback(self._opening.discard)
+        return True
+
+    async def _open(self, protocol: Connection, connection: socket.socket) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, connection)
+        except OSError:  # lost between two calls
+            connection.close()
+            protocol.leave()
+
+
+def _has_hung_up(connection: socket.socket) -> bool:
+    try:
+        return not connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
         return True

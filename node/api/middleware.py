@@ -79,7 +79,7 @@ def answer_errors(metrics: NodeMetrics, logger: structlog.typing.FilteringBoundL
         try:
             response = await handler(request)
         except NodeError as caught:
-            error = caught
+            error = caught.with_traceback(None)  # it leads here: kept, all that the request touched would wait for the collector
         except web.HTTPException as caught:
             error = _of_http(request, caught)
         except ConnectionError:
