@@ -32,6 +32,10 @@ _OPENAI_ERRORS = {
     "507": "The adapter cache is full.",
 }
 _LORAX_ERRORS = {**_OPENAI_ERRORS, "424": "The adapter cannot be used, or the engine failed this request."}
+_EVENTS = (
+    "Events; the data of each is one JSON object, or [DONE]. Tokens come as they are made. What ends an answer, with its receipt, comes "
+    "when its record is durable: in OpenAI's shapes a chunk with a finish reason and no text, on LoRAX's routes the last token's event."
+)
 _NO_KEY: list[dict[str, list[str]]] = []
 _ONCE: dict[str, Any] = {
     "name": "Idempotency-Key",
@@ -172,7 +176,7 @@ def _generation(
 ) -> dict[str, Any]:
     content: dict[str, Any] = {} if whole is None else {"application/json": {"schema": whole}}
     if has_stream:
-        content["text/event-stream"] = {"schema": {"description": "Events; the data of each is one JSON object, or [DONE]."}}
+        content["text/event-stream"] = {"schema": {"description": _EVENTS}}
     shape = "LoraxError" if errors is _LORAX_ERRORS else "OpenAiError"
     responses = {"200": {"description": "The answer, with its receipt.", "content": content}}
     responses |= {status: _error(status, errors, shape) for status in errors if status != "501"}
