@@ -33,9 +33,9 @@ _OPENAI_ERRORS = {
 }
 _LORAX_ERRORS = {**_OPENAI_ERRORS, "424": "The adapter cannot be used, or the engine failed this request."}
 _EVENTS = (
-    "Events; the data of each is one JSON object, or [DONE]. Tokens come as they are made. What ends an answer, with its receipt, "
-    "comes when its record is durable: in OpenAI's shapes a chunk with a finish reason and no text, on LoRAX's routes the event of "
-    "the last token."
+    "Events; the data of each is one JSON object, or [DONE]. Tokens come as they are made. What ends an answer, with its receipt,"
+    " comes when its record is durable: in OpenAI's shapes a chunk with a finish reason and no text, on LoRAX's routes the event "
+    "of the last token."
 )
 _NO_KEY: list[dict[str, list[str]]] = []
 _ONCE: dict[str, Any] = {
