@@ -125,7 +125,8 @@ class Scheduler:
         self._admission.recall(draft)
         draft.row_limits = self._claims.limits(self.counters.steps)
         self._plan_decodes(draft)
-        row_count = self._spread.limit(len(draft.plan.work))
+        decode_count = len(draft.plan.work)
+        row_count = self._spread.limit(decode_count)
         if row_count is not None:
             draft.bound(row_count)
         self._plan_first_prefill(draft)
@@ -137,6 +138,8 @@ class Scheduler:
             # Only prefills run and none can grow: let the last one go, so that the first one can.
             self._preemption.preempt(self._running.last)
             self._plan_prefills(draft)
+        if draft.plan.work:
+            self._spread.note(draft.plan.row_count - decode_count)
         self._commit(draft.plan)
         return draft.plan
 

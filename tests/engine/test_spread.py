@@ -79,6 +79,20 @@ def test_short_steps_leave_rows_beside_many_decodes(bench):
     assert bench.spread.limit(SHORT) == LONG
 
 
+def test_short_steps_must_keep_up_with_the_prompts_of_late(bench):
+    bench.wait(2, 15)
+    bench.wait(1, 6, is_parked=True)
+    for _ in range(200):
+        bench.spread.note(SHORT - 3)
+    assert bench.spread.limit(3) == SHORT
+    for _ in range(200):
+        bench.spread.note(SHORT)
+    assert bench.spread.limit(3) == LONG
+    for _ in range(400):
+        bench.spread.note(0)
+    assert bench.spread.limit(3) == SHORT
+
+
 def test_devices_without_sizes_spread_nothing(bench):
     bench.wait(2, 15)
     bench.wait(1, 6, is_parked=True)
