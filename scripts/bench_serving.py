@@ -30,6 +30,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -49,15 +50,18 @@ import numpy as np
 
 REQUEST_TIMEOUT_S = 600
 ROWS = ("start", "closed", "in-process", "books", "open")
+_RUNS, _EMPTY = re.compile(rb'"finish_reason": ?null'), re.compile(rb'"text": ?""')
 SERVE, ENGINE = "--serve", "--engine"  # this file again, as a node that differs from the product, and as such a node's engine
 
 
 @dataclass
 class Answer:
-    """When a request was sent and when its chunks came, in seconds of one clock; `count` is the server's own token count."""
+    """When a request was sent, when the chunks with its tokens came and when the last of all did, in seconds of one clock;
+    `count` is the server's own token count."""
 
     sent_s: float
     chunk_s: list[float] = field(default_factory=list)
+    end_s: float = 0.0
     count: int = 0
     error: str = ""
 
@@ -149,11 +153,13 @@ async def _one(session: Any, load: Load, body: bytes) -> Answer:
 
 
 def _note(answer: Answer, line: bytes) -> None:
-    """Only the chunk with the usage is parsed: the others only have to be counted."""
+    """Only the chunk with the usage is parsed: the others only have to be counted. One that says that the answer is over, and
+    shows nothing, brings no token."""
+    answer.end_s = time.monotonic()
     if b'"choices":[]' in line or b'"choices": []' in line:
         answer.count = int((json.loads(line[6:]).get("usage") or {}).get("completion_tokens", 0))
-    else:
-        answer.chunk_s.append(time.monotonic())
+    elif _RUNS.search(line) or not _EMPTY.search(line) or not answer.chunk_s:
+        answer.chunk_s.append(answer.end_s)
 
 
 # ---- all of them
@@ -167,7 +173,7 @@ def send(target: Target, loads: Sequence[Load]) -> tuple[list[Answer], float]:
     bad = [answer.error for answer in answers if answer.error]
     if bad:
         raise SystemExit(f"{len(bad)} of {len(answers)} requests failed; the first: {bad[0]}")
-    wall_s = max(answer.chunk_s[-1] for answer in answers) - start_s
+    wall_s = max(answer.end_s for answer in answers) - start_s
     return answers, max(cpu_s for _, cpu_s in found) / wall_s
 
 
@@ -181,7 +187,7 @@ def closed(args: argparse.Namespace, target: Target, distinct: int | None = None
     before = target.cpu_s()
     answers, share = send(target, _closed_loads(args, target, args.rounds if rounds is None else rounds, distinct))
     spent_s, loop_s = (after - begun for after, begun in zip(target.cpu_s(), before, strict=True))
-    total_s = max(answer.chunk_s[-1] for answer in answers) - min(answer.sent_s for answer in answers)
+    total_s = max(answer.end_s for answer in answers) - min(answer.sent_s for answer in answers)
     tokens = sum(answer.count for answer in answers)
     row = {
         "row": "closed",
@@ -212,7 +218,7 @@ def open_loop(args: argparse.Namespace, target: Target, rate: float) -> dict[str
     ]
     answers, share = send(target, loads)
     good = [answer for answer in answers if _is_good(answer, args)]
-    span_s = max(answer.chunk_s[-1] for answer in answers) - min(answer.sent_s for answer in answers)
+    span_s = max(answer.end_s for answer in answers) - min(answer.sent_s for answer in answers)
     tokens = sum(answer.count for answer in answers)
     return {
         "row": "open",
