@@ -124,6 +124,9 @@ def _cuda_kernels(settings: Settings, facts: GpuFacts) -> Finding:
 def _attention(settings: Settings, facts: AttentionFacts) -> Finding:
     try:
         shape = _shape(settings)
+    except NodeError:  # the check of the model says why
+        return Finding("attention", "warn", "not known before the model is there", "set model.path")
+    try:
         choice = choose(settings.engine.attention, shape, facts, is_deterministic=settings.engine.deterministic)
     except NodeError as error:
         return Finding("attention", "fail", error.message, 'engine.attention = "auto"')

@@ -58,6 +58,11 @@ def test_backend_that_cannot_run_fails_with_the_setting_that_does():
     assert (finding.state, finding.remedy) == ("fail", 'engine.attention = "auto"')
 
 
+def test_attention_of_a_missing_model_does_not_blame_the_setting(tmp_path):
+    finding = found(H100, Settings(model={"path": str(tmp_path / "nowhere")}))["attention"]
+    assert (finding.state, finding.remedy) == ("warn", "set model.path")
+
+
 @pytest.mark.parametrize(("has_nvcc", "remedy"), [(True, "python -m node.kernels.build"), (False, "install the CUDA toolkit")])
 def test_kernels_that_are_not_built_warn_and_say_how_to_build_them(has_nvcc, remedy):
     findings = found(changed(has_kernels=False, has_nvcc=has_nvcc))
