@@ -7,7 +7,7 @@
 // aligned. Deals and items stand at fixed places, so that nobody reads the header to find them; each load that waits for another costs a
 // kernel two thirds of a microsecond before it has sent for its first byte.
 //   header  [32]: tile count, item count, row count, V, offset of tiles, of rows, of entries, of items, rows of the largest tile,
-//           offset of tile_of, P; the rest 0
+//           offset of tile_of, P, offset of long items (0: none), wide and narrow ones of them; the rest 0
 //   stream  [P][32]: what block b of a kernel that streams B does, a line each: equal shares of all tiles' weights (lora_deal.py)
 //           [0] tile where it begins, [1] place there in units of weight, [2] weight of that tile; [3..5] the same of its end
 //           [6] first pair of tile [0], [7] pairs from there to the end of the last tile that it touches
@@ -22,6 +22,8 @@
 //   entries [...][4]: page, slot, ordinal of the page in its slot | uniform << 16, weight (float bits); shared by all tiles of a recipe.
 //           uniform: 1 to 16 where every module that the step computes has so many ranks in this page, else 0: `ranks` knows
 //   tile_of [row count]: the tile of each place
+//   long    [wide + narrow][8]: of a step of more than kShortStepRows rows its items once more, cut at other places: neighbouring rows
+//           of a recipe, tiles or not, wide ones of 17 to kWideRows rows, then narrow ones of at most 16; the most rows first
 // The pair of place i of a tile and its entry e is first pair + i * entry count + e. A tile without adapters has no entries.
 #pragma once
 
@@ -36,6 +38,8 @@ constexpr int kMaxLoraSpans = 3;
 constexpr int kMaxRankPlanes = 8;
 constexpr int kMostTileRows = 16;  // with 16 at most a row's bits are the same in a step of any size
 constexpr int kTileHeader = 32;
+constexpr int kShortStepRows = 2048;
+constexpr int kWideRows = 64;
 constexpr int kStreamDealInts = 32;  // of a block
 constexpr int kStreamDealTiles = 3;
 constexpr int kNormDealInts = 16;

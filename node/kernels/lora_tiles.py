@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from node.kernels.lora_deal import Longs, TileColumns, deal_ints, norm_deal, stream_deal
+from node.kernels.lora_long import LONG_STEP_ROWS, RecipeRows, long_items
 
 Ints = npt.NDArray[np.int32]
 Recipe = Sequence[tuple[int, float]]  # (slot, weight) in the order in which they are summed
@@ -68,8 +69,14 @@ def build_tiles(
     deals = np.concatenate([stream_deal(columns, processors).ravel(), norm_deal(columns, processors).ravel()])
     items = _items(tiles, per_tile, table)
     tile_of = np.repeat(np.arange(len(tiles), dtype=np.int32), row_counts)
+    long = long_items(RecipeRows(found.row_counts, entry_counts, table), processors)
     facts = [len(tiles), len(items), len(found.rows), pair_count, int(row_counts.max(initial=0)), processors]
-    return TileBlock(_join(facts, deals, items, [tiles, found.rows, table, tile_of]), len(tiles), len(items), pair_count)
+    data = _join(facts, deals, items, [tiles, found.rows, table, tile_of, long.records])
+    if len(long.records):
+        data[12:14] = long.wide_count, long.narrow_count
+    else:
+        data[11] = 0
+    return TileBlock(data, len(tiles), len(items), pair_count)
 
 
 def empty_tiles(processors: int) -> Ints:
@@ -92,7 +99,9 @@ def block_ints(rows: int, sequences: int, entries: int, tile_rows: int, processo
     """
     tiles = min(rows, -(-rows // tile_rows) + sequences)
     table = ENTRY_INTS * min(rows, sequences) * entries
-    parts = (HEADER_INTS, deal_ints(processors), ITEM_INTS * tiles * entries, TILE_INTS * tiles, rows, table, rows)
+    items = ITEM_INTS * tiles * entries
+    long = items if rows > LONG_STEP_ROWS else 0
+    parts = (HEADER_INTS, deal_ints(processors), items, TILE_INTS * tiles, rows, table, rows, long)
     return aligned_ints(sum(aligned_ints(part) for part in parts), LINE_INTS)
 
 
@@ -172,13 +181,13 @@ def _join(facts: Sequence[int], deals: Ints, items: Ints, rest: Sequence[Ints]) 
     """Header and sections in one run, each section at a multiple of 16 bytes.
 
     Args:
-        facts: tiles, items, rows, pairs, rows of the largest tile, processors. rest: tiles, rows, entries, tile_of.
+        facts: tiles, items, rows, pairs, rows of the largest tile, processors. rest: tiles, rows, entries, tile_of, long items.
     """
     sections = [deals, items, *rest]
     offsets = np.cumsum([HEADER_INTS, *(aligned_ints(section.size) for section in sections)]).tolist()
     data = np.zeros(aligned_ints(offsets[-1], LINE_INTS), np.int32)
-    _, items_at, tiles_at, rows_at, entries_at, tile_of_at, _ = offsets
-    data[:11] = [*facts[:4], tiles_at, rows_at, entries_at, items_at, facts[4], tile_of_at, facts[5]]
+    _, items_at, tiles_at, rows_at, entries_at, tile_of_at, long_at, _ = offsets
+    data[:12] = [*facts[:4], tiles_at, rows_at, entries_at, items_at, facts[4], tile_of_at, facts[5], long_at]
     for offset, section in zip(offsets, sections, strict=False):
         data[offset : offset + section.size] = section.ravel()
     return data

@@ -125,3 +125,76 @@ def test_planes_that_no_kernel_makes_are_refused(make_work):
     work, x = make_work(_terms(4), RANKS, 4096, ONE), torch.randn(4, 4096, device="cuda").to(BF16)
     with pytest.raises(RuntimeError, match="v has 2 planes, wanted 1 or 1"):
         work.ops.lora_shrink(x, work.tiles, work.span_tuple, work.poisoned_v(2))
+
+
+# ---- long steps: wide items, then narrow ones
+
+
+def _prompts(rows):
+    """Runs of rows of one recipe, of 1 to 300, some recipes twice; single rows of many recipes between them."""
+    found, size = [], 300
+    while len(found) < rows:
+        kind = KINDS[len(found) % len(KINDS)]
+        found += [kind] * size + [((slot, 0.5 + len(found) % 7),) for slot in range(5)]
+        size = 17 if size == 300 else 64 if size == 17 else 33 if size == 64 else 300
+    return found[:rows]
+
+
+@pytest.mark.parametrize("terms_of", [_terms, _prompts])
+@pytest.mark.parametrize("outputs", [ONE, TWO, THREE], ids=["o", "gate_up", "qkv"])
+@pytest.mark.parametrize(("rows", "inputs"), [(2049, 4160), (2100, 32), (2200, 14336), (2300, 608), (5000, 4096)])
+def test_long_step_equals_float64(make_work, error_of, outputs, rows, inputs, terms_of):
+    work = make_work(terms_of(rows), RANKS, inputs, outputs)
+    assert work.block.data[12] > 0
+    x = torch.randn(rows, inputs, device="cuda").to(BF16)
+    v, reference = _streamed(work, x), work.shrink_reference(x)
+    assert error_of(v.double().sum(0)[: len(reference)], reference) < 1e-4
+    assert bool((v[:, : len(reference)].cpu()[:, reference == 0] == 0).all())
+    assert bool(v[:, len(reference) :].isnan().all())
+
+
+@pytest.mark.parametrize("inputs", [608, 4096, 14336])
+def test_long_step_gives_a_row_the_bits_that_it_has_alone_and_in_any_batch(make_work, inputs):
+    terms, x = _prompts(3500), torch.randn(3500, inputs, device="cuda").to(BF16)
+    whole = make_work(terms, RANKS, inputs, THREE)
+    wanted = _delta(whole, x)
+    assert bool(wanted.isfinite().all())
+    for rows in ([0], [301], [3499], [3, 77, 4, 1200, 18, 19], list(range(100, 356)), list(range(1000)), list(range(1100, 3300))):
+        part = make_work([terms[row] for row in rows], RANKS, inputs, THREE, pool=whole.pool)
+        assert torch.equal(_delta(part, x[rows].contiguous()), wanted[rows])
+
+
+def test_long_step_of_modules_that_an_adapter_does_not_touch_gives_zeros(make_work, error_of):
+    ranks = [[16, 0, 24], [0, 0, 8], [40, 16, 0]]
+    terms = [((0, 1.0),)] * 800 + [((1, 1.0), (2, 0.5))] * 1000 + [((2, 1.0),)] * 300 + [((0, 2.0),)]
+    work, x = make_work(terms, ranks, 576, THREE), torch.randn(2101, 576, device="cuda").to(BF16)
+    v, reference = _streamed(work, x), work.shrink_reference(x)
+    assert error_of(v[0, : len(reference)], reference) < 1e-4
+
+
+@pytest.mark.parametrize("inputs", [4096, 14336])
+def test_long_step_behind_a_norm_reads_what_was_just_written(make_work, inputs):
+    rows, count = 2100, 4
+    work = make_work(_prompts(rows), RANKS, inputs, THREE)
+    raw = torch.randn(count, rows, inputs, device="cuda").to(BF16)
+    norm, x = torch.ones(inputs, device="cuda").to(BF16), torch.empty(rows, inputs, device="cuda").to(BF16)
+    v, y = work.poisoned_v(work.ops.shrink_planes(inputs)), torch.zeros(1, rows, work.columns, device="cuda")
+    outs = torch.empty(count, rows, work.columns, device="cuda")
+
+    def run(follow):
+        for i in range(count):
+            work.ops.rms_norm(raw[i], norm, 1e-5, x, follow)
+            work.ops.lora_shrink(x, work.tiles, work.span_tuple, v, follow)
+            work.ops.materialize(work.product(y, v), outs[i], follow)
+
+    run(Follow.PLAIN)
+    wanted = outs.clone()
+    assert bool(wanted.isfinite().all())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(Follow.WAIT_FIRST)
+    for _ in range(10):
+        outs.fill_(float("nan"))
+        v.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(outs, wanted)
