@@ -8,6 +8,7 @@ from typing import Any
 
 from aiohttp import web
 
+from node.api.acceptor import reserve_descriptors
 from node.api.application import GATE, SERVER, TURNSTILE
 from node.api.connections import BoundedSite
 from node.api.turnstile import Turnstile
@@ -83,6 +84,7 @@ async def listen(
     Raises:
         ConfigError: port_in_use, or an address this machine does not have. The runner is cleaned up again.
     """
+    reserve_descriptors()
     await runner.setup()
     try:
         await BoundedSite(runner, host, port, max_per_address, turnstile, options).start()

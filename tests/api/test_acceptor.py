@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import resource
 import socket
+from pathlib import Path
 
 import pytest
 from aiohttp import web
 
 from node.api import acceptor
-from node.api.acceptor import ACCEPTS_IN_A_TURN, Acceptor, bound
+from node.api.acceptor import ACCEPTS_IN_A_TURN, Acceptor, bound, reserve_descriptors
 from node.api.connections import BoundedSite
 from node.api.turnstile import Turnstile
 
@@ -101,6 +103,29 @@ async def test_address_in_use_is_an_error_and_leaves_no_socket_open():
     with pytest.raises(OSError, match=str(errno.EADDRINUSE)):
         await bound("127.0.0.1", port_of([held]), 64)
     held.close()
+
+
+def table_size():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("FDSize")))
+
+
+def test_table_of_descriptors_has_its_size_before_a_crowd_comes():
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    count = min(table_size() + 1, limit)
+    reserve_descriptors(count)
+    assert table_size() >= count
+
+
+def test_table_of_descriptors_stays_within_the_processs_limit():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lower = min(512, before[0])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lower, before[1]))
+    try:
+        reserve_descriptors(lower + 1)  # the kernel refuses a number beyond it
+        assert table_size() >= lower
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @pytest.fixture
