@@ -51,6 +51,8 @@ class Admission:
         A sequence that finds no place or no blocks, of a tenant that holds less than its part, gets them from a tenant that holds
         more. It happens before anything is planned, so that nothing planned is taken back.
         """
+        for sequence in self._queue.loaded(min(PREFETCH_LIMIT, self._running.free_places)):
+            self._adapters.ensure(sequence.terms)  # before those that are fetched ahead: they must not push these out
         for sequence in self._queue.parked(PREFETCH_LIMIT):
             if self._is_ready(draft, sequence):
                 self._queue.unpark(sequence)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict, deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from itertools import chain
 from typing import Any
 
@@ -30,11 +30,10 @@ OUTPUT_TOKEN_COST = 2  # the paper's weights: a decode row costs more time than 
 class _Recipe:
     """Sequences of one tenant with one recipe, first come first served."""
 
-    __slots__ = ("counter", "present", "waiting", "was_loaded")
+    __slots__ = ("counter", "present", "waiting")
 
     def __init__(self, counter: int) -> None:
         self.counter = counter
-        self.was_loaded = False  # once since its sequences wait
         self.present = 0  # sequences waiting or running
         self.waiting: deque[Sequence] = deque()
 
@@ -48,6 +47,7 @@ class _Tenant:
     __slots__ = (
         "away",
         "counter",
+        "loaded",
         "name",
         "open",
         "order",
@@ -70,7 +70,8 @@ class _Tenant:
         self.recipes: dict[FairKey, _Recipe] = {}
         self.open: CounterHeap[_Recipe] = CounterHeap(_Recipe.rank)  # waiting and not parked
         self.parked: OrderedDict[_Recipe, None] = OrderedDict()  # longest parked first
-        self.returned: OrderedDict[_Recipe, None] = OrderedDict()  # parked as well, again: their adapters may still be there
+        self.loaded: OrderedDict[_Recipe, None] = OrderedDict()  # not parked any more, but none of them has started
+        self.returned: OrderedDict[_Recipe, None] = OrderedDict()  # parked again: their adapters may still be there
         self.working: CounterHeap[_Recipe] = CounterHeap(lambda recipe: recipe.counter)  # waiting or running
         self.away: OrderedDict[FairKey, int] = OrderedDict()
 
@@ -80,6 +81,11 @@ class _Tenant:
     def unpark(self, recipe: _Recipe) -> None:
         self.parked.pop(recipe, None)
         self.returned.pop(recipe, None)
+
+    def forget(self, recipe: _Recipe) -> None:
+        """None of its sequences waits."""
+        self.unpark(recipe)
+        self.loaded.pop(recipe, None)
 
     def rank(self) -> tuple[float, int, int]:
         """Of equal counters the one that runs less goes first: a tenant that was just lifted ties with the least served one."""
@@ -148,8 +154,7 @@ class FairQueue:
             recipe.waiting.remove(sequence)
         self._count_waiting(tenant, -1)
         if not recipe.waiting:
-            recipe.was_loaded = False
-            tenant.unpark(recipe)
+            tenant.forget(recipe)
             self._withdraw(tenant, recipe)
 
     def leave(self, sequence: Sequence) -> None:
@@ -234,26 +239,36 @@ class FairQueue:
         One that was loaded before, and could not start, does not stand behind those that never were.
         """
         tenant, recipe = self._find(sequence.fair_key)
-        if not tenant.is_parked(recipe):
-            (tenant.returned if recipe.was_loaded else tenant.parked)[recipe] = None
+        if recipe in tenant.loaded:
+            del tenant.loaded[recipe]
+            tenant.returned[recipe] = None
+        elif not tenant.is_parked(recipe):
+            tenant.parked[recipe] = None
         self._withdraw(tenant, recipe)
 
     def unpark(self, sequence: Sequence) -> None:
         """They are loaded."""
         tenant, recipe = self._find(sequence.fair_key)
-        recipe.was_loaded = True
         tenant.unpark(recipe)
+        tenant.loaded[recipe] = None
         self._offer(tenant, recipe)
 
     def parked(self, limit: int) -> list[Sequence]:
         """At most `limit` heads of parked recipes: tenants take turns, the least served first, each with its longest parked."""
+        return self._heads(limit, lambda tenant: chain(tenant.returned, tenant.parked))
+
+    def loaded(self, limit: int) -> list[Sequence]:
+        """At most `limit` heads of recipes that were parked and are not: their adapters should stay until they start."""
+        return self._heads(limit, lambda tenant: iter(tenant.loaded))
+
+    def _heads(self, limit: int, recipes_of: Callable[[_Tenant], Iterator[_Recipe]]) -> list[Sequence]:
         tenants = heapq.nsmallest(
             limit,
-            (tenant for tenant in self._tenants.values() if tenant.parked or tenant.returned),
+            (tenant for tenant in self._tenants.values() if next(recipes_of(tenant), None) is not None),
             key=lambda tenant: tenant.counter,
         )
         heads: list[Sequence] = []
-        turns = deque(chain(tenant.returned, tenant.parked) for tenant in tenants)
+        turns = deque(map(recipes_of, tenants))
         while turns and len(heads) < limit:
             turn = turns.popleft()
             recipe = next(turn, None)

@@ -142,6 +142,22 @@ def test_recipe_that_was_loaded_is_parked_before_those_that_never_were():
     assert len(queue.parked(100)) == 20
 
 
+def test_loaded_recipes_are_those_that_were_parked_and_have_not_started():
+    queue = FairQueue()
+    items = [sequence(index, "t", index) for index in range(4)]
+    for item in items:
+        queue.join(item)
+    for item in items[:3]:
+        queue.park(item)
+    assert queue.loaded(8) == []
+    for item in items[:3]:
+        queue.unpark(item)
+    queue.take(items[0])
+    queue.park(items[1])
+    assert queue.loaded(8) == [items[2]]
+    assert queue.parked(8) == [items[1]]
+
+
 def test_recipe_without_waiting_sequences_forgets_that_it_was_loaded():
     queue = FairQueue()
     first, cold, later = sequence(0, "t", "again"), sequence(1, "t", "cold"), sequence(2, "t", "again")

@@ -486,6 +486,21 @@ def test_ready_adapter_is_not_held_up_by_many_cold_ones_of_any_tenant():
     assert bench.finish_reason("other") == "length"
 
 
+def test_loaded_adapter_that_finds_no_rows_is_wanted_before_those_fetched_ahead():
+    bench = Bench(max_sequences=4, queue_limit=1000)
+    for index in range(20):
+        bench.adapters.state[f"cold{index}"] = LOADING
+        bench.add(f"c{index}", [1] * 40, adapters=(f"cold{index}",))
+    bench.step()
+    for index in (18, 19):  # prompts longer than a step: the second one finds no rows
+        del bench.adapters.state[f"cold{index}"]
+        bench.scheduler._queue.unpark(next(item for item in bench.scheduler._queue if item.id == f"c{index}"))
+    bench.step()
+    assert {name for plan in bench.plans for name, _, _ in plan} == {"c18"}
+    bench.step()
+    assert bench.adapters.wanted[0] == "cold19"
+
+
 def test_busy_tenants_prompts_leave_rows_to_somebody_below_its_share():
     bench = Bench(max_sequences=8, block_count=200)
     for index in range(40):
