@@ -82,14 +82,14 @@ def build_cuda() -> Path:
 
 
 def check() -> None:
-    """Compile everything as far as errors can show: machine code for Hopper, and PTX for the rest, whose sources differ from
-    Hopper's but not from one another's. The binding is compiled against the headers of whatever torch is installed.
+    """Compile everything to machine code of every supported architecture, whatever the environment names, and link nothing. The
+    binding is compiled against the headers of whatever torch is installed.
 
     Raises:
         ConfigError: No sources, no nvcc, or the compiler failed.
     """
     sources = source_dir()
-    _compile_all(sources, lambda name: _gencode(name, {"90a": "sm_90a", "80": "compute_80"}))
+    _compile_all(sources, lambda name: _gencode(name, _machine_codes(ARCHITECTURES)))
     _object(_require_nvcc(), sources, sources / BINDING, _torch_flags())
 
 
@@ -99,7 +99,11 @@ def compile_kernels() -> list[Path]:
     Raises:
         ConfigError: No sources, no nvcc, or the compiler failed.
     """
-    return _compile_all(source_dir(), lambda name: _gencode(name, {arch: f"sm_{arch}" for arch in architectures()}))
+    return _compile_all(source_dir(), lambda name: _gencode(name, _machine_codes(architectures())))
+
+
+def _machine_codes(named: tuple[str, ...]) -> dict[str, str]:
+    return {arch: f"sm_{arch}" for arch in named}
 
 
 def _compile_all(sources: Path, flags: Callable[[Path], tuple[str, ...]]) -> list[Path]:

@@ -7,7 +7,7 @@ import pytest
 from node.errors import ConfigError
 from node.kernels import build_cuda
 
-ALL = {"90a": "sm_90a", "80": "compute_80"}
+ALL = {"80": "sm_80", "90a": "sm_90a"}
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_object_is_compiled_once_until_its_source_a_header_or_the_flags_change(c
 
 def test_gencode_of_a_hopper_file_names_hopper_alone():
     assert build_cuda._gencode(Path("gemm_sm90.cu"), ALL) == ("-gencode", "arch=compute_90a,code=sm_90a")
-    assert "arch=compute_80,code=compute_80" in build_cuda._gencode(Path("norm.cu"), ALL)
+    assert "arch=compute_80,code=sm_80" in build_cuda._gencode(Path("norm.cu"), ALL)
 
 
 def test_architectures_can_be_named_by_the_environment(monkeypatch):
@@ -61,6 +61,8 @@ def test_check_compiles_every_kernel_and_the_binding(compilations, monkeypatch):
     build_cuda.check()
     compiled = {Path(command[command.index("-c") + 1]).name for command in compilations}
     assert compiled == {path.name for path in build_cuda.cuda_sources(build_cuda.source_dir())} | {build_cuda.BINDING}
+    norm = next(command for command in compilations if command[-3].endswith("/norm.cu"))
+    assert [part for part in norm if "code=" in part] == [f"arch=compute_{a},code=sm_{a}" for a in ("80", "89", "90a")]
 
 
 def test_build_without_nvcc_names_the_remedy(monkeypatch, capsys):
