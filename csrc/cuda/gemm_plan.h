@@ -16,6 +16,8 @@ namespace openlora {
 
 constexpr int kGemmBlockK = 64;          // inputs of a pipeline stage: 128 bytes of bf16, one swizzle row
 constexpr int kGemmMaxTokens = 256;      // one wgmma n side
+constexpr int kGemmTallTokens = 320;     // two of them (gemm_tall_sm90.h)
+constexpr int kGemmBroadRows = 192;      // rows of W of a tile of the broad form (gemm_tall_sm90.h)
 constexpr int kGemmMaxPlanes = 8;
 constexpr int kGemmTileRows = 128;       // of the accumulators: an m64 block for each of two warpgroups
 constexpr int kGemmSharedBytes = 232448;  // what a Hopper block can have
@@ -26,20 +28,34 @@ constexpr int kGemmProcessors = 132;       // of every H100 and H200 SXM; a numb
 constexpr int kGemmBarrierBytes = 512;    // two mbarriers a stage, and a bit a token
 constexpr int kGemmWantedOffset = 448;
 
+enum class GemmForm : int {
+  kNarrow = 0,  // gemm_sm90.cu: all tokens are one wgmma n side
+  kTall = 1,    // gemm_tall_sm90.cu: they are two, which a block has both
+  kBroad = 2,   // the same, each a block's, and three warpgroups of rows of W
+};
+
 struct SkinnyGemmPlan {
-  int tile_rows;    // rows of W a block holds per stage; a multiple of 8, at most kGemmTileRows
-  int tile_tokens;  // wgmma n: 8, 16, 32, 64, 96, 128, 192 or 256
+  GemmForm form;
+  int tile_rows;    // rows of W a block holds per stage; a multiple of 8, at most kGemmTileRows, of the broad form kGemmBroadRows
+  int tile_tokens;  // wgmma n: 8, 16, 32, 64, 96, 128, 160, 192, 224 or 256; twice 112, 128, 144 or 160 in the other forms
   int planes;       // S
   int stages;       // pipeline depth
   int early;        // stages of W asked for before the kernels ahead have ended; 0: all
 };
 
+// Tokens of a wgmma, and of a block.
+constexpr int gemm_side_tokens(const SkinnyGemmPlan& plan) { return plan.form == GemmForm::kNarrow ? plan.tile_tokens : plan.tile_tokens / 2; }
+constexpr int gemm_block_tokens(const SkinnyGemmPlan& plan) { return plan.form == GemmForm::kBroad ? plan.tile_tokens / 2 : plan.tile_tokens; }
+
+// Warpgroups with accumulators.
+constexpr int gemm_groups(GemmForm form) { return form == GemmForm::kBroad ? kGemmBroadRows / 64 : kGemmTileRows / 64; }
+
 // Bytes of one stage: a tile of W and a tile of x.
-constexpr int gemm_stage_bytes(const SkinnyGemmPlan& plan) { return (plan.tile_rows + plan.tile_tokens) * kGemmBlockK * 2; }
+constexpr int gemm_stage_bytes(const SkinnyGemmPlan& plan) { return (plan.tile_rows + gemm_block_tokens(plan)) * kGemmBlockK * 2; }
 
 // Where a warpgroup puts down a part of its block on the way to y: so many tokens of 64 columns at a time, rows padded.
 GEMM_ANYWHERE constexpr int gemm_line_tokens(int tile_tokens, bool is_half) {
-  const int most = is_half ? 32 : 16;
+  const int most = !is_half ? 16 : tile_tokens < 32 || tile_tokens % 32 == 0 ? 32 : tile_tokens % 48 == 0 ? 48 : 16;
   return tile_tokens < most ? tile_tokens : most;
 }
 GEMM_ANYWHERE constexpr int gemm_line_bytes(int tile_tokens) {
@@ -51,12 +67,12 @@ GEMM_ANYWHERE constexpr int gemm_line_bytes(int tile_tokens) {
 constexpr int gemm_shared_bytes(const SkinnyGemmPlan& plan) {
   const int overrun = kGemmTileRows * kGemmBlockK * 2 - gemm_stage_bytes(plan);
   return 1024 + plan.stages * gemm_stage_bytes(plan) + (overrun > 0 ? overrun : 0) + kGemmBarrierBytes +
-         2 * gemm_line_bytes(plan.tile_tokens);
+         gemm_groups(plan.form) * gemm_line_bytes(gemm_side_tokens(plan));
 }
 
 // The smallest n of the kernel's templates that holds T tokens; 0 if none does.
 constexpr int gemm_tile_tokens(int64_t tokens) {
-  constexpr int kTiles[] = {8, 16, 32, 64, 96, 128, 192, 256};
+  constexpr int kTiles[] = {8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320};
   for (const int tile : kTiles) {
     if (tokens >= 1 && tokens <= tile) return tile;
   }
@@ -72,7 +88,7 @@ GEMM_ANYWHERE constexpr int gemm_plane_start(int k_blocks, int planes, int plane
 
 constexpr bool gemm_can_run(int64_t tokens, int64_t outputs, int64_t inputs) {
   constexpr int64_t kLimit = int64_t{1} << 31;  // elements of a matrix side; coordinates of the copy engine are 32 bits
-  return tokens >= 1 && tokens <= kGemmMaxTokens && inputs >= kGemmBlockK && inputs % kGemmBlockK == 0 && inputs < kLimit &&
+  return tokens >= 1 && tokens <= kGemmTallTokens && inputs >= kGemmBlockK && inputs % kGemmBlockK == 0 && inputs < kLimit &&
          outputs >= 8 && outputs % 8 == 0 && outputs < kLimit;
 }
 
@@ -101,12 +117,20 @@ constexpr int gemm_fair_rows(int64_t outputs, int planes) {
   return rows <= 32 ? 32 : rows > 112 ? 128 : static_cast<int>((rows + 15) / 16 * 16);
 }
 
+// Whether tiles of 192 rows, with half of the tokens each, do with one round what fair tiles do with a quarter of their products wasted.
+constexpr bool gemm_is_broad(int64_t tokens, int64_t outputs, int64_t inputs) {
+  const int planes = gemm_planes(outputs, inputs), blocks = 2 * planes * gemm_row_tiles(outputs, kGemmBroadRows);
+  return tokens > 192 && tokens <= kGemmTallTokens && planes > 1 && gemm_fair_rows(outputs, planes) * 4 <= kGemmTileRows * 3 &&
+         blocks <= kGemmProcessors && 2 * blocks > kGemmProcessors;
+}
+
 constexpr SkinnyGemmPlan gemm_plan(int64_t tokens, int64_t outputs, int64_t inputs) {
   SkinnyGemmPlan plan{};
+  plan.form = gemm_is_broad(tokens, outputs, inputs) ? GemmForm::kBroad : tokens > kGemmMaxTokens ? GemmForm::kTall : GemmForm::kNarrow;
   plan.planes = gemm_planes(outputs, inputs);
   plan.tile_tokens = gemm_tile_tokens(tokens);
-  plan.tile_rows = gemm_fair_rows(outputs, plan.planes);
-  plan.stages = gemm_stages_that_fit(plan, kGemmUsedBytes);
+  plan.tile_rows = plan.form == GemmForm::kBroad ? kGemmBroadRows : gemm_fair_rows(outputs, plan.planes);
+  plan.stages = gemm_stages_that_fit(plan, plan.form == GemmForm::kNarrow ? kGemmUsedBytes : kGemmSharedBytes);
   return plan;
 }
 
@@ -133,8 +157,9 @@ constexpr int gemm_parts(int64_t outputs, int64_t inputs) {
   return tiles < kGemmProcessors ? tiles : kGemmProcessors;
 }
 
-// Above 192 tokens cuBLAS is faster where W is short and narrow, but not behind a shrink, beside which it cannot begin.
+// From 193 to 256 tokens cuBLAS is faster where W is short and narrow, but not behind a shrink, beside which it cannot begin.
 constexpr bool gemm_is_faster(int64_t tokens, int64_t outputs, int64_t inputs, bool has_adapters) {
+  if (tokens > kGemmMaxTokens) return gemm_can_run(tokens, outputs, inputs) && outputs <= 65536;
   return gemm_can_run(tokens, outputs, inputs) && (tokens <= 192 || has_adapters || inputs > outputs || outputs > 65536);
 }
 

@@ -21,6 +21,7 @@
 #include "gemm_maps.h"
 #include "gemm_plan.h"
 #include "gemm_store.cuh"
+#include "gemm_tall_sm90.h"
 #include "gemm_tma.cuh"
 #include "gemm_wgmma.cuh"
 #include "gemm_wide_sm90.h"
@@ -239,7 +240,9 @@ Kernel kernel_of(int tile_tokens) {
     case 64: return skinny_gemm<64, kIsHead>;
     case 96: return skinny_gemm<96, kIsHead>;
     case 128: return skinny_gemm<128, kIsHead>;
+    case 160: return skinny_gemm<160, kIsHead>;
     case 192: return skinny_gemm<192, kIsHead>;
+    case 224: return skinny_gemm<224, kIsHead>;
     case 256: return skinny_gemm<256, kIsHead>;
     default: return nullptr;
   }
@@ -247,7 +250,7 @@ Kernel kernel_of(int tile_tokens) {
 
 // Whether the accumulators can leave in the form that is asked for.
 bool has_valid_output(const SkinnyGemmArgs& args, const SkinnyGemmPlan& plan) {
-  if (args.output == GemmOutput::kLogits) return plan.planes == 1 && args.wanted != nullptr && args.bests != nullptr;
+  if (args.output == GemmOutput::kLogits) return plan.form == GemmForm::kNarrow && plan.planes == 1 && args.wanted != nullptr && args.bests != nullptr;
   return args.output != GemmOutput::kSiluMul || (plan.planes == 1 && args.outputs % 16 == 0 && plan.tile_rows % 16 == 0);
 }
 
@@ -255,7 +258,7 @@ bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointe
 
 bool is_valid(const SkinnyGemmArgs& args, const SkinnyGemmPlan& plan) {
   return can_run_skinny_gemm(args.tokens, args.outputs, args.inputs) && args.tokens <= plan.tile_tokens && plan.tile_rows % 8 == 0 &&
-         plan.tile_rows <= kGemmTileRows && gemm_shared_bytes(plan) <= kGemmSharedBytes && args.x_stride % 8 == 0 &&
+         plan.tile_rows <= 64 * gemm_groups(plan.form) && gemm_shared_bytes(plan) <= kGemmSharedBytes && args.x_stride % 8 == 0 &&
          args.x_stride >= args.inputs && is_aligned(args.x) && is_aligned(args.w) && is_aligned(args.y) && has_valid_output(args, plan);
 }
 
@@ -285,6 +288,9 @@ cudaError_t launch_skinny_gemm(const SkinnyGemmArgs& args, cudaStream_t stream) 
 
 cudaError_t launch_skinny_gemm_as(const SkinnyGemmArgs& args, const SkinnyGemmPlan& plan, cudaStream_t stream) {
   const bool is_head = args.output == GemmOutput::kLogits;
+  if (plan.form != GemmForm::kNarrow && is_valid(args, plan) && device_attribute(cudaDevAttrComputeCapabilityMajor) == 9) {
+    return launch_tall_gemm(args, plan, stream);
+  }
   const Kernel kernel = !is_valid(args, plan) ? nullptr : is_head ? kernel_of<true>(plan.tile_tokens) : kernel_of<false>(plan.tile_tokens);
   if (kernel == nullptr) return cudaErrorInvalidValue;
   CUtensorMap w_map, x_map;

@@ -1,4 +1,4 @@
-// The skinny bf16 GEMM for Hopper: y = x W^T with 1 to 256 rows of x, where reading W is the whole cost.
+// The skinny bf16 GEMM for Hopper: y = x W^T with 1 to 320 rows of x, where reading W is the whole cost.
 //
 // Shape letters: T rows of x (tokens), K inputs, N outputs, S planes. All matrices are row-major, elements adjacent.
 // Semantics: planes[s, t, n] = sum of x[t, k] W[n, k] over the s-th range of k; their sum over s, in order, is x W^T.
@@ -38,8 +38,8 @@ struct SkinnyGemmArgs {
   void* bests = nullptr;            // [T, skinny_gemm_parts] pairs of 8 bytes: the largest y of a part, its lowest column (int32)
 };
 
-// Whether the kernel computes this shape: T 1 to 256, K a multiple of 64, N of 8. Host arithmetic only; the caller checks that
-// the device is of compute capability 9.0.
+// Whether the kernel computes this shape: T 1 to 320 (kLogits: to 256), K a multiple of 64, N of 8. Host arithmetic only; the caller
+// checks that the device is of compute capability 9.0.
 bool can_run_skinny_gemm(int64_t tokens, int64_t outputs, int64_t inputs);
 
 // Whether it was also measured to be at least as fast as cuBLAS (csrc/README.md). Deterministic logits need the kernel even

@@ -47,9 +47,7 @@ struct LineBuffer {
 };
 
 // Every row of y is written.
-struct AllRows {
-  __device__ __forceinline__ constexpr uint32_t from(int) const { return ~0u; }
-};
+struct AllRows {};
 
 // A warpgroup's m64 block to y[:, column .. min(column + 64, column_end)]. rows.from(first): a bit for each row of y from `first`
 // on that is to be written.
@@ -64,8 +62,12 @@ __device__ __forceinline__ void store_lines(const float (&d)[kTokens / 2], Out* 
 #pragma unroll
   for (int first = 0; first < kTokens; first += kChunk) {
     if (first >= tokens) break;
-    const uint32_t wanted = rows.from(first) & (kChunk < 32 ? (1u << kChunk % 32) - 1 : ~0u);
-    if (wanted == 0) continue;
+    uint32_t wanted = ~0u;
+    if constexpr (!std::is_same_v<Rows, AllRows>) {
+      static_assert(kChunk <= 32);
+      wanted = rows.from(first) & (kChunk < 32 ? (1u << kChunk % 32) - 1 : ~0u);
+      if (wanted == 0) continue;
+    }
     sync_threads(lines.barrier, 128);  // the chunk before has been picked up
     if constexpr (kHalf) {
       const uint32_t place = lines.address + (lane / 16 * 8 + lane % 8) * kPitch + (warp * 16 + lane / 8 % 2 * 8) * 2;
@@ -88,7 +90,7 @@ __device__ __forceinline__ void store_lines(const float (&d)[kTokens / 2], Out* 
 #pragma unroll
     for (int i = 0; i < kChunk * kPieces / 128 + (kChunk * kPieces < 128); ++i) {
       const int at = i * 128 + thread, token = first + at / kPieces, piece = at % kPieces;
-      if (at < kChunk * kPieces && token < tokens && (wanted >> at / kPieces & 1) != 0 &&
+      if (at < kChunk * kPieces && token < tokens && (std::is_same_v<Rows, AllRows> || (wanted >> at / kPieces & 1) != 0) &&
           column + piece * 16 / static_cast<int>(sizeof(Out)) < column_end) {
         uint4* target = reinterpret_cast<uint4*>(y + static_cast<int64_t>(token) * outputs + column) + piece;
         *target = load_piece(lines.address + at / kPieces * kPitch + piece * 16);
@@ -124,7 +126,8 @@ __device__ __forceinline__ void store_silu_mul(const float (&d)[kTokens / 2], __
     else if constexpr (kChunk == 16) store_blocks(place, pairs[0], pairs[1]);
     else {
 #pragma unroll
-      for (int j = 0; j < kChunk / 8; j += 4) store_blocks(place + j * 8 * kPitch, pairs[j], pairs[j + 1], pairs[j + 2], pairs[j + 3]);
+      for (int j = 0; j + 4 <= kChunk / 8; j += 4) store_blocks(place + j * 8 * kPitch, pairs[j], pairs[j + 1], pairs[j + 2], pairs[j + 3]);
+      if constexpr (kChunk % 32 == 16) store_blocks(place + kChunk / 32 * 32 * kPitch, pairs[kChunk / 8 - 2], pairs[kChunk / 8 - 1]);
     }
     sync_threads(lines.barrier, 128);
 #pragma unroll

@@ -23,6 +23,16 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// A warpgroup's registers a thread, from here on; a multiple of 8.
+template <int kCount>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
 // Keeps the compiler from moving uses of accumulators across the fences around them.
 template <int kCount>
 __device__ __forceinline__ void wgmma_results(float (&d)[kCount]) {
@@ -36,7 +46,9 @@ __device__ __forceinline__ void wgmma_results(float (&d)[kCount]) {
 #define GEMM_P16 GEMM_P8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define GEMM_P32 GEMM_P16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define GEMM_P48 GEMM_P32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define GEMM_P56 GEMM_P48 ",%48,%49,%50,%51,%52,%53,%54,%55"
 #define GEMM_P64 GEMM_P48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define GEMM_P72 GEMM_P64 ",%64,%65,%66,%67,%68,%69,%70,%71"
 #define GEMM_P80 GEMM_P64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
 #define GEMM_P96 GEMM_P80 ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 #define GEMM_P100 GEMM_P96 ",%96,%97,%98,%99"
@@ -47,7 +59,10 @@ __device__ __forceinline__ void wgmma_results(float (&d)[kCount]) {
 #define GEMM_F16(i) GEMM_F8(i), GEMM_F8(i + 8)
 #define GEMM_F32(i) GEMM_F16(i), GEMM_F16(i + 16)
 #define GEMM_F48(i) GEMM_F32(i), GEMM_F16(i + 32)
+#define GEMM_F56(i) GEMM_F48(i), GEMM_F8(i + 48)
 #define GEMM_F64(i) GEMM_F32(i), GEMM_F32(i + 32)
+#define GEMM_F72(i) GEMM_F64(i), GEMM_F8(i + 64)
+#define GEMM_F80(i) GEMM_F64(i), GEMM_F16(i + 64)
 #define GEMM_F96(i) GEMM_F64(i), GEMM_F32(i + 64)
 #define GEMM_F100(i) GEMM_F96(i), GEMM_F4(i + 96)
 #define GEMM_F112(i) GEMM_F64(i), GEMM_F48(i + 64)
@@ -73,7 +88,10 @@ GEMM_WGMMA(16, 8, 8, 9)
 GEMM_WGMMA(32, 16, 16, 17)
 GEMM_WGMMA(64, 32, 32, 33)
 GEMM_WGMMA(96, 48, 48, 49)
+GEMM_WGMMA(112, 56, 56, 57)
 GEMM_WGMMA(128, 64, 64, 65)
+GEMM_WGMMA(144, 72, 72, 73)
+GEMM_WGMMA(160, 80, 80, 81)
 GEMM_WGMMA(192, 96, 96, 97)
 GEMM_WGMMA(200, 100, 100, 101)
 GEMM_WGMMA(224, 112, 112, 113)

@@ -15,7 +15,7 @@ from torch import Tensor
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 BUCKET_STEP = 64  # beyond the last one
 # Of steps with prompt chunks; larger ones keep the device busy for longer than the host takes to launch them (20 ms).
-ROW_BUCKETS = (16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 640, 768, 1024)
+ROW_BUCKETS = (16, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 512, 640, 768, 1024)
 
 
 class Adapted(IntEnum):

@@ -24,6 +24,7 @@ from node.kernels.ops import Kernels
 from node.kernels.reference import lora_delta
 
 MAX_TOP_ROWS = 256  # of a step whose output projection finds the largest logits itself
+PIECE_ROWS = 256  # of the skinny GEMM, where bits may not depend on the batch and it cannot take all rows at once
 EXACT_ROWS = 32  # of a product whose bits may not depend on the batch, where the skinny GEMM cannot run
 
 
@@ -165,7 +166,7 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         """Planes of the skinny GEMM for this product; 0 where cuBLAS runs it."""
         if x.dtype != torch.bfloat16 or not self._is_hopper:
             return 0
-        rows = min(x.shape[0], 256) if self._is_deterministic else x.shape[0]
+        rows = min(x.shape[0], PIECE_ROWS) if self._is_deterministic else x.shape[0]
         key = (rows, *weight.shape, has_adapters)
         planes = self._planes.get(key)
         if planes is None:
@@ -183,16 +184,16 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         return _mm(x, weight, out_dtype)[None]
 
     def _multiply_skinny(self, x: Tensor, weight: Tensor, planes: int, out_dtype: torch.dtype) -> Tensor:
-        """Rows in pieces of at most 256; there is more than one piece only where bits may not depend on the batch."""
+        """In pieces of `PIECE_ROWS` only where bits may not depend on the batch."""
         count = x.shape[0]
-        if count <= 256:
+        if count <= PIECE_ROWS or not self._is_deterministic:
             y = torch.empty((planes, count, weight.shape[0]), dtype=out_dtype, device=x.device)
             self._ops.skinny_gemm(x, weight, y, self._follow)
             return y
         whole = torch.empty((1, count, weight.shape[0]), dtype=torch.float32, device=x.device)
-        for first in range(0, count, 256):
-            piece = self._multiply_skinny(x[first : first + 256], weight, planes, out_dtype)
-            self._ops.materialize(Product(piece), whole[0, first : first + 256], self._follow)
+        for first in range(0, count, PIECE_ROWS):
+            piece = self._multiply_skinny(x[first : first + PIECE_ROWS], weight, planes, out_dtype)
+            self._ops.materialize(Product(piece), whole[0, first : first + PIECE_ROWS], self._follow)
         return whole
 
     def linear_silu_mul(

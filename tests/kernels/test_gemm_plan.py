@@ -17,7 +17,8 @@ PROCESSORS = 132
 TILE_ROWS = 128
 LAYER_SHAPES = {(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)}
 SMALL_SHAPES = {(960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576)}
-FIELDS = ("tile_rows", "tile_tokens", "planes", "stages", "shared_bytes", "stage_bytes", "line_bytes")
+NARROW, TALL, BROAD = range(3)
+FIELDS = ("form", "tile_rows", "tile_tokens", "planes", "stages", "shared_bytes", "stage_bytes", "line_bytes", "groups")
 SOURCE = """
 #include "gemm_plan.h"
 using namespace openlora;
@@ -30,13 +31,13 @@ extern "C" bool is_wide_head(long long t, long long n, long long k) { return gem
 extern "C" int plane_start(int blocks, int planes, int plane) { return gemm_plane_start(blocks, planes, plane); }
 extern "C" void plan(long long t, long long n, long long k, int* out) {
   const SkinnyGemmPlan p = gemm_plan(t, n, k);
-  const int values[] = {p.tile_rows, p.tile_tokens, p.planes, p.stages, gemm_shared_bytes(p), gemm_stage_bytes(p),
-                        gemm_line_bytes(p.tile_tokens)};
-  for (int i = 0; i < 7; ++i) out[i] = values[i];
+  const int values[] = {static_cast<int>(p.form), p.tile_rows, p.tile_tokens, p.planes, p.stages, gemm_shared_bytes(p),
+                        gemm_stage_bytes(p), gemm_line_bytes(gemm_side_tokens(p)), gemm_groups(p.form)};
+  for (int i = 0; i < 9; ++i) out[i] = values[i];
 }
 """
 
-tokens = st.integers(1, 256)
+tokens = st.integers(1, 320)
 outputs = st.integers(1, 20_000).map(lambda n: 8 * n)
 inputs = st.integers(1, 400).map(lambda k: 64 * k)
 
@@ -106,8 +107,9 @@ def planner(tmp_path_factory: pytest.TempPathFactory) -> Planner:
     [
         (1, 8, 64, True),
         (256, 128256, 4096, True),
+        (320, 28672, 4096, True),
         (0, 64, 64, False),
-        (257, 64, 64, False),
+        (321, 64, 64, False),
         (8, 60, 64, False),
         (8, 64, 96, False),
         (8, 64, 0, False),
@@ -122,7 +124,7 @@ def test_plan_of_any_shape_covers_the_tokens_and_fits_the_kernel(planner, t, n, 
     plan = planner.plan(t, n, k)
     assert plan["tile_tokens"] >= t
     assert plan["tile_rows"] % 8 == 0
-    assert 8 <= plan["tile_rows"] <= TILE_ROWS
+    assert 8 <= plan["tile_rows"] <= 64 * plan["groups"]
     assert plan["stages"] >= 2
     assert plan["shared_bytes"] <= SHARED_BYTES
 
@@ -130,20 +132,24 @@ def test_plan_of_any_shape_covers_the_tokens_and_fits_the_kernel(planner, t, n, 
 @given(t=tokens, n=outputs, k=inputs)
 def test_last_stage_reads_whole_blocks_inside_the_shared_memory(planner, t, n, k):
     plan = planner.plan(t, n, k)
-    end_of_reads = (plan["stages"] - 1) * plan["stage_bytes"] + TILE_ROWS * 128
-    assert end_of_reads <= plan["shared_bytes"] - 1024 - 512 - 2 * plan["line_bytes"]
+    end_of_reads = (plan["stages"] - 1) * plan["stage_bytes"] + 64 * plan["groups"] * 128
+    assert end_of_reads <= plan["shared_bytes"] - 1024 - 512 - plan["groups"] * plan["line_bytes"]
 
 
 @given(t=tokens, n=outputs, k=inputs)
 def test_tiles_take_no_more_rounds_than_whole_ones(planner, t, n, k):
     plan = planner.plan(t, n, k)
-    rounds = [-(-(-(-n // rows) * plan["planes"]) // PROCESSORS) for rows in (plan["tile_rows"], 128)]
+    halves = 2 if plan["form"] == BROAD else 1
+    tiles = [-(-n // plan["tile_rows"]) * plan["planes"] * halves, -(-n // TILE_ROWS) * plan["planes"]]
+    rounds = [-(-count // PROCESSORS) for count in tiles]
     assert rounds[0] <= rounds[1]
 
 
 @given(t=tokens, n=outputs, k=inputs)
 def test_parts_are_the_blocks_of_every_form(planner, t, n, k):
-    assert planner.parts(n, k) == min(-(-n // planner.plan(t, n, k)["tile_rows"]), PROCESSORS)
+    plan = planner.plan(min(t, 256), n, k)
+    assert planner.parts(n, k) == min(-(-n // plan["tile_rows"]), PROCESSORS) or plan["form"] == BROAD
+    assert plan["form"] != BROAD or plan["planes"] > 1  # never of logits
     if planner.is_wide_head(t, n, k):
         assert planner.parts(n, k) == PROCESSORS
         assert planner.planes(n, k) == 1
@@ -154,6 +160,12 @@ def test_wide_form_takes_the_widest_matrices_at_the_largest_batches(planner):
     assert {(t, n) for t, n, _ in wide if n < 100_000} == {(193, 28672), (256, 28672)}
     heads = {(t, n) for t in (1, 192, 193, 256) for n, k in LAYER_SHAPES if planner.is_wide_head(t, n, k)}
     assert heads == {(193, 128256), (256, 128256)}
+
+
+def test_more_rows_than_one_side_of_a_product_are_cut_in_halves(planner):
+    forms = {(t, n): planner.plan(t, n, k)["form"] for t in (192, 193, 256, 257, 320) for n, k in LAYER_SHAPES if n < 100_000}
+    assert {key for key, form in forms.items() if form == BROAD} == {(t, 6144) for t in (193, 256, 257, 320)}
+    assert {t for (t, n), form in forms.items() if form == TALL} == {257, 320}
 
 
 @given(t=tokens, n=outputs, k=inputs)
@@ -172,5 +184,5 @@ def test_plane_ranges_cover_k_in_order_and_evenly(planner, blocks, planes):
 
 @pytest.mark.parametrize(("n", "k"), sorted(LAYER_SHAPES | SMALL_SHAPES))
 def test_models_we_serve_run_at_every_batch(planner, n, k):
-    assert all(planner.can_run(t, n, k) for t in range(1, 257))
+    assert all(planner.can_run(t, n, k) for t in range(1, 321))
     assert planner.is_faster(64, n, k)

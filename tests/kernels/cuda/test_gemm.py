@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not _has_hopper(), reason="ne
 
 LAYER_SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)]
 SMALL_SHAPES = [(960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576), (8, 64), (72, 128), (1000, 640)]
-TOKENS = [1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65, 96, 100, 128, 129, 192, 193, 250, 256]
+TOKENS = [1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65, 96, 100, 128, 129, 160, 161, 192, 193, 224, 250, 256, 257, 287, 288, 289, 320]
+LOGIT_TOKENS = [tokens for tokens in TOKENS if tokens <= 256]
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +57,14 @@ def test_planes_of_small_matrices_sum_to_the_product(ops, outputs, inputs):
         assert _error(_planes(ops, x, weight), x, weight) < 1e-4, tokens
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 64, 128, 256])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 128, 256, 288, 320])
 @pytest.mark.parametrize(("outputs", "inputs"), LAYER_SHAPES)
 def test_planes_of_a_layer_sum_to_the_product(ops, outputs, inputs, tokens):
     x, weight = _random(tokens, inputs), _random(outputs, inputs)
     assert _error(_planes(ops, x, weight), x, weight) < 1e-4
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 33, 64, 100, 192, 256])
+@pytest.mark.parametrize("tokens", [1, 16, 33, 64, 100, 192, 256, 288, 311])
 @pytest.mark.parametrize(("outputs", "inputs"), [(28672, 4096), (4096, 4096), (960, 576), (1000, 640)])
 def test_bfloat16_planes_are_the_planes_rounded_once(ops, outputs, inputs, tokens):
     x, weight = _random(tokens, inputs), _random(outputs, inputs)
@@ -86,11 +87,11 @@ def test_silu_mul_is_that_of_the_plane(ops, outputs, inputs, tokens):
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(28672, 4096), (17008, 64), (28672, 192)])
 def test_silu_mul_has_the_same_bits_in_every_batch(ops, outputs, inputs):
-    x, weight = _random(256, inputs), _random(outputs, inputs) / inputs**0.5
-    alone = torch.full((256, outputs // 2), float("nan"), device="cuda", dtype=torch.bfloat16)
-    for first in range(0, 256, 64):
+    x, weight = _random(320, inputs), _random(outputs, inputs) / inputs**0.5
+    alone = torch.full((320, outputs // 2), float("nan"), device="cuda", dtype=torch.bfloat16)
+    for first in range(0, 320, 64):
         ops.skinny_gemm_silu_mul(x[first : first + 64], weight, alone[first : first + 64], Follow.PLAIN)
-    for tokens in (129, 192, 193, 200, 249, 256):
+    for tokens in (129, 192, 193, 200, 249, 256, 257, 288, 289, 320):
         out = torch.full_like(alone[:tokens], float("nan"))
         ops.skinny_gemm_silu_mul(x[:tokens], weight, out, Follow.PLAIN)
         assert torch.equal(out, alone[:tokens]), tokens
@@ -104,7 +105,7 @@ def test_silu_mul_of_more_than_one_plane_is_refused(ops):
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(960, 576), (576, 1536), *LAYER_SHAPES])
 def test_rows_have_the_same_bits_in_every_batch(ops, outputs, inputs):
-    x, weight = _random(256, inputs), _random(outputs, inputs)
+    x, weight = _random(320, inputs), _random(outputs, inputs)
     whole = _planes(ops, x, weight)
     for tokens in TOKENS:
         assert torch.equal(_planes(ops, x[:tokens].contiguous(), weight), whole[:, :tokens]), tokens
@@ -142,7 +143,7 @@ def test_dependent_launches_in_a_graph_see_each_others_results(ops):
         assert torch.equal(result, expected)
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 33, 100, 256])
+@pytest.mark.parametrize("tokens", [1, 7, 33, 100, 256, 275, 320])
 @pytest.mark.parametrize(("outputs", "inputs"), [(72, 128), (1000, 640), (28672, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nothing_outside_the_output_is_written(ops, dtype, outputs, inputs, tokens):
@@ -193,7 +194,7 @@ INPUTS = [lambda x, weight: None, _ties, _some_nan, _nan_in_one_column, _infinit
 @pytest.mark.parametrize("change", INPUTS)
 @pytest.mark.parametrize(("outputs", "inputs"), [(8, 64), (72, 128), (17024, 64), (26392, 192), (49152, 576), (128256, 4096)])
 def test_logits_are_written_where_wanted_and_their_largest_found_everywhere(ops, outputs, inputs, change):
-    for tokens in TOKENS if outputs < 30000 else (1, 8, 33, 96, 192, 256):
+    for tokens in LOGIT_TOKENS if outputs < 30000 else (1, 8, 33, 96, 192, 256):
         x, weight = _random(tokens, inputs), _random(outputs, inputs)
         change(x, weight)
         expected = _planes(ops, x, weight)[0]
@@ -232,4 +233,4 @@ def test_planes_of_a_shape_it_cannot_run_are_none(ops, outputs, inputs):
 
 
 def test_planes_beyond_its_tokens_are_none(ops):
-    assert ops.skinny_gemm_planes(4096, 4096, 257) == 0
+    assert ops.skinny_gemm_planes(4096, 4096, 321) == 0
