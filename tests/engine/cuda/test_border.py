@@ -9,7 +9,7 @@ RECIPES = [(), ("x",), ("y",), ("z",), ("y", "x"), (), ("z",), ("y",), ("x", "z"
 
 def add_all(driver):
     for (name, prompt), recipe in zip(PROMPTS.items(), RECIPES, strict=True):
-        driver.add(name, prompt, recipe, max_new_tokens=20)
+        driver.add(name, prompt, recipe, max_new_tokens=80)  # long enough that all run together: 71 blocks
 
 
 @pytest.mark.parametrize(("kv_units", "page_units", "direction"), [(2, 8, 1), (16, 4, -1)], ids=["blocks", "pages"])
