@@ -12,6 +12,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,7 @@ _GREEDY_BLOCK = 2048
 _DRAW_BLOCK = 4096
 _DRAW_WARPS = 32
 _LOW_64 = (1 << 64) - 1
+_SOUND = 1 << 32  # beyond any token
 
 
 @dataclass(slots=True)
@@ -56,21 +58,31 @@ class _Logprobs:
 
 
 class DeviceDraw:
-    """The tokens of one step, on their way to the host."""
+    """The tokens of one step, on their way to the host.
 
-    def __init__(self, choice: Choice, rows: Sequence[DrawRow], logprobs: _Logprobs | None) -> None:
+    Args:
+        stream: Where they are copied while the next step computes; None on a CPU.
+    """
+
+    def __init__(self, choice: Choice, rows: Sequence[DrawRow], logprobs: _Logprobs | None, stream: Any = None) -> None:
         count = len(rows)
         self._rows = rows
-        self._tokens = _to_host(choice.next_tokens[:count])
-        self._is_sound = _to_host(choice.is_sound[:count])
         self._logprobs = logprobs
         if logprobs is not None:
             logprobs.chosen = _to_host(logprobs.chosen)
             logprobs.top_values, logprobs.top_ids = _to_host(logprobs.top_values), _to_host(logprobs.top_ids)
+        # A new tensor, because the next step overwrites the choice: one kernel between two steps and no copy.
+        packed = torch.add(choice.next_tokens[:count], choice.is_sound[:count], alpha=_SOUND)
         self._event: torch.cuda.Event | None = None
-        if choice.next_tokens.is_cuda:
+        if stream is None:
+            self._packed = packed
+            return
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._packed = _to_host(packed)
+            packed.record_stream(stream)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
+            self._event.record(stream)
 
     def is_ready(self) -> bool:
         """Whether `read` would return at once."""
@@ -81,8 +93,7 @@ class DeviceDraw:
         if self._event is not None:
             self._event.synchronize()
         drawn: list[DrawnToken | None] = [
-            DrawnToken(token_id) if is_sound else None
-            for token_id, is_sound in zip(self._tokens.tolist(), self._is_sound.tolist(), strict=True)
+            DrawnToken(value - _SOUND) if value >= _SOUND else None for value in self._packed.tolist()
         ]
         if self._logprobs is not None:
             self._add_logprobs(drawn, self._logprobs)
@@ -112,7 +123,9 @@ class DeviceSampler:
         self._again = self.new_choice(max_rows)  # of logits that were changed
         self._has_dependents = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self._spans = 1 << (-(-vocab_size // _DRAW_BLOCK) - 1).bit_length()
+        self._to_host: Any = None
         if device.type == "cuda":
+            self._to_host = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._part_values = torch.empty((max_rows, _PARTS), dtype=torch.float32, device=device)
             self._part_tokens = torch.empty((max_rows, _PARTS), dtype=torch.int32, device=device)
             self._arrived = torch.zeros(max_rows, dtype=torch.int32, device=device)
@@ -207,7 +220,7 @@ class DeviceSampler:
         if special:
             held = mask if masked.intersection(special) else None
             self._draw_special(logits, [rows[index] for index in special], special, choice, held, unseen)
-        return DeviceDraw(choice, rows, _logprobs(logits, rows, choice))
+        return DeviceDraw(choice, rows, _logprobs(logits, rows, choice), self._to_host)
 
     def _choose_again(
         self,
