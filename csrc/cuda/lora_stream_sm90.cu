@@ -21,11 +21,11 @@
 namespace openlora {
 namespace {
 
-constexpr int kLongThreads = (kStreamWarps + 1) * kWarp;
+constexpr int kLongThreads = (kWideWarps + 1) * kWarp;
 constexpr int kLongSharedBytes = kStreamSharedBytes + 2 * kStreamRing * 8;
 constexpr int kWideWorth = 6;  // narrow tasks that take as long as a wide one
 
-static_assert(kWideWarps == kStreamWarps, "the same warps take narrow tasks behind wide ones");
+static_assert(kWideWarps >= kStreamWarps, "of the warps that have had wide tasks kStreamWarps take narrow ones");
 
 // Of the warps that multiply.
 __device__ __forceinline__ void sync_stream_warps() { asm volatile("bar.sync 1, %0;" ::"n"(kStreamWarps * kWarp) : "memory"); }
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kLongThreads, 1) shrink_long_kernel(const __gr
   if (warp < 2) barrier_init_fence();
   __syncthreads();
   const uint64_t policy = policy_evict_first();
-  if (warp == kStreamWarps) {
+  if (warp == kWideWarps) {
     const RawTask raw(p, tasks, lane);
     send_wide<G>(p, wide, wide_count, buffers, full, empty);
     StreamSource source(as_stream_task(p, tasks, raw, lane, count));
@@ -120,6 +120,7 @@ __global__ void __launch_bounds__(kLongThreads, 1) shrink_long_kernel(const __gr
     return;
   }
   if (wide_count > 0) multiply_wide_tasks<G>(p, wide, wide_count, shared, full, empty);
+  if (warp >= kStreamWarps) return;
   const StreamTask known = read_stream_task(p, tasks, lane, count);
   multiply_stream(p, tasks, known, count, table.numbers, shared, barriers, policy, [] { sync_stream_warps(); });
 }

@@ -15,7 +15,7 @@ import numpy as np
 from node.kernels.lora_deal import Ints, Longs
 
 LONG_STEP_ROWS = 2048  # a step of more rows has long items, and a kernel that reads them
-WIDE_ROWS = (64, 56, 48, 40, 32, 24)  # that a wide item may have: 8 a warp
+WIDE_ROWS = (72, 64, 56, 48, 40, 32, 24)  # that a wide item may have: 8 a warp
 NARROW_ROWS = 16  # of a narrow item at most
 PAGE_ROWS = 40  # rows of x that take as long as what every wide item costs: its pages, its start
 
@@ -44,7 +44,7 @@ class LongItems:
 
 
 def long_items(rows: RecipeRows, processors: int) -> LongItems:
-    """Cut a step into items of up to 64 rows; none where it is not long."""
+    """Cut a step into items of up to 72 rows; none where it is not long."""
     if int(rows.counts.sum()) <= LONG_STEP_ROWS:
         return LongItems(np.zeros((0, 8), np.int32), 0, 0)
     records = _records(rows, _chosen_rows(rows, processors))
@@ -56,26 +56,34 @@ def long_items(rows: RecipeRows, processors: int) -> LongItems:
 def _chosen_rows(rows: RecipeRows, processors: int) -> int:
     """Of a wide item: what ends first when every processor takes one at a time."""
 
-    def rounds(size: int) -> int:
-        pieces = rows.counts // size + (rows.counts % size > NARROW_ROWS)
-        return -(-int((pieces * rows.entry_counts).sum()) // processors)
+    wide = rows.counts > NARROW_ROWS
+    counts, entry_counts = rows.counts[wide], rows.entry_counts[wide]
 
-    return min(WIDE_ROWS, key=lambda size: rounds(size) * (size + PAGE_ROWS))
+    def end(size: int) -> int:
+        pieces = -(-counts // size)
+        rounds = -(-int((pieces * entry_counts).sum()) // processors)
+        return rounds * (int((-(-counts // pieces)).max(initial=0)) + PAGE_ROWS)
+
+    return min(WIDE_ROWS, key=end)
 
 
 def _records(rows: RecipeRows, size: int) -> Ints:
-    """[items, 8] int32, a recipe's in the order of its rows, those of the same rows in the order of its entries."""
+    """[items, 8] int32, a recipe's in the order of its rows, those of the same rows in the order of its entries.
+
+    A recipe's rows are cut evenly: a few left over would cost its pages once more.
+    """
     pieces = -(-rows.counts // size)
     owner = np.repeat(np.arange(len(pieces)), pieces)
-    inside = (np.arange(len(owner)) - np.repeat(_before(pieces), pieces)) * size
+    number, count = np.arange(len(owner)) - np.repeat(_before(pieces), pieces), rows.counts[owner]
+    inside, end = number * count // pieces[owner], (number + 1) * count // pieces[owner]
     per_piece = rows.entry_counts[owner]
     piece = np.repeat(np.arange(len(owner)), per_piece)
     entry = np.arange(len(piece)) - np.repeat(_before(per_piece), per_piece)
-    owner, inside = owner[piece], inside[piece]
+    owner, inside, size_of = owner[piece], inside[piece], (end - inside)[piece]
     entries = rows.entry_counts[owner]
     records = np.empty((len(piece), 8), np.int32)
     records[:, 0] = _before(rows.counts)[owner] + inside
-    records[:, 1] = np.minimum(size, rows.counts[owner] - inside) | entries << 16
+    records[:, 1] = size_of | entries << 16
     records[:, 2] = _before(rows.counts * rows.entry_counts)[owner] + inside * entries
     records[:, 3] = entry
     records[:, 4:] = rows.table[_before(rows.entry_counts)[owner] + entry]

@@ -73,12 +73,19 @@ def test_block_ints_has_room_for_long_items(batch):
 
 
 def test_a_step_of_prompts_is_cut_so_that_all_processors_have_one_item():
-    full = build([(((slot, 1.0),), 256) for slot in (0, 3, 0, 3)] * 8)
+    full = build([(((0, 1.0 + i),), 256) for i in range(32)])
     records, wide = long_section(full.data)
     assert {int(size) for size in records[:wide, 1] & 0xFFFF} == {64}
     half = build([(((0, 1.0),), 3000), (((1, 1.0),), 1096)])
     _, wide = long_section(half.data)
     assert 100 < wide <= 132
+
+
+def test_rows_that_decode_with_a_prompt_s_adapter_make_no_item_of_their_own():
+    mixed = build([(((0, 1.0 + i),), 256) for i in range(32)] + [(((0, 1.0 + i % 40),), 1) for i in range(120)])
+    records, wide = long_section(mixed.data)
+    assert {int(size) for size in records[:wide, 1] & 0xFFFF} == {64, 65}
+    assert len(records) - wide == 8
 
 
 def test_a_short_step_and_one_without_adapters_have_no_long_items():
