@@ -169,22 +169,30 @@ __device__ __forceinline__ const int4* stream_line(const int32_t* block, int sha
   return reinterpret_cast<const int4*>(block + kTileHeader + share * kStreamDealInts);
 }
 
-// What this block does: shares `from` to `last` of the deal. groups: units that the kernel cuts a tile's columns into.
-__device__ __forceinline__ StreamShare read_stream_share(const int32_t* block, int from, int last, int groups) {
+// What a block reads of its shares, `from` to `last` of the deal. Apart from what follows from it, so that a kernel can do what needs
+// neither while the loads are on their way.
+struct StreamLine {
+  int4 first, second, tile, entry, end, behind;
+};
+__device__ __forceinline__ StreamLine load_stream_line(const int32_t* block, int from, int last) {
   const int4 *const line = stream_line(block, from), *const end_line = stream_line(block, last);
-  const int4 first = load_known(line), second = load_known(line + 1), tile = load_known(line + 2), entry = load_known(line + 3);
-  const int4 end = load_known(end_line), behind = load_known(end_line + 1);
-  const int begin_group = group_of(first.y, first.z, groups), end_group = group_of(behind.x, behind.y, groups);
-  return {begin_group, (end.w - first.x) * groups + end_group - begin_group, second.z, behind.z + behind.w - second.z, as_tile(tile, entry)};
+  return {load_known(line), load_known(line + 1), load_known(line + 2), load_known(line + 3), load_known(end_line), load_known(end_line + 1)};
 }
 
-// What else a block needs of the header: offsets of rows and entries, and rows of the largest tile.
+// What this block does. groups: units that the kernel cuts a tile's columns into.
+__device__ __forceinline__ StreamShare as_stream_share(const StreamLine& line, int groups) {
+  const int4 &first = line.first, &second = line.second, &end = line.end, &behind = line.behind;
+  const int begin_group = group_of(first.y, first.z, groups), end_group = group_of(behind.x, behind.y, groups);
+  return {begin_group, (end.w - first.x) * groups + end_group - begin_group, second.z, behind.z + behind.w - second.z, as_tile(line.tile, line.entry)};
+}
+
+// What else a block needs of the header: offsets of rows and entries, and rows of the largest streamed tile.
 struct StreamTable {
   int rows, entries, largest;
 };
 __device__ __forceinline__ StreamTable read_stream_table(const int32_t* block) {
   const int4 offsets = load_known(reinterpret_cast<const int4*>(block) + 1);
-  return {offsets.y, offsets.z, load_known(block + 8)};
+  return {offsets.y, offsets.z, load_known(block + 15)};
 }
 
 // The so many-th tile from the first of share `from` on: out of that share's line where it has it, which is in L1 by then.
@@ -194,7 +202,7 @@ __device__ __forceinline__ Tile read_share_tile(const int32_t* block, int from, 
     const int4 tile = load_known(line + 2 + 2 * index), entry = load_known(line + 3 + 2 * index);
     if (tile.y != 0) return as_tile(tile, entry);
   }
-  const int4* const tiles = reinterpret_cast<const int4*>(block + load_known(block + 4)) + 2 * (load_known(line).x + index);
+  const int4* const tiles = reinterpret_cast<const int4*>(block + load_known(block + 14)) + 2 * (load_known(line).x + index);
   const int4 tile = load_known(tiles), entry = load_known(tiles + 1);
   return as_tile(tile, entry);
 }
@@ -209,10 +217,19 @@ struct NormShare {
   int rows[3];
 };
 
+__device__ __forceinline__ const int4* norm_line(const int32_t* block, int processors, int b) {
+  return reinterpret_cast<const int4*>(block + kTileHeader + processors * kStreamDealInts + b * kNormDealInts);
+}
+
+// Of a line, wherever it is.
+__device__ __forceinline__ NormShare as_norm_share(const int4* line) {
+  const int4 units = line[0], rows = line[3];
+  return {units.x, units.y, units.z, units.w, as_tile(line[1], line[2]), {rows.x, rows.y, rows.z}};
+}
 __device__ __forceinline__ NormShare read_norm_share(const int32_t* block, int processors, int b) {
-  const int4* const line = reinterpret_cast<const int4*>(block + kTileHeader + processors * kStreamDealInts + b * kNormDealInts);
-  const int4 units = __ldg(line), rows = __ldg(line + 3);
-  return {units.x, units.y, units.z, units.w, as_tile(__ldg(line + 1), __ldg(line + 2)), {rows.x, rows.y, rows.z}};
+  const int4* const from = norm_line(block, processors, b);
+  const int4 line[4] = {__ldg(from), __ldg(from + 1), __ldg(from + 2), __ldg(from + 3)};
+  return as_norm_share(line);
 }
 
 // Items stand behind the deals: two int4 each, of the number that is the block's second int.

@@ -38,6 +38,7 @@ constexpr int kPassRows = 8;
 constexpr int kTurns = kPassRows / 2;  // of two rows, one a half warp
 constexpr int kDeltaPitch = kBoxes * kBoxColumns + 8;  // floats
 constexpr int kFragmentBytes = kPageRank * 4;  // of a pair and module
+constexpr int kKeptRows = 1024;  // of a step from which more of v is kept
 
 // How a launch uses shared memory.
 struct StreamPlan {
@@ -119,22 +120,28 @@ struct UnitCursor {
   }
 };
 
-// Ranks r, r + 1 of v of one pair and module, planes added up: hi of both, lo of both. kTogether: two planes at once on their way.
-template <bool kTogether>
-__device__ __forceinline__ uint2 split_ranks(const float* from, int planes, int64_t stride) {
-  constexpr int kPlanes = kTogether ? 2 : 1;  // rows of 4096 inputs make one
-  float2 sum = {};
-#pragma unroll 1
-  for (; planes > 0; planes -= kPlanes) {
-    float2 some[kPlanes];
-#pragma unroll
-    for (int c = 0; c < kPlanes; ++c, from += stride) some[c] = c < planes ? __ldcg(reinterpret_cast<const float2*>(from)) : make_float2(0.f, 0.f);
-#pragma unroll
-    for (int c = 0; c < kPlanes; ++c) sum.x += some[c].x, sum.y += some[c].y;
-  }
+__device__ __forceinline__ uint2 split_pair(const float2& sum) {
   const uint32_t high = pack_bf16(sum.x, sum.y);
   return make_uint2(high, pack_bf16(sum.x - low_half(high), sum.y - high_half(high)));
 }
+
+// Sent for where this stands.
+__device__ __forceinline__ float2 load_pair(const float* from) {
+  float2 x;
+  asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(from) : "memory");
+  return x;
+}
+
+// Ranks r, r + 1 of v of one pair and module, planes added up, the first of them given: hi of both, lo of both.
+__device__ __forceinline__ uint2 split_ranks(float2 sum, const float* from, int planes, int64_t stride) {
+#pragma unroll 1
+  for (int c = 1; c < planes; ++c) {  // rows of 4096 inputs make one
+    const float2 more = __ldcg(reinterpret_cast<const float2*>(from + c * stride));
+    sum.x += more.x, sum.y += more.y;
+  }
+  return split_pair(sum);
+}
+__device__ __forceinline__ uint2 split_ranks(const float* from, int planes, int64_t stride) { return split_ranks(load_pair(from), from, planes, stride); }
 
 __device__ __forceinline__ uint32_t pair_mask(int rank, int count) { return (rank < count ? 0xffffu : 0u) | (rank + 1 < count ? 0xffff0000u : 0u); }
 
@@ -195,7 +202,7 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
                                               Columns unit_columns, Facts facts, Prepare prepare, Finish finish) {
   extern __shared__ uint8_t stream_shared[];
   const int first_share = static_cast<int>(blockIdx.x) * plan.shares;
-  const StreamShare share = read_stream_share(p.work.tiles, first_share, min(first_share + plan.shares, plan.deal) - 1, groups);
+  const StreamLine line = load_stream_line(p.work.tiles, first_share, min(first_share + plan.shares, plan.deal) - 1);
   const StreamTable table = read_stream_table(p.work.tiles);
   const int warp = warp_index(), lane = static_cast<int>(threadIdx.x & 31), g = lane / 4, t = lane % 4;
   uint8_t* const base = stream_shared + (1024 - (shared_address(stream_shared) & 1023)) % 1024;
@@ -204,15 +211,19 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
   float* const delta = reinterpret_cast<float*>(behind + warp * plan.rows * kDeltaPitch * 4);
   uint4* const ranks = reinterpret_cast<uint4*>(behind + plan.warps * plan.rows * kDeltaPitch * 4);
   uint8_t* const after = reinterpret_cast<uint8_t*>(ranks) + plan.pairs * p.work.span_count * kFragmentBytes;
-  int4* const facts_of = reinterpret_cast<int4*>(after) + warp * plan.stages;  // a load's counts and modules
+  int4* const facts_of = reinterpret_cast<int4*>(after) + warp * plan.stages;  // a load's counts and modules, the first where there is none
   const uint32_t barrier = shared_address(after) + plan.warps * plan.stages * 16 + warp * plan.stages * 8;
   if (warp == 0 && lane < p.work.span_count) asm volatile("prefetch.tensormap [%0];" ::"l"(&maps.b[lane][1]) : "memory");
   if (lane < plan.stages) barrier_init(barrier + 8 * lane, 1);
   barrier_init_fence();
 
+  const StreamShare share = as_stream_share(line, groups);
   // Where a block has fewer units than warps, two or more of these share the rows of each.
   int share_bits = 0;
   while ((kPassRows << share_bits) < table.largest && (2 << share_bits) * share.units <= plan.warps) ++share_bits;
+  // Of long tiles as well where a block has few units and no others: with whole ones some warps would have one more.
+  if (table.largest > kMostTileRows && share.units < 8 * plan.warps && share.pairs >= 3 * kMostTileRows * (line.end.w - line.first.x + 1))
+    share_bits = max(share_bits, 2);
   const int sharers = 1 << share_bits, own_pass = warp & (sharers - 1), step = plan.warps >> share_bits;
   const int own_unit = warp >> share_bits < step ? warp >> share_bits : share.units;
   const uint64_t policy = policy_evict_first();
@@ -238,7 +249,7 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
     for (int b = 0; b < kBoxes; ++b) box[b].find<G>(p.work, columns.first[b]), box[b].take_count(p.work, entry);
     if (lane == 0) {
       const uint32_t full = barrier + 8 * sent_stage, target = ring + sent_stage * kStreamStageBytes;
-      facts_of[sent_stage] = make_int4(box[0].count, box[1].count, box[0].place, box[1].place);
+      facts_of[sent_stage] = make_int4(box[0].count, box[1].count, max(box[0].place, 0), max(box[1].place, 0));
       barrier_expect(full, box[0].bytes() + box[1].bytes());
 #pragma unroll
       for (int b = 0; b < kBoxes; ++b)
@@ -270,27 +281,24 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
     located = own.index * kPassRows + pass;
   };
   auto find_facts = [&] { coming.known = facts(coming.row); };
-  auto row_offset = [&](int row, int r) -> uint64_t {  // elements; below 2^31
-    return static_cast<uint32_t>(__shfl_sync(kAllLanes, row, r)) * static_cast<uint32_t>(p.columns);
-  };
+  auto row_of = [&](int turn) { return static_cast<uint32_t>(__shfl_sync(kAllLanes, coming.row, 2 * turn + lane / 16)); };
   constexpr int kElement = kFloatPlanes ? 4 : 2;
-  // Where a lane's columns begin in plane 0; lanes without columns read others'.
-  auto column_bytes = [&](const UnitColumns& columns, int b) {
-    return static_cast<const char*>(p.y) + static_cast<int64_t>(has_columns(columns) ? column_at(columns, b) : 0) * kElement;
-  };
+  const uint32_t row_bytes = static_cast<uint32_t>(p.columns) * kElement;
+  // Where a lane's columns begin in a row, in bytes; lanes without columns read others'.
+  auto column_bytes = [&](const UnitColumns& columns, int b) { return static_cast<uint32_t>(has_columns(columns) ? column_at(columns, b) : 0) * kElement; };
+  auto y_at = [&](int plane, uint32_t offset) { return static_cast<const char*>(p.y) + plane * p.plane_stride * kElement + offset; };
   auto fetch = [&] {
     if (kAhead == 0 || own.left <= 0) return;
     const UnitColumns columns = unit_columns(own.group);
-    const char* const from[kBoxes] = {column_bytes(columns, 0), column_bytes(columns, 1)};
+    const uint32_t from[kBoxes] = {column_bytes(columns, 0), column_bytes(columns, 1)};
     const int rows = own.tile.rows - pass * kPassRows;
     const bool has_second = kAhead > 1 && p.planes > 1;
 #pragma unroll
     for (int i = 0; i < kTurns; ++i) {
       if (i > 0 && 2 * i >= rows) break;
-      const uint64_t offset = row_offset(coming.row, 2 * i + lane / 16) * 2;
-      load_if(2 * i < rows, coming.y[0][i], from[0] + offset, from[1] + offset);
-      const uint64_t second = p.plane_stride * 2 + offset;
-      if (kAhead > 1) load_if(2 * i < rows && has_second, coming.y[kAhead - 1][i], from[0] + second, from[1] + second);
+      const uint32_t row = row_of(i) * row_bytes;  // of a bf16 plane: below 4 GB
+      load_if(2 * i < rows, coming.y[0][i], y_at(0, row + from[0]), y_at(0, row + from[1]));
+      if (kAhead > 1) load_if(2 * i < rows && has_second, coming.y[kAhead - 1][i], y_at(1, row + from[0]), y_at(1, row + from[1]));
     }
   };
   own.start(p.work.tiles, first_share, share, own_unit, groups);
@@ -311,14 +319,22 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
   const float* const v = p.work.v + static_cast<int64_t>(first_pair) * p.work.span_count * kPageRank;
   wait_for_previous();
   start_dependents();
-  fetch();
-  // A quad's A of the mma, in order: lane t has ranks 2t, 2t + 1, hi and lo, then 2t + 8, 2t + 9.
+  // v first, which all of the block waits for, then y. A quad's A of the mma, in order: lane t has ranks 2t, 2t + 1, hi and lo, then
+  // 2t + 8, 2t + 9.
   const int pieces = kept * p.work.span_count * 8;
+  auto piece_of = [&](int i) { return v + i / 8 * kPageRank + i % 8 / 2 * 2 + i % 2 * 8; };
+  const int own_piece = static_cast<int>(threadIdx.x);
+  float2 first_plane{};
+  if (own_piece < pieces) first_plane = load_pair(piece_of(own_piece));
+  fetch();
+  if (own_piece < pieces) reinterpret_cast<uint2*>(ranks)[own_piece] = split_ranks(first_plane, piece_of(own_piece), p.work.v_planes, p.work.v_stride);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < pieces; i += blockDim.x)
-    reinterpret_cast<uint2*>(ranks)[i] = split_ranks<true>(v + i / 8 * kPageRank + i % 8 / 2 * 2 + i % 2 * 8, p.work.v_planes, p.work.v_stride);
+  for (int i = own_piece + static_cast<int>(blockDim.x); i < pieces; i += static_cast<int>(blockDim.x))
+    reinterpret_cast<uint2*>(ranks)[i] = split_ranks(piece_of(i), p.work.v_planes, p.work.v_stride);
   __syncthreads();
 
+  float* const own_delta = delta + min(g, plan.rows - 1) * kDeltaPitch + 2 * t;
+  const uint32_t matrices = ring + lane / 8 % 2 * kBoxHalfBytes + lane % 8 * 128 + ((lane / 16 ^ lane % 8) << 4);
   int stage = 0;
   uint32_t parity = 0;
   while (own.left > 0) {
@@ -329,50 +345,48 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
     const bool has = has_columns(columns);
     const int row_pair = tile.first_pair - first_pair + (pass * kPassRows + min(g, rows - 1)) * tile.entries;
     const bool is_kept = tile.first_pair - first_pair + tile.rows * tile.entries <= kept;
+    const uint4* const row_ranks = ranks + static_cast<uint32_t>(row_pair * p.work.span_count * 4 + t);
     int at = stage;
     uint32_t at_parity = parity;
-#pragma unroll 1
-    for (int e = 0; e < tile.entries; ++e) {
+    auto expand = [&](auto first, int e) {
       barrier_wait(barrier + 8 * at, at_parity);
       const int4 known = facts_of[at];
       const int count[kBoxes] = {known.x, known.y}, place[kBoxes] = {known.z, known.w};
+      uint4 part[kBoxes];
 #pragma unroll
       for (int b = 0; b < kBoxes; ++b) {
-        float* const to = delta + min(g, plan.rows - 1) * kDeltaPitch + b * kBoxColumns + 2 * t;
-        float sum[8][4];  // hi of row g and columns 8j + 2t, 8j + 2t + 1; lo of the same
-        if (count[b] > 0) {
-          const int piece = ((row_pair + e) * p.work.span_count + place[b]) * 4 + t;
-          const float* const of_pair = v + static_cast<int64_t>(piece / 4) * kPageRank + t * 2;
-          uint4 part;
-          if (is_kept) {
-            part = ranks[piece];
-          } else {
-            const uint2 low = split_ranks<false>(of_pair, p.work.v_planes, p.work.v_stride);
-            const uint2 high = split_ranks<false>(of_pair + 8, p.work.v_planes, p.work.v_stride);
-            part = make_uint4(low.x, low.y, high.x, high.y);
-          }
-          const uint32_t from = ring + at * kStreamStageBytes + b * 2 * kBoxHalfBytes + (lane / 8 % 2) * kBoxHalfBytes + lane % 8 * 128;
-          uint32_t raw[4][4];
-#pragma unroll
-          for (int j = 0; j < 4; ++j) load_matrices(raw[j], from + (((2 * j + lane / 16) ^ (lane % 8)) << 4));
-          if (count[b] < kPageRank) {
-            const uint32_t mask[2] = {pair_mask(2 * t, count[b]), pair_mask(2 * t + 8, count[b])};
-#pragma unroll
-            for (int j = 0; j < 4; ++j)
-#pragma unroll
-              for (int i = 0; i < 4; ++i) raw[j][i] &= mask[i % 2];
-          }
-#pragma unroll
-          for (int j = 0; j < 8; ++j) multiply_bf16(sum[j], part, raw[j / 2][j % 2 * 2], raw[j / 2][j % 2 * 2 + 1]);
+        const uint32_t piece = static_cast<uint32_t>(e * p.work.span_count + place[b]);
+        if (is_kept) {
+          part[b] = row_ranks[piece * 4];
         } else {
-#pragma unroll
-          for (int j = 0; j < 8; ++j) sum[j][0] = sum[j][1] = sum[j][2] = sum[j][3] = 0.f;
+          const float* const of_pair = v + (static_cast<int64_t>(row_pair) * p.work.span_count + piece) * kPageRank + t * 2;
+          const uint2 low = split_ranks(of_pair, p.work.v_planes, p.work.v_stride);
+          const uint2 high = split_ranks(of_pair + 8, p.work.v_planes, p.work.v_stride);
+          part[b] = make_uint4(low.x, low.y, high.x, high.y);
         }
+      }
+      const uint32_t from = matrices + at * kStreamStageBytes;
+#pragma unroll
+      for (int b = 0; b < kBoxes; ++b) {
+        uint32_t raw[4][4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) load_matrices(raw[j], (from ^ (j << 5)) + b * 2 * kBoxHalfBytes);
+        if (count[b] < kPageRank) {
+          const uint32_t mask[2] = {pair_mask(2 * t, count[b]), pair_mask(2 * t + 8, count[b])};
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) raw[j][i] &= mask[i % 2];
+          if (count[b] <= 0) part[b] = make_uint4(0, 0, 0, 0);
+        }
+        float sum[8][4];  // hi of row g and columns 8j + 2t, 8j + 2t + 1; lo of the same
+#pragma unroll
+        for (int j = 0; j < 8; ++j) multiply_bf16(sum[j], part[b], raw[j / 2][j % 2 * 2], raw[j / 2][j % 2 * 2 + 1]);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
           float2 both = make_float2(sum[j][0] + sum[j][2], sum[j][1] + sum[j][3]);
-          auto* at_delta = reinterpret_cast<float2*>(to + j * 8);
-          if (e > 0) both.x += at_delta->x, both.y += at_delta->y;
+          auto* at_delta = reinterpret_cast<float2*>(own_delta + b * kBoxColumns + j * 8);
+          if constexpr (!decltype(first)::value) both.x += at_delta->x, both.y += at_delta->y;
           *at_delta = both;
         }
       }
@@ -381,7 +395,10 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
         send();
       }
       if (++at == plan.stages) at = 0, at_parity ^= 1;
-    }
+    };
+    if (tile.entries > 0) expand(std::true_type{}, 0);
+#pragma unroll 1
+    for (int e = 1; e < tile.entries; ++e) expand(std::false_type{}, e);
     if (is_last || !stays) stage = at, parity = at_parity;
 
     __syncwarp();
@@ -396,21 +413,27 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
     auto finish_turn = [&](auto turn, const Ready& ready) {
       constexpr int kTurn = decltype(turn)::value;
       const int r = 2 * kTurn + lane / 16;
-      float y[kBoxes][kQuad] = {};
+      const uint32_t row = row_of(kTurn);
+      float y[kBoxes][kQuad];
 #pragma unroll
       for (int b = 0; b < kBoxes; ++b) {
-#pragma unroll
-        for (int s = 0; s < kAhead; ++s)
-          if (s == 0 || s < p.planes) add_to(y[b], coming.y[s][kTurn][b]);
         if constexpr (kFloatPlanes) {
-          const char* const from = column_bytes(columns, b) + row_offset(coming.row, r) * kElement;
+          const char* const from = static_cast<const char*>(p.y) + static_cast<uint64_t>(row) * row_bytes + column_bytes(columns, b);
+#pragma unroll
+          for (int c = 0; c < kQuad; ++c) y[b][c] = 0.f;
 #pragma unroll 1
           for (int s = 0; s < p.planes; ++s) add_to(y[b], __ldcg(reinterpret_cast<const float4*>(from + s * p.plane_stride * kElement)));
+        } else {
+          const uint2 raw = coming.y[0][kTurn][b];
+          y[b][0] = low_half(raw.x), y[b][1] = high_half(raw.x), y[b][2] = low_half(raw.y), y[b][3] = high_half(raw.y);
+#pragma unroll
+          for (int s = 1; s < kAhead; ++s)
+            if (s < p.planes) add_to(y[b], coming.y[s][kTurn][b]);
         }
         if constexpr (kHasBias) add_to(y[b], bias[b]);
         if (tile.entries > 0) add_to(y[b], *reinterpret_cast<const float4*>(delta + r * kDeltaPitch + places.at[b]));
       }
-      finish(column, has && r < rows, __shfl_sync(kAllLanes, coming.row, r), coming.known.of(r), ready, y[0], y[1]);
+      finish(column, has && r < rows, static_cast<int>(row), coming.known.of(r), ready, y[0], y[1]);
     };
     if (rows > 4) {
       const Ready ready[kTurns] = {prepare_turn(0), prepare_turn(1), prepare_turn(2), prepare_turn(3)};
@@ -483,7 +506,7 @@ inline StreamPlan stream_plan(int rows, int modules, int groups, int processors,
   const int most_rows = std::min(rows, kPassRows);
   if (rows == 1) return {2, 3, 8, most_rows, processors, 1};
   const int64_t blocks = (static_cast<int64_t>(rows) * groups + warps - 1) / warps;  // that have work, at most
-  return {warps, 2, 16384 / (modules * kFragmentBytes), most_rows, processors, std::max(1, static_cast<int>(processors / blocks))};
+  return {warps, 2, (rows > kKeptRows ? 24576 : 16384) / (modules * kFragmentBytes), most_rows, processors, std::max(1, static_cast<int>(processors / blocks))};
 }
 
 // Calls `go` with the template arguments of a stream kernel of at most `warps` warps, its maps and its shape.

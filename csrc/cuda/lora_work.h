@@ -7,11 +7,12 @@
 // aligned. Deals and items stand at fixed places, so that nobody reads the header to find them; each load that waits for another costs a
 // kernel two thirds of a microsecond before it has sent for its first byte.
 //   header  [32]: tile count, item count, row count, V, offset of tiles, of rows, of entries, of items, rows of the largest tile,
-//           offset of tile_of, P, offset of long items (0: none), wide and narrow ones of them; the rest 0
+//           offset of tile_of, P, offset of long items (0: none), wide and narrow ones of them, offset of streamed tiles, rows of the
+//           largest of these; the rest 0
 //   stream  [P][32]: what block b of a kernel that streams B does, a line each: equal shares of all tiles' weights (lora_deal.py)
-//           [0] tile where it begins, [1] place there in units of weight, [2] weight of that tile; [3..5] the same of its end
+//           [0] streamed tile where it begins, [1] place there in units of weight, [2] weight of that tile; [3..5] the same of its end
 //           [6] first pair of tile [0], [7] pairs from there to the end of the last tile that it touches
-//           [8..15] [16..23] [24..31] records of tile [0] and the two behind it, as in `tiles`; zero where its share does not go so far
+//           [8..15] [16..23] [24..31] records of tile [0] and the two behind it, as in `streamed`; zero where its share does not go so far
 //   norm    [P][16]: what block b of the norm does: a run of units, a unit being up to [2] neighbouring rows of a tile
 //           [0] tile of the first unit, [1] its first place in the tile, [2] rows of a unit (1 to 3), [3] units (0: nothing)
 //           [4..11] the tile's record, [12..14] rows of x and y of the first unit, -1 where there are fewer; [15] 0
@@ -24,6 +25,7 @@
 //   tile_of [row count]: the tile of each place
 //   long    [wide + narrow][8]: of a step of more than kShortStepRows rows its items once more, cut at other places: neighbouring rows
 //           of a recipe, tiles or not, wide ones of 17 to kWideRows rows, then narrow ones of at most 16; the most rows first
+//   streamed [...][8]: what the stream deal counts and numbers: the tiles, or in long steps (lora_deal.py) tiles of up to 64 rows
 // The pair of place i of a tile and its entry e is first pair + i * entry count + e. A tile without adapters has no entries.
 #pragma once
 

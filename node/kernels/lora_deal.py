@@ -22,6 +22,9 @@ STREAM_TILES = 3  # records in a block's share
 WEIGHT_STEPS = 128  # of a tile's weight: shares must be finer than its groups, of which there are up to a hundred
 NORM_ROWS = 3  # of a unit at most
 MOST_WEIGHED = 16  # entries; beyond, a tile is as heavy
+WIDE_ROWS = 64  # at most, of what a kernel that streams B takes as one tile in long steps
+PASS_ROWS = 8  # that it finishes together
+WIDE_SHARE = 32  # rows a block from which a step is long
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,18 @@ class TileColumns:
 def deal_ints(processors: int) -> int:
     """int32 of both deals together."""
     return processors * (STREAM_INTS + NORM_INTS)
+
+
+def is_long(rows: int, processors: int) -> bool:
+    """Whether the stream deal counts long tiles: neighbouring tiles of a recipe have B sent for once."""
+    return rows >= WIDE_SHARE * processors
+
+
+def wide_rows(counts: Longs) -> Longs:
+    """[recipes]: rows of a long tile of each, equal parts in passes of 8 rows, so that few rows are left for its last one."""
+    parts = np.maximum(1, -(-counts // WIDE_ROWS))
+    rows: Longs = -(-counts // (parts * PASS_ROWS)) * PASS_ROWS
+    return rows
 
 
 def tile_weights(rows: Longs, entries: Longs) -> Longs:

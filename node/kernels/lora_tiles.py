@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from node.kernels.lora_deal import Longs, TileColumns, deal_ints, norm_deal, stream_deal
+from node.kernels.lora_deal import Longs, TileColumns, deal_ints, is_long, norm_deal, stream_deal, wide_rows
 from node.kernels.lora_long import LONG_STEP_ROWS, RecipeRows, long_items
 
 Ints = npt.NDArray[np.int32]
@@ -66,16 +66,22 @@ def build_tiles(
     tiles, row_counts, per_tile = _tiles(found.row_counts, entry_counts, table, tile_rows)
     pair_count = int((row_counts * per_tile).sum())
     columns = TileColumns(tiles, row_counts, per_tile, found.rows)
-    deals = np.concatenate([stream_deal(columns, processors).ravel(), norm_deal(columns, processors).ravel()])
+    streamed = columns
+    if is_long(len(found.rows), processors):
+        streamed = TileColumns(*_tiles(found.row_counts, entry_counts, table, wide_rows(found.row_counts)), found.rows)
+    deals = np.concatenate([stream_deal(streamed, processors).ravel(), norm_deal(columns, processors).ravel()])
     items = _items(tiles, per_tile, table)
     tile_of = np.repeat(np.arange(len(tiles), dtype=np.int32), row_counts)
     long = long_items(RecipeRows(found.row_counts, entry_counts, table), processors)
     facts = [len(tiles), len(items), len(found.rows), pair_count, int(row_counts.max(initial=0)), processors]
-    data = _join(facts, deals, items, [tiles, found.rows, table, tile_of, long.records])
+    is_same = streamed is columns
+    more = [long.records, streamed.records[: 0 if is_same else None]]
+    data = _join(facts, deals, items, [tiles, found.rows, table, tile_of, *more])
     if len(long.records):
         data[12:14] = long.wide_count, long.narrow_count
     else:
         data[11] = 0
+    data[14:16] = data[4] if is_same else data[14], streamed.rows.max(initial=0)
     return TileBlock(data, len(tiles), len(items), pair_count)
 
 
@@ -101,7 +107,8 @@ def block_ints(rows: int, sequences: int, entries: int, tile_rows: int, processo
     table = ENTRY_INTS * min(rows, sequences) * entries
     items = ITEM_INTS * tiles * entries
     long = items if rows > LONG_STEP_ROWS else 0
-    parts = (HEADER_INTS, deal_ints(processors), items, TILE_INTS * tiles, rows, table, rows, long)
+    streamed = TILE_INTS * tiles if is_long(rows, processors) else 0
+    parts = (HEADER_INTS, deal_ints(processors), items, TILE_INTS * tiles, rows, table, rows, long, streamed)
     return aligned_ints(sum(aligned_ints(part) for part in parts), LINE_INTS)
 
 
@@ -151,12 +158,13 @@ def _entries(recipes: Sequence[Recipe], slot_pages: Ints, slot_ranks: Ints) -> t
     return table, counts
 
 
-def _tiles(row_counts: Longs, entry_counts: Longs, table: Ints, tile_rows: int) -> tuple[Ints, Longs, Longs]:
-    """[tiles, 8] int32 as they stand in the run, and rows and entries of each."""
-    tile_counts = -(-row_counts // tile_rows)
+def _tiles(row_counts: Longs, entry_counts: Longs, table: Ints, tile_rows: int | Longs) -> tuple[Ints, Longs, Longs]:
+    """[tiles, 8] int32 as they stand in the run, and rows and entries of each. tile_rows: at most, of all or each recipe's."""
+    most = np.broadcast_to(tile_rows, row_counts.shape)
+    tile_counts = -(-row_counts // most)
     owner = np.repeat(np.arange(len(row_counts)), tile_counts)
-    inside = (np.arange(len(owner)) - np.repeat(np.cumsum(tile_counts) - tile_counts, tile_counts)) * tile_rows
-    rows, entries = np.minimum(tile_rows, row_counts[owner] - inside), entry_counts[owner]
+    inside = (np.arange(len(owner)) - np.repeat(np.cumsum(tile_counts) - tile_counts, tile_counts)) * most[owner]
+    rows, entries = np.minimum(most[owner], row_counts[owner] - inside), entry_counts[owner]
     pairs = rows * entries
     tiles = np.zeros((len(owner), TILE_INTS), np.int32)
     tiles[:, 0] = (np.cumsum(row_counts) - row_counts)[owner] + inside
@@ -181,13 +189,15 @@ def _join(facts: Sequence[int], deals: Ints, items: Ints, rest: Sequence[Ints]) 
     """Header and sections in one run, each section at a multiple of 16 bytes.
 
     Args:
-        facts: tiles, items, rows, pairs, rows of the largest tile, processors. rest: tiles, rows, entries, tile_of, long items.
+        facts: tiles, items, rows, pairs, rows of the largest tile, processors.
+        rest: tiles, rows, entries, tile_of, long items, streamed tiles.
     """
     sections = [deals, items, *rest]
     offsets = np.cumsum([HEADER_INTS, *(aligned_ints(section.size) for section in sections)]).tolist()
     data = np.zeros(aligned_ints(offsets[-1], LINE_INTS), np.int32)
-    _, items_at, tiles_at, rows_at, entries_at, tile_of_at, long_at, _ = offsets
+    _, items_at, tiles_at, rows_at, entries_at, tile_of_at, long_at, streamed_at, _ = offsets
     data[:12] = [*facts[:4], tiles_at, rows_at, entries_at, items_at, facts[4], tile_of_at, facts[5], long_at]
+    data[14] = streamed_at
     for offset, section in zip(offsets, sections, strict=False):
         data[offset : offset + section.size] = section.ravel()
     return data

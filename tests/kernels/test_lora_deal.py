@@ -27,7 +27,7 @@ def build(batch, processors):
 
 @dataclass
 class StreamShare:
-    """As `read_stream_share` finds it."""
+    """As `as_stream_share` finds it."""
 
     begin: tuple[int, int]
     end: tuple[int, int]
@@ -53,8 +53,15 @@ def norm_share(block, b):
     return [int(value) for value in block[HEADER_INTS + 32 * processors + 16 * b :][:16]]
 
 
-def record(block, tile):
-    return block[int(block[4]) + 8 * tile :][:8].tolist()
+def record(block, tile, offset=4):
+    return block[int(block[offset]) + 8 * tile :][:8].tolist()
+
+
+def streamed(block):
+    """Rows, entries, first pair of each tile that the stream deal numbers."""
+    count = int(block[HEADER_INTS + 32 * (int(block[10]) - 1) + 3])
+    records = [record(block, tile, 14) for tile in range(count)]
+    return [(packed & 0xFFFF, packed >> 16, first_pair) for _, packed, _, first_pair, *_ in records]
 
 
 @given(batches, processor_counts, group_counts)
@@ -66,15 +73,37 @@ def test_stream_deal_covers_every_group_of_every_tile_once_in_order(batch, proce
         assert share.begin == at
         assert share.end >= at
         at = share.end
-    assert at == (int(block[0]), 0)
+    assert at == (len(streamed(block)), 0)
+
+
+@given(batches, processor_counts)
+def test_streamed_tiles_are_the_tiles_and_in_long_steps_equal_parts_of_a_recipe(batch, processors):
+    block = build(batch, processors)
+    tiles, by_recipe = streamed(block), {}
+    for recipe, count in batch:
+        by_recipe[recipe] = by_recipe.get(recipe, 0) + count
+    if int(block[2]) < 32 * processors:
+        assert tiles == [(len(tile.rows), len(tile.entries), tile.first_pair) for tile in read_tiles(block)]
+        return
+    assert block[15] == max(rows for rows, _, _ in tiles) <= 64
+    for count in by_recipe.values():
+        parts = [rows for rows, _, _ in tiles[: -(-count // parts_of(count))]]
+        assert sum(parts) == count
+        assert set(parts[:-1]) <= {parts_of(count)}
+        tiles = tiles[len(parts) :]
+    assert not tiles
+
+
+def parts_of(count):
+    """Rows of a long tile: multiples of 8, as many tiles as of 64 rows."""
+    return next(size for size in range(8, 72, 8) if -(-count // size) <= -(-count // 64))
 
 
 @given(batches, processor_counts)
 def test_stream_deal_gives_equal_weights(batch, processors):
     block = build(batch, processors)
     lines = block[HEADER_INTS:][: 32 * processors].reshape(processors, 32)
-    tiles = read_tiles(block)
-    weights = [WEIGHT_STEPS * (8 * min(len(tile.entries), MOST_WEIGHED) + len(tile.rows) + 2) for tile in tiles]
+    weights = [WEIGHT_STEPS * (8 * min(entries, MOST_WEIGHED) + rows + 2) for rows, entries, _ in streamed(block)]
     starts = np.cumsum([0, *weights])
     shares = [int(starts[line[3]] + line[4] - starts[line[0]] - line[1]) for line in lines]
     assert sum(shares) == sum(weights)
@@ -87,17 +116,18 @@ def test_stream_deal_gives_equal_weights(batch, processors):
 @given(batches, processor_counts, group_counts)
 def test_stream_deal_holds_the_records_and_pairs_of_what_a_block_meets(batch, processors, groups):
     block = build(batch, processors)
-    tiles = read_tiles(block)
+    tiles = streamed(block)
     for b in range(processors):
         share = stream_share(block, b, groups)
         if share.begin == share.end:
             continue
         last = share.end[0] - (share.end[1] == 0)
         assert share.dealt in (share.begin[0], share.begin[0] - 1)
-        assert share.first_pair == tiles[share.dealt].first_pair
-        assert share.first_pair + share.pairs >= tiles[last].first_pair + len(tiles[last].rows) * len(tiles[last].entries)
+        rows, entries, first_pair = tiles[last]
+        assert share.first_pair == tiles[share.dealt][2]
+        assert share.first_pair + share.pairs >= first_pair + rows * entries
         for tile in range(share.begin[0], min(last, share.dealt + 2) + 1):
-            assert share.records[tile - share.dealt] == record(block, tile)
+            assert share.records[tile - share.dealt] == record(block, tile, 14)
 
 
 @given(batches, processor_counts)

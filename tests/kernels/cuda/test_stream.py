@@ -49,7 +49,7 @@ def silu_of(work, y, v) -> Tensor:
 def rope_of(work, y, v, positions, slots) -> tuple[Tensor, Tensor]:
     rows, q_norm = y.shape[1], torch.linspace(0.5, 2, SIZE, device="cuda").to(torch.bfloat16)
     angles = torch.linspace(0, 9, 500 * SIZE // 2, device="cuda").view(500, SIZE // 2)
-    cache = torch.zeros(2, 24, 16, GROUPS, SIZE, device="cuda", dtype=torch.bfloat16)
+    cache = torch.zeros(2, int(slots.max()) // 16 + 1, 16, GROUPS, SIZE, device="cuda", dtype=torch.bfloat16)
     q = torch.full((rows, HEADS * SIZE), float("nan"), device="cuda").to(torch.bfloat16)
     tables = (angles.cos(), angles.sin(), positions, slots)
     work.ops.rope_kv_write(work.product(y, v), *tables, cache[0], cache[1], q, q_norm=q_norm, k_norm=q_norm, follow=Follow.PLAIN)
@@ -111,6 +111,25 @@ def test_rows_have_the_same_bits_alone_and_in_any_batch(make_work):
     assert bool(act.isfinite().all())
     assert bool(q.isfinite().all())
     for some in ([0], [1], [5], [9], [12], [255], [3, 4, 5, 77, 120, 200], list(range(100, 180))):
+        part = [terms[row] for row in some]
+        one, two = make_work(part, RANKS, INPUTS, GATE_UP, pool=first.pool), make_work(part, RANKS, INPUTS, QKV, pool=second.pool)
+        assert torch.equal(silu_of(one, gate_up[:, some], shrunk(one, x[some])), act[some])
+        found_q, found_kv = rope_of(two, qkv[:, some], shrunk(two, x[some]), positions[some], slots[some])
+        assert torch.equal(found_q, q[some])
+        assert torch.equal(found_kv, kv[:, some])
+
+
+def test_rows_have_the_same_bits_in_a_step_that_streams_long_tiles(make_work):
+    rows = 33 * torch.cuda.get_device_properties("cuda").multi_processor_count
+    terms = [KINDS[(row // 333) % len(KINDS)] if row > 20 else KINDS[row % len(KINDS)] for row in range(rows)]
+    x = torch.randn(rows, INPUTS, device="cuda").to(torch.bfloat16)
+    gate_up = torch.randn(1, rows, sum(GATE_UP), device="cuda").to(torch.bfloat16)
+    qkv = torch.randn(2, rows, sum(QKV), device="cuda").to(torch.bfloat16)
+    positions = torch.randint(0, 500, (rows,), device="cuda", dtype=torch.int32)
+    slots = torch.arange(rows, device="cuda", dtype=torch.int32)
+    first, second = make_work(terms, RANKS, INPUTS, GATE_UP), make_work(terms, RANKS, INPUTS, QKV)
+    act, (q, kv) = silu_of(first, gate_up, shrunk(first, x)), rope_of(second, qkv, shrunk(second, x), positions, slots)
+    for some in (list(range(0, rows, 17)), list(range(rows // 2, rows // 2 + 400)), [rows - 1]):
         part = [terms[row] for row in some]
         one, two = make_work(part, RANKS, INPUTS, GATE_UP, pool=first.pool), make_work(part, RANKS, INPUTS, QKV, pool=second.pool)
         assert torch.equal(silu_of(one, gate_up[:, some], shrunk(one, x[some])), act[some])
