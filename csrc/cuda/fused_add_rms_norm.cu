@@ -188,7 +188,7 @@ cudaError_t launch_blocks(const Product& product, Params params, cudaStream_t st
           return launch(add_rms_norm_pair_kernel<P>, pairs, product.follow, stream, params);
         }
         if (product.rows <= processors) return launch(add_rms_norm_lora_kernel<P, 1>, shape, product.follow, stream, params);
-        return launch(add_rms_norm_lora_kernel<P, P ? 2 : 3>, shape, product.follow, stream, params);
+        return launch(add_rms_norm_lora_kernel<P, 3>, shape, product.follow, stream, params);
       }
       if (C > 1 || product.rows <= processors) return go(add_rms_norm_kernel<L, P, 1, C>, 1, processors);
       return go(add_rms_norm_kernel<L, P, 2, 1>, product.rows <= 2 * processors ? 2 : kPrefillRows, processors);

@@ -43,7 +43,9 @@ struct NormShared {
   NormStage stages[kNormStages];
   uint64_t full[kNormStages], empty[kNormStages];
   uint64_t v_full[2], v_empty[2];
-  alignas(16) int share[4];  // first unit's tile, its first place there, rows of a unit, units
+  int4 share[kNormDealInts / 4];  // the block's line of the deal
+
+  __device__ const int* share_rows() const { return &share[3].x; }
 };
 
 // Barriers of a ring of `kDepth`: position, and the parity of its phase.
@@ -195,7 +197,10 @@ __device__ __forceinline__ void finish_norm(const NormParams& a, NormShared<kHel
     int row[R];
     uint2 old[R][kQuads];
 #pragma unroll
-    for (int r = 0; r < R; ++r) row[r] = r < rows ? __ldg(units.block + units.rows_at + units.tile.place + units.first + r) : -1;
+    for (int r = 0; r < R; ++r) {
+      if (!has_waited) row[r] = shared.share_rows()[r];
+      else row[r] = r < rows ? __ldg(units.block + units.rows_at + units.tile.place + units.first + r) : -1;
+    }
     auto load_old = [&] {  // the residual, which no kernel in flight writes
 #pragma unroll
       for (int r = 0; r < R; ++r)
@@ -301,31 +306,32 @@ __global__ void __launch_bounds__((kNormWarps + kNormHelpers) * kWarp, 1) add_rm
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint8_t norm_ring[];
   __shared__ NormShared<R> shared;
-  const int warp = warp_index(), warps = static_cast<int>(blockDim.x) / kWarp - kNormHelpers;
+  const int warp = warp_index(), lane = threadIdx.x % kWarp, warps = static_cast<int>(blockDim.x) / kWarp - kNormHelpers;
   NormUnits units;
   units.block = a.p.work.tiles;
   const int4 offsets = __ldg(reinterpret_cast<const int4*>(units.block) + 1);  // lora_work.h
   units.tiles_at = offsets.x, units.rows_at = offsets.y, units.entries_at = offsets.z;
   if (warp == warps) {
-    if (threadIdx.x % kWarp == 0) {
+    if (lane == 0) {
 #pragma unroll
       for (int s = 0; s < kNormStages; ++s) barrier_init(shared_address(&shared.full[s]), 1), barrier_init(shared_address(&shared.empty[s]), warps * kWarp);
 #pragma unroll
       for (int s = 0; s < 2; ++s) barrier_init(shared_address(&shared.v_full[s]), kWarp), barrier_init(shared_address(&shared.v_empty[s]), warps * kWarp);
       barrier_init_fence();
     }
-    const int4 share = find_norm_share<R>(read_tile_table(units.block));
-    if (threadIdx.x % kWarp == 0) *reinterpret_cast<int4*>(shared.share) = share;
+    if (lane < kNormDealInts / 4) shared.share[lane] = __ldg(norm_line(units.block, a.processors, blockIdx.x) + lane);
     __syncwarp();
     arrive_for(kShareBarrier, blockDim.x);
   } else {
     sync_threads_of(kShareBarrier, blockDim.x);
   }
-  __syncwarp();
-  units.index = shared.share[0], units.first = shared.share[1], units.size = shared.share[2], units.left = shared.share[3];
-  if (units.left > 0) units.read();
-  if (warp == warps) send_pages<R>(a.p, shared, norm_ring, units);
-  else if (warp > warps) send_ranks<R>(a.p, shared, units);
+  const NormShare share = as_norm_share(shared.share);
+  units.index = share.index, units.first = share.first, units.size = share.size, units.left = share.units, units.tile = share.tile;
+  if (warp == warps) {
+    send_pages<R>(a.p, shared, norm_ring, units);
+    return;
+  }
+  if (warp > warps) send_ranks<R>(a.p, shared, units);
   else if (R > 2 && units.size > 2) finish_norm<kFloatPlanes, R>(a, shared, norm_ring, units, warps);
   else finish_norm<kFloatPlanes, (R < 2 ? R : 2)>(a, shared, norm_ring, units, warps);
 #endif
