@@ -397,7 +397,7 @@ void skinny_gemm(const Tensor& x, const Tensor& weight, bool use_pdl, Tensor y) 
 
 // The plan's tables lie in device memory and are not checked here; their one writer is node/kernels/attention/items.py.
 void attention_decode(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& tables, const Tensor& items,
-                      const Tensor& counts, Tensor partial, Tensor stats, Tensor done, double scale_log2,
+                      const Tensor& counts, Tensor partial, Tensor stats, Tensor done, double scale_log2, int64_t window,
                       int64_t workers, int64_t variant, int64_t follow, Tensor out) {
   const Place place(q);
   place.require(keys, "keys");
@@ -424,17 +424,20 @@ void attention_decode(const Tensor& q, const Tensor& keys, const Tensor& values,
                   "openlora: out must have q's shape and type");
   place.require(tables, "tables");
   STD_TORCH_CHECK(tables.dim() == 2 && tables.scalar_type() == ScalarType::Int && tables.stride(1) == 1, "openlora: tables must be [Q, n] int32");
-  check_size(tables, "tables", 0, q.size(0));
+  const bool has_chunks = openlora::has_attention_chunks(variant);
+  const int64_t sequences = has_chunks ? tables.size(0) : q.size(0);
+  check_size(tables, "tables", 0, sequences);
   check(place, items, "items", 2, ScalarType::Int);
   check_size(items, "items", 1, openlora::kAttentionItemInts);
   check(place, counts, "counts", 1, ScalarType::Int);
-  check_size(counts, "counts", 0, q.size(0) + 1);
+  check_size(counts, "counts", 0, sequences + 1);
   check(place, partial, "partial", 3, ScalarType::Float);
   check(place, stats, "stats", 3, ScalarType::Float);
   check(place, done, "done", 2, ScalarType::Int);
-  STD_TORCH_CHECK(partial.size(0) >= items.size(0) && partial.size(1) == q.size(1) && partial.size(2) == size &&
-                      stats.size(0) >= items.size(0) && stats.size(1) == q.size(1) && stats.size(2) == 2 && done.size(0) >= q.size(0) &&
-                      done.size(1) == groups,
+  // Items of several rows have no partial results.
+  STD_TORCH_CHECK((has_chunks || partial.size(0) >= items.size(0)) && partial.size(1) == q.size(1) && partial.size(2) == size &&
+                      stats.size(0) == partial.size(0) && stats.size(1) == q.size(1) && stats.size(2) == 2 &&
+                      done.size(0) >= sequences && done.size(1) == groups,
                   "openlora: the memory for partial results is too small");
   openlora::AttentionDecodeArgs a{};
   a.q = q.data_ptr();
@@ -452,13 +455,15 @@ void attention_decode(const Tensor& q, const Tensor& keys, const Tensor& values,
   a.q_stride = as_int(q.stride(0), "q's stride");
   a.out_stride = as_int(out.stride(0), "out's stride");
   a.table_stride = as_int(tables.stride(0), "tables' stride");
-  a.sequences = as_int(q.size(0), "sequences");
+  a.sequences = as_int(sequences, "sequences");
   a.groups = as_int(groups, "groups");
   a.heads_per_group = as_int(q.size(1) / groups, "heads of a group");
   a.head_dim = as_int(size, "the head size");
   a.block_size = as_int(keys.size(1), "the block size");
   STD_TORCH_CHECK(workers >= 1 && workers <= items.size(0), "openlora: workers is ", workers, " with room for ", items.size(0), " items");
   a.workers = as_int(workers, "workers");
+  STD_TORCH_CHECK(window >= 0, "openlora: window is ", window);
+  a.window = as_int(window, "the window");
   a.scale_log2 = static_cast<float>(scale_log2);
   a.follow = follow_of(follow, 1);
   check_launch(openlora::launch_attention_decode(a, as_int(variant, "variant"), place.stream()), "attention_decode");
@@ -485,7 +490,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(openlora, m) {
   m.def("embed_rms_norm(Tensor token_ids, Tensor embedding, Tensor weight, float eps, int follow, Tensor(a!) residual, Tensor(b!) out) -> ()");
   m.def(
       "attention_decode(Tensor q, Tensor keys, Tensor values, Tensor tables, Tensor items, Tensor counts, "
-      "Tensor(a!) partial, Tensor(b!) stats, Tensor(c!) done, float scale_log2, int workers, int variant, int follow, Tensor(d!) out) -> ()");
+      "Tensor(a!) partial, Tensor(b!) stats, Tensor(c!) done, float scale_log2, int window, int workers, int variant, int follow, Tensor(d!) out) -> ()");
   m.def("skinny_gemm(Tensor x, Tensor weight, bool use_pdl, Tensor(a!) y) -> ()");
   m.def("skinny_gemm_silu_mul(Tensor x, Tensor weight, bool use_pdl, Tensor(a!) out) -> ()");
   m.def("skinny_gemm_logits(Tensor x, Tensor weight, Tensor wanted, bool use_pdl, Tensor(a!) y, Tensor(b!) parts) -> ()");

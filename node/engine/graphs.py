@@ -28,11 +28,13 @@ class Adapted(IntEnum):
 
 
 class GraphKey(NamedTuple):
-    """What a recorded step was made for: at most so many rows, one a sequence where `is_decode`."""
+    """What a recorded step was made for: at most so many rows, one a sequence where `is_decode`. `is_short`: its prompt chunks
+    have few keys (`Kernels.short_bound`)."""
 
     rows: int
     adapted: Adapted
     is_decode: bool = True
+    is_short: bool = False
 
 
 def buckets_for(max_sequences: int) -> tuple[int, ...]:

@@ -58,6 +58,7 @@ class RecordedSteps:
         self._kv = kv
         self._adapters = adapters
         self._sizes = sizes
+        self._short_bound = kernels.short_bound
         self._choose = choose
         self._is_watched = is_watched
         self.width = -(-sizes.max_model_len // kv.block_size)
@@ -104,12 +105,16 @@ class RecordedSteps:
     def _record(self, layout: BlockLayout, rows: int, *, is_decode: bool) -> None:
         self.block.send(layout.tiles + len(self._no_tiles))
         kinds = (Adapted.NOTHING, Adapted.LAYERS, Adapted.MANY_LAYERS)
+        bound = self._short_bound
+        has_short = not is_decode and bound is not None and rows <= bound.rows
         for adapted in kinds if rows <= SHORT_ROWS else kinds[:2]:
             self.graphs.step(GraphKey(rows, adapted, is_decode))
+            if has_short:
+                self.graphs.step(GraphKey(rows, adapted, is_decode, is_short=True))
 
     def _run(self, key: GraphKey) -> Tensor:
         """Launch a step over the static memory of its bucket."""
-        return self._run_decode(key.rows, key.adapted) if key.is_decode else self._run_rows(key.rows, key.adapted)
+        return self._run_decode(key.rows, key.adapted) if key.is_decode else self._run_rows(key)
 
     # ---- one row a sequence
 
@@ -177,13 +182,17 @@ class RecordedSteps:
         self.forget_tiles()
         self.block.send(end)
         adapted = adapted_of(rows, tiles[0]) if tiles else Adapted.NOTHING
-        h = self.graphs.step(GraphKey(rows, adapted, is_decode=False))
+        bound = self._short_bound
+        is_short = bound is not None and bound.holds([(item.count, item.start + item.count) for item in work])
+        h = self.graphs.step(GraphKey(rows, adapted, is_decode=False, is_short=is_short))
         inputs = self._inputs(layout, Adapted.NOTHING, len(shape.logit_rows))
         return self._model.logits(h, inputs, self._adapters.tensors), inputs.tops
 
-    def _run_rows(self, rows: int, adapted: Adapted) -> Tensor:
-        layout = self._row_layouts[rows]
-        return self._model.hidden(self._inputs(layout, adapted, layout.logit_rows), self._kv, self._adapters.tensors)
+    def _run_rows(self, key: GraphKey) -> Tensor:
+        layout = self._row_layouts[key.rows]
+        inputs = self._inputs(layout, key.adapted, layout.logit_rows)
+        inputs.is_short = key.is_short
+        return self._model.hidden(inputs, self._kv, self._adapters.tensors)
 
     def _inputs(self, layout: BlockLayout, adapted: Adapted, logit_rows: int) -> StepInputs:
         lora = static_rows(self.block, layout, adapted, GRAPH_ENTRIES * layout.rows)

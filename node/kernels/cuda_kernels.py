@@ -65,6 +65,7 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         self._follow = Follow.WAIT_FIRST if has_follow else Follow.PLAIN
         # FA3 schedules its work on the device; the others launch a block for every row that there might be.
         self.has_static_prefill = "fa3" in attention.name and not is_deterministic
+        self.short_bound = attention.short_bound
         self._spans: dict[int, tuple[int, ...]] = {}
         self._planes: dict[tuple[int, int, int, bool], int] = {}
         self._gates: dict[tuple[int, int, int], bool] = {}
@@ -309,12 +310,20 @@ class CudaKernels(Kernels[Product, DeviceRows]):
     # ---- attention
 
     def plan_attention(
-        self, block_tables: Tensor, query_start: Tensor, context_lens: Tensor, max_query: int, max_context: int
+        self,
+        block_tables: Tensor,
+        query_start: Tensor,
+        context_lens: Tensor,
+        max_query: int,
+        max_context: int,
+        *,
+        is_short: bool = False,
     ) -> AttentionPlan:
+        attention = self._attention
         if max_query == 1:
-            return AttentionPlan(self._attention.plan_decode(block_tables, context_lens, max_context), None)
-        plan = self._attention.plan_prefill(block_tables, query_start, context_lens, max_query, max_context)
-        return AttentionPlan(None, plan)
+            return AttentionPlan(attention.plan_decode(block_tables, context_lens, max_context), None)
+        plan = attention.plan_short_prefill if is_short else attention.plan_prefill
+        return AttentionPlan(None, plan(block_tables, query_start, context_lens, max_query, max_context))
 
     def paged_attention(
         self,

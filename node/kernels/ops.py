@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from node.kernels.attention.paged import ShortBound
 from node.kernels.head_rows import LogitTops
 from node.kernels.linear import LoraSpans, PackedLinear, lora_spans
 from node.kernels.lora import LoraPool, LoraRows
@@ -37,10 +38,12 @@ class Kernels(ABC, Generic[ProductT, RowsT]):
     Attributes:
         takes_tiles: Rows are `DeviceRows`; otherwise they are `LoraRows`, which lie on the CPU whatever `device` is.
         has_static_prefill: A step with prompt chunks may be recorded and replayed with lengths up to those it was made for.
+        short_bound: Up to where a recorded step with prompt chunks is short, which has an attention of its own; None: none is.
     """
 
     takes_tiles: ClassVar[bool] = False
     has_static_prefill: bool = False
+    short_bound: ShortBound | None = None
 
     @staticmethod
     def load(
@@ -205,12 +208,20 @@ class Kernels(ABC, Generic[ProductT, RowsT]):
         """
 
     def plan_attention(
-        self, block_tables: Tensor, query_start: Tensor, context_lens: Tensor, max_query: int, max_context: int
+        self,
+        block_tables: Tensor,
+        query_start: Tensor,
+        context_lens: Tensor,
+        max_query: int,
+        max_context: int,
+        *,
+        is_short: bool = False,
     ) -> Any:
         """What depends on the lengths of a step alone, worked out once for all layers. See `paged_attention` for the tensors.
 
         Args:
             max_query, max_context: The most rows and tokens of one sequence.
+            is_short: Within `short_bound`.
 
         Returns:
             The `plan` of `paged_attention`; None where the kernel needs none.

@@ -112,7 +112,12 @@ class Decoder:
             return kernels.linear_silu_mul(rows, module.packed, module.bias, pool=pool, rows=lora, spans=module.spans)
 
         plan = kernels.plan_attention(
-            inputs.block_tables, inputs.query_start, inputs.context_lens, inputs.max_query, inputs.max_context
+            inputs.block_tables,
+            inputs.query_start,
+            inputs.context_lens,
+            inputs.max_query,
+            inputs.max_context,
+            is_short=inputs.is_short,
         )
         x, h = kernels.embed_rms_norm(inputs.token_ids, weights.embedding, weights.first_norm, eps)
         if inputs.side is not None and pool is not None:

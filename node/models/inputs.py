@@ -32,6 +32,7 @@ class StepInputs:
         lora: The rows' adapters as the kernels take them; None when no row uses one.
         side: Rows whose adapters have more than pages hold (DoRA, biases, the embedding); None when there are none.
         max_query, max_context: The most rows and tokens of one sequence; a GPU's attention wants to know.
+        is_short: Its prompt chunks have few keys; see `Kernels.short_bound`.
         hidden_rows: [E] int64. Rows whose hidden state is wanted; None for none.
         hidden: [E, H] float32, written by the model: hidden states after the final norm, of `hidden_rows`.
         tops: Which logits are read, and the largest of every row where the model's kernels find them; None: all are read.
@@ -48,6 +49,7 @@ class StepInputs:
     side: tuple[SideGroup, ...] | None = None
     max_query: int = 0
     max_context: int = 0
+    is_short: bool = False
     hidden_rows: Tensor | None = None
     hidden: Tensor | None = None
     tops: LogitTops | None = None

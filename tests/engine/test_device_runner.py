@@ -6,6 +6,7 @@ import torch
 from node.engine.device_runner import DeviceRunner
 from node.engine.engine import FAILED_STEPS_LIMIT
 from node.engine.sizing import DeviceSizes
+from node.kernels.attention.paged import ShortBound
 from node.kernels.lora import LoraRows
 from node.kernels.reference_tiles import read_tiles
 from node.kernels.torch_kernels import TorchKernels
@@ -19,6 +20,11 @@ class TileKernels(TorchKernels):
 
     takes_tiles = True
     has_static_prefill = True
+    short_bound = ShortBound(rows=64, context=30, pairs=400)
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.short_plans = []
 
     def linear(self, x, packed, bias=None, *, pool=None, rows=None, spans=None, out_dtype=None):
         lora = None if rows is None else rows_of_tiles(rows.tiles, pool, x.shape[0])
@@ -59,8 +65,9 @@ class TileKernels(TorchKernels):
         )
         return out
 
-    def plan_attention(self, block_tables, query_start, context_lens, max_query, max_context):
+    def plan_attention(self, block_tables, query_start, context_lens, max_query, max_context, *, is_short=False):
         self.max_query = max_query
+        self.short_plans.append(is_short)
 
 
 def rows_of_tiles(tiles, pool, row_count):
@@ -153,6 +160,20 @@ def test_prompt_logprobs_equal_the_synchronous_engine(make_driver, make_ahead):
         found.append(((driver.tokens("a"), driver.tokens("b"), [item.token_id for item in scored]), scored))
     assert found[0][0] == found[1][0]
     assert [item.logprob for item in found[0][1]] == pytest.approx([item.logprob for item in found[1][1]], abs=1e-5)
+
+
+def test_steps_whose_prompts_have_few_keys_are_planned_as_short_ones(make_ahead):
+    driver = make_ahead(prefix_cache=False)
+    kernels = driver.engine._runner._model._kernels
+    if not isinstance(kernels, TileKernels):
+        pytest.skip("steps are not recorded")
+    found = {}
+    for count in (18, 22):  # pairs of a row and a token: 324 and 484, of 400
+        kernels.short_plans.clear()
+        driver.add(f"p{count}", [1, *range(5, 4 + count)], max_new_tokens=3)
+        driver.run()
+        found[count] = list(kernels.short_plans)
+    assert found == {18: [True, False, False], 22: [False, False, False]}
 
 
 def test_second_turn_hits_the_prefix_of_the_first(make_ahead):

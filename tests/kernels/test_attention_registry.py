@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from node.errors import ConfigError
-from node.kernels.attention.paged import AttentionShape
+from node.kernels.attention.paged import AttentionShape, ShortBound
 from node.kernels.attention.registry import AttentionFacts, choose
 
 LLAMA = AttentionShape(32, 8, 128, 64, torch.bfloat16, 128**-0.5, 256, 8192)
@@ -66,3 +66,19 @@ def test_choice_says_why_and_what_would_be_faster():
     assert "flash_attn_interface" in choice.faster
     assert choose("auto", LLAMA, EVERYTHING).faster == ""
     assert choose("auto", LLAMA, facts(has_fa3=False, capability=(8, 0))).faster == ""
+
+
+@pytest.mark.parametrize(
+    ("sequences", "expected"),
+    [
+        ([(1, 100_000)] * 3, True),  # decode's, whatever their context
+        ([(1, 9000), (50, 100)], True),
+        ([(1, 9000)] * 151 + [(50, 100)], False),
+        ([(2, 101)], False),
+        ([(50, 100), (50, 100)], True),
+        ([(50, 100), (51, 100)], False),
+        ([], True),
+    ],
+)
+def test_short_step_has_few_pairs_and_no_long_chunk(sequences, expected):
+    assert ShortBound(rows=200, context=100, pairs=10_000).holds(sequences) is expected

@@ -23,6 +23,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 if tuple(int(part) for part in np.__version__.split(".")[:2]) >= (2, 4):
     pytest.skip("Triton's interpreter needs numpy < 2.4", allow_module_level=True)
 
+from node.kernels.attention.items import DecodeWork, ItemCost
 from node.kernels.attention.triton_backend import TritonAttention
 from node.kernels.triton_sampling import draw_kernel, forbid_kernel, greedy_kernel, top_kernel
 
@@ -75,6 +76,54 @@ def test_decode_matches_float64_and_leaves_its_counters_at_zero(geometry, window
     attention = TritonAttention(batch.shape, CPU, is_deterministic=is_deterministic)
     torch.testing.assert_close(batch.decode(attention).double(), batch.expected(), atol=5e-6, rtol=0)
     assert not attention.work.done.any()
+
+
+def planned(shapes, window, block, tokens):
+    """The items of a short step with two padding sequences, and what they were made of."""
+    count = len(shapes) + 2
+    shape = AttentionShape(8, 2, 64, block, torch.float32, 0.1, count + 1, 8192, (window,))
+    work = DecodeWork(shape, CPU, 49, item_blocks=24, chunk_rows=1024)
+    tables = torch.randint(0, 9999, (count, max(-(-context // block) for context, _ in shapes) + 1), dtype=torch.int32)
+    rows = [rows for _, rows in shapes]
+    starts = torch.tensor([0, *rows, 0, 0]).cumsum(0).to(torch.int32)
+    lens = torch.tensor([context for context, _ in shapes] + [0, 0], dtype=torch.int32)
+    found = work.plan_chunks(tables, starts, lens, 49, ItemCost(), tokens)[window]
+    return found.items[: int(found.counts[0])].tolist(), found.counts.tolist(), tables, starts.tolist()
+
+
+@pytest.mark.parametrize("window", [None, 100, 7])
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("tokens", [4, 16, 21])
+def test_items_of_a_short_step_cover_every_row_and_every_key_that_it_sees_once(window, block, tokens):
+    shapes = [(260, 1), (225, 225), (3000, 1), (1500, 17), (1, 1), (2, 2), (70, 16), (200, 15), (2048, 33)]
+    items, counts, tables, starts = planned(shapes, window, block, tokens)
+    seen = {}
+    for sequence, begin, end, place, shares, first, known, row, *blocks in items:
+        context, rows = shapes[sequence]
+        numbers = range(begin // block, begin // block + 24)
+        assert blocks == [int(tables[sequence, number]) if number * block < end else 0 for number in numbers]
+        if shares < 0:
+            at, count = row - starts[sequence], -shares
+            assert rows > 1
+            assert count <= tokens
+            assert (end, known) == (context - rows + at + count, context - rows)
+            assert begin == (max(0, end - count + 1 - window) if window else 0)
+            for number in range(row, row + count):
+                seen.setdefault(number, []).append(sequence)
+        else:
+            assert (rows, row, known, shares) == (1, starts[sequence], context, counts[1 + sequence])
+            seen.setdefault(row, []).append((begin, end, place, first))
+    for sequence, (context, rows) in enumerate(shapes):
+        for row in range(starts[sequence], starts[sequence] + rows):
+            parts = sorted(seen.pop(row))
+            if rows > 1:
+                assert parts == [sequence]
+                continue
+            assert parts[0][0] == (max(0, context - window) if window else 0)
+            assert [end for _, end, _, _ in parts] == [begin for begin, _, _, _ in parts[1:]] + [context]
+            assert [place - first for _, _, place, first in parts] == list(range(len(parts)))
+    assert not seen
+    assert counts[-2:] == [0, 0]
 
 
 def test_decode_padding_rows_are_zero():

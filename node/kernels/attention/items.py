@@ -31,9 +31,11 @@ class DecodeItems:
 
     Attributes:
         items: [most items, 8 + cache blocks] int32: sequence, first key, key after the last, place of its partial result, items
-            of the sequence, place of its first partial result (they lie one after another), the sequence's length, 0; then the
-            item's first cache blocks, so that whoever takes it asks for keys after a single load.
-        counts: [1 + Q] int32: items in all, then of each sequence.
+            of the sequence, place of its first partial result (they lie one after another), the sequence's length, the row of q
+            and of the result; then the item's first cache blocks, so that whoever takes it asks for keys after a single load.
+            Of an item of several rows, whose last one is that of the last key: 0 for the places, minus the rows instead of the
+            items of the sequence, the keys older than the step instead of the length, and its first row.
+        counts: [1 + Q] int32: items in all, then those of each sequence's one row.
     """
 
     items: Tensor
@@ -42,7 +44,7 @@ class DecodeItems:
 
 @dataclass(slots=True)
 class ItemPlan(DecodePlan):
-    """A decode plan with the items of every window the model has, and the programs to launch for each key/value head."""
+    """A plan with the items of every window the model has, and the programs to launch for each key/value head."""
 
     items: dict[int | None, DecodeItems]
     workers: int
@@ -55,6 +57,7 @@ class DecodeWork:
         programs: Of one key/value head that run at once, at most. cost: What the device weighs when it chooses the cuts.
         is_deterministic: Cuts at multiples of a fixed chunk, whatever else is in the batch.
         item_blocks: Cache blocks that an item names, 0 or 24.
+        chunk_rows: Most rows of a step with items of several rows.
 
     Attributes:
         partial: [most items, N, D] float32. stats: [most items, N, 2] float32. done: [max_batch, G] int32, 0 between launches.
@@ -70,8 +73,10 @@ class DecodeWork:
         is_deterministic: bool = False,
         cost: ItemCost | None = None,
         item_blocks: int = 0,
+        chunk_rows: int = 0,
     ) -> None:
         self.shape = shape
+        self._chunk_rows = chunk_rows
         self._width = ITEM_HEADER + item_blocks
         self._cost = cost or ItemCost()
         self._rows = triton.next_power_of_2(shape.max_batch)  # one compilation for every batch
@@ -95,21 +100,50 @@ class DecodeWork:
     ) -> ItemPlan:
         """Launch the plan kernel for every window. programs: Of one key/value head that run at once in this step; None: all."""
         programs = min(programs or self.programs, self.programs)
-        found = {w: self._items(block_tables, context_lens, w, programs, cost or self._cost) for w in self.shape.windows}
+        given = block_tables, None, context_lens, programs, cost or self._cost
+        found = {w: self._items(*given, w, 0) for w in self.shape.windows}
         # Programs without an item end at once; those with several take one after the other.
         return ItemPlan(block_tables, context_lens, max_context, found, max(context_lens.shape[0], programs))
 
+    def plan_chunks(
+        self,
+        block_tables: Tensor,
+        query_start: Tensor,
+        context_lens: Tensor,
+        programs: int,
+        cost: ItemCost,
+        tokens: int,
+    ) -> dict[int | None, DecodeItems]:
+        """The same for sequences of any number of rows.
+
+        Args:
+            query_start: [Q + 1] int32. tokens: Rows of an item of a sequence with more than one.
+        """
+        given = block_tables, query_start, context_lens, programs, cost
+        return {w: self._items(*given, w, tokens) for w in self.shape.windows}
+
     def _items(
-        self, block_tables: Tensor, context_lens: Tensor, window: int | None, programs: int, cost: ItemCost
+        self,
+        block_tables: Tensor,
+        query_start: Tensor | None,
+        context_lens: Tensor,
+        programs: int,
+        cost: ItemCost,
+        window: int | None,
+        chunk_tokens: int,
     ) -> DecodeItems:
         batch = context_lens.shape[0]
         empty = context_lens.new_empty
-        found = DecodeItems(empty((self.most_items, self._width)), empty(batch + 1))
+        most = self.most_items
+        if chunk_tokens:  # the last item of a sequence may be short
+            most += -(-self._chunk_rows // chunk_tokens) + min(batch, self._chunk_rows // 2)
+        found = DecodeItems(empty((most, self._width)), empty(batch + 1))
         plan_items_kernel[(_PLAN_PROGRAMS,)](
-            context_lens, block_tables, found.items, found.counts, batch, programs, self.most_items,
-            self.chunk_keys // TILE, window or 0, cost.start_tiles, cost.join_tiles,
+            context_lens, context_lens if query_start is None else query_start, block_tables, found.items, found.counts,
+            batch, programs, self.most_items, self.chunk_keys // TILE, window or 0, cost.start_tiles, cost.join_tiles,
             self.shape.block_size, block_tables.stride(0),
-            TILE=TILE, BATCH=self._rows, CHUNKS=64, HEADER=ITEM_HEADER, WIDTH=self._width, num_warps=8,
+            TILE=TILE, BATCH=self._rows, CHUNKS=64, HEADER=ITEM_HEADER, WIDTH=self._width,
+            CHUNK_TOKENS=chunk_tokens, num_warps=8,
         )  # fmt: skip
         return found
 

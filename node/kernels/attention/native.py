@@ -10,12 +10,20 @@ import torch
 from torch import Tensor
 
 from node.errors import ConfigError
-from node.kernels.attention.items import DecodeWork, ItemCost, ItemPlan, processors
-from node.kernels.attention.paged import AttentionShape, DecodePlan, PagedAttention, PrefillPlan
+from node.kernels.attention.items import DecodeItems, DecodeWork, ItemCost, ItemPlan, processors
+from node.kernels.attention.paged import AttentionShape, DecodePlan, PagedAttention, PrefillPlan, ShortBound
 from node.kernels.build_cuda import cuda_library_path
 
 LOG2_E = 1.4426950408889634
 _ITEM_BLOCKS = 24  # named in an item
+
+
+@dataclass(slots=True)
+class ChunkPlan(PrefillPlan):
+    """Of a short step. `items`, `workers`: see `ItemPlan`."""
+
+    items: dict[int | None, DecodeItems]
+    workers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +32,7 @@ class Variant:
 
     Attributes:
         number: As `launch_attention_decode` counts them. programs_per_sm: What the plan counts on; more may be resident.
+        chunk_rows: (Row, query head of a group) pairs of an item of several rows; 0: it takes none.
         cost: What it weighs. has_spare: Launch a program a slot more, which end at once or find an item of a long context.
     """
 
@@ -31,6 +40,7 @@ class Variant:
     programs_per_sm: int
     cost: ItemCost
     has_spare: bool = False
+    chunk_rows: int = 0
 
 
 # 3 warps and 48 KiB of shared memory, four blocks a processor; 6 warps and 96 KiB, two, of which cutting contexts for the
@@ -38,6 +48,9 @@ class Variant:
 _SMALL = Variant(0, 4, ItemCost(), has_spare=True)
 _MIDDLE = Variant(1, 1, ItemCost())
 _LARGE = Variant(2, 1, ItemCost(join_tiles=3))
+# 4 warps, which share the rows of a chunk or the keys of a decoding row; 64 KiB, three blocks a processor.
+_CHUNKED = Variant(3, 3, ItemCost(), chunk_rows=64)
+_SHORT = ShortBound(rows=512, context=512, pairs=1 << 18)  # FA3 is as fast or faster beyond
 _MIDDLE_RESIDENT = 2  # blocks of a processor
 _FULL = 0.95  # of the last round of small blocks
 _WITH_LARGE = (9, 10)  # major capabilities whose processors have 227 KiB of shared memory for a block
@@ -70,7 +83,14 @@ class NativeAttention(PagedAttention):
         self._follow = int(has_follow and major >= 9)
         self._has_large = major in _WITH_LARGE
         self._processors = processors(device)
-        self._work = DecodeWork(shape, device, self._programs(_SMALL), item_blocks=_ITEM_BLOCKS)
+        self.short_bound = _SHORT
+        self._work = DecodeWork(
+            shape,
+            device,
+            self._programs(_SMALL),
+            item_blocks=_ITEM_BLOCKS,
+            chunk_rows=_SHORT.rows,
+        )
 
     @property
     def name(self) -> str:
@@ -100,6 +120,19 @@ class NativeAttention(PagedAttention):
         self, q: Tensor, keys: Tensor, values: Tensor, plan: DecodePlan, out: Tensor, *, window: int | None = None
     ) -> Tensor:
         assert isinstance(plan, ItemPlan)  # noqa: S101 - a programmer's mistake
+        self._run(q, keys, values, plan, self._variant(q.shape[0]), out, window)
+        return out
+
+    def _run(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        plan: ItemPlan | ChunkPlan,
+        variant: Variant,
+        out: Tensor,
+        window: int | None,
+    ) -> None:
         work, found = self._work, plan.items[window]
         self._decode(
             q,
@@ -112,19 +145,29 @@ class NativeAttention(PagedAttention):
             work.stats,
             work.done,
             self.shape.scale * LOG2_E,
+            window or 0,
             plan.workers,
-            self._variant(q.shape[0]).number,
+            variant.number,
             self._follow,
             out,
         )
-        return out
 
     def plan_prefill(
         self, block_tables: Tensor, query_start: Tensor, context_lens: Tensor, max_query: int, max_context: int
     ) -> PrefillPlan:
         return self._prefill.plan_prefill(block_tables, query_start, context_lens, max_query, max_context)
 
+    def plan_short_prefill(
+        self, block_tables: Tensor, query_start: Tensor, context_lens: Tensor, max_query: int, max_context: int
+    ) -> ChunkPlan:
+        programs, tokens = self._programs(_CHUNKED), _CHUNKED.chunk_rows // self.shape.heads_per_group
+        items = self._work.plan_chunks(block_tables, query_start, context_lens, programs, _CHUNKED.cost, tokens)
+        return ChunkPlan(block_tables, query_start, context_lens, max_query, max_context, items, programs)
+
     def prefill(
         self, q: Tensor, keys: Tensor, values: Tensor, plan: PrefillPlan, out: Tensor, *, window: int | None = None
     ) -> Tensor:
-        return self._prefill.prefill(q, keys, values, plan, out, window=window)
+        if not isinstance(plan, ChunkPlan):
+            return self._prefill.prefill(q, keys, values, plan, out, window=window)
+        self._run(q, keys, values, plan, _CHUNKED, out, window)
+        return out

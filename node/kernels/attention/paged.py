@@ -9,6 +9,7 @@ Shape letters: T rows (tokens), Q sequences in the step, N query heads, G key/va
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +74,28 @@ class PrefillPlan:
     max_context: int
 
 
+@dataclass(frozen=True, slots=True)
+class ShortBound:
+    """Up to where a step is short. Of sequences of one row only the row counts: they are decode's.
+
+    Attributes:
+        rows: The most rows of the step.
+        context: The most tokens of a sequence with several rows: how long one block of threads is at work.
+        pairs: The most rows times tokens of such sequences together: how long all are.
+    """
+
+    rows: int
+    context: int
+    pairs: int
+
+    def holds(self, sequences: Sequence[tuple[int, int]]) -> bool:
+        """Whether a step of these (rows, context) is short."""
+        chunks = [(rows, context) for rows, context in sequences if rows > 1]
+        pairs = sum([rows * context for rows, context in chunks])
+        longest = max([context for _, context in chunks], default=0)
+        return sum([rows for rows, _ in sequences]) <= self.rows and longest <= self.context and pairs <= self.pairs
+
+
 class PagedAttention(ABC):
     """Causal attention over paged keys and values on one GPU. Runs on torch's current stream.
 
@@ -80,6 +103,8 @@ class PagedAttention(ABC):
     context are never read into a result, whatever they hold (NaN included). Plans of decode may be made and used while a CUDA
     graph is captured: nothing waits for the device, and nothing is allocated when the graph runs again.
     """
+
+    short_bound: ShortBound | None = None  # of steps for which there is a kernel of its own
 
     def __init__(self, shape: AttentionShape, device: torch.device, *, is_deterministic: bool = False) -> None:
         self.shape = shape
@@ -121,6 +146,12 @@ class PagedAttention(ABC):
     ) -> PrefillPlan:
         """Plan a step with prompt chunks. Not for capture."""
         return PrefillPlan(block_tables, query_start, context_lens, max_query, max_context)
+
+    def plan_short_prefill(
+        self, block_tables: Tensor, query_start: Tensor, context_lens: Tensor, max_query: int, max_context: int
+    ) -> PrefillPlan:
+        """The same for a short step, for capture like `plan_decode`. Right beyond the bound's context and pairs too, but slow."""
+        return self.plan_prefill(block_tables, query_start, context_lens, max_query, max_context)
 
     @abstractmethod
     def prefill(

@@ -22,6 +22,16 @@ from node.kernels.attention.triton_math import attend_tile, finish, join_chunks,
 TILE = 64  # keys of one tile
 
 
+@triton.jit
+def name_blocks(record, tables_ptr, row, from_key, to_key, here, block, table_stride, HEADER: tl.constexpr, WIDTH: tl.constexpr):
+    """Items [BATCH, WIDTH] with the cache blocks of their first keys."""
+    field = tl.arange(0, WIDTH)[None, :]
+    number = (from_key // block)[:, None] + field - HEADER
+    is_block = here[:, None] & (field >= HEADER) & (number * block < to_key[:, None])
+    blocks = tl.load(tables_ptr + row[:, None].to(tl.int64) * table_stride + number, mask=is_block, other=0)
+    return tl.where(field >= HEADER, blocks, record)
+
+
 @triton.jit(
     do_not_specialize=[
         "batch",
@@ -37,6 +47,7 @@ TILE = 64  # keys of one tile
 )
 def plan_items_kernel(
     lens_ptr,  # [Q] int32
+    starts_ptr,  # [Q + 1] int32, not read where CHUNK_TOKENS is 0
     tables_ptr,  # [Q, table_stride] int32
     items_ptr,  # [max_items, WIDTH] int32: see DecodeItems
     counts_ptr,  # [1 + Q] int32: items in all, then items of each sequence
@@ -54,9 +65,21 @@ def plan_items_kernel(
     CHUNKS: tl.constexpr,
     HEADER: tl.constexpr,
     WIDTH: tl.constexpr,
+    CHUNK_TOKENS: tl.constexpr,  # rows of an item of a sequence with several; 0: every sequence has one
 ):
     row = tl.arange(0, BATCH)
-    length = tl.load(lens_ptr + row, mask=row < batch, other=0)
+    context = tl.load(lens_ptr + row, mask=row < batch, other=0)
+    if CHUNK_TOKENS > 0:
+        query = tl.load(starts_ptr + row, mask=row < batch, other=0)
+        rows = tl.load(starts_ptr + row + 1, mask=row < batch, other=0) - query
+        length = tl.where(rows == 1, context, 0)
+        pieces = tl.where(rows > 1, tl.cdiv(rows, CHUNK_TOKENS), 0)
+        all_pieces = tl.sum(pieces, 0)
+        slots = tl.maximum(slots - all_pieces, (slots + 3) // 4)
+    else:
+        query = row
+        length = context
+        all_pieces = 0
     low = tl.where(window > 0, tl.maximum(length - window, 0), 0)
     begin = low // TILE
     end = tl.cdiv(length, TILE)
@@ -81,7 +104,7 @@ def plan_items_kernel(
     first_whole = tl.cumsum(whole, 0) - whole
     rest = tl.sum(whole, 0) + tl.cumsum(has_rest, 0) - has_rest
     if tl.program_id(0) == 0:
-        tl.store(counts_ptr, tl.sum(count, 0))
+        tl.store(counts_ptr, tl.sum(count, 0) + all_pieces)
         tl.store(counts_ptr + 1 + row, count, mask=row < batch)
     field = tl.arange(0, WIDTH)[None, :]
     # Every program works the cuts out and writes its share of them.
@@ -97,13 +120,31 @@ def plan_items_kernel(
         record = tl.where(field == 4, count[:, None], record)
         record = tl.where(field == 5, first[:, None], record)
         record = tl.where(field == 6, length[:, None], record)
+        record = tl.where(field == 7, query[:, None], record)
         if WIDTH > HEADER:
-            number = (from_key // block)[:, None] + field - HEADER
-            is_block = here[:, None] & (field >= HEADER) & (number * block < to_key[:, None])
-            blocks = tl.load(tables_ptr + row[:, None].to(tl.int64) * table_stride + number, mask=is_block, other=0)
-            record = tl.where(field >= HEADER, blocks, record)
+            record = name_blocks(record, tables_ptr, row, from_key, to_key, here, block, table_stride, HEADER, WIDTH)
         target = tl.where(place < whole, first_whole + place, rest)
         tl.store(items_ptr + target[:, None] * WIDTH + field, record, mask=here[:, None] & (field < WIDTH))
+    # Items of several tokens come last: those of one can ask for keys before this step's are written. A sequence's last item,
+    # with the most keys, comes before its others.
+    if CHUNK_TOKENS > 0:
+        first_piece = tl.sum(count, 0) + tl.cumsum(pieces, 0) - pieces
+        for place in range(tl.program_id(0), tl.max(pieces, 0), tl.num_programs(0)):
+            here = (row < batch) & (place < pieces)
+            token = (pieces - 1 - place) * CHUNK_TOKENS
+            tokens = tl.minimum(rows - token, CHUNK_TOKENS)
+            to_key = context - rows + token + tokens
+            from_key = tl.where(window > 0, tl.maximum(to_key - tokens + 1 - window, 0), 0)
+            record = tl.where(field == 0, row[:, None], 0)
+            record = tl.where(field == 1, from_key[:, None], record)
+            record = tl.where(field == 2, to_key[:, None], record)
+            record = tl.where(field == 4, -tokens[:, None], record)
+            record = tl.where(field == 6, (context - rows)[:, None], record)
+            record = tl.where(field == 7, (query + token)[:, None], record)
+            if WIDTH > HEADER:
+                record = name_blocks(record, tables_ptr, row, from_key, to_key, here, block, table_stride, HEADER, WIDTH)
+            target = first_piece + place
+            tl.store(items_ptr + target[:, None] * WIDTH + field, record, mask=here[:, None] & (field < WIDTH))
 
 
 @triton.jit(do_not_specialize=["batch"])

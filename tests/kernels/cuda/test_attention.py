@@ -68,6 +68,12 @@ class Batch:
         plan = backend.plan_prefill(self.tables, self.starts, self.lens, rows, max(context for context, _ in self.shapes))
         return backend.prefill(self.q, self.keys, self.values, plan, out, window=window)
 
+    def short(self, backend, window=None):
+        out = torch.full_like(self.q, float("nan"))
+        rows = max(rows for _, rows in self.shapes)
+        plan = backend.plan_short_prefill(self.tables, self.starts, self.lens, rows, backend.shape.max_context)
+        return backend.prefill(self.q, self.keys, self.values, plan, out, window=window)
+
     def check(self, actual, window=None):
         expected = self.expected(window)
         assert torch.isfinite(actual).all()
@@ -245,3 +251,96 @@ def test_prefill_float32_matches_float64():
 def test_prefill_last_chunk_of_a_long_prompt_matches_float64(name):
     batch = Batch([(32_768, 256)], *LLAMA, 64, torch.bfloat16)
     batch.check(batch.prefill(batch.backend(name)))
+
+
+SHORT = {
+    "a prompt beside decoding rows": [(260, 1)] * 31 + [(225, 225)],
+    "prompts alone": [(33, 33), (128, 128), (2, 2), (16, 16), (17, 17)],
+    "chunks behind long contexts": [(3000, 17), (5000, 156), (1, 1), (8192, 1), (400, 3), (64, 64)],
+    "one small chunk": [(40, 5)],
+    "many small chunks": [(40 + 7 * i, 2 + i % 5) for i in range(40)],
+    "more items than blocks": [(300, 1)] * 60 + [(512, 380), (100, 63)],
+    "decoding rows alone": [(1 + 97 * i, 1) for i in range(20)],
+    "one prompt": [(512, 512)],
+}
+
+
+@pytest.mark.parametrize("shapes", SHORT.values(), ids=SHORT)
+@pytest.mark.parametrize("block", [16, 64, 256])
+@pytest.mark.parametrize("window", [None, 100])
+def test_short_steps_match_float64(shapes, block, window):
+    batch = Batch(shapes, *LLAMA, block, torch.bfloat16)
+    batch.check(batch.short(batch.backend("native", window), window), window)
+
+
+@pytest.mark.parametrize("geometry", [(9, 3, 64), (8, 8, 128), (40, 8, 128), (64, 8, 128), (72, 8, 128), (32, 2, 64)], ids=str)
+@pytest.mark.parametrize("window", [None, 30])
+def test_short_steps_of_other_geometries_match_float64(geometry, window):
+    batch = Batch([(500, 1), (129, 129), (700, 20), (65, 1), (3, 2)], *geometry, 32, torch.bfloat16)
+    batch.check(batch.short(batch.backend("native", window), window), window)
+
+
+@pytest.mark.parametrize(
+    "shapes", [[(225, 225)], [(1, 1), (17, 17), (1000, 1), (900, 40)], [(160, 1)] * 32 + [(400, 200)]], ids=len
+)
+def test_short_steps_behind_the_kernel_that_writes_their_keys_see_them(shapes):
+    batch = Batch(shapes, *LLAMA, 64, torch.bfloat16)
+    backend, ops, (heads, groups, size) = batch.backend("native"), CudaOps(), LLAMA
+    plan = backend.plan_short_prefill(batch.tables, batch.starts, batch.lens, 225, backend.shape.max_context)
+    positions = torch.cat([torch.arange(context - rows, context) for context, rows in shapes]).int().cuda()
+    sequences = torch.cat([torch.full((rows,), s) for s, (_, rows) in enumerate(shapes)]).cuda()
+    places = positions.long()
+    blocks = batch.tables.long()[sequences, places // 64]
+    slots = (blocks * 64 + places % 64).int()
+    angles = torch.randn(2, max(context for context, _ in shapes), size // 2, device="cuda")
+    product = Product(torch.randn(2, len(places), (heads + 2 * groups) * size, device="cuda"))
+    for _ in range(5):
+        for written in (batch.keys, batch.values):
+            written[blocks, places % 64] = float("nan")
+        batch.q.fill_(float("nan"))
+        out = torch.full_like(batch.q, float("nan"))  # nothing may stand between the two kernels
+        ops.rope_kv_write(product, *angles, positions, slots, batch.keys, batch.values, batch.q.flatten(1))
+        batch.check(backend.prefill(batch.q, batch.keys, batch.values, plan, out))
+
+
+def test_short_steps_in_a_graph_follow_new_shapes():
+    batch = Batch([(400, 1), (2000, 1), (300, 120), (64, 40), (200, 1)], *LLAMA, 16, torch.bfloat16)
+    backend = batch.backend("native")
+    batch.short(backend)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = batch.short(backend)
+    for shapes in (
+        [(1, 1), (2000, 100), (300, 1), (64, 1), (199, 60)],
+        [(400, 1), (3, 3), (30, 1)],
+        [(399, 160)],
+        [(400, 1), (1999, 1), (300, 1), (64, 1), (200, 1)],
+    ):
+        rows = [0, *(rows for _, rows in shapes)] + [0] * (5 - len(shapes))
+        batch.starts.copy_(torch.tensor(rows).cumsum(0))
+        batch.lens.copy_(torch.tensor([context for context, _ in shapes] + [0] * (5 - len(shapes))))
+        batch.q.normal_()
+        captured.fill_(float("nan"))
+        graph.replay()
+        wide = (batch.q.double().flatten(1), batch.keys.double().transpose(1, 2), batch.values.double().transpose(1, 2))
+        count, end = len(shapes), sum(rows)
+        starts = batch.starts[: count + 1]
+        expected = reference.paged_attention(
+            wide[0][:end], *wide[1:], batch.tables[:count], starts, batch.lens[:count], batch.scale, None
+        ).view(end, *batch.q.shape[1:])
+        assert torch.isnan(captured[end:]).all()
+        assert torch.isfinite(captured[:end]).all()
+        assert (captured[:end].double() - expected).abs().max() <= BF16_TOLERANCE * expected.abs().max()
+
+
+def test_short_rows_have_the_same_bits_in_any_chunk():
+    batch = Batch([(500, 500)], *LLAMA, 64, torch.bfloat16)
+    backend = batch.backend("native")
+    whole = batch.short(backend)
+    for begin, end in ((5, 70), (300, 500), (400, 432), (0, 16)):
+        lens = torch.tensor([end], dtype=torch.int32, device="cuda")
+        starts = torch.tensor([0, end - begin], dtype=torch.int32, device="cuda")
+        plan = backend.plan_short_prefill(batch.tables, starts, lens, end - begin, 500)
+        q = batch.q[begin:end]
+        assert torch.equal(backend.prefill(q, batch.keys, batch.values, plan, torch.empty_like(q)), whole[begin:end])

@@ -69,5 +69,5 @@ def test_attention_decode_passes_opcheck(work):
     cache, q = random(2, 8, 16, 2, 64), random(2, 8, 64)
     partial, stats = torch.zeros_like(memory.partial), torch.zeros_like(memory.stats)
     tables = (plan.block_tables, found.items, found.counts, partial, stats, memory.done)
-    rest = (0.125 * LOG2_E, plan.workers, native._variant(2).number, 0, torch.zeros_like(q))
+    rest = (0.125 * LOG2_E, 0, plan.workers, native._variant(2).number, 0, torch.zeros_like(q))
     check(torch.ops.openlora.attention_decode.default, (q, cache[0].clone(), cache[1].clone(), *tables, *rest))
