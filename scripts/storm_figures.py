@@ -47,17 +47,19 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One pair of phases."""
+    """One pair of phases. `late`: from when to when the machine was, by a process that only sleeps; None in older files."""
 
     alone: Phase
     beside: Phase
     cold: dict[str, Any]
     hub: dict[str, int]
+    late: Sequence[Sequence[float]] | None = None
 
 
 VALUES = (("ttft", "ttft_s"), ("itl", "gap_s"))
 QUANTILES = (("p50", 0.5), ("p99", 0.99))
 DRAWS = 500
+CATCH_UP_S = 0.03  # around a moment in which the machine was late
 
 
 def write_round(file: Path, found: Round) -> None:
@@ -73,7 +75,7 @@ def read_rounds(file: Path) -> list[Round]:
 
 def _round_of(found: dict[str, Any]) -> Round:
     phases = [Phase([Streamed(**answer) for answer in found[side].pop("answers")], **found[side]) for side in ("alone", "beside")]
-    return Round(*phases, cold=found["cold"], hub=found["hub"])
+    return Round(*phases, cold=found["cold"], hub=found["hub"], late=found.get("late"))
 
 
 def _rounded(value: Any) -> Any:
@@ -120,6 +122,44 @@ def compared(rounds: list[Round], draws: int = DRAWS) -> dict[str, Any]:
     row["last_refusal_ms"] = max((r.cold["refused_ms"] for r in rounds if r.cold["refused_ms"]), default=None)
     row["hub"] = {key: sum(r.hub[key] for r in rounds) for key in rounds[0].hub}
     return row
+
+
+def on_time(rounds: Sequence[Round], draws: int = DRAWS) -> dict[str, Any]:
+    """Keys of a storm's row: the p99 of both sides and their ratio without the moments in which the machine was late, and the
+    share of each side's time that those are. Says something only where node and clients leave the sleeping process a core."""
+    found: dict[str, Any] = {"late_share": [round(_late_share(rounds, side), 4) for side in ("alone", "beside")]}
+    for name, pick in (("ttft", _first_waits), ("itl", _later_waits)):
+        sides = [[_punctual(pick(getattr(r, side)), r.late or ()) for r in rounds] for side in ("alone", "beside")]
+        values = [1000 * float(np.quantile(np.concatenate(side), 0.99)) for side in sides]
+        found[f"{name}_p99_ms"] = [round(value, 3) for value in values]
+        found[f"{name}_p99_ratio"] = [round(values[1] / values[0], 4), *bootstrap(sides[0], sides[1], [0.99], draws)[0]]
+    return {"on_time": found}
+
+
+def _first_waits(phase: Phase) -> Any:
+    return np.asarray([(found.sent_s, found.event_s[0]) for found in phase.answers])
+
+
+def _later_waits(phase: Phase) -> Any:
+    return np.asarray([pair for found in phase.answers for pair in pairwise(found.event_s)])
+
+
+def _punctual(waits: Any, late: Sequence[Sequence[float]]) -> Any:
+    """[n] seconds of the waits [m, 2] that no late moment touches, with what is catching up around it."""
+    is_kept = np.ones(len(waits), bool)
+    for from_s, to_s in late:
+        is_kept &= (waits[:, 1] < from_s - CATCH_UP_S) | (waits[:, 0] > to_s + CATCH_UP_S)
+    return (waits[:, 1] - waits[:, 0])[is_kept]
+
+
+def _late_share(rounds: Sequence[Round], side: str) -> float:
+    late_s = total_s = 0.0
+    for one in rounds:
+        answers = getattr(one, side).answers
+        begun_s, ended_s = min(found.sent_s for found in answers), max(found.event_s[-1] for found in answers)
+        total_s += ended_s - begun_s
+        late_s += sum(max(0.0, min(to_s, ended_s) - max(from_s, begun_s)) for from_s, to_s in one.late or ())
+    return late_s / total_s
 
 
 def _ratio(values: list[float]) -> list[float]:

@@ -3,7 +3,8 @@
 hot    eight clients, one adapter each, stream one completion after another and note when events arrive;
 cold   asks for many adapters that the node does not know, all at once;
 tenant clients with one API key, each of which streams a completion, thinks, and streams another;
-hub    speaks enough of the hub's protocol, slowly and with faults, until it is told to be calm.
+hub    speaks enough of the hub's protocol, slowly and with faults, until it is told to be calm;
+sleeper sleeps, and notes when the machine woke it late.
 
 Each reads one JSON object a line on standard input and answers with one a line on standard output. `Helper` is the other end.
 """
@@ -18,6 +19,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Coroutine
@@ -28,6 +30,7 @@ import uvloop
 from aiohttp import web
 
 PROMPT_TOKENS = 16
+SLEEP_S, LATE_S = 0.01, 0.001
 _EVENT, _TOKEN = b"data: {", b'"finish_reason":null'  # what ends an answer is an event, and no token
 _END = b"0\r\n\r\n"
 Answer = Callable[[dict[str, Any]], Coroutine[Any, Any, Any]]
@@ -332,6 +335,31 @@ def hub(latency_s: float, failure: float, source: Path, slow: str) -> None:
     serve(answer)
 
 
+# ---- sleeper
+
+
+def sleeper() -> None:
+    """{} -> {"late"}: from when to when it slept over a millisecond too long, since the last line. It waits for nobody, so what
+    delays it is the machine."""
+    late: list[tuple[float, float]] = []
+
+    def sleep() -> None:
+        while True:
+            begun_s = time.perf_counter()
+            time.sleep(SLEEP_S)
+            ended_s = time.perf_counter()
+            if ended_s - begun_s > SLEEP_S + LATE_S:
+                late.append((begun_s, ended_s))
+
+    async def answer(_: dict[str, Any]) -> dict[str, Any]:
+        found = late.copy()
+        del late[: len(found)]
+        return {"late": found}
+
+    threading.Thread(target=sleep, daemon=True).start()
+    serve(answer)
+
+
 if __name__ == "__main__":
     os.setpgid(0, 0)
     if sys.argv[1] == "hot":
@@ -340,5 +368,7 @@ if __name__ == "__main__":
         tenant(sys.argv[2], sys.argv[3], sys.argv[4], int(sys.argv[5]))
     elif sys.argv[1] == "cold":
         cold(sys.argv[2])
+    elif sys.argv[1] == "sleeper":
+        sleeper()
     else:
         hub(float(sys.argv[2]), float(sys.argv[3]), Path(sys.argv[4]), sys.argv[5])
