@@ -1,6 +1,6 @@
 // The product on its way into an operation, on Hopper: B by the copy engine through a ring of each warp, the expand on tensor cores.
 //
-// A unit is a tile times two boxes of 64 columns that the operation needs together (gate and up, the halves of a head). Units run
+// A unit is a tile (in long steps of up to 64 rows) times two boxes of 64 columns that are needed together (gate and up, halves of a head). Units run
 // group by group within a tile, and every block takes a run of them whose share of the work is the same (lora_deal.py, one line of 128
 // bytes a block), its warps in turn: neighbouring warps read neighbouring 128 bytes of a rank at about the same time, and a block meets
 // only two or three tiles. Warps do not wait for each other: each sends for its own B, two loads of at most 4 KB ahead, from before the
