@@ -262,12 +262,13 @@ __global__ void __launch_bounds__(kWarps * 32, kHasChunks ? 12 / kWarps : 0)
   }
   if (worker >= args.sequences) return;
   if (!has_waited) wait_for_previous();
-  if constexpr (kHasChunks) return;
-  // Padding rows have no item.
-  for (int row = worker; row < args.sequences; row += args.workers) {
-    if (__ldg(args.counts + 1 + row) != 0) continue;
-    auto* out = static_cast<__nv_bfloat16*>(args.out) + int64_t(row) * args.out_stride + head0 * kHead;
-    for (int i = threadIdx.x; i < args.heads_per_group * kHead; i += kWarps * 32) out[i] = __nv_bfloat16(0.f);
+  if constexpr (!kHasChunks) {
+    // Padding rows have no item.
+    for (int row = worker; row < args.sequences; row += args.workers) {
+      if (__ldg(args.counts + 1 + row) != 0) continue;
+      auto* out = static_cast<__nv_bfloat16*>(args.out) + int64_t(row) * args.out_stride + head0 * kHead;
+      for (int i = threadIdx.x; i < args.heads_per_group * kHead; i += kWarps * 32) out[i] = __nv_bfloat16(0.f);
+    }
   }
 }
 
