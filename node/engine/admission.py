@@ -52,7 +52,8 @@ class Admission:
         more. It happens before anything is planned, so that nothing planned is taken back.
         """
         for sequence in self._queue.loaded(min(PREFETCH_LIMIT, self._running.free_places)):
-            self._adapters.ensure(sequence.terms)  # before those that are fetched ahead: they must not push these out
+            if self._has_room(sequence):  # where blocks are short, pages may become some
+                self._adapters.ensure(sequence.terms)  # before those that are fetched ahead: they must not push these out
         for sequence in self._queue.parked(PREFETCH_LIMIT):
             if self._is_ready(draft, sequence):
                 self._queue.unpark(sequence)
