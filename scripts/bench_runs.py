@@ -69,16 +69,19 @@ class Bench:
         self._count = 0
 
     def submit(self, request: Request) -> str:
+        return self._add(self._make(request))
+
+    def _make(self, request: Request) -> Submit:
         self._count += 1
         name = f"r{self._count}"
         prompt = self._random.integers(10, self.engine.ready.vocab_size - 10, request.prompt)
         sampling = Sampling(max_new_tokens=request.new)
-        submit = Submit(
-            sequence_id=name, tenant="bench", prompt_ids=tuple(prompt.tolist()), terms=request.terms, sampling=sampling
-        )
+        return Submit(sequence_id=name, tenant="bench", prompt_ids=tuple(prompt.tolist()), terms=request.terms, sampling=sampling)
+
+    def _add(self, submit: Submit) -> str:
         for event in self.engine.add(submit):
             raise SystemExit(f"the engine refused: {event.error_code}: {event.error_message}")
-        return name
+        return submit.sequence_id
 
     def step(self, trace: Trace, started: float) -> bool:
         """One turn of the loop; returns whether anything was computed."""
@@ -95,9 +98,10 @@ class Bench:
     def run(self, requests: Sequence[Request]) -> Trace:
         """All requests together, until the last token."""
         trace = Trace({})
+        submits = [self._make(request) for request in requests]
         started = time.perf_counter()
-        for request in requests:
-            self.submit(request)
+        for submit in submits:
+            self._add(submit)
         while self.engine.has_work:
             self.step(trace, started)
         return trace
