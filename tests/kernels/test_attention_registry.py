@@ -1,13 +1,15 @@
 """Which attention backend runs on which machine; the facts are injected."""
 
 import dataclasses
+import re
+import sys
 
 import pytest
 import torch
 
 from node.errors import ConfigError
 from node.kernels.attention.paged import AttentionShape, ShortBound
-from node.kernels.attention.registry import AttentionFacts, choose
+from node.kernels.attention.registry import AttentionFacts, choose, open_attention
 
 LLAMA = AttentionShape(32, 8, 128, 64, torch.bfloat16, 128**-0.5, 256, 8192)
 EVERYTHING = AttentionFacts((9, 0), has_native=True, has_fa3=True, has_fa2=True, has_varlen=True, has_triton=True)
@@ -29,6 +31,7 @@ def facts(**values):
         (shape(block_size=256), facts(has_fa3=False), "native+fa2"),
         (shape(block_size=256), facts(has_fa3=False, has_fa2=False), "native+varlen"),
         (LLAMA, facts(has_native=False), "fa3"),
+        (LLAMA, facts(has_triton=False), "fa3"),  # native's plan is made with it
         (LLAMA, facts(capability=(8, 0)), "native+triton"),
         (shape(head_dim=80), EVERYTHING, "fa3"),
         (shape(heads=32, groups=1), EVERYTHING, "fa3"),
@@ -82,3 +85,12 @@ def test_choice_says_why_and_what_would_be_faster():
 )
 def test_short_step_has_few_pairs_and_no_long_chunk(sequences, expected):
     assert ShortBound(rows=200, context=100, pairs=10_000).holds(sequences) is expected
+
+
+def test_backend_that_cannot_be_imported_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr("node.kernels.attention.registry.attention_facts", lambda device: facts(has_native=False))
+    monkeypatch.setitem(sys.modules, "node.kernels.attention.fa3", None)  # an import of it raises ImportError
+    with pytest.raises(
+        ConfigError, match=f"'fa3' is installed and cannot be imported under torch {re.escape(torch.__version__)}"
+    ):
+        open_attention("auto", LLAMA, torch.device("cpu"))

@@ -19,7 +19,7 @@ Setting = Literal["auto", "native", "fa3", "fa2", "varlen", "triton"]
 DECODE_ORDER: tuple[BackendName, ...] = ("native", "fa3", "fa2", "varlen", "triton")
 PREFILL_ORDER = DECODE_ORDER[1:]  # native is decode only
 _NO_FA3 = "flash-attn 3 is not installed"
-_NO_FA3_HINT = "flash-attn 3 (module flash_attn_interface), for prompts"
+_NO_FA3_HINT = "flash-attn 3 (module flash_attn_interface; PyPI tokenspeed-fa3), for prompts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,8 @@ def refusal(name: BackendName, shape: AttentionShape, facts: AttentionFacts, *, 
 def _refuse_native(shape: AttentionShape, facts: AttentionFacts) -> str:
     if not facts.has_native:
         return "the CUDA kernels are not built"
+    if not facts.has_triton:
+        return "its plan is made with triton, which is not installed"
     if shape.dtype != torch.bfloat16:
         return "it has bfloat16 only"
     if shape.head_dim not in (64, 128):
@@ -172,14 +174,24 @@ def open_attention(
 
 
 def _make(name: BackendName, shape: AttentionShape, device: torch.device, is_deterministic: bool) -> PagedAttention:
-    """Import a backend's module only where it runs: each needs a package of its own."""
+    """Import a backend's module only where it runs: each needs a package of its own.
+
+    Raises:
+        ConfigError: the package is there and cannot be imported, as when it was built for another torch.
+    """
     kind: type[PagedAttention]
-    if name == "fa3":
-        from node.kernels.attention.fa3 import Fa3Attention as kind  # noqa: N813
-    elif name == "fa2":
-        from node.kernels.attention.fa2 import Fa2Attention as kind  # noqa: N813
-    elif name == "varlen":
-        from node.kernels.attention.varlen import VarlenAttention as kind  # noqa: N813
-    else:
-        from node.kernels.attention.triton_backend import TritonAttention as kind  # noqa: N813
+    try:
+        if name == "fa3":
+            from node.kernels.attention.fa3 import Fa3Attention as kind  # noqa: N813
+        elif name == "fa2":
+            from node.kernels.attention.fa2 import Fa2Attention as kind  # noqa: N813
+        elif name == "varlen":
+            from node.kernels.attention.varlen import VarlenAttention as kind  # noqa: N813
+        else:
+            from node.kernels.attention.triton_backend import TritonAttention as kind  # noqa: N813
+    except ImportError as error:
+        raise ConfigError(
+            f"The attention backend {name!r} is installed and cannot be imported under torch {torch.__version__}: it may have been built "
+            f"for another. Install a build for this torch, or set engine.attention to another backend, such as 'triton'."
+        ) from error
     return kind(shape, device, is_deterministic=is_deterministic)
