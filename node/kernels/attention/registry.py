@@ -191,7 +191,7 @@ def _make(name: BackendName, shape: AttentionShape, device: torch.device, is_det
             from node.kernels.attention.triton_backend import TritonAttention as kind  # noqa: N813
     except ImportError as error:
         raise ConfigError(
-            f"The attention backend {name!r} is installed and cannot be imported under torch {torch.__version__}: it may have been "
+            f"The attention backend {name!r} is installed and cannot be imported under torch {torch.__version__}: it may be "
             f"built for another. Install a build for this torch, or set engine.attention to another backend, such as 'triton'."
         ) from error
     return kind(shape, device, is_deterministic=is_deterministic)
