@@ -46,6 +46,11 @@ class Copies:
     def __contains__(self, adapter_id: str) -> bool:
         return adapter_id in self._copies
 
+    @property
+    def byte_count(self) -> int:
+        """On their way."""
+        return sum(copy.byte_count for copy in self._copies.values())
+
     def begin_step(self) -> list[str]:
         """The next step is planned from here on; returns the adapters that have arrived, which are forgotten."""
         now_s = self._clock()

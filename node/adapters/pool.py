@@ -33,6 +33,8 @@ from node.kernels.layout import PageLayout
 from node.kernels.lora import LoraPool
 from node.request import AdapterTerm
 
+COPIES_BYTES = 1 << 30  # on their way at once: more would arrive steps later, and whoever could run waits until all are sent
+
 
 class AdapterPool:
     """Slots and pages of one engine.
@@ -303,6 +305,8 @@ class AdapterPool:
 
     def _send(self, adapter_id: str, staged: Staged) -> None:
         """Copy a staged adapter to the device, if a slot and pages can be free for it now."""
+        if self._copies.byte_count >= COPIES_BYTES:
+            return
         place = self._claim(adapter_id, self._charges.pages_of(staged.file))
         if place is None or self._arena is None:
             return

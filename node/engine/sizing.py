@@ -23,7 +23,7 @@ from node.errors import ConfigError
 
 MAX_SEQUENCES_GPU = 256
 PROMPT_ROWS_GPU = 8192
-SPREAD_SIZES_GPU = ((256, 4096), (512, 4096))
+SPREAD_SIZES_GPU = ((288, 4096), (512, 4096))
 ADAPTER_SHARE = 4  # a quarter
 GRAPH_BYTES = 1 << 30  # CUDA graphs, activations in their pool, and what the libraries keep for themselves
 _CPU_BYTES = 256 << 20

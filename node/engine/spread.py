@@ -1,8 +1,8 @@
 """Spreads prompts that could all be computed in one step over several, where more sequences wait than could start.
 
 Beside decoding sequences a prompt's row is cheapest in steps that are short and full (8B on an H100, a LoRA each: 14 us a row in
-steps of 256 rows, 16 in steps of 512, 22 beyond), and whoever decodes waits for the end of a long step. But a step more is a step
-more for all that is left to do. It pays where others wait for a place or for an adapter's: whoever starts a step later ends a
+steps of 256 or 288 rows, 16 in steps of 512, 22 beyond), and whoever decodes waits for the end of a long step. But a step more is
+a step more for all that is left to do. It pays where others wait for a place or for an adapter's: whoever starts a step later ends a
 step later, so does its successor, and prompts that came together stay apart from then on. Where all that waits could start, or
 so much that it would take many steps, steps are filled. Where answers are short, places would stand empty while prompts wait for
 rows: a size is taken only where it has room for as many prompt rows as there were a step of late.
@@ -36,8 +36,12 @@ class Spread:
 
     def limit(self, decode_count: int) -> int | None:
         """Rows of a step that `decode_count` sequences decode in; None: as many as there are."""
-        if not self.sizes or not decode_count:
+        if not self.sizes:
             return None
+        if not decode_count:
+            # The very first step: what is in the queue was not looked for yet, and whoever starts together ends together.
+            is_first = not len(self._running) and len(self._queue) > self._running.free_places
+            return self.sizes[0][0] if is_first else None
         most = self.sizes[-1][1]
         rows = sum(sequence.remaining_count for sequence in self._running if sequence.remaining_count > 1)
         started = 0

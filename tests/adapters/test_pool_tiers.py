@@ -435,3 +435,21 @@ def test_plan_directory_is_looked_at_again_when_it_moves(bench):
     moved = AdapterTerm(TERMS[0].adapter_id, "/elsewhere", 1.0)
     bench.step([moved])
     assert bench.loader.jobs[0][1] == Path("/elsewhere")
+
+
+def test_no_more_bytes_are_sent_at_once_than_arrive_soon(monkeypatch):
+    monkeypatch.setattr("node.adapters.pool.COPIES_BYTES", LAYOUT.page_elements * 4)
+    tiers = Tiers()
+    for _ in range(4):
+        tiers.pool.begin_step()
+        for wanted in TERMS[:3]:
+            tiers.pool.ensure([wanted])
+        while tiers.loader.jobs:
+            tiers.loader.end_one(False)
+    assert len(tiers.device.copies) == 1
+    while tiers.device.compute_one() or tiers.device.copy_one():
+        pass
+    tiers.pool.begin_step()
+    for wanted in TERMS[:3]:
+        tiers.pool.ensure([wanted])
+    assert len(tiers.device.copies) == 1

@@ -79,6 +79,18 @@ def test_short_steps_leave_rows_beside_many_decodes(bench):
     assert bench.spread.limit(SHORT) == LONG
 
 
+def test_first_step_is_short_where_more_wait_than_could_start(bench):
+    bench.wait(5, 31)
+    assert bench.spread.limit(0) == SHORT
+    bench.start(1, 15)
+    assert bench.spread.limit(0) is None
+
+
+def test_first_step_is_filled_where_all_that_wait_could_start(bench):
+    bench.wait(4, 31)
+    assert bench.spread.limit(0) is None
+
+
 def test_short_steps_must_keep_up_with_the_prompts_of_late(bench):
     bench.wait(2, 15)
     bench.wait(1, 6, is_parked=True)
