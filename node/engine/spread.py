@@ -1,11 +1,12 @@
 """Spreads prompts that could all be computed in one step over several, where more sequences wait than could start.
 
-Beside decoding sequences a prompt's row is cheapest in steps that are short and full (8B on an H100, a LoRA each: 14 us a row in
-steps of 256 or 288 rows, 16 in steps of 512, 22 beyond), and whoever decodes waits for the end of a long step. But a step more is
-a step more for all that is left to do. It pays where others wait for a place or for an adapter's: whoever starts a step later
-ends a step later, so does its successor, and prompts that came together stay apart from then on. Where all that waits could start,
-or so much that it would take many steps, steps are filled. Where answers are short, places would stand empty while prompts wait for
-rows: a size is taken only where it has room for as many prompt rows as there were a step of late.
+Beside decoding sequences a prompt's row is cheapest in steps that are short and full (8B on an H100, a LoRA each: 14 us a row
+in steps of 256 or 288 rows, 16 in steps of 512, 22 beyond), and whoever decodes waits for the end of a long step. But a step
+more is a step more for all that is left to do. It pays where others wait for a place or for an adapter's: whoever starts a
+step later ends a step later, so does its successor, and prompts that came together stay apart from then on. Where all that
+waits could start, or so much that it would take many steps, steps are filled. Where answers are short, places would stand
+empty while prompts wait for rows: a size is taken only where it has room for as many prompt rows as there were a step of
+late.
 """
 
 from __future__ import annotations
