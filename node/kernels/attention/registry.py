@@ -17,7 +17,7 @@ BackendName = Literal["native", "fa3", "fa2", "varlen", "triton"]
 Setting = Literal["auto", "native", "fa3", "fa2", "varlen", "triton"]
 
 DECODE_ORDER: tuple[BackendName, ...] = ("native", "fa3", "fa2", "varlen", "triton")
-PREFILL_ORDER = DECODE_ORDER[1:]  # native is decode only
+PREFILL_ORDER = DECODE_ORDER[1:]  # native leaves long prompts to another
 _NO_FA3 = "flash-attn 3 is not installed"
 _NO_FA3_HINT = "flash-attn 3 (module flash_attn_interface; PyPI tokenspeed-fa3), for prompts"
 
