@@ -1,4 +1,6 @@
-"""Own decode in CUDA (`csrc/cuda/attention_decode.cu`): bfloat16, head size 64 or 128. Prefill is another backend's."""
+"""Own attention in CUDA (`csrc/cuda/attention_decode.cu`) for decode and for short prompt chunks beside it: bfloat16, head size 64
+or 128. Longer prompts are another backend's.
+"""
 
 from __future__ import annotations
 
