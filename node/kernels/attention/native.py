@@ -1,5 +1,5 @@
-"""Own attention in CUDA (`csrc/cuda/attention_decode.cu`) for decode and for short prompt chunks beside it: bfloat16, head size 64
-or 128. Longer prompts are another backend's.
+"""Own attention in CUDA (`csrc/cuda/attention_decode.cu`) for decode and short prompt chunks beside it: bfloat16, head size 64 or
+128. Longer prompts are another backend's.
 """
 
 from __future__ import annotations
