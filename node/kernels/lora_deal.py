@@ -116,6 +116,11 @@ def _unit_rows(tiles: TileColumns, processors: int) -> int:
     return NORM_ROWS
 
 
+def before(sizes: Longs) -> Longs:
+    """[n]: of each the sum of those before it."""
+    return np.cumsum(sizes) - sizes
+
+
 def _starts(sizes: Longs) -> Longs:
     """[n + 1]: the sum of what comes before each, and of all."""
     starts = np.zeros(len(sizes) + 1, np.int64)

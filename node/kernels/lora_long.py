@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from node.kernels.lora_deal import Ints, Longs
+from node.kernels.lora_deal import Ints, Longs, before
 
 LONG_STEP_ROWS = 2048  # a step of more rows has long items, and a kernel that reads them
 WIDE_ROWS = (72, 64, 56, 48, 40, 32, 24)  # that a wide item may have: 8 a warp
@@ -74,22 +74,17 @@ def _records(rows: RecipeRows, size: int) -> Ints:
     """
     pieces = -(-rows.counts // size)
     owner = np.repeat(np.arange(len(pieces)), pieces)
-    number, count = np.arange(len(owner)) - np.repeat(_before(pieces), pieces), rows.counts[owner]
+    number, count = np.arange(len(owner)) - np.repeat(before(pieces), pieces), rows.counts[owner]
     inside, end = number * count // pieces[owner], (number + 1) * count // pieces[owner]
     per_piece = rows.entry_counts[owner]
     piece = np.repeat(np.arange(len(owner)), per_piece)
-    entry = np.arange(len(piece)) - np.repeat(_before(per_piece), per_piece)
+    entry = np.arange(len(piece)) - np.repeat(before(per_piece), per_piece)
     owner, inside, size_of = owner[piece], inside[piece], (end - inside)[piece]
     entries = rows.entry_counts[owner]
     records = np.empty((len(piece), 8), np.int32)
-    records[:, 0] = _before(rows.counts)[owner] + inside
+    records[:, 0] = before(rows.counts)[owner] + inside
     records[:, 1] = size_of | entries << 16
-    records[:, 2] = _before(rows.counts * rows.entry_counts)[owner] + inside * entries
+    records[:, 2] = before(rows.counts * rows.entry_counts)[owner] + inside * entries
     records[:, 3] = entry
-    records[:, 4:] = rows.table[_before(rows.entry_counts)[owner] + entry]
+    records[:, 4:] = rows.table[before(rows.entry_counts)[owner] + entry]
     return records
-
-
-def _before(sizes: Longs) -> Longs:
-    """Of each the sum of those before it."""
-    return np.cumsum(sizes) - sizes

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from node.kernels.lora_deal import Longs, TileColumns, deal_ints, is_long, norm_deal, stream_deal, wide_rows
+from node.kernels.lora_deal import Longs, TileColumns, before, deal_ints, is_long, norm_deal, stream_deal, wide_rows
 from node.kernels.lora_long import LONG_STEP_ROWS, RecipeRows, long_items
 
 Ints = npt.NDArray[np.int32]
@@ -128,10 +128,10 @@ def _group_rows(recipes: Sequence[Recipe], counts: Sequence[int]) -> _Grouped:
     ]
     order = np.argsort(np.array(number, np.int64), kind="stable")
     sizes = np.array(counts, np.int64)
-    first = np.cumsum(sizes) - sizes
+    first = before(sizes)
     sizes, first, group = sizes[order], first[order], np.array(number, np.int64)[order]
     total = int(sizes.sum())
-    rows = np.arange(total) + np.repeat(first - (np.cumsum(sizes) - sizes), sizes)
+    rows = np.arange(total) + np.repeat(first - before(sizes), sizes)
     of_rows = np.repeat(group, sizes)
     return _Grouped(list(numbers), np.bincount(of_rows, minlength=len(numbers)), rows.astype(np.int32))
 
@@ -163,14 +163,14 @@ def _tiles(row_counts: Longs, entry_counts: Longs, table: Ints, tile_rows: int |
     most = np.broadcast_to(tile_rows, row_counts.shape)
     tile_counts = -(-row_counts // most)
     owner = np.repeat(np.arange(len(row_counts)), tile_counts)
-    inside = (np.arange(len(owner)) - np.repeat(np.cumsum(tile_counts) - tile_counts, tile_counts)) * most[owner]
+    inside = (np.arange(len(owner)) - np.repeat(before(tile_counts), tile_counts)) * most[owner]
     rows, entries = np.minimum(most[owner], row_counts[owner] - inside), entry_counts[owner]
     pairs = rows * entries
     tiles = np.zeros((len(owner), TILE_INTS), np.int32)
-    tiles[:, 0] = (np.cumsum(row_counts) - row_counts)[owner] + inside
+    tiles[:, 0] = before(row_counts)[owner] + inside
     tiles[:, 1] = rows | entries << 16
-    tiles[:, 2] = (np.cumsum(entry_counts) - entry_counts)[owner]
-    tiles[:, 3] = np.cumsum(pairs) - pairs
+    tiles[:, 2] = before(entry_counts)[owner]
+    tiles[:, 3] = before(pairs)
     has_entries = entries > 0
     tiles[has_entries, 4:] = table[tiles[has_entries, 2]]
     return tiles, rows, entries
@@ -180,7 +180,7 @@ def _items(tiles: Ints, per_tile: Longs, table: Ints) -> Ints:
     """[items, 8] int32: first place, rows | entries << 16, first pair, entry of the tile; then the entry itself."""
     items = np.empty((int(per_tile.sum()), ITEM_INTS), np.int32)
     items[:, :3] = np.repeat(tiles[:, [0, 1, 3]], per_tile, axis=0)
-    items[:, 3] = np.arange(len(items)) - np.repeat(np.cumsum(per_tile) - per_tile, per_tile)
+    items[:, 3] = np.arange(len(items)) - np.repeat(before(per_tile), per_tile)
     items[:, 4:] = table[np.repeat(tiles[:, 2], per_tile) + items[:, 3]]
     return items
 
