@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from node.kernels.lora_deal import Longs, TileColumns, before, deal_ints, is_long, norm_deal, stream_deal, wide_rows
-from node.kernels.lora_long import LONG_STEP_ROWS, RecipeRows, long_items
+from node.kernels.lora_long import LONG_STEP_ROWS, LongItems, RecipeRows, long_items
 
 Ints = npt.NDArray[np.int32]
 Recipe = Sequence[tuple[int, float]]  # (slot, weight) in the order in which they are summed
@@ -64,24 +64,13 @@ def build_tiles(
     found = _group_rows(recipes, counts)
     table, entry_counts = _entries(found.recipes, slot_pages, slot_ranks)
     tiles, row_counts, per_tile = _tiles(found.row_counts, entry_counts, table, tile_rows)
-    pair_count = int((row_counts * per_tile).sum())
-    columns = TileColumns(tiles, row_counts, per_tile, found.rows)
-    streamed = columns
+    columns = streamed = TileColumns(tiles, row_counts, per_tile, found.rows)
     if is_long(len(found.rows), processors):
         streamed = TileColumns(*_tiles(found.row_counts, entry_counts, table, wide_rows(found.row_counts)), found.rows)
-    deals = np.concatenate([stream_deal(streamed, processors).ravel(), norm_deal(columns, processors).ravel()])
     items = _items(tiles, per_tile, table)
-    tile_of = np.repeat(np.arange(len(tiles), dtype=np.int32), row_counts)
     long = long_items(RecipeRows(found.row_counts, entry_counts, table), processors)
-    facts = [len(tiles), len(items), len(found.rows), pair_count, int(row_counts.max(initial=0)), processors]
-    is_same = streamed is columns
-    more = [long.records, streamed.records[: 0 if is_same else None]]
-    data = _join(facts, deals, items, [tiles, found.rows, table, tile_of, *more])
-    if len(long.records):
-        data[12:14] = long.wide_count, long.narrow_count
-    else:
-        data[11] = 0
-    data[14:16] = data[4] if is_same else data[14], streamed.rows.max(initial=0)
+    pair_count = int((row_counts * per_tile).sum())
+    data = _join(_Parts(columns, streamed, items, table, long, pair_count, processors))
     return TileBlock(data, len(tiles), len(items), pair_count)
 
 
@@ -185,19 +174,46 @@ def _items(tiles: Ints, per_tile: Longs, table: Ints) -> Ints:
     return items
 
 
-def _join(facts: Sequence[int], deals: Ints, items: Ints, rest: Sequence[Ints]) -> Ints:
-    """Header and sections in one run, each section at a multiple of 16 bytes.
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a run is made of.
 
-    Args:
-        facts: tiles, items, rows, pairs, rows of the largest tile, processors.
-        rest: tiles, rows, entries, tile_of, long items, streamed tiles.
+    Attributes:
+        streamed: What the stream deal counts: `tiles` themselves, or of long steps others, which the run holds too.
     """
-    sections = [deals, items, *rest]
+
+    tiles: TileColumns
+    streamed: TileColumns
+    items: Ints
+    table: Ints
+    long: LongItems
+    pair_count: int
+    processors: int
+
+    @property
+    def has_own_streamed(self) -> bool:
+        return self.streamed is not self.tiles
+
+    def sections(self) -> list[Ints]:
+        """Deals, items, tiles, rows, entries, tile_of, long items, streamed tiles."""
+        tiles = self.tiles
+        deals = [stream_deal(self.streamed, self.processors).ravel(), norm_deal(tiles, self.processors).ravel()]
+        tile_of = np.repeat(np.arange(len(tiles.records), dtype=np.int32), tiles.rows)
+        streamed = self.streamed.records if self.has_own_streamed else np.zeros(0, np.int32)
+        return [np.concatenate(deals), self.items, tiles.records, tiles.places, self.table, tile_of, self.long.records, streamed]
+
+
+def _join(parts: _Parts) -> Ints:
+    """Header and sections in one run, each section at a multiple of 16 bytes."""
+    tiles, sections = parts.tiles, parts.sections()
     offsets = np.cumsum([HEADER_INTS, *(aligned_ints(section.size) for section in sections)]).tolist()
-    data = np.zeros(aligned_ints(offsets[-1], LINE_INTS), np.int32)
-    _, items_at, tiles_at, rows_at, entries_at, tile_of_at, long_at, streamed_at, _ = offsets
-    data[:12] = [*facts[:4], tiles_at, rows_at, entries_at, items_at, facts[4], tile_of_at, facts[5], long_at]
-    data[14] = streamed_at
+    _, items_at, tiles_at, rows_at, entries_at, tile_of_at, long_at, streamed_at, end = offsets
+    header = [len(tiles.records), len(parts.items), len(tiles.places), parts.pair_count]
+    header += [tiles_at, rows_at, entries_at, items_at, int(tiles.rows.max(initial=0)), tile_of_at, parts.processors]
+    header += [long_at if len(parts.long.records) else 0, parts.long.wide_count, parts.long.narrow_count]
+    header += [streamed_at if parts.has_own_streamed else tiles_at, int(parts.streamed.rows.max(initial=0))]
+    data = np.zeros(aligned_ints(end, LINE_INTS), np.int32)
+    data[: len(header)] = header
     for offset, section in zip(offsets, sections, strict=False):
         data[offset : offset + section.size] = section.ravel()
     return data
