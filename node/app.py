@@ -28,6 +28,7 @@ from node.api.admin import ADMIN_HOST, AdminListener
 from node.api.application import build_application
 from node.api.doors import Services
 from node.api.listener import Listener
+from node.api.loopback import LOOPBACK_HOSTS
 from node.api.model_routes import adapter_states
 from node.api.settlement_books import SettlementBooks
 from node.config import Settings, admin_socket, runtime_dir
@@ -48,7 +49,6 @@ BANNER_ENTRIES = 12  # names and problems shown at the start; there may be thous
 _GC_THRESHOLD = (
     4_000  # objects; at Python's 700 its walks take 3 % of a loop that streams 10,000 tokens/s, at 20,000 one may take 20 ms
 )
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +203,7 @@ def _check_exposure(settings: Settings) -> None:
     """Strangers may reach the node only when its operator said how: with keys, or openly. Before anything is opened, this can
     tell only whether there may be keys."""
     server = settings.server
-    if server.host in _LOOPBACK or server.api_keys_file is not None or server.insecure:
+    if server.host in LOOPBACK_HOSTS or server.api_keys_file is not None or server.insecure:
         return
     if settings.ledger.url is None and not (settings.data_dir / LEDGER_NAME).exists():
         raise _exposed(server.host)
@@ -211,7 +211,7 @@ def _check_exposure(settings: Settings) -> None:
 
 def _check_keys(settings: Settings, tenancy: Tenancy) -> None:
     server = settings.server
-    if server.host not in _LOOPBACK and not server.insecure and tenancy.door.is_open:
+    if server.host not in LOOPBACK_HOSTS and not server.insecure and tenancy.door.is_open:
         raise _exposed(server.host)
 
 

@@ -2,7 +2,7 @@
 `server.admin_port` asks for it, on a loopback port for keys with the scope admin. Never on the public listener.
 
 Every user of the machine, and every page in a browser on it, can reach a loopback port. So it needs a key also on a node that
-serves everybody, and answers only where it is addressed by a loopback name (a foreign page may point its own name here).
+serves everybody, and answers only where it is addressed by a loopback name (`loopback`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from structlog.typing import FilteringBoundLogger
 
 from node.api.errors import error_headers, meaning_of
 from node.api.listener import listen
+from node.api.loopback import is_addressed_as_loopback
 from node.api.turnstile import Turnstile
 from node.errors import AuthError, NodeError, RequestError
 from node.tenancy.api_key import Scope
@@ -27,7 +28,6 @@ from node.tenancy.door import Door, check_scope
 
 Operation = Callable[..., Awaitable[Any]]
 ADMIN_HOST = "127.0.0.1"
-_LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost"})
 _MAX_CONNECTIONS = 64  # of the one address that reaches the port
 _SHUTDOWN_S = 1.0  # an operation that waits for the chain is cut short: what it asked for is in the ledger
 
@@ -107,7 +107,7 @@ def _for_admins(door: Door) -> Middleware:
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
-            if request.host.partition(":")[0] not in _LOOPBACK_NAMES:
+            if not is_addressed_as_loopback(request):
                 raise RequestError("this port is for this machine alone; address it as 127.0.0.1")
             principal = door.identify(request.headers.getall("Authorization", []), request.remote or "")
             if principal.key_id is None:

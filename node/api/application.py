@@ -18,6 +18,7 @@ from node.api.gate import Gate
 from node.api.generation import Limits
 from node.api.grammar_desk import GrammarDesk, GrammarLimits
 from node.api.idempotency import Replays
+from node.api.loopback import LOOPBACK_HOSTS
 from node.api.lorax_routes import LoraxRoutes
 from node.api.middleware import LORAX_UNSUPPORTED, announce_limits, answer_errors, authenticate, identify
 from node.api.model_routes import ModelRoutes
@@ -54,7 +55,9 @@ def build_application(services: Services) -> web.Application:
             identify(services.new_id),
             answer_errors(services.metrics, services.logger, services.clock),
             answer_preflights(services.server.cors_origins),
-            authenticate(services.tenancy),
+            authenticate(
+                services.tenancy, is_for_loopback=services.server.host in LOOPBACK_HOSTS and not services.server.insecure
+            ),
         ],
         client_max_size=services.server.max_body_bytes,
     )

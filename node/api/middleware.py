@@ -12,6 +12,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from node.api.answering import IS_FAILED, PRINCIPAL, RECEIPT_ID, REQUEST_ID, TENANT
 from node.api.errors import error_headers, lorax_body, meaning_of, openai_body
+from node.api.loopback import is_addressed_as_loopback
 from node.api.scopes import OPEN_PATHS, scopes_of
 from node.errors import NodeError, RequestError
 from node.telemetry.metrics import NodeMetrics
@@ -38,8 +39,12 @@ def identify(new_id: Callable[[], str]) -> Middleware:
     return middleware
 
 
-def authenticate(tenancy: Tenancy) -> Middleware:
-    """Every path needs a key, unknown ones too, except those that load balancers ask; a known one needs a key with its scope."""
+def authenticate(tenancy: Tenancy, *, is_for_loopback: bool) -> Middleware:
+    """Every path needs a key, unknown ones too, except those that load balancers ask; a known one needs a key with its scope.
+
+    Args:
+        is_for_loopback: The node listens to this machine alone: without keys, every request must be addressed to it.
+    """
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -47,6 +52,11 @@ def authenticate(tenancy: Tenancy) -> Middleware:
             return await handler(request)
         principal = tenancy.door.identify(request.headers.getall("Authorization", []), request.remote or "")
         request[TENANT], request[PRINCIPAL] = principal.tenant.name, principal
+        if is_for_loopback and principal.key_id is None and not is_addressed_as_loopback(request):
+            raise RequestError(
+                f"the Host header is {request.host[:100]!r}; without API keys this node serves this machine alone: address it as "
+                "127.0.0.1 or localhost, or make a key: openlora-node keys create NAME"
+            )
         resource = request.match_info.route.resource
         if principal.key_id is not None and resource is not None:
             check_scope(principal, scopes_of(request.method, resource.canonical))

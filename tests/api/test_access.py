@@ -220,3 +220,40 @@ def test_the_room_imports_neither_torch_nor_transformers():
     code += "print([name for name in ('torch', 'transformers', 'web3') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+FOREIGN = {"Host": "rebound.example:8080"}
+
+
+async def test_without_keys_a_foreign_host_is_refused_and_nothing_runs(make_bench, make_client):
+    bench = make_bench()
+    client = await make_client(bench)
+    answer = await client.post("/v1/chat/completions", json=CHAT, headers=FOREIGN)
+    error = (await answer.json())["error"]
+    assert (answer.status, error["code"]) == (400, "invalid_request")
+    assert "'rebound.example:8080'" in error["message"]
+    assert "127.0.0.1" in error["message"]
+    assert (await client.get("/v1/models", headers=FOREIGN)).status == 400
+    assert (await client.get("/health", headers=FOREIGN)).status == 200
+    assert all(submit.sampling.max_new_tokens == 1 for submit in bench.engine.submits)  # the probe's own
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.1:9", "LOCALHOST:80", "localhost", "[::1]", "[::1]:8080"])
+async def test_without_keys_every_name_of_this_machine_is_served(make_bench, make_client, host):
+    client = await make_client(make_bench())
+    assert (await client.post("/v1/chat/completions", json=CHAT, headers={"Host": host})).status == 200
+
+
+@pytest.mark.parametrize("host", ["[::2]:80", "127.0.0.1.rebound.example", "localhost.rebound.example:80", "", "[", "::1"])
+async def test_without_keys_what_only_looks_like_this_machine_is_refused(make_bench, make_client, host):
+    client = await make_client(make_bench())
+    assert (await client.get("/v1/models", headers={"Host": host})).status == 400
+
+
+async def test_with_keys_or_openly_any_host_is_served(locked, make_bench, make_client):
+    _, client = locked
+    headers = {"Authorization": f"Bearer {KEY}", **FOREIGN}
+    assert (await client.get("/v1/models", headers=headers)).status == 200
+    for settings in ({"insecure": True}, {"host": "0.0.0.0", "insecure": True}):
+        client = await make_client(make_bench(**settings))
+        assert (await client.get("/v1/models", headers=FOREIGN)).status == 200

@@ -32,7 +32,7 @@ async def serve(make_bench):
 
 def request(path, body):
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     return head.encode() + data
 
 
@@ -86,13 +86,13 @@ async def test_reader_that_takes_nothing_is_cancelled_and_pays_for_what_was_deli
 async def test_address_with_too_many_connections_is_answered_429_and_others_are_served(serve):
     _, port = await serve(max_connections_per_address=2)
     held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
-    held[0][1].write(b"GET /live HTTP/1.1\r\nHost: a\r\n\r\n")
+    held[0][1].write(b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert (await held[0][0].readline()).startswith(b"HTTP/1.1 200")
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     assert (await asyncio.wait_for(reader.read(), 10)).startswith(b"HTTP/1.1 429")
     writer.close()
     reader, other = await asyncio.open_connection("127.0.0.1", port, local_addr=("127.0.0.2", 0))
-    other.write(b"GET /live HTTP/1.1\r\nHost: a\r\n\r\n")
+    other.write(b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert (await asyncio.wait_for(reader.readline(), 10)).startswith(b"HTTP/1.1 200")
     for _, writer in [*held, (None, other)]:
         writer.close()
