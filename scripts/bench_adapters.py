@@ -11,9 +11,9 @@ churn   256 adapters through 32 slots, one request each (prompt 128, 64 new toke
 cold    Time to first token (prompt 16) on an idle engine of an adapter never seen, of one in host memory, of a resident one.
 beside  Inter-token latency of 63 running requests beside which a short request comes every --beside-every steps, in turns for a
         resident adapter that nobody else names and for one that has to be loaded from its files (`beside_turns`).
-zipf    Requests whose adapters are drawn by Zipf's law (s = 1) from 1,000, against the same from 64, in turns. Only adapters that
-        some turn draws have files; at its first draw an adapter is read from them, so turns pay more loads than a pool that
-        has served for long.
+zipf    Requests whose adapters are drawn by Zipf's law (s = 1) from 1,000, against the same from 64, in turns. All 1,000 are
+        asked for once before, the rarest first: slots and host memory, which are fewer, are full, as after long service, and a
+        draw from the tail is read from files and pushes another out. `drawn_so_far`: distinct adapters of all turns.
 """
 
 from __future__ import annotations
@@ -264,22 +264,23 @@ def few_slots(args: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
 
 
 def large_pool(args: argparse.Namespace, root: Path) -> Iterator[dict[str, Any]]:
-    """A pool of all adapters against one of 64, on one engine, in turns; the first turn fills the tiers and does not count."""
+    """A pool of all adapters against one of 64, on one engine, in turns; the first turn does not count."""
     stage = Stage(args, args.large_slots, args.large_staged)
     yield machine(stage, args)
-    pools = (args.large, 64)
-    draws = {(turn, count): draw_zipf(count, args.requests, turn) for turn in range(args.turns) for count in pools}
-    named = sorted({index for drawn in draws.values() for index in drawn})
-    files = AdapterFiles(root, stage.linears, stage.layout, args.rank, named)
-    yield {"row": "files", "count": len(named), "seconds": files.seconds, "rank": args.rank}
-    terms = dict(zip(named, files.terms, strict=True))
+    files = AdapterFiles(root, stage.linears, stage.layout, args.rank, range(args.large))
+    yield {"row": "files", "count": args.large, "seconds": files.seconds, "rank": args.rank}
+    stage.bench.run([Request((term,), 16, 1) for term in reversed(files.terms)])
+    pools, drawn = (args.large, 64), set()
     found: list[dict[int, float]] = []
     for turn in range(args.turns):
         found.append({})
         for count in pools[:: 1 if turn % 2 else -1]:
-            row = zipf(stage.bench, [terms[index] for index in draws[turn, count]])
+            places = draw_zipf(count, args.requests, turn)
+            drawn.update(places)
+            row = zipf(stage.bench, [files.terms[place] for place in places])
             found[-1][count] = row["out_tok_s"]
-            yield {"row": "zipf", "turn": turn, "slots": stage.engine.stats().adapter_slots, "adapters": count, **row}
+            facts = {"slots": stage.engine.stats().adapter_slots, "staged": args.large_staged, "drawn_so_far": len(drawn)}
+            yield {"row": "zipf", "turn": turn, **facts, "adapters": count, "requests": args.requests, **row}
         if turn > 0:
             yield zipf_ratio(args.large, found[1:])
     stage.close()
@@ -323,10 +324,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--beside-every", type=int, default=6, help="steps from one short request of the row beside to the next")
     parser.add_argument("--pairs", type=int, default=7, help="of the row beside")
     parser.add_argument("--large", type=int, default=1000, help="adapters of the row zipf")
-    parser.add_argument("--large-slots", type=int, default=500)
-    parser.add_argument("--large-staged", type=int, default=100)
-    parser.add_argument("--turns", type=int, default=4, help="of the row zipf")
-    parser.add_argument("--requests", type=int, default=384, help="of one turn of the row zipf")
+    parser.add_argument("--large-slots", type=int, default=300, help="adapters of the row zipf on the GPU")
+    parser.add_argument("--large-staged", type=int, default=300, help="adapters of the row zipf in host memory at most")
+    parser.add_argument("--turns", type=int, default=6, help="of the row zipf")
+    parser.add_argument("--requests", type=int, default=256, help="of one pool in one turn of the row zipf")
     parser.add_argument("--max-sequences", type=int, default=64)
     parser.add_argument("--max-batch-tokens", type=int, default=8192)
     parser.add_argument("--max-model-len", type=int, default=1024)

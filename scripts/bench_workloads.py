@@ -7,8 +7,9 @@ step_ms = (total - prefill) / 127, the best of --repeat runs after a warm-up. fl
 turn_ms: the median time between the tokens of two steps, once all requests decode. graph_ms: such a step's graph alone, replayed
 without a host in between.
 
-The table long has few sequences of long prompts, computed in chunks of --max-batch-tokens: --table long --prompt-tokens 32640
---max-model-len 32768. The machine's row says how many tokens the planned memory holds, peak_bytes of a row what was allocated.
+Several tables share one engine, and a row that two of them have is measured once. The table long has few sequences of long
+prompts, computed in chunks of --max-batch-tokens: --table long --prompt-tokens 32640 --max-model-len 32768. The machine's row
+says how many tokens the planned memory holds, peak_bytes of a row what was allocated.
 
 Two tables compare engines that do the same work in turns. lora-engine: requests that name no adapter, on an engine that holds 64
 adapters and on one that has room for a single page: what it costs to be able to serve adapters. deterministic: an engine whose
@@ -290,7 +291,17 @@ def _paired_rows(paired: Paired, table: Iterable[Row], args: argparse.Namespace)
             yield paired.row(row, args)
 
 
-def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The tables that were asked for: those of one engine together, then those of two."""
+    table = list(dict.fromkeys(row for name in args.table if name in TABLES for row in TABLES[name]))
+    if table:
+        yield from rows(table, args)
+    for name in args.table:
+        if name in PAIRED:
+            yield from PAIRED[name](args)
+
+
+def rows(table: Sequence[Row], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Open an engine and measure the rows until --budget-s is spent."""
     started = time.perf_counter()
     # The pool decides what fits: every adapter of the largest row must be resident while it runs.
@@ -302,7 +313,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         gc.collect()
         gc.freeze()
         try:
-            for row in TABLES[args.table]:
+            for row in table:
                 if time.perf_counter() - started > args.budget_s:
                     return
                 yield _guarded(bench, row, pools, source.spec, args)
@@ -328,7 +339,7 @@ def _guarded(bench: Bench, row: Row, pools: Pools, spec: ModelSpec, args: argpar
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", choices=(*TABLES, *PAIRED), default="anchors")
+    parser.add_argument("--table", nargs="+", choices=(*TABLES, *PAIRED), default=["anchors"])
     parser.add_argument("--shape", default="llama-3.1-8b")
     parser.add_argument("--layers", type=int, help="another number of layers")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -359,5 +370,5 @@ PAIRED = {"lora-engine": lora_engine_rows, "deterministic": deterministic_rows}
 
 def main(argv: Sequence[str]) -> int:
     args = parse(argv)
-    report(PAIRED.get(args.table, rows)(args), args.out, is_brief=args.brief)
+    report(measured(args), args.out, is_brief=args.brief)
     return 0
