@@ -464,6 +464,7 @@ def books(args: argparse.Namespace, node: OwnNode) -> Iterator[dict[str, Any]]:
             keys = ("out_tok_s", "api_us_per_token", "loop_us_per_token", "ttft_p50_ms")
             row |= {f"{name}_{key}": statistics.median(found[key] for found in side) for key in keys}
         yield row
+    node.switch_books(True)
 
 
 class InProcess:
