@@ -598,7 +598,7 @@ def run(args: argparse.Namespace, target: Target, engine: InProcess | None) -> I
         first_s = target.first_token_s(args)
         if "start" in args.rows:
             yield {"row": "start", "ready_s": target.ready_s, "first_token_s": first_s, "shape": args.shape}
-    if {"closed", "books"} & set(args.rows):
+    if {"closed", "books", "open"} & set(args.rows):
         warm_up(args, target)
     if "closed" in args.rows:
         for place, distinct in enumerate(args.distinct if args.own else [None]):
