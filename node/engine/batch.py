@@ -32,6 +32,7 @@ def build_inputs(work: Sequence[Work], block_size: int, slot_of: Callable[[str],
     np.cumsum([item.count for item in work], out=query_start[1:])
     total = int(query_start[-1])
     token_ids, positions, kv_slots = (np.empty(total, dtype=np.int64) for _ in range(3))
+    wanted = logit_rows(work, query_start)
     tables = np.zeros((len(work), max(len(item.sequence.blocks) for item in work)), dtype=np.int32)
     for index, item in enumerate(work):
         blocks = np.frombuffer(item.sequence.blocks, dtype=np.int32)
@@ -44,7 +45,7 @@ def build_inputs(work: Sequence[Work], block_size: int, slot_of: Callable[[str],
         query_start=torch.from_numpy(query_start),
         context_lens=torch.from_numpy(np.array([item.start + item.count for item in work], dtype=np.int32)),
         block_tables=torch.from_numpy(tables),
-        logit_rows=torch.from_numpy(logit_rows(work, query_start)),
+        logit_rows=None if len(wanted) == total else torch.from_numpy(wanted),
         lora=adapter_rows(work, slot_of),
     )
 
@@ -72,10 +73,7 @@ def logit_rows(work: Sequence[Work], query_start: npt.NDArray[np.int32]) -> Ints
     rows: list[int] = []
     for index, item in enumerate(work):
         end = int(query_start[index + 1])
-        if item.wants_prompt_logprobs:
-            rows.extend(range(end - item.count, end))
-        elif item.draws_token:
-            rows.append(end - 1)
+        rows.extend(range(end - item.logit_count, end))
     return np.array(rows, dtype=np.int64)
 
 

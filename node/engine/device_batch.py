@@ -23,9 +23,10 @@ class StepShape:
 
     Attributes:
         rows, sequences: T and Q.
-        logit_rows: [W]. Which rows want logits; None where every row is one sequence's last.
+        logit_rows: [W]. Which rows want logits; None where all do.
         max_query, max_context: The most rows and tokens of one sequence.
         table_width: The most KV blocks of one sequence.
+        is_decode: One row a sequence, and nothing but its logits wanted.
     """
 
     rows: int
@@ -34,38 +35,34 @@ class StepShape:
     max_query: int
     max_context: int
     table_width: int
-
-    @property
-    def is_decode(self) -> bool:
-        """One row a sequence, and nothing but its last logits wanted."""
-        return self.logit_rows is None
+    is_decode: bool
 
 
 def step_shape(work: Sequence[Work]) -> StepShape:
     """Measure a plan."""
     counts = [item.count for item in work]
     max_query = max(counts)
-    is_decode = max_query == 1 and not any(item.wants_prompt_logprobs or item.embeds for item in work)
     return StepShape(
         rows=sum(counts),
         sequences=len(work),
-        logit_rows=None if is_decode else _logit_rows(work),
+        logit_rows=_logit_rows(work, sum(counts)),
         max_query=max_query,
         max_context=max([item.start + item.count for item in work]),
         table_width=max([len(item.sequence.blocks) for item in work]),
+        is_decode=max_query == 1 and not any(item.wants_prompt_logprobs or item.embeds for item in work),
     )
 
 
-def _logit_rows(work: Sequence[Work]) -> npt.NDArray[np.int32]:
-    """All rows of a work that wants prompt log-probabilities, the last of one that draws."""
+def _logit_rows(work: Sequence[Work], row_count: int) -> npt.NDArray[np.int32] | None:
+    """See `StepShape`: all rows of a work that wants prompt log-probabilities, the last of one that draws."""
+    counts = [item.logit_count for item in work]
+    if sum(counts) == row_count:
+        return None
     rows: list[int] = []
     end = 0
-    for item in work:
+    for item, count in zip(work, counts, strict=True):
         end += item.count
-        if item.wants_prompt_logprobs:
-            rows.extend(range(end - item.count, end))
-        elif item.draws_token:
-            rows.append(end - 1)
+        rows.extend(range(end - count, end))
     return np.array(rows, dtype=np.int32)
 
 
@@ -165,7 +162,9 @@ def write_rows(
         row = end
     pad_rows(host, layout, row, len(work), own)
     if shape.logit_rows is not None:
-        host[layout.logits : layout.logits + len(shape.logit_rows)] = shape.logit_rows
+        count = len(shape.logit_rows)
+        host[layout.logits : layout.logits + count] = shape.logit_rows
+        host[layout.logits + count : layout.logits + layout.logit_rows] = 0
         host[layout.wanted : layout.wanted + len(wanted)] = wanted
     _write_tables(host, layout, work)
 

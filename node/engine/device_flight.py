@@ -43,7 +43,7 @@ class DeviceFlight:
                 logits = self.logits[first : first + len(following)]
                 found[index] = score_prompt(logits, upload(following, logits.device), item.sequence.sampling.prompt_top)
             if self.rows is not None:
-                first += item.count if item.wants_prompt_logprobs else int(item.draws_token)
+                first += item.logit_count
         return found
 
 
@@ -53,7 +53,7 @@ def drawing_rows(work: Sequence[Work]) -> tuple[list[int], list[int]]:
     drawing: list[int] = []
     end = 0
     for index, item in enumerate(work):
-        end += item.count if item.wants_prompt_logprobs else int(item.draws_token)
+        end += item.logit_count
         if item.draws_token:
             rows.append(end - 1)
             drawing.append(index)

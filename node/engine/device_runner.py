@@ -141,15 +141,13 @@ class DeviceRunner:
     def _send(self, work: list[Work], shape: StepShape, layout: BlockLayout) -> LoraRows | DeviceRows | None:
         """Copy a step's metadata to the device; returns its adapters."""
         takes_tiles = self._kernels.takes_tiles
-        tiles = self._adapters.row_tiles(work) if takes_tiles else []
-        end = layout.tiles + sum(len(block.data) for block in tiles)
+        tiles = self._adapters.row_tiles(work) if takes_tiles else None
+        end = layout.tiles + (0 if tiles is None else tiles.size)
         host = self._block.begin(end)
         own = self._block.source_of_own(layout.tokens)
         write_rows(host, layout, work, shape, self._kv.block_size, pending_places(work, self._places), own)
-        at = layout.tiles
-        for block in tiles:
-            host[at : at + len(block.data)] = block.data
-            at += len(block.data)
+        if tiles is not None:
+            tiles.write(host, layout.tiles)
         self._recorded.forget_tiles()
         self._block.send(end)
         return sent_rows(self._block, layout, tiles) if takes_tiles else self._adapters.plain_rows(work)

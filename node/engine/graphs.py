@@ -1,4 +1,4 @@
-"""Steps recorded as CUDA graphs: decode by batch size, and the layers of small steps with prompt chunks by their number of rows,
+"""Steps recorded as CUDA graphs: decode by batch size, and small steps with prompt chunks by their number of rows,
 both with and without adapters. Launched one by one, the 400 operations of such a step take the host as long as the device.
 """
 
@@ -51,7 +51,7 @@ class StepGraphs:
     """Records a step once and replays it with the static memory it was recorded with.
 
     Args:
-        run: Launches the step of a key; returns its result: logits of a decode step, hidden states of another.
+        run: Launches the step of a key; returns its results.
         buckets: Ascending batch sizes. row_buckets: ascending numbers of rows of steps with prompt chunks.
         is_recording: False: every step is launched anew.
 
@@ -61,7 +61,7 @@ class StepGraphs:
 
     def __init__(
         self,
-        run: Callable[[GraphKey], Tensor],
+        run: Callable[[GraphKey], tuple[Tensor, ...]],
         buckets: Sequence[int],
         row_buckets: Sequence[int] = (),
         *,
@@ -69,7 +69,7 @@ class StepGraphs:
     ) -> None:
         self._run = run
         self._is_recording = is_recording
-        self._graphs: dict[GraphKey, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[GraphKey, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None  # torch names its type differently in every release
         self.buckets = tuple(buckets)
@@ -85,8 +85,8 @@ class StepGraphs:
         at = bisect_left(self.row_buckets, rows)
         return self.row_buckets[at] if at < len(self.row_buckets) else None
 
-    def step(self, key: GraphKey) -> Tensor:
-        """Launch the step; its result stays valid until the next call."""
+    def step(self, key: GraphKey) -> tuple[Tensor, ...]:
+        """Launch the step; its results stay valid until the next call."""
         self.last = key
         found = self._graphs.get(key)
         if found is not None:

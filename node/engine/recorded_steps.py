@@ -1,7 +1,7 @@
 """Steps of fixed shapes over static memory, recorded once: decode batches, and small steps with prompt chunks.
 
-A decode step is one copy of metadata and one graph. A small step with prompt chunks is a graph of its layers; its output
-projection is launched, for the rows that want logits.
+A decode step is one copy of metadata and one graph. A small step with prompt chunks is a graph up to its last layer's attention;
+what follows is launched, for the rows that want logits.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 from node.engine.device_batch import StepShape, pad_rows, pending_places, wanted_rows, write_decode, write_rows
 from node.engine.graphs import ROW_BUCKETS, Adapted, GraphKey, StepGraphs, buckets_for
 from node.engine.sizing import DeviceSizes
-from node.engine.step_adapters import Members, StepAdapters, adapted_of, most_tile_ints, static_rows
+from node.engine.step_adapters import Members, StepAdapters, adapted_of, most_tile_ints, sent_rows, static_rows
 from node.engine.step_block import BlockLayout, StepBlock
 from node.engine.step_plan import Work
-from node.kernels.device_rows import SHORT_ROWS
+from node.kernels.device_rows import SHORT_ROWS, DeviceRows
 from node.kernels.head_rows import LogitTops
 from node.kernels.lora_tiles import empty_tiles
 from node.kernels.ops import Kernels
-from node.models.inputs import CausalLM, KVCache, StepInputs
+from node.models.inputs import Attended, CausalLM, KVCache, StepInputs
 
 GRAPH_ENTRIES = 16  # pages of one row's recipe that a graph has room for; a batch with more is launched without one
 EAGER_ENTRIES = 64
@@ -112,9 +112,9 @@ class RecordedSteps:
             if has_short:
                 self.graphs.step(GraphKey(rows, adapted, is_decode, is_short=True))
 
-    def _run(self, key: GraphKey) -> Tensor:
-        """Launch a step over the static memory of its bucket."""
-        return self._run_decode(key.rows, key.adapted) if key.is_decode else self._run_rows(key)
+    def _run(self, key: GraphKey) -> tuple[Tensor, ...]:
+        """Launch a step over the static memory of its bucket. Returns the logits of a decode step, `Attended` of another."""
+        return (self._run_decode(key.rows, key.adapted),) if key.is_decode else self._run_rows(key)
 
     # ---- one row a sequence
 
@@ -139,7 +139,8 @@ class RecordedSteps:
             host[layout.tiles : end] = tiles
         self.block.send(end)
         self._members, self._wanted = members, wanted
-        return self.graphs.step(GraphKey(bucket, members.adapted))[: len(work)]
+        (logits,) = self.graphs.step(GraphKey(bucket, members.adapted))
+        return logits[: len(work)]
 
     def _members_of(self, work: Sequence[Work], bucket: int) -> Members | None:
         key = (bucket, *[item.sequence.arrival_index for item in work])
@@ -170,31 +171,33 @@ class RecordedSteps:
         if rows is None or shape.logit_rows is None or any(item.wants_prompt_logprobs or item.embeds for item in work):
             return None
         layout, tiles = self._row_layouts[rows], self._adapters.row_tiles(work)
-        end = layout.tiles + sum(len(block.data) for block in tiles)
-        if len(tiles) > 1 or end > self.block.capacity or any(block.pair_count > GRAPH_ENTRIES * rows for block in tiles):
+        end = layout.tiles + (0 if tiles is None else tiles.size)
+        if end > self.block.capacity or (tiles is not None and tiles.rows.pair_count > GRAPH_ENTRIES * rows):
             return None
         host = self.block.begin(end)
         own = self.block.source_of_own(layout.tokens)
         wanted = wanted_rows([item for item in work if item.draws_token], is_watched=self._is_watched)
         write_rows(host, layout, work, shape, self._kv.block_size, pending_places(work, places), own, wanted)
-        for block in tiles:
-            host[layout.tiles : end] = block.data
+        if tiles is not None:
+            tiles.write(host, layout.tiles)
         self.forget_tiles()
         self.block.send(end)
-        adapted = adapted_of(rows, tiles[0]) if tiles else Adapted.NOTHING
+        adapted = Adapted.NOTHING if tiles is None else adapted_of(rows, tiles.rows)
         bound = self._short_bound
         is_short = bound is not None and bound.holds([(item.count, item.start + item.count) for item in work])
-        h = self.graphs.step(GraphKey(rows, adapted, is_decode=False, is_short=is_short))
-        inputs = self._inputs(layout, Adapted.NOTHING, len(shape.logit_rows))
-        return self._model.logits(h, inputs, self._adapters.tensors), inputs.tops
+        attended = self.graphs.step(GraphKey(rows, adapted, is_decode=False, is_short=is_short))
+        inputs = self._inputs(layout, sent_rows(self.block, layout, tiles), len(shape.logit_rows))
+        wanted_parts = Attended(*[part[: len(shape.logit_rows)] for part in attended])
+        return self._model.logits(wanted_parts, inputs, self._adapters.tensors), inputs.tops
 
-    def _run_rows(self, key: GraphKey) -> Tensor:
+    def _run_rows(self, key: GraphKey) -> Attended:
+        """Of as many rows that want logits as there may be: those beyond the step's own are any."""
         layout = self._row_layouts[key.rows]
-        inputs = self._inputs(layout, key.adapted, layout.logit_rows)
+        lora = static_rows(self.block, layout, key.adapted, GRAPH_ENTRIES * layout.rows)
+        inputs = self._inputs(layout, lora, layout.logit_rows)
         inputs.is_short = key.is_short
-        return self._model.hidden(inputs, self._kv, self._adapters.tensors)
+        return self._model.attended(inputs, self._kv, self._adapters.tensors)
 
-    def _inputs(self, layout: BlockLayout, adapted: Adapted, logit_rows: int) -> StepInputs:
-        lora = static_rows(self.block, layout, adapted, GRAPH_ENTRIES * layout.rows)
+    def _inputs(self, layout: BlockLayout, lora: DeviceRows | None, logit_rows: int) -> StepInputs:
         most = self._sizes.max_model_len
         return self.block.inputs(layout, lora, logit_rows=logit_rows, max_query=layout.rows, max_context=most, has_tops=True)

@@ -99,10 +99,10 @@ class Runner:
 
 
 def embedding_rows(work: Sequence[Work]) -> list[int]:
-    """The last row of every work that ends a sequence which embeds."""
+    """Of the rows that want logits, the last one of every work that ends a sequence which embeds."""
     rows, end = [], 0
     for item in work:
-        end += item.count
+        end += item.logit_count
         if item.embeds:
             rows.append(end - 1)
     return rows

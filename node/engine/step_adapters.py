@@ -42,6 +42,39 @@ class Members:
     adapted: Adapted
 
 
+@dataclass(frozen=True, slots=True)
+class StepTiles:
+    """The tiles of a step with prompt chunks.
+
+    Attributes:
+        rows: Of all its rows.
+        wanted: Of those that want logits, where they are not all; None where they use no adapter.
+        wanted_count: How many rows that are.
+        has_head: An adapter of the rows that want logits changes the output projection.
+    """
+
+    rows: TileBlock
+    wanted: TileBlock | None
+    wanted_count: int
+    has_head: bool
+
+    @property
+    def blocks(self) -> tuple[TileBlock, ...]:
+        """As they are sent, one behind the other."""
+        return (self.rows,) if self.wanted is None else (self.rows, self.wanted)
+
+    @property
+    def size(self) -> int:
+        """int32 of the blocks."""
+        return sum(len(block.data) for block in self.blocks)
+
+    def write(self, host: Ints, at: int) -> None:
+        """Write the blocks at `at`."""
+        for block in self.blocks:
+            host[at : at + len(block.data)] = block.data
+            at += len(block.data)
+
+
 class StepAdapters:
     """Builds tiles on the host and finds them on the device.
 
@@ -72,17 +105,18 @@ class StepAdapters:
         tiles = self._build(recipes, [1] * len(work), with_head=has_head)
         return Members(key, tiles, Adapted.LAYERS_AND_HEAD if has_head else adapted_of(len(work), tiles))
 
-    def row_tiles(self, work: Sequence[Work]) -> list[TileBlock]:
-        """The tiles of a step's rows, and of its rows that want logits where an adapter changes the output projection."""
+    def row_tiles(self, work: Sequence[Work]) -> StepTiles | None:
+        """The tiles of any step; None where it names no adapter."""
         recipes = recipes_of(work, self.slot_of)
         if not any(recipes):
-            return []
-        blocks = [self._build(recipes, [item.count for item in work], with_head=False)]
-        if self._has_head(work):
-            counts = [item.count if item.wants_prompt_logprobs else int(item.draws_token) for item in work]
-            heads: list[Recipe] = [recipe for recipe, count in zip(recipes, counts, strict=True) if count]
-            blocks.append(self._build(heads, [count for count in counts if count], with_head=True))
-        return blocks
+            return None
+        counts, wanted = [item.count for item in work], [item.logit_count for item in work]
+        has_head = self._has_head([item for item in work if item.logit_count])
+        if counts == wanted:
+            return StepTiles(self._build(recipes, counts, with_head=has_head), None, sum(wanted), has_head)
+        last: list[Recipe] = [recipe for recipe, count in zip(recipes, wanted, strict=True) if count]
+        found = self._build(last, [count for count in wanted if count], with_head=has_head) if any(last) else None
+        return StepTiles(self._build(recipes, counts, with_head=False), found, sum(wanted), has_head)
 
     def plain_rows(self, work: Sequence[Work]) -> LoraRows | None:
         """The same for kernels that take no tiles."""
@@ -109,17 +143,20 @@ def most_tile_ints(sizes: DeviceSizes, sequences: int, entries: int) -> int:
     return block_ints(sizes.max_batch_tokens, sequences, entries, TILE_ROWS, sizes.processors)
 
 
-def sent_rows(block: StepBlock, layout: BlockLayout, tiles: list[TileBlock]) -> DeviceRows | None:
+def sent_rows(block: StepBlock, layout: BlockLayout, tiles: StepTiles | None) -> DeviceRows | None:
     """Tiles that were sent behind a step's other metadata, one block after another."""
-    if not tiles:
+    if tiles is None:
         return None
-    first = block.view(layout.tiles, len(tiles[0].data))
-    head = None
-    if len(tiles) > 1:
-        second = block.view(layout.tiles + len(tiles[0].data), len(tiles[1].data))
-        head = DeviceRows(DeviceTiles(second, TILE_ROWS), tiles[1].pair_count)
-    has_many = has_many_pages(layout.rows, tiles[0].item_count)
-    return DeviceRows(DeviceTiles(first, TILE_ROWS), tiles[0].pair_count, head, has_many)
+    wanted = None
+    if tiles.wanted is not None:
+        at, has_many = layout.tiles + len(tiles.rows.data), has_many_pages(tiles.wanted_count, tiles.wanted.item_count)
+        wanted = DeviceRows(_view(block, at, tiles.wanted), tiles.wanted.pair_count, has_many, tiles.has_head)
+    has_many = has_many_pages(layout.rows, tiles.rows.item_count)
+    return DeviceRows(_view(block, layout.tiles, tiles.rows), tiles.rows.pair_count, has_many, tiles.has_head, wanted)
+
+
+def _view(block: StepBlock, at: int, tiles: TileBlock) -> DeviceTiles:
+    return DeviceTiles(block.view(at, len(tiles.data)), TILE_ROWS)
 
 
 def static_rows(block: StepBlock, layout: BlockLayout, adapted: Adapted, pairs: int) -> DeviceRows | None:
@@ -127,5 +164,5 @@ def static_rows(block: StepBlock, layout: BlockLayout, adapted: Adapted, pairs: 
     if adapted is Adapted.NOTHING:
         return None
     tiles = DeviceTiles(block.view(layout.tiles, block.capacity - layout.tiles), TILE_ROWS)
-    rows = DeviceRows(tiles, pairs, has_many=adapted is Adapted.MANY_LAYERS)
-    return DeviceRows(tiles, pairs, rows) if adapted is Adapted.LAYERS_AND_HEAD else rows
+    is_many, is_head = adapted is Adapted.MANY_LAYERS, adapted is Adapted.LAYERS_AND_HEAD
+    return DeviceRows(tiles, pairs, has_many=is_many, has_head=is_head)

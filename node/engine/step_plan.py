@@ -27,6 +27,11 @@ class Work:
     epoch: int
 
     @property
+    def logit_count(self) -> int:
+        """How many of the rows want logits: the last ones."""
+        return self.count if self.wants_prompt_logprobs else int(self.draws_token)
+
+    @property
     def embeds(self) -> bool:
         """Whether the last row's hidden state is wanted."""
         return self.draws_token and self.sequence.submit.embeds

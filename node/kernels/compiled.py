@@ -10,7 +10,7 @@ from torch import Tensor
 from node.errors import ConfigError
 from node.kernels.build import library_path
 from node.kernels.fakes import register_fakes
-from node.kernels.head_rows import head_rows
+from node.kernels.head_rows import head_rows, select_rows
 from node.kernels.linear import LoraSpans, PackedLinear
 from node.kernels.lora import LoraPool, LoraRows
 from node.kernels.memory import WeightArena
@@ -122,8 +122,11 @@ class CompiledKernels(Kernels[Tensor, LoraRows]):
     def unfinish(self, y: Tensor) -> Tensor:
         return y
 
-    def head_rows(self, rows: LoraRows | None, pool: LoraPool | None, logit_rows: Tensor | None, module: int) -> LoraRows | None:
-        return head_rows(rows, pool, logit_rows, module)
+    def select_rows(self, rows: LoraRows | None, wanted: Tensor) -> LoraRows | None:
+        return None if rows is None else select_rows(rows, wanted)
+
+    def head_rows(self, rows: LoraRows | None, pool: LoraPool | None, module: int) -> LoraRows | None:
+        return head_rows(rows, pool, module)
 
     def sgmv(self, y: Tensor, x: Tensor, pool: LoraPool, rows: LoraRows, spans: LoraSpans) -> None:
         self._sgmv(

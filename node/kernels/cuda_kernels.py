@@ -246,10 +246,11 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         delta = lora_delta(x, pool, rows, spans.table, y.shape[1])
         y.copy_((y.float() + delta).to(y.dtype))
 
-    def head_rows(
-        self, rows: DeviceRows | None, pool: LoraPool | None, logit_rows: Tensor | None, module: int
-    ) -> DeviceRows | None:
-        return None if rows is None else rows.head
+    def select_rows(self, rows: DeviceRows | None, wanted: Tensor) -> DeviceRows | None:
+        return None if rows is None else rows.wanted
+
+    def head_rows(self, rows: DeviceRows | None, pool: LoraPool | None, module: int) -> DeviceRows | None:
+        return rows if rows is not None and rows.has_head else None
 
     # ---- what reads products
 

@@ -18,13 +18,15 @@ class DeviceRows:
         tiles: What the kernels read.
         pair_count: (row, page) pairs that the tiles may have; sizes what a shrink writes, so it is fixed in a graph.
         has_many: What `has_many_pages` says of the tiles; fixed in a graph too.
-        head: The same for the rows that want logits; None where no adapter of the step changes the output projection.
+        has_head: Whether an adapter of these rows changes the output projection.
+        wanted: The same for the rows that want logits, where those are not all; None where they use no adapter.
     """
 
     tiles: DeviceTiles
     pair_count: int
-    head: DeviceRows | None = None
     has_many: bool = False
+    has_head: bool = False
+    wanted: DeviceRows | None = None
 
 
 def has_many_pages(rows: int, items: int) -> bool:

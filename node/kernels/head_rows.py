@@ -27,11 +27,9 @@ class LogitTops:
     parts: Tensor | None = None
 
 
-def head_rows(rows: LoraRows | None, pool: LoraPool | None, logit_rows: Tensor | None, module: int) -> LoraRows | None:
+def head_rows(rows: LoraRows | None, pool: LoraPool | None, module: int) -> LoraRows | None:
     """See `Kernels.head_rows`. A row that adapters do not change here is not looked up at all."""
-    if rows is None or pool is None or not bool(pool.ranks[module].any()):
-        return None
-    return rows if logit_rows is None else select_rows(rows, logit_rows)
+    return rows if rows is not None and pool is not None and bool(pool.ranks[module].any()) else None
 
 
 def select_rows(lora: LoraRows, rows: Tensor) -> LoraRows:

@@ -142,12 +142,12 @@ class Kernels(ABC, Generic[ProductT, RowsT]):
         """Add every row's own adapter deltas to y [T, O] in place, where the base linear is not ours."""
 
     @abstractmethod
-    def head_rows(self, rows: RowsT | None, pool: LoraPool | None, logit_rows: Tensor | None, module: int) -> RowsT | None:
-        """The adapters of the rows that want logits, in their order; None where no adapter changes the output projection.
+    def select_rows(self, rows: RowsT | None, wanted: Tensor) -> RowsT | None:
+        """The adapters of some rows, in the order of `wanted` [W]. On a GPU those that came with the step: of `logit_rows`."""
 
-        Args:
-            logit_rows: [W] int64; None for all rows. module: The output projection's row in `LoraPool.ranks`.
-        """
+    @abstractmethod
+    def head_rows(self, rows: RowsT | None, pool: LoraPool | None, module: int) -> RowsT | None:
+        """`rows`, or None where no adapter changes the output projection, `module` of which is the row in `LoraPool.ranks`."""
 
     def embed_rms_norm(self, token_ids: Tensor, embedding: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """x = embedding[token_ids] [T, H] and `rms_norm` of it. token_ids: [T]; embedding: [V, H]."""

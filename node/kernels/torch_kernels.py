@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from node.kernels import reference
-from node.kernels.head_rows import head_rows
+from node.kernels.head_rows import head_rows, select_rows
 from node.kernels.linear import LoraSpans, PackedLinear
 from node.kernels.lora import LoraPool, LoraRows
 from node.kernels.ops import Kernels
@@ -62,8 +62,11 @@ class TorchKernels(Kernels[Tensor, LoraRows]):
     def unfinish(self, y: Tensor) -> Tensor:
         return y
 
-    def head_rows(self, rows: LoraRows | None, pool: LoraPool | None, logit_rows: Tensor | None, module: int) -> LoraRows | None:
-        return head_rows(rows, pool, None if logit_rows is None else logit_rows.cpu().long(), module)
+    def select_rows(self, rows: LoraRows | None, wanted: Tensor) -> LoraRows | None:
+        return None if rows is None else select_rows(rows, wanted.cpu().long())
+
+    def head_rows(self, rows: LoraRows | None, pool: LoraPool | None, module: int) -> LoraRows | None:
+        return head_rows(rows, pool, module)
 
     def sgmv(self, y: Tensor, x: Tensor, pool: LoraPool, rows: LoraRows, spans: LoraSpans) -> None:
         delta = reference.lora_delta(x, pool, rows, spans.table, y.shape[1])

@@ -11,7 +11,6 @@ Shape letters: T rows (tokens), W rows that want logits, H hidden, V vocabulary,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,18 +18,10 @@ import torch
 from torch import Tensor
 
 from node.kernels.lora import LoraPool
-from node.kernels.ops import Kernels, LoraSpans, PackedLinear
-from node.kernels.side import SideGroup, add_to_embedding, select_groups, side_linear
-from node.models.inputs import KVCache, StepInputs
-
-
-@dataclass(frozen=True, slots=True)
-class FusedLinear:
-    """One product of several linear modules: packed weight, bias [O] or None, and the modules' places in an adapter page."""
-
-    packed: PackedLinear
-    bias: Tensor | None
-    spans: LoraSpans
+from node.kernels.ops import Kernels
+from node.kernels.side import add_to_embedding
+from node.models.inputs import Attended, KVCache, StepInputs
+from node.models.linears import FusedLinear, Linears
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +68,6 @@ class Decoder:
     def __init__(self, weights: DecoderWeights, kernels: Kernels[Any, Any]) -> None:
         self._weights = weights
         self._kernels = kernels
-        self._head_module = int(weights.head.spans.table[0, 0])
 
     @torch.inference_mode()
     def forward(self, inputs: StepInputs, kv: KVCache, pool: LoraPool | None) -> Tensor:
@@ -90,27 +80,13 @@ class Decoder:
         Returns:
             [W, V] float32. Logits of `inputs.logit_rows`.
         """
-        h = self.hidden(inputs, kv, pool)
-        if inputs.hidden_rows is not None:
-            inputs.hidden = h[inputs.hidden_rows].float()
-        return self.logits(h, inputs, pool)
+        return self.logits(self.attended(inputs, kv, pool), inputs, pool)
 
     @torch.inference_mode()
-    def hidden(self, inputs: StepInputs, kv: KVCache, pool: LoraPool | None) -> Tensor:
-        """The layers alone. Returns [T, H], what the output projection reads."""
-        kernels, weights, lora, eps = self._kernels, self._weights, inputs.lora, self._weights.eps
-        linear, add_rms_norm = kernels.linear, kernels.add_rms_norm
-
-        def project(rows: Tensor, module: FusedLinear) -> Any:
-            if inputs.side is not None and pool is not None:
-                return kernels.unfinish(self._side_linear(rows, module, pool, lora, inputs.side))
-            return linear(rows, module.packed, module.bias, pool=pool, rows=lora, spans=module.spans)
-
-        def multiply_gate(rows: Tensor, module: FusedLinear) -> Tensor:
-            if inputs.side is not None and pool is not None:
-                return kernels.silu_mul(project(rows, module))
-            return kernels.linear_silu_mul(rows, module.packed, module.bias, pool=pool, rows=lora, spans=module.spans)
-
+    def attended(self, inputs: StepInputs, kv: KVCache, pool: LoraPool | None) -> Attended:
+        """Everything up to the last layer's attention, behind which only the rows that want logits go on."""
+        kernels, weights, eps = self._kernels, self._weights, self._weights.eps
+        linears = Linears(kernels, pool, inputs.lora, inputs.side)
         plan = kernels.plan_attention(
             inputs.block_tables,
             inputs.query_start,
@@ -123,9 +99,10 @@ class Decoder:
         if inputs.side is not None and pool is not None:
             add_to_embedding(x, inputs.token_ids, pool, inputs.side)
             h = kernels.rms_norm(x, weights.first_norm, eps)
+        last = weights.layers[-1]
         for layer, keys, values in zip(weights.layers, kv.keys, kv.values, strict=True):
             q = kernels.rope_kv_write(
-                project(h, layer.qkv),
+                linears.product(h, layer.qkv),
                 weights.cos,
                 weights.sin,
                 inputs.positions,
@@ -136,48 +113,34 @@ class Decoder:
                 k_norm=layer.k_norm,
                 eps=eps,
             )
-            h = kernels.paged_attention(
+            attention = kernels.paged_attention(
                 q, keys, values, inputs.block_tables, inputs.query_start, inputs.context_lens, weights.scale, layer.window, plan
             )
-            h = add_rms_norm(project(h, layer.o), x, layer.post_attention_norm, eps)  # x += W_o attention
-            h = multiply_gate(h, layer.gate_up)
-            h = add_rms_norm(project(h, layer.down), x, layer.next_norm, eps)  # x += W_down (...)
-        return h
+            if layer is not last:
+                h = self._finish_layer(layer, attention, x, linears)
+        wanted = inputs.logit_rows
+        if wanted is not None:
+            attention, x = attention.index_select(0, wanted), x.index_select(0, wanted)
+        return Attended(attention, x)
+
+    def _finish_layer(self, layer: DecoderLayer, attention: Tensor, x: Tensor, linears: Linears) -> Tensor:
+        """What follows a layer's attention. x: [T, H], added to in place. Returns [T, H], which the next product reads."""
+        add_rms_norm, eps = self._kernels.add_rms_norm, self._weights.eps
+        h = add_rms_norm(linears.product(attention, layer.o), x, layer.post_attention_norm, eps)  # x += W_o attention
+        h = linears.gated(h, layer.gate_up)
+        return add_rms_norm(linears.product(h, layer.down), x, layer.next_norm, eps)  # x += W_down (...)
 
     @torch.inference_mode()
-    def logits(self, h: Tensor, inputs: StepInputs, pool: LoraPool | None) -> Tensor:
-        """Project the wanted rows of h [T, H] on the vocabulary. Returns [W, V] float32."""
-        kernels, head, wanted = self._kernels, self._weights.head, inputs.logit_rows
-        if wanted is not None and wanted.numel() == 0:
-            return torch.empty((0, head.packed.out_features), dtype=torch.float32, device=h.device)
-        rows = kernels.head_rows(inputs.lora, pool, wanted, self._head_module)
-        x = h if wanted is None else h[wanted]
-        if inputs.side is not None and pool is not None:
-            groups = inputs.side if wanted is None else select_groups(inputs.side, wanted)
-            return self._side_linear(x, head, pool, rows, groups or (), torch.float32)
-        return kernels.logits(x, head.packed, head.bias, pool=pool, rows=rows, spans=head.spans, tops=inputs.tops)
-
-    def _side_linear(
-        self,
-        x: Tensor,
-        module: FusedLinear,
-        pool: LoraPool,
-        rows: Any,
-        groups: Sequence[SideGroup],
-        out_dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        """A product in a step with rows whose adapters have more than pages hold."""
-        return side_linear(
-            self._kernels,
-            x,
-            module.packed,
-            module.bias,
-            pool=pool,
-            rows=rows,
-            groups=groups,
-            spans=module.spans,
-            out_dtype=out_dtype,
-        )
+    def logits(self, attended: Attended, inputs: StepInputs, pool: LoraPool | None) -> Tensor:
+        """Finish the last layer and project on the vocabulary. Returns [W, V] float32; `inputs.hidden` is written."""
+        weights, (attention, x) = self._weights, attended
+        if x.shape[0] == 0:
+            return torch.empty((0, weights.head.packed.out_features), dtype=torch.float32, device=x.device)
+        linears = Linears(self._kernels, pool, inputs.lora, inputs.side).of(inputs.logit_rows)
+        h = self._finish_layer(weights.layers[-1], attention, x, linears)
+        if inputs.hidden_rows is not None:
+            inputs.hidden = h[inputs.hidden_rows].float()
+        return linears.logits(h, weights.head, inputs.tops)
 
     # ---- BaseWeights, for what is computed once when an adapter is loaded
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from node.errors import ModelLoadError
 from node.kernels.layout import PageLayout
 from node.kernels.ops import Kernels, lora_spans
-from node.models.decoder import DecoderLayer, DecoderWeights, FusedLinear
+from node.models.decoder import DecoderLayer, DecoderWeights
 from node.models.gguf_weights import ROPE_FACTORS
+from node.models.linears import FusedLinear
 from node.models.placement import DevicePlacement, HostPlacement, Part, Placement
 from node.models.rope import rope_tables
 from node.models.spec import ModelSpec

@@ -1,13 +1,13 @@
 """What one step hands to a model, and what stays in memory between steps.
 
 Shape letters: T rows (tokens of all sequences, concatenated), Q sequences in the step, W rows that want logits,
-V vocabulary, B block size, G key/value heads, D head size.
+E of them whose hidden state is wanted, V vocabulary, H hidden, B block size, G key/value heads, D head size.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -33,7 +33,7 @@ class StepInputs:
         side: Rows whose adapters have more than pages hold (DoRA, biases, the embedding); None when there are none.
         max_query, max_context: The most rows and tokens of one sequence; a GPU's attention wants to know.
         is_short: Its prompt chunks have few keys; see `Kernels.short_bound`.
-        hidden_rows: [E] int64. Rows whose hidden state is wanted; None for none.
+        hidden_rows: [E] int64. Which of the W rows want their hidden state too; None for none.
         hidden: [E, H] float32, written by the model: hidden states after the final norm, of `hidden_rows`.
         tops: Which logits are read, and the largest of every row where the model's kernels find them; None: all are read.
     """
@@ -74,6 +74,18 @@ class KVCache:
         return int(self.keys[0].shape[0])
 
 
+class Attended(NamedTuple):
+    """A step behind the last layer's attention, of the rows that want logits.
+
+    Attributes:
+        attention: [W, heads D]. What the last layer's o projection reads.
+        residual: [W, H]. What that layer began with; written by whoever finishes it.
+    """
+
+    attention: Tensor
+    residual: Tensor
+
+
 class CausalLM(Protocol):
     """A decoder the engine can run. Stateless between calls but for its weights."""
 
@@ -81,10 +93,10 @@ class CausalLM(Protocol):
         """Return logits [W, V] float32 of `inputs.logit_rows`, after writing the step's keys and values into `kv`."""
         ...
 
-    def hidden(self, inputs: StepInputs, kv: KVCache, pool: LoraPool | None) -> Tensor:
-        """The first part of `forward`: [T, H] of every row."""
+    def attended(self, inputs: StepInputs, kv: KVCache, pool: LoraPool | None) -> Attended:
+        """The first part of `forward`: everything up to the last layer's attention."""
         ...
 
-    def logits(self, h: Tensor, inputs: StepInputs, pool: LoraPool | None) -> Tensor:
-        """The second part: logits of `inputs.logit_rows` from `hidden`'s rows."""
+    def logits(self, attended: Attended, inputs: StepInputs, pool: LoraPool | None) -> Tensor:
+        """The second part; of `inputs` it reads `logit_rows`, `lora`, `side`, `hidden_rows` and `tops`."""
         ...

@@ -41,7 +41,7 @@ def test_rows_of_a_decode_and_a_chunk():
 
 
 def test_dtypes_are_those_of_step_inputs():
-    inputs = build_inputs([work(6, 5, 1, [7, 2], [("x", 1.0)])], 4, SLOTS.__getitem__)
+    inputs = build_inputs([work(6, 4, 2, [7, 2], [("x", 1.0)])], 4, SLOTS.__getitem__)
     wide = (inputs.token_ids, inputs.positions, inputs.kv_slots, inputs.logit_rows)
     assert {tensor.dtype for tensor in wide} == {torch.int64}
     narrow = (inputs.query_start, inputs.context_lens, inputs.block_tables, inputs.lora.row_start, inputs.lora.slot)
@@ -50,8 +50,13 @@ def test_dtypes_are_those_of_step_inputs():
 
 
 def test_prompt_logprobs_want_every_row():
-    inputs = build_inputs([work(9, 2, 3, [0, 1, 2], prompt_logprobs=True), work(3, 2, 1, [3])], 4, SLOTS.__getitem__)
-    assert inputs.logit_rows.tolist() == [0, 1, 2, 3]
+    items = [work(9, 2, 3, [0, 1, 2], prompt_logprobs=True), work(3, 2, 1, [3]), work(9, 0, 1, [4])]
+    assert build_inputs(items, 4, SLOTS.__getitem__).logit_rows.tolist() == [0, 1, 2, 3]
+
+
+def test_rows_that_all_want_logits_are_not_named():
+    items = [work(9, 2, 3, [0, 1, 2], prompt_logprobs=True), work(3, 2, 1, [3])]
+    assert build_inputs(items, 4, SLOTS.__getitem__).logit_rows is None
 
 
 @pytest.mark.parametrize("counts", [(1, 1, 1), (3, 1, 2)])

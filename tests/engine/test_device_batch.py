@@ -81,6 +81,20 @@ def test_prompt_log_probabilities_want_every_row():
     assert shape.logit_rows.tolist() == [0, 3]
 
 
+def test_rows_that_all_want_logits_are_not_named():
+    decode = make_work("b", range(3), 2, 1, [4])
+    shape = step_shape([make_work("a", range(10), 2, 3, [0, 1, 2], prompt_logprobs=True), decode])
+    assert (shape.logit_rows, shape.is_decode) == (None, False)
+    shape = step_shape([decode])
+    assert (shape.logit_rows, shape.is_decode) == (None, True)
+
+
+def test_one_row_of_a_prompt_that_goes_on_wants_no_logits():
+    shape = step_shape([make_work("a", range(10), 2, 1, [0]), make_work("b", range(3), 2, 1, [4])])
+    assert shape.is_decode
+    assert shape.logit_rows.tolist() == [1]
+
+
 def test_token_that_nobody_draws_is_an_error():
     with pytest.raises(ValueError, match="neither known nor being drawn"):
         pending_places([make_work("a", range(3), 3, 1, [0], pending=1)], {"b": 0})

@@ -43,8 +43,11 @@ class TileKernels(TorchKernels):
         tops.parts = torch.stack([values.view(torch.int32), tokens.int()], dim=2)
         return y.masked_fill(tops.wanted[:, None] == 0, float("nan"))
 
-    def head_rows(self, rows, pool, logit_rows, module):
-        return None if rows is None else rows.head
+    def select_rows(self, rows, wanted):
+        return None if rows is None else rows.wanted
+
+    def head_rows(self, rows, pool, module):
+        return rows if rows is not None and rows.has_head else None
 
     def rope_kv_write(self, qkv, cos, sin, positions, kv_slots, key_cache, value_cache, **rest):
         real = int((kv_slots >= 0).sum())  # padding comes last
@@ -214,13 +217,13 @@ class Fragile:
             raise RuntimeError("this token breaks the model")
         return self._model.forward(inputs, kv, pool)
 
-    def hidden(self, inputs, kv, pool):
+    def attended(self, inputs, kv, pool):
         if (inputs.token_ids == self._token_id).any():
             raise RuntimeError("this token breaks the model")
-        return self._model.hidden(inputs, kv, pool)
+        return self._model.attended(inputs, kv, pool)
 
-    def logits(self, h, inputs, pool):
-        return self._model.logits(h, inputs, pool)
+    def logits(self, attended, inputs, pool):
+        return self._model.logits(attended, inputs, pool)
 
 
 def test_step_that_fails_ends_only_the_sequence_at_fault(make_ahead):

@@ -18,7 +18,7 @@ def test_last_bucket_holds_the_largest_batch(limit, last):
 
 @pytest.mark.parametrize("rows", range(1, 17))
 def test_bucket_is_the_smallest_that_holds_the_rows(rows):
-    graphs = StepGraphs(lambda key: torch.zeros(1), buckets_for(16), is_recording=False)
+    graphs = StepGraphs(lambda key: (torch.zeros(1),), buckets_for(16), is_recording=False)
     bucket = graphs.bucket(rows)
     assert bucket >= rows
     assert not any(rows <= other < bucket for other in graphs.buckets)
@@ -26,7 +26,7 @@ def test_bucket_is_the_smallest_that_holds_the_rows(rows):
 
 def test_without_recording_every_step_is_launched():
     launched = []
-    graphs = StepGraphs(lambda key: launched.append(key) or torch.zeros(1), buckets_for(4), is_recording=False)
+    graphs = StepGraphs(lambda key: launched.append(key) or (torch.zeros(1),), buckets_for(4), is_recording=False)
     for _ in range(3):
         graphs.step(GraphKey(4, Adapted.LAYERS))
     assert launched == [GraphKey(4, Adapted.LAYERS)] * 3
