@@ -179,6 +179,19 @@ def test_steps_whose_prompts_have_few_keys_are_planned_as_short_ones(make_ahead)
     assert found == {18: [True, False, False], 22: [False, False, False]}
 
 
+def test_chunks_with_adapters_of_the_head_are_recorded(make_ahead, monkeypatch):
+    expected = answers(make_ahead(max_batch_tokens=16))
+    driver = make_ahead(max_batch_tokens=16)
+    runner = driver.engine._runner
+    if not isinstance(runner._kernels, TileKernels):
+        pytest.skip("steps are not recorded")
+    monkeypatch.setattr(driver.engine._adapters, "adapts", lambda adapter_id, module: True)  # with rank 0
+    launched = []
+    monkeypatch.setattr(runner, "_launch_rows", lambda *step: launched.append(step))
+    assert answers(driver) == expected
+    assert not launched
+
+
 def test_second_turn_hits_the_prefix_of_the_first(make_ahead):
     driver = make_ahead()
     driver.add("first", PROMPTS["s5"], max_new_tokens=8)

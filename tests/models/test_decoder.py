@@ -5,6 +5,7 @@ import torch
 
 from node.kernels.head_rows import select_rows
 from node.kernels.lora import LoraRows
+from node.kernels.torch_kernels import TorchKernels
 
 FAMILIES = [
     "llama",
@@ -92,6 +93,46 @@ def test_forward_no_wanted_row_still_writes_keys(tiny_llama, load, kernels, driv
 
     assert logits.shape == (0, 97)
     assert all((keys != 1e4).any() for keys in driver.kv.keys)
+
+
+class CountingKernels(TorchKernels):
+    """Notes the rows of every product."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = []
+
+    def linear(self, x, *arguments, **options):
+        self.counts.append(x.shape[0])
+        return super().linear(x, *arguments, **options)
+
+
+@pytest.mark.parametrize(("wanted", "behind"), [([28, 3], [2] * 4), ([], [])], ids=["two", "none"])
+def test_forward_behind_the_last_attention_computes_wanted_rows_alone(tiny_llama, load, drive, prompts, wanted, behind):
+    kernels = CountingKernels()
+    loaded = load(tiny_llama.directory, kernels=kernels)
+    driver = drive(loaded)
+    driver.add("a", prompts["a"])
+    inputs = driver.inputs({"a": 29})
+    inputs.logit_rows = torch.tensor(wanted, dtype=torch.int64)
+
+    driver.forward(inputs)
+
+    before = 4 * loaded.spec.layer_count - 3  # of the last layer q, k and v alone
+    assert kernels.counts == [29] * before + behind  # o, gate and up, down, the vocabulary
+
+
+def test_hidden_rows_count_among_the_wanted_ones(tiny_llama, load, kernels, drive, prompts):
+    tiny, driver = tiny_llama, drive(load(tiny_llama.directory, kernels=kernels))
+    driver.add("a", prompts["a"])
+    inputs = driver.inputs({"a": 29})
+    inputs.logit_rows, inputs.hidden_rows = torch.tensor([28, 11, 3]), torch.tensor([2, 0])
+
+    driver.forward(inputs)
+
+    with torch.no_grad():
+        states = tiny.reference(torch.tensor([prompts["a"]]), output_hidden_states=True).hidden_states[-1][0]
+    torch.testing.assert_close(inputs.hidden, states[[3, 28]], rtol=2e-4, atol=2e-4)
 
 
 def test_select_rows_keeps_terms_and_their_order():

@@ -71,6 +71,27 @@ def test_greedy_every_adapter_in_one_batch_equals_peft_generate(many, drive, pro
     assert len({tuple(answer) for answer in answers.values()}) > 3
 
 
+def test_wanted_rows_have_the_bits_that_they_have_among_all(many, drive, prompts):
+    loaded, _, pool, adapters = many
+    whole, some = drive(loaded, pool), drive(loaded, pool)
+    for driver in (whole, some):
+        for slot, name in enumerate(adapters):
+            driver.add(name, prompts["abc"[slot % 3]], ((slot, 1.0),))
+        driver.add("base", prompts["b"])
+    lengths = {name: len(ids) for name, ids in whole.ids.items()}
+    ends = torch.tensor(list(lengths.values())).cumsum(0)
+    wanted = torch.cat([ends[::2] - 1, ends[1:2] - 2])
+    inputs = some.inputs(lengths)
+    inputs.logit_rows = wanted
+
+    found, expected = some.forward(inputs), torch.cat(list(whole.step(lengths).values()))[wanted]
+
+    if loaded.model._kernels.name == "reference":  # whose bits follow the number of rows
+        torch.testing.assert_close(found, expected)
+    else:
+        assert torch.equal(found, expected)
+
+
 def test_forward_weighted_adapters_equal_peft_with_merged_weights(
     make_tiny, load, kernels, drive, prompts, peft_pool, lora_configs, error
 ):
