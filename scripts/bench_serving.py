@@ -646,7 +646,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--adapter-bytes", type=int, default=0, help="0: the node's default")
     parser.add_argument("--host-bytes", type=int, default=0, help="0: the node's default")
-    parser.add_argument("--prepared", type=Path, help="a directory with a checkpoint named as the shape (random_model), to be read")
+    parser.add_argument("--prepared", type=Path, help="a directory with a checkpoint named as the shape, to read")
     parser.add_argument("--files", help="where files go that are read through the page cache")
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--kv-bytes", type=int, default=0, help="0: the node's default")
