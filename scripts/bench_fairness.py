@@ -51,6 +51,9 @@ class NoAdapters:
 
     def begin_step(self) -> None: ...
 
+    def holds(self, terms: Sequence[AdapterTerm]) -> bool:
+        return True
+
     def ensure(self, terms: Sequence[AdapterTerm]) -> Residency:
         return READY
 

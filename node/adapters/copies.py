@@ -30,6 +30,9 @@ class Copies:
 
     Args:
         clock: Monotonic seconds.
+
+    Attributes:
+        byte_count: On their way.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -39,17 +42,13 @@ class Copies:
         self._begun_s = clock()
         self._steps_s: deque[float] = deque(maxlen=SEEN_STEPS)
         self._byte_s: deque[float] = deque(maxlen=SEEN_COPIES)  # seconds a byte
+        self.byte_count = 0  # on their way
 
     def __len__(self) -> int:
         return len(self._copies)
 
     def __contains__(self, adapter_id: str) -> bool:
         return adapter_id in self._copies
-
-    @property
-    def byte_count(self) -> int:
-        """On their way."""
-        return sum(copy.byte_count for copy in self._copies.values())
 
     def begin_step(self) -> list[str]:
         """The next step is planned from here on; returns the adapters that have arrived, which are forgotten."""
@@ -60,12 +59,14 @@ class Copies:
         done = [adapter_id for adapter_id, copy in self._copies.items() if copy.arrival.is_done()]
         for adapter_id in done:
             copy = self._copies.pop(adapter_id)
+            self.byte_count -= copy.byte_count
             self._byte_s.append(copy.arrival.seconds() / max(1, copy.byte_count))
         return done
 
     def add(self, adapter_id: str, arrival: Arrival, byte_count: int) -> None:
         """A copy was started."""
         self._copies[adapter_id] = _Copy(arrival, byte_count, self._step)
+        self.byte_count += byte_count
 
     def join(self, adapter_id: str) -> None:
         """Work launched from now on waits for this adapter, on the device, if it is still on its way."""

@@ -176,6 +176,10 @@ class AdapterPool:
         for adapter_id in given_up:
             self._give_up(adapter_id)
 
+    def holds(self, terms: Sequence[AdapterTerm]) -> bool:
+        """Whether all adapters of a recipe are here, none of them still on its way."""
+        return all(term.adapter_id in self._resident and term.adapter_id not in self._copies for term in terms)
+
     def ensure(self, terms: Sequence[AdapterTerm]) -> Residency:
         """Want all adapters of a recipe, start what is missing, say whether they can run."""
         directories = {term.adapter_id: term.directory for term in terms}
@@ -192,7 +196,7 @@ class AdapterPool:
                 self._tier.touch(adapter_id)
         for adapter_id, directory in directories.items():
             if adapter_id not in self._resident:
-                self._start(adapter_id, Path(directory))
+                self._start(adapter_id, directory)
         return READY if all(map(self._can_run, directories)) else LOADING
 
     def pin(self, terms: Sequence[AdapterTerm]) -> None:
@@ -260,7 +264,7 @@ class AdapterPool:
 
     # ---- loading
 
-    def _start(self, adapter_id: str, directory: Path) -> None:
+    def _start(self, adapter_id: str, directory: str | Path) -> None:
         """Do the next thing that brings an adapter closer, if there is room for it now."""
         staged = None if self._arena is None else self._arena.get(adapter_id)
         if staged is not None:
@@ -268,7 +272,7 @@ class AdapterPool:
             return
         if adapter_id in self._arrivals or not self._arrivals.has_room:
             return
-        plan = self._arrivals.plan(adapter_id, directory)
+        plan = self._arrivals.plan(adapter_id, Path(directory))
         pages = None if plan is None else self._fill_pages(plan)
         if plan is not None and pages is not None:
             self._arrivals.fill(plan, pages)

@@ -38,6 +38,10 @@ class AdapterMemory(Protocol):
     def begin_step(self) -> None:
         """Take over what the loader finished, and forget what the last step wanted."""
 
+    def holds(self, terms: Seq[AdapterTerm]) -> bool:
+        """Whether all adapters of a recipe are here to the last byte. Wants nothing."""
+        ...
+
     def ensure(self, terms: Seq[AdapterTerm]) -> Residency:
         """Want all adapters of a recipe. Starts what is missing; may evict only what no earlier `ensure` of this step wanted."""
         ...

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing
+from itertools import islice
 
 from node.adapters.residency import AdapterMemory, ResidencyState
 from node.engine.blocks import BlockPool, extend_keys
@@ -44,6 +45,7 @@ class Admission:
         self._preemption = preemption
         self._counters = counters
         self._retire = retire
+        self._favours_held = False
 
     def recall(self, draft: Draft) -> None:
         """Bring back sequences whose adapters are loaded by now, and make room for a tenant below its share.
@@ -51,12 +53,12 @@ class Admission:
         A sequence that finds no place or no blocks, of a tenant that holds less than its part, gets them from a tenant that holds
         more. It happens before anything is planned, so that nothing planned is taken back.
         """
+        self._favours_held = self._favour_held()
         for sequence in self._queue.loaded(min(PREFETCH_LIMIT, self._running.free_places)):
             if self._has_room(sequence):  # where blocks are short, pages may become some
                 self._adapters.ensure(sequence.terms)  # before those that are fetched ahead: they must not push these out
-        for sequence in self._queue.parked(PREFETCH_LIMIT):
-            if self._is_ready(draft, sequence):
-                self._queue.unpark(sequence)
+        if not self._favours_held:
+            self._fetch_parked(draft)
         weights = self._queue.weights()
         if len(weights) < 2:
             return
@@ -68,21 +70,42 @@ class Admission:
                 return
             self._preemption.preempt(victim)
 
+    def _favour_held(self) -> bool:
+        """Where nobody runs and not all can start, whoever's adapters are here goes first, and keeps them.
+
+        A step that names an adapter on its way waits for it: the first one would begin when the last of its adapters is there.
+        """
+        if len(self._running) or len(self._queue) <= self._running.free_places:
+            return False
+        return self._queue.favour(lambda sequence: self._adapters.holds(sequence.terms))
+
     def admit(self, draft: Draft) -> None:
-        """Start whoever is ready and finds rows, a place and blocks."""
-        is_open, looks = True, 0
+        """Start whoever is ready and finds rows, a place and blocks; nobody overtakes the first who does not find them."""
+        with closing(self._ready(draft)) as walk:
+            for sequence in walk:
+                if not self._start(draft, sequence):
+                    return
+
+    def look_ahead(self, draft: Draft) -> None:
+        """Want the adapters of those that could not start, and fetch what is missing."""
+        if self._favours_held:
+            self._fetch_parked(draft)
+        with closing(self._ready(draft)) as walk:
+            for _ in islice(walk, PREFETCH_LIMIT):
+                pass
+
+    def _fetch_parked(self, draft: Draft) -> None:
+        for sequence in self._queue.parked(PREFETCH_LIMIT):
+            if self._is_ready(draft, sequence):
+                self._queue.unpark(sequence)
+
+    def _ready(self, draft: Draft) -> Generator[Sequence, None, None]:
+        """Yield whoever could start as far as its adapters and its tenant's part of the rows go, fairest first."""
         with closing(self._queue.in_order()) as walk:
             for sequence in walk:
-                if not self._is_ready(draft, sequence):
-                    continue
                 # One whose tenant has had its part of the rows stands back for others.
-                if draft.left() and not draft.left(sequence.tenant):
-                    continue
-                # Once one is refused for want of rows or blocks nobody may overtake it; the rest of the walk only prefetches.
-                is_open = is_open and self._start(draft, sequence)
-                looks += not is_open
-                if looks >= PREFETCH_LIMIT:
-                    return
+                if self._is_ready(draft, sequence) and (draft.left(sequence.tenant) or not draft.left()):
+                    yield sequence
 
     def _is_ready(self, draft: Draft, sequence: Sequence) -> bool:
         """Whether its adapters are loaded. One whose adapters are on their way is parked, one whose adapters are bad ends."""

@@ -139,9 +139,13 @@ class Engine:
         """
         compiled = self._take_compiled()
         plan = self._scheduler.plan()
-        self._adapters.grant_wishes()  # after the plan, so that nothing it wants leaves for them
         before, self._open = self._open, None
+        is_device_idle = self._runner.is_ahead and before is None
+        if not is_device_idle:
+            self._look_ahead()
         current = self._launch(plan) if plan.work else None
+        if is_device_idle:
+            self._look_ahead()
         events = [*compiled, *plan.events, *self._land(before, current)]
         if current is not None:
             self._draw(current)
@@ -151,6 +155,11 @@ class Engine:
             else:
                 events.extend(self._land(current, None))
         return events, before is not None or current is not None
+
+    def _look_ahead(self) -> None:
+        """What others will need: behind the step that runs, where one does."""
+        self._scheduler.look_ahead()
+        self._adapters.grant_wishes()  # last, so that nothing that is wanted leaves for them
 
     def _take_compiled(self) -> list[SequenceEvent]:
         """Queue the sequences whose grammar is ready now; returns the events of those that cannot run."""

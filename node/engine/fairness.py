@@ -253,6 +253,20 @@ class FairQueue:
         tenant.loaded[recipe] = None
         self._offer(tenant, recipe)
 
+    def favour(self, is_favoured: Callable[[Sequence], bool]) -> bool:
+        """Park all recipes but those whose head is favoured, which should keep their adapters; False where that parts nobody."""
+        ranked = [(tenant, recipe) for tenant in self._open for recipe in sorted(tenant.open, key=_Recipe.rank)]
+        favours = [is_favoured(recipe.waiting[0]) for _, recipe in ranked]
+        if all(favours) or not any(favours):
+            return False
+        for (tenant, recipe), goes_first in zip(ranked, favours, strict=True):
+            if goes_first:
+                tenant.loaded[recipe] = None
+            else:
+                tenant.parked[recipe] = None
+                self._withdraw(tenant, recipe)
+        return True
+
     def parked(self, limit: int) -> list[Sequence]:
         """At most `limit` heads of parked recipes: tenants take turns, the least served first, each with its longest parked."""
         return self._heads(limit, lambda tenant: chain(tenant.returned, tenant.parked))

@@ -62,6 +62,7 @@ class Scheduler:
         self._spread = Spread(self._running, self._queue, limits.spread_sizes)
         self._by_id: dict[str, Sequence] = {}
         self._arrivals = 0
+        self._draft: Draft | None = None  # of the last plan
         self._open_count = 0  # plans with work that `complete` has not answered: 0 or 1 when `plan` is called
 
     @property
@@ -118,7 +119,10 @@ class Scheduler:
     # ---- planning
 
     def plan(self) -> StepPlan:
-        """Choose the rows of the next step. Every plan with work must be answered by `complete`, in order, one late at most."""
+        """Choose the rows of the next step. Every plan with work must be answered by `complete`, in order, one late at most.
+
+        `look_ahead` follows, before or after the step is launched.
+        """
         self._running.let_go_of_adapters()  # before the step begins: the steps they are needed for are launched
         self._adapters.begin_step()
         draft = Draft(self._running, self._queue, self._limits.max_batch_tokens)
@@ -141,7 +145,14 @@ class Scheduler:
         if draft.plan.work:
             self._spread.note(draft.plan.row_count - decode_count)
         self._commit(draft.plan)
+        self._draft = draft
         return draft.plan
+
+    def look_ahead(self) -> None:
+        """Fetch adapters for those that wait. Whoever's adapters cannot be loaded ends, by an event of the plan just made."""
+        if self._draft is not None:
+            self._admission.look_ahead(self._draft)
+            self._draft = None
 
     def _commit(self, plan: StepPlan) -> None:
         """From here on the rows count as computed, and what they draw as pending."""

@@ -207,26 +207,37 @@ class Tiers(RuleBasedStateMachine):
     def copy(self):
         self.device.copy_one()
 
-    @rule(is_late=st.booleans(), end=st.integers(0, 3))
-    def step(self, is_late, end):
-        """Plan and launch a step; then some running sequences turn out to be over, in this step or the one before."""
+    @rule(is_late=st.booleans(), end=st.integers(0, 3), is_first=st.booleans())
+    def step(self, is_late, end, is_first=False):
+        """Plan and launch a step; then some running sequences turn out to be over, in this step or the one before.
+
+        `is_first`: all but the first in line are looked at behind the launch.
+        """
         self.now_s += 0.3
         self.pool.begin_step()
         if not is_late:
             self.finish()
-        for terms in list(self.waiting):
-            answer = self.pool.ensure(terms)
-            if answer.state is ResidencyState.FAILED:
-                self.waiting.remove(terms)
-            elif answer.state is ResidencyState.READY and len(self.running) < 3:
+        for terms in self.waiting[:1] if is_first else list(self.waiting):
+            if self.look(terms) and len(self.running) < 3:
                 self.waiting.remove(terms)
                 self.pool.pin(terms)
                 self.running.append(terms)
         # A sequence that ended is still in the step that was planned before anybody knew.
         self.device.launch(self.pool, {term.adapter_id for terms in [*self.running, *self.ending] for term in terms})
+        for terms in list(self.waiting) if is_first else ():
+            self.look(terms)
         if is_late:
             self.finish()
         self.ending, self.running = self.ending + self.running[:end], self.running[end:]
+
+    def look(self, terms):
+        """Want a recipe; whether it may run."""
+        held = self.pool.holds(terms)
+        answer = self.pool.ensure(terms)
+        if answer.state is ResidencyState.FAILED:
+            self.waiting.remove(terms)
+        assert not held or answer.state is not ResidencyState.LOADING
+        return answer.state is ResidencyState.READY
 
     @rule()
     def lend_a_page(self):
@@ -324,6 +335,18 @@ def test_idle_engine_may_name_an_adapter_whose_copy_was_only_launched(bench):
     bench.pool.pin([TERMS[0]])
     kinds = [kind for kind, _ in bench.device.compute]
     assert kinds[-1] == "wait"
+
+
+def test_adapter_is_held_once_its_last_byte_is_there(bench):
+    bench.stage(TERMS[0])
+    assert not bench.pool.holds([TERMS[0]])
+    bench.step([TERMS[0]])
+    assert not bench.pool.holds([TERMS[0]])
+    bench.device.copy_one()
+    bench.step()
+    assert bench.pool.holds([TERMS[0]])
+    assert not bench.pool.holds([TERMS[0], TERMS[1]])
+    assert bench.pool.holds([])
 
 
 def test_running_sequences_do_not_wait_for_anothers_copy(bench):

@@ -83,6 +83,9 @@ class Pins:
 
     def begin_step(self) -> None: ...
 
+    def holds(self, terms) -> bool:
+        return True
+
     def ensure(self, terms) -> Residency:
         return READY
 

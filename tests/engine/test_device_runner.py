@@ -201,6 +201,20 @@ def test_second_turn_hits_the_prefix_of_the_first(make_ahead):
     assert driver.events["second"][0].cached_prompt_tokens == 32  # 25 + 8 tokens are 8 full blocks of 4; the last drawn is no row
 
 
+def test_only_an_idle_device_gets_its_step_before_others_are_looked_at(make_driver, make_ahead, monkeypatch):
+    def order_of(driver):
+        order = []
+        for owner, method in ((driver.engine._runner, "launch"), (driver.engine._scheduler, "look_ahead")):
+            inner = getattr(owner, method)
+            monkeypatch.setattr(owner, method, lambda *args, inner=inner, name=method: (order.append(name), inner(*args))[1])
+        driver.add("a", PROMPTS["s0"], max_new_tokens=4)
+        driver.run()
+        return order[:4]
+
+    assert order_of(make_ahead()) == ["launch", "look_ahead", "look_ahead", "launch"]
+    assert order_of(make_driver()) == ["look_ahead", "launch", "look_ahead", "launch"]
+
+
 def test_cancel_between_two_steps_frees_everything(make_ahead):
     driver = make_ahead()
     driver.add("a", PROMPTS["s5"], ["y"], max_new_tokens=100)

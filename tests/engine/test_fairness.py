@@ -327,3 +327,25 @@ def test_whatever_happens_nobody_is_lost_and_the_order_is_by_counters(steps):
         ranks = [queue.counter(item.fair_key) for item in heads]
         tenants = [rank[0] for rank in ranks]
         assert tenants == sorted(tenants)
+
+
+def test_favoured_recipes_go_first_and_the_others_wait_in_order():
+    queue = FairQueue()
+    for index, name in enumerate("abcd"):
+        queue.join(sequence(index, "t", name))
+    queue.charge(("t", (("a", 1.0),)), 5)
+    assert queue.favour(lambda item: item.terms[0].adapter_id in "bd")
+    assert names(queue) == ["1", "3"]
+    assert [item.id for item in queue.parked(9)] == ["2", "0"]
+    assert [item.id for item in queue.loaded(9)] == ["1", "3"]
+
+
+def test_favour_for_all_or_nobody_changes_nothing():
+    queue = FairQueue()
+    for index, name in enumerate("ab"):
+        queue.join(sequence(index, "t", name))
+    assert not queue.favour(lambda item: True)
+    assert not queue.favour(lambda item: False)
+    assert names(queue) == ["0", "1"]
+    assert not queue.parked(9)
+    assert not queue.loaded(9)

@@ -22,11 +22,15 @@ class FakeAdapters:
 
     def __init__(self):
         self.state = {}
+        self.held = None
         self.pins = {}
         self.wanted = []
 
     def begin_step(self):
         self.wanted = []
+
+    def holds(self, terms):
+        return self.held is None or all(term.adapter_id in self.held for term in terms)
 
     def ensure(self, terms):
         self.wanted.extend(term.adapter_id for term in terms)
@@ -89,6 +93,7 @@ class Bench:
 
     def step(self):
         plan = self.scheduler.plan()
+        self.scheduler.look_ahead()
         self.plans.append([(work.sequence.id, work.start, work.count) for work in plan.work])
         assert plan.row_count == sum(work.count for work in plan.work) <= 16
         for work in plan.work:
@@ -320,7 +325,42 @@ def test_adapters_of_waiting_sequences_are_prefetched_while_the_batch_is_full():
     bench.step()
     bench.add("waits", range(3), adapters=("next",))
     bench.step()
-    assert bench.adapters.wanted == ["next"]
+    assert set(bench.adapters.wanted) == {"next"}
+
+
+def test_nobody_runs_and_more_wait_than_places_adapters_that_are_here_go_first():
+    bench = Bench(max_sequences=2)
+    bench.adapters.held = {"here"}
+    for index in range(4):
+        bench.add(f"far{index}", range(3), adapters=(f"far{index}",))
+    bench.add("near", range(3), adapters=("here",))
+    assert bench.step_plan() == [("near", 0, 3)]
+    assert set(bench.adapters.wanted) == {"here", "far0", "far1", "far2", "far3"}
+    bench.run()
+    assert all(bench.finish_reason(name) == "length" for name in ("near", "far0", "far1", "far2", "far3"))
+
+
+def test_all_that_wait_could_start_they_start_in_order():
+    bench = Bench(max_sequences=2)
+    bench.adapters.held = {"here"}
+    bench.add("far", range(3), adapters=("far",))
+    bench.add("near", range(3), adapters=("here",))
+    assert bench.step_plan() == [("far", 0, 3), ("near", 0, 3)]
+
+
+def test_plan_wants_only_what_may_start_and_looking_ahead_the_rest():
+    bench = Bench(max_sequences=1)
+    for name in "abc":
+        bench.add(name, range(3), adapters=(name,))
+    bench.adapters.state["c"] = Residency(ResidencyState.FAILED, "adapter_corrupt", "the file is damaged")
+    plan = bench.scheduler.plan()
+    assert bench.adapters.wanted == ["a", "b"]
+    assert not plan.events
+    bench.scheduler.look_ahead()
+    assert set(bench.adapters.wanted) == {"a", "b", "c"}
+    assert [event.error_code for event in plan.events] == ["adapter_corrupt"]
+    bench.scheduler.look_ahead()  # once a plan
+    assert len(plan.events) == 1
 
 
 def test_adapter_failure_gives_only_that_sequence_an_error():

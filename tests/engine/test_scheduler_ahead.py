@@ -26,6 +26,9 @@ class Adapters:
     def begin_step(self):
         pass
 
+    def holds(self, terms):
+        return True
+
     def ensure(self, terms):
         return READY
 
@@ -113,6 +116,7 @@ class LateBench:
 
     def step(self):
         plan = self.scheduler.plan()
+        self.scheduler.look_ahead()
         self.record(plan.events)
         if plan.work:
             self.open.append((plan, self.device.run(plan)))

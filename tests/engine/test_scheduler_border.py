@@ -27,6 +27,9 @@ class Memory:
     def begin_step(self):
         self.wanted = set()
 
+    def holds(self, terms):
+        return all(term.adapter_id in self.place for term in terms)
+
     def ensure(self, terms):
         self.wanted |= {term.adapter_id for term in terms}
         for name in (term.adapter_id for term in terms):
@@ -85,6 +88,7 @@ class Bench:
 
     def step(self):
         plan = self.scheduler.plan()
+        self.scheduler.look_ahead()
         results = []
         for work in plan.work:
             held = set(work.sequence.blocks)
