@@ -71,13 +71,13 @@ class Admission:
             self._preemption.preempt(victim)
 
     def _favour_held(self) -> bool:
-        """Where nobody runs and not all can start, whoever's adapters are here goes first, and keeps them.
+        """Where nobody runs and not all can start, some whose adapters are here go first, and keep them.
 
         A step that names an adapter on its way waits for it: the first one would begin when the last of its adapters is there.
         """
         if len(self._running) or len(self._queue) <= self._running.free_places:
             return False
-        return self._queue.favour(lambda sequence: self._adapters.holds(sequence.terms))
+        return self._queue.favour(PREFETCH_LIMIT, lambda sequence: self._adapters.holds(sequence.terms))
 
     def admit(self, draft: Draft) -> None:
         """Start whoever is ready and finds rows, a place and blocks; nobody overtakes the first who does not find them."""

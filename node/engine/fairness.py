@@ -253,14 +253,19 @@ class FairQueue:
         tenant.loaded[recipe] = None
         self._offer(tenant, recipe)
 
-    def favour(self, is_favoured: Callable[[Sequence], bool]) -> bool:
-        """Park all recipes but those whose head is favoured, which should keep their adapters; False where that parts nobody."""
-        ranked = [(tenant, recipe) for tenant in self._open for recipe in sorted(tenant.open, key=_Recipe.rank)]
-        favours = [is_favoured(recipe.waiting[0]) for _, recipe in ranked]
-        if all(favours) or not any(favours):
+    def favour(self, limit: int, may_go_first: Callable[[Sequence], bool]) -> bool:
+        """Park all recipes but at most `limit` whose head may go first, fairest tenants first, and whose adapters should stay.
+
+        False where all may or none: nothing happens.
+        """
+        tenants = sorted(self._open, key=_Tenant.rank)
+        ranked = [(tenant, recipe) for tenant in tenants for recipe in sorted(tenant.open, key=_Recipe.rank)]
+        may = [may_go_first(recipe.waiting[0]) for _, recipe in ranked]
+        if all(may) or not any(may):
             return False
-        for (tenant, recipe), goes_first in zip(ranked, favours, strict=True):
-            if goes_first:
+        for (tenant, recipe), goes_first in zip(ranked, may, strict=True):
+            if goes_first and limit > 0:
+                limit -= 1
                 tenant.loaded[recipe] = None
             else:
                 tenant.parked[recipe] = None

@@ -34,7 +34,7 @@ class SchedulerLimits:
         wanted = sequence.prompt_count + sequence.sampling.max_new_tokens
         if sequence.prompt_count == 0:
             return sequence.error("invalid_request", "the prompt has no tokens; at least 1 is needed")
-        stranger = next((token_id for token_id in sequence.tokens if not 0 <= token_id < self.vocab_size), None)
+        stranger = next((token_id for token_id in sequence.submit.prompt_ids if not 0 <= token_id < self.vocab_size), None)
         if stranger is not None:
             return sequence.error(
                 "invalid_request",

@@ -334,7 +334,7 @@ def test_favoured_recipes_go_first_and_the_others_wait_in_order():
     for index, name in enumerate("abcd"):
         queue.join(sequence(index, "t", name))
     queue.charge(("t", (("a", 1.0),)), 5)
-    assert queue.favour(lambda item: item.terms[0].adapter_id in "bd")
+    assert queue.favour(9, lambda item: item.terms[0].adapter_id in "bd")
     assert names(queue) == ["1", "3"]
     assert [item.id for item in queue.parked(9)] == ["2", "0"]
     assert [item.id for item in queue.loaded(9)] == ["1", "3"]
@@ -344,8 +344,18 @@ def test_favour_for_all_or_nobody_changes_nothing():
     queue = FairQueue()
     for index, name in enumerate("ab"):
         queue.join(sequence(index, "t", name))
-    assert not queue.favour(lambda item: True)
-    assert not queue.favour(lambda item: False)
+    assert not queue.favour(9, lambda item: True)
+    assert not queue.favour(9, lambda item: False)
     assert names(queue) == ["0", "1"]
     assert not queue.parked(9)
     assert not queue.loaded(9)
+
+
+def test_no_more_recipes_are_favoured_than_the_limit():
+    queue = FairQueue()
+    for index, name in enumerate("abcd"):
+        queue.join(sequence(index, "t" if name < "c" else "u", name))
+    queue.charge(("t", (("a", 1.0),)), 5)
+    assert queue.favour(1, lambda item: item.terms[0].adapter_id != "b")
+    assert names(queue) == ["2"]
+    assert {item.id for item in queue.parked(9)} == {"0", "1", "3"}
