@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kLongThreads, 1) shrink_long_kernel(const __gr
   const uint32_t buffers = shared_address(shared), barriers = buffers + kStreamRing * kStageBytes + kSumBytes;
   const uint32_t full = barriers + kStreamBarriers * 8, empty = full + kStreamRing * 8;
   if (threadIdx.x < kStreamBarriers + kStreamRing) barrier_init(barriers + static_cast<int>(threadIdx.x) * 8, 1);
-  else if (threadIdx.x < kStreamBarriers + 2 * kStreamRing) barrier_init(barriers + static_cast<int>(threadIdx.x) * 8, kWideWarps);
+  else if (threadIdx.x < kStreamBarriers + 2 * kStreamRing) barrier_init(barriers + static_cast<int>(threadIdx.x) * 8, kWideWarps * kWarp);
   if (warp < 2) barrier_init_fence();
   __syncthreads();
   const uint64_t policy = policy_evict_first();

@@ -182,7 +182,6 @@ __device__ __forceinline__ void store_wide(const StreamParams& p, const WideTask
 // The warps that multiply: all the block's tasks.
 template <int G>
 __device__ __forceinline__ void multiply_wide_tasks(const StreamParams& p, const WideTasks& tasks, int count, const char* ring, uint32_t full, uint32_t empty) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
   WideTask task(p, tasks, 0);
   WideRow x{};
   x.locate(p, wide_row(tasks, task), task.plane);
@@ -211,10 +210,9 @@ __device__ __forceinline__ void multiply_wide_tasks(const StreamParams& p, const
       const int wanted = warp_index() * 8 < task.rows ? steps : 0;
       if (wanted == kStreamFull) multiply_wide<G, true>(x, stage, wanted, acc, full + slot * 8, turn & 1);
       else multiply_wide<G, false>(x, stage, wanted, acc, full + slot * 8, turn & 1);
-      __syncwarp();
 #pragma unroll
       for (int m = 0; m < G; ++m) {
-        if (lane == 0) barrier_arrive(empty + (slot + m) * 8);
+        barrier_arrive(empty + (slot + m) * 8);  // every lane, for racecheck: see csrc/README.md
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float part = __fmul_rn(acc[m][i], scales[m]);
