@@ -23,29 +23,44 @@ EncodeTiled encoder() {
   return found;
 }
 
-}  // namespace
+constexpr int kMostDimensions = 4;
 
-bool encode_matrix(CUtensorMap* map, const void* matrix, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
-  const EncodeTiled encode = encoder();
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};
-  const cuuint32_t box[2] = {kGemmBlockK, static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[2] = {1, 1};
-  return encode != nullptr && encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(matrix), sizes, strides, box, steps,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+// A bf16 tensor, its innermost dimension first: `sizes` and `box` of each, bytes from one to the next of all but the innermost.
+struct Tensor {
+  const void* data;
+  cuuint32_t dimensions;
+  cuuint64_t sizes[kMostDimensions], strides[kMostDimensions - 1];
+  cuuint32_t box[kMostDimensions];
+};
+
+bool encode(CUtensorMap* map, const Tensor& t) {
+  const EncodeTiled encode_tiled = encoder();
+  const cuuint32_t steps[kMostDimensions] = {1, 1, 1, 1};
+  return encode_tiled != nullptr && encode_tiled(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, t.dimensions, const_cast<void*>(t.data), t.sizes, t.strides,
+                                                 t.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-bool encode_pairs(CUtensorMap* map, const void* matrix, int64_t rows, int64_t columns, int box_rows) {
-  const cuuint64_t row_bytes = static_cast<cuuint64_t>(columns) * 2;
-  const EncodeTiled encode = encoder();
-  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(columns), 8, 2, static_cast<cuuint64_t>(rows / 16)};
-  const cuuint64_t strides[3] = {row_bytes, row_bytes * static_cast<cuuint64_t>(rows / 2), row_bytes * 8};
-  const cuuint32_t box[4] = {kGemmBlockK, 8, 2, static_cast<cuuint32_t>(box_rows / 16)};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
-  return encode != nullptr && encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(matrix), sizes, strides, box, steps,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+bool encode_matrix(CUtensorMap* map, const void* matrix, cuuint64_t rows, cuuint64_t columns, cuuint64_t stride, cuuint32_t box_rows) {
+  return encode(map, {matrix, 2, {columns, rows}, {stride * 2}, {kGemmBlockK, box_rows}});
+}
+
+bool encode_pairs(CUtensorMap* map, const void* matrix, cuuint64_t rows, cuuint64_t columns, cuuint32_t box_rows) {
+  const cuuint64_t row_bytes = columns * 2;
+  return encode(map, {matrix, 4, {columns, 8, 2, rows / 16}, {row_bytes, row_bytes * (rows / 2), row_bytes * 8}, {kGemmBlockK, 8, 2, box_rows / 16}});
+}
+
+}  // namespace
+
+bool encode_w(CUtensorMap* map, const SkinnyGemmArgs& args, int box_rows) {
+  const auto rows = static_cast<cuuint64_t>(args.outputs), columns = static_cast<cuuint64_t>(args.inputs);
+  const auto box = static_cast<cuuint32_t>(box_rows);
+  return args.output == GemmOutput::kSiluMul ? encode_pairs(map, args.w, rows, columns, box) : encode_matrix(map, args.w, rows, columns, columns, box);
+}
+
+bool encode_x(CUtensorMap* map, const SkinnyGemmArgs& args, int box_rows) {
+  return encode_matrix(map, args.x, static_cast<cuuint64_t>(args.tokens), static_cast<cuuint64_t>(args.inputs),
+                       static_cast<cuuint64_t>(args.x_stride), static_cast<cuuint32_t>(box_rows));
 }
 
 }  // namespace openlora

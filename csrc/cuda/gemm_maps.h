@@ -5,12 +5,15 @@
 
 #include <cuda.h>
 
+#include "gemm_sm90.h"
+
 namespace openlora {
 
-// A [rows, columns] bf16 matrix read in boxes of [box_rows, 64], zeros beyond its edge. False where the driver cannot.
-bool encode_matrix(CUtensorMap* map, const void* matrix, int64_t rows, int64_t columns, int64_t stride, int box_rows);
+// Both are read in boxes of [box_rows, 64], zeros beyond the edge. False where the driver cannot.
 
-// W of gate and up, [2][rows / 2, columns], in boxes that take 8 rows of each in turn.
-bool encode_pairs(CUtensorMap* map, const void* matrix, int64_t rows, int64_t columns, int box_rows);
+// Of kSiluMul W is gate and up, [2][N / 2, K], in boxes that take 8 rows of each in turn.
+bool encode_w(CUtensorMap* map, const SkinnyGemmArgs& args, int box_rows);
+
+bool encode_x(CUtensorMap* map, const SkinnyGemmArgs& args, int box_rows);
 
 }  // namespace openlora

@@ -15,9 +15,10 @@
 namespace openlora {
 
 constexpr int kGemmBlockK = 64;          // inputs of a pipeline stage: 128 bytes of bf16, one swizzle row
+constexpr int kGemmRowBytes = kGemmBlockK * 2;
 constexpr int kGemmMaxTokens = 256;      // one wgmma n side
-constexpr int kGemmTallTokens = 320;     // two of them (gemm_tall_sm90.h)
-constexpr int kGemmBroadRows = 192;      // rows of W of a tile of the broad form (gemm_tall_sm90.h)
+constexpr int kGemmTallTokens = 320;     // two of them (gemm_tall_sm90.cu)
+constexpr int kGemmBroadRows = 192;      // rows of W of a tile of the broad form (gemm_tall_sm90.cu)
 constexpr int kGemmMaxPlanes = 8;
 constexpr int kGemmTileRows = 128;       // of the accumulators: an m64 block for each of two warpgroups
 constexpr int kGemmSharedBytes = 232448;  // what a Hopper block can have
@@ -29,7 +30,7 @@ constexpr int kGemmBarrierBytes = 512;    // two mbarriers a stage, and a bit a 
 constexpr int kGemmWantedOffset = 448;
 
 enum class GemmForm : int {
-  kNarrow = 0,  // gemm_sm90.cu: all tokens are one wgmma n side
+  kNarrow = 0,  // gemm_narrow_sm90.cu, gemm_head_sm90.cu: all tokens are one wgmma n side
   kTall = 1,    // gemm_tall_sm90.cu: they are two, which a block has both
   kBroad = 2,   // the same, each a block's, and three warpgroups of rows of W
 };
@@ -40,7 +41,6 @@ struct SkinnyGemmPlan {
   int tile_tokens;  // wgmma n: 8, 16, 32, 64, 96, 128, 160, 192, 224 or 256; twice 112, 128, 144 or 160 in the other forms
   int planes;       // S
   int stages;       // pipeline depth
-  int early;        // stages of W asked for before the kernels ahead have ended; 0: all
 };
 
 // Tokens of a wgmma, and of a block.
@@ -51,7 +51,13 @@ constexpr int gemm_block_tokens(const SkinnyGemmPlan& plan) { return plan.form =
 constexpr int gemm_groups(GemmForm form) { return form == GemmForm::kBroad ? kGemmBroadRows / 64 : kGemmTileRows / 64; }
 
 // Bytes of one stage: a tile of W and a tile of x.
-constexpr int gemm_stage_bytes(const SkinnyGemmPlan& plan) { return (plan.tile_rows + gemm_block_tokens(plan)) * kGemmBlockK * 2; }
+constexpr int gemm_stage_bytes(const SkinnyGemmPlan& plan) { return (plan.tile_rows + gemm_block_tokens(plan)) * kGemmRowBytes; }
+
+// Of all stages. The last one's wgmma reads whole m64 blocks, past tile_rows: the slack keeps that inside.
+constexpr int gemm_ring_bytes(const SkinnyGemmPlan& plan) {
+  const int overrun = 64 * gemm_groups(plan.form) * kGemmRowBytes - gemm_stage_bytes(plan);
+  return plan.stages * gemm_stage_bytes(plan) + (overrun > 0 ? overrun : 0);
+}
 
 // Where a warpgroup puts down a part of its block on the way to y: so many tokens of 64 columns at a time, rows padded.
 GEMM_ANYWHERE constexpr int gemm_line_tokens(int tile_tokens, bool is_half) {
@@ -63,11 +69,9 @@ GEMM_ANYWHERE constexpr int gemm_line_bytes(int tile_tokens) {
   return half > full ? half : full;
 }
 
-// Dynamic shared memory. The last stage's wgmma reads whole m64 blocks, past tile_rows: the slack keeps that inside.
+// Dynamic shared memory: the ring begins at a multiple of 1024.
 constexpr int gemm_shared_bytes(const SkinnyGemmPlan& plan) {
-  const int overrun = kGemmTileRows * kGemmBlockK * 2 - gemm_stage_bytes(plan);
-  return 1024 + plan.stages * gemm_stage_bytes(plan) + (overrun > 0 ? overrun : 0) + kGemmBarrierBytes +
-         gemm_groups(plan.form) * gemm_line_bytes(gemm_side_tokens(plan));
+  return 1024 + gemm_ring_bytes(plan) + kGemmBarrierBytes + gemm_groups(plan.form) * gemm_line_bytes(gemm_side_tokens(plan));
 }
 
 // The smallest n of the kernel's templates that holds T tokens; 0 if none does.
@@ -81,10 +85,8 @@ constexpr int gemm_tile_tokens(int64_t tokens) {
 
 constexpr int gemm_row_tiles(int64_t outputs, int tile_rows) { return static_cast<int>((outputs + tile_rows - 1) / tile_rows); }
 
-// First k block of plane `plane`; plane S gives the end.
-GEMM_ANYWHERE constexpr int gemm_plane_start(int k_blocks, int planes, int plane) {
-  return static_cast<int>(static_cast<int64_t>(k_blocks) * plane / planes);
-}
+// First k block of plane `plane`; plane S gives the end. K below 2^31 leaves the product of both below 2^29.
+GEMM_ANYWHERE constexpr int gemm_plane_start(int k_blocks, int planes, int plane) { return k_blocks * plane / planes; }
 
 constexpr bool gemm_can_run(int64_t tokens, int64_t outputs, int64_t inputs) {
   constexpr int64_t kLimit = int64_t{1} << 31;  // elements of a matrix side; coordinates of the copy engine are 32 bits

@@ -40,6 +40,13 @@ __device__ __forceinline__ void wgmma_results(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+template <int kCount>
+__device__ __forceinline__ void wgmma_clear(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) d[i] = 0.0f;
+  wgmma_results(d);
+}
+
 // Operand lists of N / 2 registers, each built on the one before.
 #define GEMM_P4 "%0,%1,%2,%3"
 #define GEMM_P8 GEMM_P4 ",%4,%5,%6,%7"

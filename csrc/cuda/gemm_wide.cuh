@@ -21,17 +21,27 @@ namespace openlora {
 constexpr int kWideThreads = 2 * 128;
 constexpr int kWideWarps = kWideThreads / kWarp;
 constexpr int kWideStages = 3;
-constexpr int kWideRowBytes = kGemmBlockK * 2;
+
+// Where a block is in its ring: the stage that is multiplied, and the one before it, which is free for what comes.
+struct WidePosition {
+  uint32_t stage = 0, parity = 0, freed = kWideStages - 1;
+
+  __device__ __forceinline__ uint32_t freed_parity() const { return parity ^ (freed > stage); }
+  __device__ __forceinline__ void advance() {
+    freed = stage;
+    if (++stage == kWideStages) stage = 0, parity ^= 1;
+  }
+};
 
 // Where stages and their barriers lie; `base` is a multiple of 1024.
 template <int kRows>
 struct WideRing {
-  static constexpr int kStageBytes = (kGemmMaxTokens + kRows) * kWideRowBytes;
+  static constexpr int kStageBytes = (kGemmMaxTokens + kRows) * kGemmRowBytes;
   static constexpr int kBytes = kWideStages * (kStageBytes + 16);
   uint32_t base;
 
   __device__ uint32_t x(int stage) const { return base + stage * kStageBytes; }
-  __device__ uint32_t w(int stage) const { return x(stage) + kGemmMaxTokens * kWideRowBytes; }
+  __device__ uint32_t w(int stage) const { return x(stage) + kGemmMaxTokens * kGemmRowBytes; }
   __device__ uint32_t full(int stage) const { return base + kWideStages * kStageBytes + stage * 16; }
   __device__ uint32_t empty(int stage) const { return full(stage) + 8; }
 
@@ -64,36 +74,31 @@ struct WideRing {
     for (int k = 0; k < early; ++k) load_x(x_map, k, k);
   }
 
+  // A warp lets go of a stage.
+  __device__ __forceinline__ void release(uint32_t stage) const {
+    if (fresh_thread() % kWarp == 0) barrier_arrive(empty(stage));
+  }
+
+  // One thread fills a stage again once all warps have let go of it.
+  template <bool kPairs>
+  __device__ __forceinline__ void refill(const CUtensorMap* w_map, const CUtensorMap* x_map, int tile, int k, const WidePosition& at) const {
+    barrier_wait(empty(at.freed), at.freed_parity());
+    load_w<kPairs>(w_map, tile, k, at.freed);
+    load_x(x_map, k, at.freed);
+  }
+
   // Enqueues a stage's products for the tokens of a warpgroup, once it has arrived: 0 to 63 and 64 to 127 of them.
-  __device__ __forceinline__ void multiply(float (&low)[kRows / 2], float (&high)[kRows / 2], int stage, uint32_t parity, uint32_t x_offset) const {
-    barrier_wait(full(stage), parity);
+  __device__ __forceinline__ void multiply(float (&low)[kRows / 2], float (&high)[kRows / 2], const WidePosition& at) const {
+    barrier_wait(full(at.stage), at.parity);
     wgmma_fence();
-    const uint64_t a = wgmma_descriptor(x(stage) + x_offset), b = wgmma_descriptor(w(stage));
+    const uint64_t a = wgmma_descriptor(x(at.stage) + threadIdx.x / 128 * 128 * kGemmRowBytes), b = wgmma_descriptor(w(at.stage));
 #pragma unroll
     for (int step = 0; step < kGemmBlockK / 16; ++step) {  // 32 bytes, in units of 16
       Wgmma<kRows>::add(low, a + step * 2, b + step * 2);
-      Wgmma<kRows>::add(high, a + 64 * kWideRowBytes / 16 + step * 2, b + step * 2);
+      Wgmma<kRows>::add(high, a + 64 * kGemmRowBytes / 16 + step * 2, b + step * 2);
     }
     wgmma_commit();
   }
-};
-
-// A launch of such a kernel.
-struct WideLaunch {
-  cudaLaunchAttribute attribute = {};
-  cudaLaunchConfig_t config = {};
-
-  WideLaunch(int blocks, int shared_bytes, bool use_pdl, cudaStream_t stream) {
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = use_pdl ? 1 : 0;
-    config.gridDim = dim3(blocks);
-    config.blockDim = dim3(kWideThreads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-  }
-  WideLaunch(const WideLaunch&) = delete;
 };
 
 }  // namespace openlora

@@ -8,6 +8,7 @@
 #include "gemm_best.cuh"
 #include "gemm_maps.h"
 #include "gemm_wide.cuh"
+#include "launch.cuh"
 
 namespace openlora {
 namespace {
@@ -78,41 +79,31 @@ __global__ __launch_bounds__(kWideThreads, 1) void wide_head(const __grid_consta
     if (token < work.tokens && __ldcg(work.wanted + token) != 0) wanted |= 1u << i;
   }
   Top top[4];
-  const uint32_t x_offset = (threadIdx.x / 128) * 128 * kWideRowBytes;
-  uint32_t stage = 0, parity = 0, freed = kWideStages - 1;
+  WidePosition at;
   int coming_k = kWideStages, coming_tile = blockIdx.x;  // of the next load
-  // Lets go of a stage; one thread fills it again once all warps have.
-  const auto refill = [&](uint32_t place, uint32_t used_parity) {
-    if (fresh_thread() % kWarp == 0) barrier_arrive(ring.empty(place));
+  // Lets go of the stage before, which takes the next load.
+  const auto refill = [&] {
+    ring.release(at.freed);
     if (fresh_thread() == 0) {
       if (coming_k >= work.k_blocks) coming_k = 0, coming_tile += gridDim.x;
-      if (coming_tile < work.tiles) {
-        barrier_wait(ring.empty(place), used_parity);
-        ring.load_w<false>(&w_map, coming_tile, coming_k, place);
-        ring.load_x(&x_map, coming_k, place);
-        ++coming_k;
-      }
+      if (coming_tile < work.tiles) ring.refill<false>(&w_map, &x_map, coming_tile, coming_k++, at);
     }
   };
 #pragma unroll 1
   for (int tile = blockIdx.x; tile < work.tiles; tile += gridDim.x) {
     float low[kHalf], high[kHalf];  // tokens 0 to 63 and 64 to 127 of the group's
-#pragma unroll
-    for (int i = 0; i < kHalf; ++i) low[i] = high[i] = 0.0f;
-    wgmma_results<kHalf>(low);
-    wgmma_results<kHalf>(high);
+    wgmma_clear(low);
+    wgmma_clear(high);
 #pragma unroll 1
-    for (int k = 0; k < work.k_blocks; ++k) {
-      ring.multiply(low, high, stage, parity, x_offset);
+    for (int k = 0; k < work.k_blocks; ++k, at.advance()) {
+      ring.multiply(low, high, at);
       wgmma_wait<1>();
-      if (k > 0) refill(freed, parity ^ (freed > stage));
-      freed = stage;
-      if (++stage == kWideStages) stage = 0, parity ^= 1;
+      if (k > 0) refill();
     }
     wgmma_wait<0>();
     wgmma_results<kHalf>(low);
     wgmma_results<kHalf>(high);
-    refill(freed, parity ^ (freed > stage));
+    refill();
     const int column = tile * kRows + fresh_thread() % 4 * 2, groups = min(kRows, work.outputs - tile * kRows) / 8;
     if (wanted != 0) {
       float* y = work.y + static_cast<int64_t>(first_token) * work.outputs + column;
@@ -147,16 +138,11 @@ __global__ __launch_bounds__(kWideThreads, 1) void wide_head(const __grid_consta
 
 cudaError_t launch_wide_head(const SkinnyGemmArgs& args, cudaStream_t stream) {
   CUtensorMap w_map, x_map;
-  if (!encode_matrix(&w_map, args.w, args.outputs, args.inputs, args.inputs, kRows) ||
-      !encode_matrix(&x_map, args.x, args.tokens, args.inputs, args.x_stride, kGemmMaxTokens)) {
-    return cudaErrorInvalidValue;
-  }
-  const cudaError_t status = cudaFuncSetAttribute(wide_head, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (status != cudaSuccess) return status;
+  if (!encode_w(&w_map, args, kRows) || !encode_x(&x_map, args, kGemmMaxTokens)) return cudaErrorInvalidValue;
   const Work work{static_cast<float*>(args.y), args.wanted, static_cast<int2*>(args.bests), args.tokens, args.outputs,
                   args.inputs / kGemmBlockK, gemm_row_tiles(args.outputs, kRows)};
-  const WideLaunch shape(kGemmProcessors, kSharedBytes, args.use_pdl, stream);
-  return cudaLaunchKernelEx(&shape.config, wide_head, w_map, x_map, work);
+  const Shape shape{kGemmProcessors, kWideThreads, kSharedBytes};
+  return launch(wide_head, shape, args.use_pdl ? Follow::kWaitFirst : Follow::kPlain, stream, w_map, x_map, work);
 }
 
 }  // namespace openlora

@@ -6,6 +6,7 @@
 
 #include "gemm_maps.h"
 #include "gemm_wide.cuh"
+#include "launch.cuh"
 
 namespace openlora {
 namespace {
@@ -78,27 +79,18 @@ __global__ __launch_bounds__(kWideThreads, 1) void wide_gemm(const __grid_consta
   __syncthreads();
   wait_for_dependencies();  // y may still be read by a kernel ahead
   float low[kHalf], high[kHalf];
-#pragma unroll
-  for (int i = 0; i < kHalf; ++i) low[i] = high[i] = 0.0f;
-  wgmma_results<kHalf>(low);
-  wgmma_results<kHalf>(high);
-  const uint32_t x_offset = (threadIdx.x / 128) * 128 * kWideRowBytes;
-  uint32_t stage = 0, parity = 0, freed = kWideStages - 1;
+  wgmma_clear(low);
+  wgmma_clear(high);
+  WidePosition at;
 #pragma unroll 1
-  for (int k = 0; k < work.k_blocks; ++k) {
-    ring.multiply(low, high, stage, parity, x_offset);
+  for (int k = 0; k < work.k_blocks; ++k, at.advance()) {
+    ring.multiply(low, high, at);
     wgmma_wait<1>();  // the stage before has been read; its place takes what comes two stages behind this one
     if (k > 0) {
-      if (fresh_thread() % kWarp == 0) barrier_arrive(ring.empty(freed));
+      ring.release(at.freed);
       const int coming = k - 1 + kWideStages;
-      if (fresh_thread() == 0 && coming < work.k_blocks) {
-        barrier_wait(ring.empty(freed), parity ^ (freed > stage));
-        ring.load_w<kIsGated>(&w_map, blockIdx.x, coming, freed);
-        ring.load_x(&x_map, coming, freed);
-      }
+      if (fresh_thread() == 0 && coming < work.k_blocks) ring.refill<kIsGated>(&w_map, &x_map, blockIdx.x, coming, at);
     }
-    freed = stage;
-    if (++stage == kWideStages) stage = 0, parity ^= 1;
   }
   wgmma_wait<0>();
   wgmma_results<kHalf>(low);
@@ -116,16 +108,10 @@ cudaError_t launch_wide_gemm(const SkinnyGemmArgs& args, cudaStream_t stream) {
   const bool is_gated = args.output == GemmOutput::kSiluMul;
   const auto kernel = is_gated ? wide_gemm<true> : wide_gemm<false>;
   CUtensorMap w_map, x_map;
-  if (!(is_gated ? encode_pairs(&w_map, args.w, args.outputs, args.inputs, kRows)
-                 : encode_matrix(&w_map, args.w, args.outputs, args.inputs, args.inputs, kRows)) ||
-      !encode_matrix(&x_map, args.x, args.tokens, args.inputs, args.x_stride, kGemmMaxTokens)) {
-    return cudaErrorInvalidValue;
-  }
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (status != cudaSuccess) return status;
+  if (!encode_w(&w_map, args, kRows) || !encode_x(&x_map, args, kGemmMaxTokens)) return cudaErrorInvalidValue;
   const Work work{static_cast<__nv_bfloat16*>(args.y), args.tokens, is_gated ? args.outputs / 2 : args.outputs, args.inputs / kGemmBlockK};
-  const WideLaunch shape(gemm_row_tiles(args.outputs, kRows), kSharedBytes, args.use_pdl, stream);
-  return cudaLaunchKernelEx(&shape.config, kernel, w_map, x_map, work);
+  const Shape shape{gemm_row_tiles(args.outputs, kRows), kWideThreads, kSharedBytes};
+  return launch(kernel, shape, args.use_pdl ? Follow::kWaitFirst : Follow::kPlain, stream, w_map, x_map, work);
 }
 
 }  // namespace openlora
