@@ -1,17 +1,18 @@
 """Build the CUDA kernels, where nvcc and a CUDA torch are. `python -m node.kernels.build` calls this after the C++ kernels.
 
 Every source is compiled for every architecture it supports in one call of nvcc, sources in parallel; objects are cached under a
-hash of their own source, the headers and the flags, so that a change of one kernel compiles one file.
+hash of their own source, the headers that it includes and the flags, so that a change of one kernel compiles what has it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,10 +22,13 @@ from node.kernels.build import _include_dirs, _library_dir, _run, source_dir
 FLAGS = ("-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA")
 ARCHITECTURES = ("80", "89", "90a")
+VIRTUAL = {"89": "80"}  # no source asks for more than 8.0 below 9.0, so one pass to PTX serves both: a sixth less time
 CHOSEN_ARCHITECTURES = "CUDAARCHS"  # CMake's name; "90a", "80;90a": a faster build for one machine
 HOPPER_SUFFIX = "_sm90.cu"  # wgmma and bulk tensor copies: compiled for 90a alone
 BINDING = "binding_cuda.cc"
+INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
 CACHED_OBJECTS = 64  # older ones are removed
+CACHED_LIBRARIES = 16
 
 
 def nvcc() -> str | None:
@@ -78,6 +82,7 @@ def build_cuda() -> Path:
         libraries = [f"-L{_library_dir()}", "-ltorch_cpu", "-ltorch_cuda"]
         _run([_require_nvcc(), "-shared", "-cudart=static", "-o", str(linked), *map(str, objects), *libraries])
         linked.replace(path)
+    _forget_old("libopenlora_cuda-*.so", [path], CACHED_LIBRARIES)
     return path
 
 
@@ -89,7 +94,7 @@ def check() -> None:
         ConfigError: No sources, no nvcc, or the compiler failed.
     """
     sources = source_dir()
-    _compile_all(sources, lambda name: _gencode(name, _machine_codes(ARCHITECTURES)))
+    _compile_all(sources, lambda name: _gencode(name, ARCHITECTURES))
     _object(_require_nvcc(), sources, sources / BINDING, _torch_flags())
 
 
@@ -99,11 +104,7 @@ def compile_kernels() -> list[Path]:
     Raises:
         ConfigError: No sources, no nvcc, or the compiler failed.
     """
-    return _compile_all(source_dir(), lambda name: _gencode(name, _machine_codes(architectures())))
-
-
-def _machine_codes(named: tuple[str, ...]) -> dict[str, str]:
-    return {arch: f"sm_{arch}" for arch in named}
+    return _compile_all(source_dir(), lambda name: _gencode(name, architectures()))
 
 
 def _compile_all(sources: Path, flags: Callable[[Path], tuple[str, ...]]) -> list[Path]:
@@ -111,31 +112,46 @@ def _compile_all(sources: Path, flags: Callable[[Path], tuple[str, ...]]) -> lis
     print(f"building the CUDA kernels with {chosen} ({len(names)} files)", flush=True)  # noqa: T201
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
         objects = list(threads.map(lambda name: _object(chosen, sources, name, flags(name)), names))
-    _forget_old_objects(objects)
+    _forget_old("*.o", objects, CACHED_OBJECTS)
     return objects
 
 
-def _gencode(source: Path, codes: dict[str, str]) -> tuple[str, ...]:
-    """nvcc's flags for one file. codes: what to make for each virtual architecture."""
-    chosen = {"90a": "sm_90a"} if source.name.endswith(HOPPER_SUFFIX) else codes
-    return tuple(part for arch, code in chosen.items() for part in ("-gencode", f"arch=compute_{arch},code={code}"))
+def _gencode(source: Path, named: tuple[str, ...]) -> tuple[str, ...]:
+    """nvcc's flags for one file: machine code of every named architecture."""
+    codes: dict[str, list[str]] = {}
+    for name in ("90a",) if source.name.endswith(HOPPER_SUFFIX) else named:
+        codes.setdefault(VIRTUAL.get(name, name), []).append(f"sm_{name}")
+    return tuple(part for arch, code in codes.items() for part in ("-gencode", f"arch=compute_{arch},code=[{','.join(code)}]"))
 
 
 def _torch_flags() -> tuple[str, ...]:
     return (*TORCH_FLAGS, *(f"-I{path}" for path in _include_dirs()))
 
 
-def _headers_digest(sources: Path) -> bytes:
-    state = hashlib.sha256(repr((FLAGS, TORCH_FLAGS)).encode())
-    for path in sorted((*(sources / "cuda").glob("*.h"), *(sources / "cuda").glob("*.cuh"))):
+def _with_headers(sources: Path, source: Path) -> list[Path]:
+    """A file and all of `csrc/` that it includes, directly or not."""
+    found, open_ends = {source}, [source]
+    while open_ends:
+        path = open_ends.pop()
+        for name in INCLUDE.findall(path.read_bytes()):
+            near = [folder / name.decode() for folder in (path.parent, sources)]
+            header = next((place for place in near if place.is_file()), None)  # none: the toolkit's or torch's
+            if header is not None and header not in found:
+                found.add(header)
+                open_ends.append(header)
+    return sorted(found)
+
+
+def _digest(paths: Iterable[Path], flags: tuple[str, ...]) -> str:
+    state = hashlib.sha256(repr((FLAGS, flags)).encode())
+    for path in paths:
         state.update(path.name.encode() + b"\0" + path.read_bytes())
-    return state.digest()
+    return state.hexdigest()[:16]
 
 
 def _object(chosen: str, sources: Path, source: Path, flags: tuple[str, ...]) -> Path:
     """Compile one file, or take the object that these bytes gave before."""
-    digest = hashlib.sha256(_headers_digest(sources) + repr(flags).encode() + source.read_bytes()).hexdigest()[:16]
-    target = _build_dir() / f"{source.stem}-{digest}.o"
+    target = _build_dir() / f"{source.stem}-{_digest(_with_headers(sources, source), flags)}.o"
     if target.is_file():
         target.touch()
         return target
@@ -149,20 +165,18 @@ def _object(chosen: str, sources: Path, source: Path, flags: tuple[str, ...]) ->
 
 
 def _library(sources: Path) -> Path:
-    state = hashlib.sha256(_headers_digest(sources) + repr(architectures()).encode())
-    for path in (*cuda_sources(sources), sources / BINDING):
-        if path.is_file():
-            state.update(path.name.encode() + b"\0" + path.read_bytes())
-    return _build_dir() / f"libopenlora_cuda-{state.hexdigest()[:16]}.so"
+    paths = [path for path in (*cuda_sources(sources), sources / BINDING) if path.is_file()]
+    every = sorted({part for path in paths for part in _with_headers(sources, path)})
+    return _build_dir() / f"libopenlora_cuda-{_digest(every, (*TORCH_FLAGS, *architectures()))}.so"
 
 
 def _build_dir() -> Path:
     return Path(__file__).resolve().parent / "_build"
 
 
-def _forget_old_objects(used: list[Path]) -> None:
-    old = sorted((path for path in _build_dir().glob("*.o") if path not in used), key=lambda path: path.stat().st_mtime)
-    for path in old[: max(0, len(old) - CACHED_OBJECTS)]:
+def _forget_old(pattern: str, used: list[Path], most: int) -> None:
+    old = sorted((path for path in _build_dir().glob(pattern) if path not in used), key=lambda path: path.stat().st_mtime)
+    for path in old[: max(0, len(old) - most)]:
         path.unlink(missing_ok=True)
 
 
