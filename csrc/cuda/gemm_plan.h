@@ -64,8 +64,10 @@ GEMM_ANYWHERE constexpr int gemm_line_tokens(int tile_tokens, bool is_half) {
   const int most = !is_half ? 16 : tile_tokens < 32 || tile_tokens % 32 == 0 ? 32 : tile_tokens % 48 == 0 ? 48 : 16;
   return tile_tokens < most ? tile_tokens : most;
 }
+GEMM_ANYWHERE constexpr int gemm_line_pitch(int bytes) { return bytes + 16; }  // no two rows of a store in one bank
 GEMM_ANYWHERE constexpr int gemm_line_bytes(int tile_tokens) {
-  const int half = gemm_line_tokens(tile_tokens, true) * (64 * 2 + 16), full = gemm_line_tokens(tile_tokens, false) * (64 * 4 + 16);
+  const int half = gemm_line_tokens(tile_tokens, true) * gemm_line_pitch(64 * 2);
+  const int full = gemm_line_tokens(tile_tokens, false) * gemm_line_pitch(64 * 4);
   return half > full ? half : full;
 }
 

@@ -32,12 +32,15 @@ __device__ __forceinline__ uint4 load_piece(uint32_t address) {
   return v;
 }
 
-// Four (two) 8 x 8 blocks of bf16, transposed: lane l names the place of row l % 8 of block l / 8.
+// Four, two or one 8 x 8 blocks of bf16, transposed: lane l names the place of row l % 8 of block l / 8.
 __device__ __forceinline__ void store_blocks(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 __device__ __forceinline__ void store_blocks(uint32_t address, uint32_t a, uint32_t b) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(address), "r"(a), "r"(b) : "memory");
+}
+__device__ __forceinline__ void store_blocks(uint32_t address, uint32_t a) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(address), "r"(a) : "memory");
 }
 
 // A warpgroup's own: gemm_line_bytes of shared memory and a named barrier.
@@ -49,21 +52,37 @@ struct LineBuffer {
 // Every row of y is written.
 struct AllRows {};
 
+// kChunk rows of kColumns columns that a warpgroup has put down, from shared memory to y[first .., column ..]. wanted: a bit for each that
+// is to be written; kAll: they all are.
+template <int kChunk, int kColumns, bool kAll, typename Out>
+__device__ __forceinline__ void pick_up_lines(Out* y, int tokens, int outputs, int first, int column, int column_end, uint32_t lines, int thread,
+                                              uint32_t wanted) {
+  constexpr int kPitch = gemm_line_pitch(kColumns * sizeof(Out)), kPieces = kColumns * sizeof(Out) / 16;
+#pragma unroll
+  for (int i = 0; i < (kChunk * kPieces + 127) / 128; ++i) {
+    const int at = i * 128 + thread, token = first + at / kPieces, piece = at % kPieces;
+    if (at < kChunk * kPieces && token < tokens && (kAll || (wanted >> at / kPieces & 1) != 0) &&
+        column + piece * 16 / static_cast<int>(sizeof(Out)) < column_end) {
+      uint4* target = reinterpret_cast<uint4*>(y + static_cast<int64_t>(token) * outputs + column) + piece;
+      *target = load_piece(lines + at / kPieces * kPitch + piece * 16);
+    }
+  }
+}
+
 // A warpgroup's m64 block to y[:, column .. min(column + 64, column_end)]. rows.from(first): a bit for each row of y from `first`
 // on that is to be written.
 template <typename Out, int kTokens, class Rows = AllRows>
 __device__ __forceinline__ void store_lines(const float (&d)[kTokens / 2], Out* y, int tokens, int outputs, int column, int column_end,
                                             const LineBuffer& lines, const Rows& rows = {}) {
-  constexpr bool kHalf = sizeof(Out) == 2;
+  constexpr bool kHalf = sizeof(Out) == 2, kAll = std::is_same_v<Rows, AllRows>;
   constexpr int kChunk = gemm_line_tokens(kTokens, kHalf);  // tokens at a time
-  constexpr int kPitch = 64 * sizeof(Out) + 16;                                           // no two rows of a store in one bank
-  constexpr int kPieces = 64 * sizeof(Out) / 16;
+  constexpr int kPitch = gemm_line_pitch(64 * sizeof(Out));
   const int thread = fresh_thread() % 128, warp = thread / 32, lane = thread % 32;
 #pragma unroll
   for (int first = 0; first < kTokens; first += kChunk) {
     if (first >= tokens) break;
     uint32_t wanted = ~0u;
-    if constexpr (!std::is_same_v<Rows, AllRows>) {
+    if constexpr (!kAll) {
       static_assert(kChunk <= 32);
       wanted = rows.from(first) & (kChunk < 32 ? (1u << kChunk % 32) - 1 : ~0u);
       if (wanted == 0) continue;
@@ -87,20 +106,8 @@ __device__ __forceinline__ void store_lines(const float (&d)[kTokens / 2], Out* 
       }
     }
     sync_threads(lines.barrier, 128);
-#pragma unroll
-    for (int i = 0; i < kChunk * kPieces / 128 + (kChunk * kPieces < 128); ++i) {
-      const int at = i * 128 + thread, token = first + at / kPieces, piece = at % kPieces;
-      if (at < kChunk * kPieces && token < tokens && (std::is_same_v<Rows, AllRows> || (wanted >> at / kPieces & 1) != 0) &&
-          column + piece * 16 / static_cast<int>(sizeof(Out)) < column_end) {
-        uint4* target = reinterpret_cast<uint4*>(y + static_cast<int64_t>(token) * outputs + column) + piece;
-        *target = load_piece(lines.address + at / kPieces * kPitch + piece * 16);
-      }
-    }
+    pick_up_lines<kChunk, 64, kAll>(y, tokens, outputs, first, column, column_end, lines.address, thread, wanted);
   }
-}
-
-__device__ __forceinline__ void store_blocks(uint32_t address, uint32_t a) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(address), "r"(a) : "memory");
 }
 
 // A warpgroup's m64 block, whose rows are 8 of gate, the same 8 of up, and so on, as silu(gate) * up to y[:, column .. + 32]: a
@@ -109,7 +116,7 @@ template <int kTokens>
 __device__ __forceinline__ void store_silu_mul(const float (&d)[kTokens / 2], __nv_bfloat16* y, int tokens, int outputs, int column,
                                                int column_end, const LineBuffer& lines) {
   constexpr int kChunk = gemm_line_tokens(kTokens, true);
-  constexpr int kPitch = 32 * 2 + 16, kPieces = 4;
+  constexpr int kPitch = gemm_line_pitch(32 * sizeof(__nv_bfloat16));
   const int thread = fresh_thread() % 128, warp = thread / 32, lane = thread % 32;
 #pragma unroll
   for (int first = 0; first < kTokens; first += kChunk) {
@@ -130,14 +137,7 @@ __device__ __forceinline__ void store_silu_mul(const float (&d)[kTokens / 2], __
       if constexpr (kChunk % 32 == 16) store_blocks(place + kChunk / 32 * 32 * kPitch, pairs[kChunk / 8 - 2], pairs[kChunk / 8 - 1]);
     }
     sync_threads(lines.barrier, 128);
-#pragma unroll
-    for (int i = 0; i < (kChunk * kPieces + 127) / 128; ++i) {
-      const int at = i * 128 + thread, token = first + at / kPieces, piece = at % kPieces;
-      if (at < kChunk * kPieces && token < tokens && column + piece * 8 < column_end) {
-        uint4* target = reinterpret_cast<uint4*>(y + static_cast<int64_t>(token) * outputs + column) + piece;
-        *target = load_piece(lines.address + at / kPieces * kPitch + piece * 16);
-      }
-    }
+    pick_up_lines<kChunk, 32, true>(y, tokens, outputs, first, column, column_end, lines.address, thread, ~0u);
   }
 }
 

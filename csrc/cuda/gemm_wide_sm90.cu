@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kRows = kGemmWideRows;
 constexpr int kHalf = kRows / 2;        // accumulators of an m64 block, and columns of y at a time
-constexpr int kPitch = kHalf * 2 + 16;  // no two rows of a store in one bank
+constexpr int kPitch = gemm_line_pitch(kHalf * 2);
 constexpr int kPieces = kHalf * 2 / 16;  // of 16 bytes
 constexpr int kLineBytes = 16 * kPitch;
 using Ring = WideRing<kRows>;
