@@ -38,6 +38,7 @@ class Copies:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._copies: OrderedDict[str, _Copy] = OrderedDict()
+        self._joined: set[str] = set()
         self._step = 0
         self._begun_s = clock()
         self._steps_s: deque[float] = deque(maxlen=SEEN_STEPS)
@@ -60,8 +61,18 @@ class Copies:
         for adapter_id in done:
             copy = self._copies.pop(adapter_id)
             self.byte_count -= copy.byte_count
+            self._joined.discard(adapter_id)
+            if copy.arrival.early_share is not None:
+                copy.arrival.join()  # its tables are shown in the order of the steps
             self._byte_s.append(copy.arrival.seconds() / max(1, copy.byte_count))
         return done
+
+    def is_full(self, byte_limit: int) -> bool:
+        """Whether one more would stand in line for longer than a step, behind those of this step or `byte_limit` in all."""
+        if self.byte_count >= byte_limit or not self._byte_s:
+            return self.byte_count >= byte_limit
+        sent = sum(copy.byte_count for copy in self._copies.values() if copy.step == self._step)
+        return sent > 0 and sent * max(self._byte_s) >= SHARE * min(self._steps_s)
 
     def add(self, adapter_id: str, arrival: Arrival, byte_count: int) -> None:
         """A copy was started."""
@@ -73,14 +84,31 @@ class Copies:
         copy = self._copies.get(adapter_id)
         if copy is not None:
             copy.arrival.join()
+            self._joined.add(adapter_id)
 
     def is_hidden(self, adapter_id: str) -> bool:
         """Whether this adapter will have arrived, as far as one can tell, when the step that is being planned begins."""
-        if self._copies[adapter_id].step == self._step or not self._byte_s:
+        if not self._byte_s:
             return False
+        if self._copies[adapter_id].step == self._step:
+            return self._is_early(adapter_id)
         ahead = 0
         for name, copy in self._copies.items():
             ahead += copy.byte_count
             if name == adapter_id:
                 break
         return ahead * max(self._byte_s) <= SHARE * min(self._steps_s)
+
+    def _is_early(self, adapter_id: str) -> bool:
+        """Whether the part that is needed first will have arrived when the step begins, during the second half of the step
+        before it. What earlier steps joined arrives before."""
+        ahead = 0.0
+        for name, copy in self._copies.items():
+            if copy.step == self._step or name not in self._joined:
+                share = copy.arrival.early_share if copy.step == self._step else 1.0
+                if share is None:
+                    return False
+                ahead += share * copy.byte_count
+            if name == adapter_id:
+                break
+        return ahead * max(self._byte_s) <= SHARE * min(self._steps_s) / 2

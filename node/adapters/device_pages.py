@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from node.adapters.file_plan import FilePlan
+from node.adapters.halves import EarlyArrival, Halves
 from node.adapters.page_store import SLOT_LIMIT
 from node.adapters.tier import Place
 from node.kernels.layout import PageLayout
@@ -42,6 +43,11 @@ class Fences:
         """The mark of the next `advance`."""
         return self._last + 1
 
+    @property
+    def newest(self) -> int:
+        """The mark of the last `advance`."""
+        return self._last
+
     def advance(self) -> None:
         """Everything launched until now comes before this mark."""
         self._retire()
@@ -66,6 +72,8 @@ class Fences:
 
 class CudaArrival:
     """One adapter's copies."""
+
+    early_share: float | None = None
 
     def __init__(self, begin: torch.cuda.Event, event: torch.cuda.Event, compute: torch.cuda.Stream) -> None:
         self._begin = begin
@@ -122,6 +130,12 @@ class CudaPages:
         self._compute = compute
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._fences = Fences(compute)
+        self._seconds = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._half = layout.half()
+        self._foreign = 0  # the last mark of pages that held no adapter
+        self._halves = Halves(compute)
+        if self._half is not None:
+            self.tensors.halfway = self._halves.reach
         self._copies.wait_stream(compute)  # what filled `pages`
 
     def begin_step(self) -> None:
@@ -132,14 +146,24 @@ class CudaPages:
         """The point after everything that is launched before the next `begin_step`."""
         return self._fences.mark
 
+    def foreign_mark(self) -> int:
+        """The same, for pages that held no adapter: no order of layers says which part of them is still read."""
+        self._foreign = self._fences.mark
+        return self._foreign
+
     def hide(self, slot: int) -> None:
         """No step that is launched from now on names this slot. Launched ones may: its pages and columns stay as they are."""
         self._slot_pages[slot] = -1
         self.tensors.sides.pop(slot, None)
 
-    def send(self, place: Place, sources: Sequence[Tensor], file: FilePlan, side: SideTensors | None) -> CudaArrival:
+    def send(
+        self, place: Place, sources: Sequence[Tensor], file: FilePlan, side: SideTensors | None
+    ) -> CudaArrival | EarlyArrival:
         """Start to copy an adapter into its place, tables included. See `DevicePages`."""
         columns = self._write_columns(place.slot, file)
+        is_foreign = place.fence == self._foreign > 0
+        if side is None and self._half is not None and self._half < file.extent and not is_foreign:
+            return self._send_halves(place, sources, file, columns, self._half)
         begin, event = _new_timer(), _new_timer()
         with torch.cuda.stream(self._copies):
             self._fences.guard(self._copies, place.fence)
@@ -153,6 +177,34 @@ class CudaPages:
             event.record(self._copies)
         self._slot_pages[place.slot, : len(sources)] = place.pages[: len(sources)]
         return CudaArrival(begin, event, self._compute)
+
+    def _send_halves(self, place: Place, sources: Sequence[Tensor], file: FilePlan, columns: Tensor, half: int) -> EarlyArrival:
+        """The same, so that the next step may name it although the newest one still reads its pages."""
+        begin, first, event = _new_timer(), _new_timer(), _new_event()
+        pairs = [(self.tensors.pages[page], source) for page, source in zip(place.pages, sources, strict=False)]
+        with torch.cuda.stream(self._copies):
+            if place.fence == self._fences.newest:
+                self._halves.guard(self._copies)
+            else:
+                self._fences.guard(self._copies, place.fence)
+            begin.record(self._copies)
+            for page, source in pairs:
+                _copy_in_pieces(page[:half], source[:half])
+            self._landing[place.slot].copy_(columns, non_blocking=True)
+            first.record(self._copies)
+        with torch.cuda.stream(self._seconds):
+            self._seconds.wait_event(first)
+            self._fences.guard(self._seconds, place.fence)
+            for page, source in pairs:
+                _copy_in_pieces(page[half : file.extent], source[half : file.extent])
+            event.record(self._seconds)
+        self._slot_pages[place.slot, : len(sources)] = place.pages[: len(sources)]
+        share = half / file.extent
+        return EarlyArrival(begin, first, event, share, self._compute, self._halves, lambda: self._show_columns(place.slot))
+
+    def _show_columns(self, slot: int) -> None:
+        """In the order of the steps: those launched before still read what the slot held."""
+        self._tables[:, :, slot].copy_(self._landing[slot])
 
     def _write_columns(self, slot: int, file: FilePlan) -> Tensor:
         """[2, M] int32, page-locked: a slot's ranks, and its scales' bits."""

@@ -39,6 +39,12 @@ class Arrival(Protocol):
         """How long the bytes took, once they are there."""
         ...
 
+    @property
+    def early_share(self) -> float | None:
+        """What part of the bytes a step waits for before it begins, the rest being there before it needs them; it may name the
+        adapter although the step before it still reads the pages. None: neither."""
+        ...
+
 
 class PageStore(Protocol):
     """Pages and tables that kernels read. Used by the step loop only, and never waits."""
@@ -56,6 +62,10 @@ class PageStore(Protocol):
 
     def mark(self) -> int:
         """The point after everything that is launched before the next `begin_step`."""
+        ...
+
+    def foreign_mark(self) -> int:
+        """The same, for pages that held no adapter: no order of layers says which part of them is still read."""
         ...
 
     def hide(self, slot: int) -> None:
@@ -110,6 +120,9 @@ class HostPages:
         """Nothing runs behind the step loop."""
 
     def mark(self) -> int:
+        return 0
+
+    def foreign_mark(self) -> int:
         return 0
 
     def arrays(self, pages: Sequence[int]) -> list[Page]:

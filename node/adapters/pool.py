@@ -152,7 +152,7 @@ class AdapterPool:
 
     def add_page(self, page: int) -> None:
         """One page more, which launched steps may still read as what it was."""
-        self._tier.add_page(page, self._store.mark())
+        self._tier.add_page(page, self._store.foreign_mark())
 
     def take_page(self) -> int | None:
         """Give up a page, for which the least recently used adapter leaves where none is free; None when all are in use."""
@@ -309,7 +309,7 @@ class AdapterPool:
 
     def _send(self, adapter_id: str, staged: Staged) -> None:
         """Copy a staged adapter to the device, if a slot and pages can be free for it now."""
-        if self._copies.byte_count >= COPIES_BYTES:
+        if self._copies.is_full(COPIES_BYTES):
             return
         place = self._claim(adapter_id, self._charges.pages_of(staged.file))
         if place is None or self._arena is None:

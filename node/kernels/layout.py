@@ -7,6 +7,7 @@ An adapter of rank r owns ceil(r / page_rank) pages; modules it does not touch h
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,6 +47,17 @@ class PageLayout:
     @property
     def module_count(self) -> int:
         return len(self.spans)
+
+    def half(self) -> int | None:
+        """Elements of a page that the first half of the layers reads, which lie before all others; None where none do."""
+        layers = {name: int(found[1]) for name in self.spans if (found := re.search(r"\.layers\.(\d+)\.", f".{name}"))}
+        if not layers:
+            return None
+        middle = (max(layers.values()) + 1) // 2
+        first = [span for span in self.spans.values() if layers.get(span.name, middle) < middle]
+        end = max((span.b_offset + self.page_rank * span.out_features for span in first), default=0)
+        rest = min(span.a_offset for span in self.spans.values() if layers.get(span.name, middle) >= middle)
+        return end if 0 < end <= rest else None
 
     def pages_for_rank(self, rank: int) -> int:
         """How many pages an adapter whose largest module rank is `rank` owns."""

@@ -6,7 +6,7 @@ O outputs, H hidden, V vocabulary, r rank of one adapter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,6 +51,7 @@ class LoraPool:
         ranks: [M, S] int32. Rank of module m in slot s; 0 where the adapter does not touch the module.
         scales: [M, S] float32. alpha / r, alpha / sqrt(r) for rsLoRA, per module.
         page_rank: R.
+        halfway: Called between the layers of a step, before the first of the second half; None where nobody wants to know.
         sides: What pages cannot hold, by slot, of the few adapters that have such a thing; see `node.kernels.side`.
     """
 
@@ -60,6 +61,7 @@ class LoraPool:
     scales: Tensor
     page_rank: int
     sides: dict[int, SideTensors] = field(default_factory=dict)
+    halfway: Callable[[], None] | None = None
 
 
 @dataclass(slots=True)

@@ -99,8 +99,10 @@ class Decoder:
         if inputs.side is not None and pool is not None:
             add_to_embedding(x, inputs.token_ids, pool, inputs.side)
             h = kernels.rms_norm(x, weights.first_norm, eps)
-        last = weights.layers[-1]
-        for layer, keys, values in zip(weights.layers, kv.keys, kv.values, strict=True):
+        half, last = len(weights.layers) // 2, weights.layers[-1]
+        for index, (layer, keys, values) in enumerate(zip(weights.layers, kv.keys, kv.values, strict=True)):
+            if index == half and inputs.lora is not None and pool is not None and pool.halfway is not None:
+                pool.halfway()
             q = kernels.rope_kv_write(
                 linears.product(h, layer.qkv),
                 weights.cos,

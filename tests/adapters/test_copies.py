@@ -6,8 +6,8 @@ from node.adapters.copies import SEEN_STEPS, SHARE, Copies
 
 
 class Arrival:
-    def __init__(self, seconds=1.0):
-        self.done, self.joins, self._seconds = False, 0, seconds
+    def __init__(self, seconds=1.0, early_share=None):
+        self.done, self.joins, self._seconds, self.early_share = False, 0, seconds, early_share
 
     def is_done(self):
         return self.done
@@ -27,8 +27,8 @@ class Bench:
         self.copies = Copies(lambda: self.now_s)
         self.arrivals = {}
 
-    def send(self, name, seconds=1.0):
-        self.arrivals[name] = Arrival(seconds)
+    def send(self, name, seconds=1.0, early_share=None):
+        self.arrivals[name] = Arrival(seconds, early_share)
         self.copies.add(name, self.arrivals[name], 100)
 
     def step(self, length_s, *done):
@@ -93,3 +93,60 @@ def test_join_waits_for_copies_under_way_only(bench):
     assert "a" in bench.copies
     bench.step(1.0, "a")
     assert len(bench.copies) == 0
+
+
+def test_copy_in_halves_is_hidden_in_the_step_it_was_sent_in(bench):
+    bench.send("a", early_share=0.5)  # half a second of the two that are left behind a step's middle
+    assert bench.copies.is_hidden("a")
+
+
+def test_only_as_many_first_halves_are_hidden_as_fit_behind_a_middle(bench):
+    for name in "abc":
+        bench.send(name, early_share=0.5)
+    assert [bench.copies.is_hidden(name) for name in "abc"] == [True, True, False]
+    for name in "ab":
+        bench.copies.join(name)
+    assert not bench.copies.is_hidden("c")
+
+
+def test_second_halves_of_adapters_in_use_do_not_count(bench):
+    for name in "ab":
+        bench.send(name, early_share=0.5)
+        bench.copies.join(name)
+    bench.step(4.0)
+    for name in "cd":
+        bench.send(name, early_share=0.5)
+    assert bench.copies.is_hidden("d")
+
+
+def test_copy_in_halves_behind_whole_ones_is_not_early(bench):
+    bench.send("whole")
+    bench.send("a", early_share=0.5)
+    assert not bench.copies.is_hidden("a")
+
+
+def test_tables_of_a_copy_that_nobody_waited_for_are_shown(bench):
+    bench.send("a", early_share=0.5)
+    bench.send("whole")
+    bench.step(4.0, "a", "whole")
+    assert (bench.arrivals["a"].joins, bench.arrivals["whole"].joins) == (1, 0)
+
+
+def test_no_more_copies_begin_in_a_step_than_arrive_behind_one(bench):
+    for name in "ab":
+        assert not bench.copies.is_full(1000)
+        bench.send(name)
+    assert not bench.copies.is_full(1000)  # two seconds of the 2.8 that count
+    bench.send("c")
+    assert bench.copies.is_full(1000)
+    bench.step(4.0)
+    assert not bench.copies.is_full(1000)
+    assert bench.copies.is_full(300)
+
+
+def test_first_copies_are_bounded_by_their_bytes_alone():
+    bench = Bench()
+    for name in "abcdef":
+        assert not bench.copies.is_full(600)
+        bench.send(name)
+    assert bench.copies.is_full(600)

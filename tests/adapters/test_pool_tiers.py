@@ -95,6 +95,8 @@ class Loader:
 
 
 class Arrival:
+    early_share = None
+
     def __init__(self, device):
         self.device = device
         self.done = False
@@ -128,6 +130,8 @@ class Device:
 
     def mark(self):
         return self.marks + 1
+
+    foreign_mark = mark
 
     def hide(self, slot):
         self.tensors.slot_pages[slot] = -1

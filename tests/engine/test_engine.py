@@ -58,6 +58,16 @@ def test_adapters_change_the_answer(driver):
     assert len({tuple(driver.tokens(name)) for name in ("base", "x", "y")}) == 3
 
 
+def test_steps_with_adapters_say_when_they_pass_their_middle(driver):
+    passed = []
+    driver.engine._adapters.tensors.halfway = lambda: passed.append(1)
+    answers(driver, ["s0"])
+    assert not passed
+    before = driver.engine.stats().steps_total
+    answers(driver, ["s1"])
+    assert len(passed) == driver.engine.stats().steps_total - before > 0
+
+
 def test_weight_zero_equals_the_base(driver):
     driver.add("base", PROMPTS["s3"])
     driver.add("zero", PROMPTS["s3"], [driver.term("y", 0.0)])

@@ -50,3 +50,16 @@ def test_lora_spans_keep_the_order_of_modules():
     table = lora_spans([(layout.spans["k"], 6), (layout.spans["q"], 0)]).table
     assert table.shape == (2, SPAN_FIELDS)
     assert table[0].tolist() == [1, 80, 112, 4, 2, 6]
+
+
+def test_half_of_a_page_ends_with_the_modules_of_the_first_layers():
+    names = [f"model.layers.{layer}.{module}" for layer in range(5) for module in ("a", "b")]
+    layout = PageLayout([*((name, 6, 4) for name in names), ("lm_head", 6, 9)], 8)
+    assert layout.half() == layout.spans["model.layers.2.a"].a_offset == 4 * 8 * 10
+
+
+@pytest.mark.parametrize(
+    "names", [["m0", "m1"], ["layers.1.a", "layers.0.a"], ["lm_head", "layers.0.a", "layers.1.a"], ["layers.0.a"]]
+)
+def test_page_without_an_order_of_layers_has_no_half(names):
+    assert PageLayout([(name, 6, 4) for name in names], 8).half() is None
