@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -122,6 +125,30 @@ def device_memory(device: torch.device, spec: ModelSpec, sizes: StepSizes, dtype
     # Every recorded step keeps its logits, with and without adapters.
     reserve += 2 * sum(buckets_for(sizes.max_sequences)) * spec.vocab_size * 4
     return free, reserve
+
+
+@contextmanager
+def compiled_beside(device: torch.device, vocab_size: int) -> Iterator[None]:
+    """Compile what draws tokens on a thread of its own while the block runs; done when it ends.
+
+    Nothing of it depends on weights or memory, and at a node's first start it takes as long as both.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="compile-sampler") as threads:
+        compiled = threads.submit(_compile_sampler, device, vocab_size)
+        yield
+        compiled.result()
+
+
+def _compile_sampler(device: torch.device, vocab_size: int) -> None:
+    from node.engine.device_sampler import DeviceSampler
+
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.inference_mode(), torch.cuda.device(device), torch.cuda.stream(stream):
+        DeviceSampler(vocab_size, 1, device).warm_up()
+        stream.synchronize()
 
 
 def open_runner(

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from node.adapters.pool import AdapterPool
 from node.config import AdapterSettings, EngineSettings, ModelSettings
 from node.engine.blocks import BlockPool
-from node.engine.device import choose_device, device_memory, device_name, open_kernels, open_runner
+from node.engine.device import choose_device, compiled_beside, device_memory, device_name, open_kernels, open_runner
 from node.engine.grammar import Vocabulary
 from node.engine.grammar_masks import GrammarMasks
 from node.engine.limits import SchedulerLimits
@@ -306,9 +306,10 @@ def open_engine(
         source = open_source(files, model_settings.max_model_len, state_dir / "model_hashes.json")
     spec = source.spec
     kernels = open_kernels(device, settings, sizes, spec, dtype)
-    loaded = load_model(source, dtype, kernels, sizes.page_rank)
-    memory = memory_sizes(settings, adapter_settings, *device_memory(device, spec, sizes, dtype))
-    held = open_memory(loaded, settings, adapter_settings, memory, sizes.kv_block_size, device, wake)
+    with compiled_beside(device, spec.vocab_size):
+        loaded = load_model(source, dtype, kernels, sizes.page_rank)
+        memory = memory_sizes(settings, adapter_settings, *device_memory(device, spec, sizes, dtype))
+        held = open_memory(loaded, settings, adapter_settings, memory, sizes.kv_block_size, device, wake)
     kv, blocks, adapters = held.kv, held.blocks, held.adapters
     # A sequence can never be longer than the whole cache.
     max_model_len = min(spec.max_model_len, blocks.block_limit * kv.block_size)
