@@ -1,0 +1,56 @@
+"""What depends on the device, as far as one without a GPU can tell."""
+
+import threading
+
+import pytest
+import torch
+
+from node.engine import device as subject
+from node.engine.device import compiled_beside
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """Set once the compiling thread may end; `names` are the threads that compiled."""
+    may_end, names = threading.Event(), []
+
+    def compile_sampler(device, vocab_size):
+        assert may_end.wait(10)
+        names.append(threading.current_thread().name)
+
+    monkeypatch.setattr(subject, "_compile_sampler", compile_sampler)
+    return may_end, names
+
+
+def test_block_runs_while_the_sampler_is_compiled_and_ends_behind_it(compiling):
+    may_end, names = compiling
+    with compiled_beside(CUDA, 100):
+        assert not names
+        may_end.set()
+    assert len(names) == 1
+    assert names[0] != threading.current_thread().name
+    assert names[0] not in {thread.name for thread in threading.enumerate()}
+
+
+def test_nothing_is_compiled_for_a_cpu(compiling):
+    with compiled_beside(torch.device("cpu"), 100):
+        pass
+    assert not compiling[1]
+
+
+def test_compiler_that_fails_fails_the_start(monkeypatch):
+    def broken(device, vocab_size):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(subject, "_compile_sampler", broken)
+    with pytest.raises(RuntimeError, match="no compiler"), compiled_beside(CUDA, 100):
+        pass
+
+
+def test_model_that_fails_says_so_and_leaves_no_thread(compiling):
+    compiling[0].set()
+    with pytest.raises(LookupError), compiled_beside(CUDA, 100):
+        raise LookupError("model")
+    assert not any(thread.name.startswith("compile-sampler") for thread in threading.enumerate())
