@@ -303,21 +303,39 @@ void rms_norm_into(const Tensor& x, const Tensor& weight, double eps, int64_t fo
   check_launch(openlora::launch_rms_norm(a, place.stream()), "rms_norm_into");
 }
 
-void embed_rms_norm(const Tensor& token_ids, const Tensor& embedding, const Tensor& weight, double eps, int64_t follow, Tensor residual, Tensor out) {
+void embed_rms_norm(const Tensor& token_ids, const MaybeTensor& sources, const Tensor& embedding, const Tensor& weight, double eps, int64_t follow, Tensor residual, Tensor out) {
   const Place place(embedding);
   openlora::EmbedRmsNormArgs a{};
   a.norm = norm_arguments(place, weight, eps, follow, out);
   a.ids_are_long = token_ids.scalar_type() == ScalarType::Long;
   check(place, token_ids, "token_ids", 1, a.ids_are_long ? ScalarType::Long : ScalarType::Int);
-  check_size(token_ids, "token_ids", 0, out.size(0));
+  if (sources.has_value()) check(place, *sources, "sources", 1, ScalarType::Int);
+  check_size(sources.has_value() ? *sources : token_ids, "what names the rows", 0, out.size(0));
   check(place, embedding, "embedding", 2, out.scalar_type());
   check_size(embedding, "embedding", 1, out.size(1));
   check_output(place, residual, "residual", out.size(0), out.size(1), out.scalar_type());
   a.token_ids = token_ids.data_ptr();
+  a.id_count = token_ids.size(0);
+  a.sources = sources.has_value() ? as<int32_t>(*sources) : nullptr;
   a.embedding = embedding.data_ptr();
   a.vocabulary = embedding.size(0);
   a.residual = residual.data_ptr();
   check_launch(openlora::launch_embed_rms_norm(a, place.stream()), "embed_rms_norm");
+}
+
+void take_rows(const Tensor& x, const Tensor& rows, int64_t follow, Tensor out) {
+  const Place place(x);
+  check(place, x, "x", 2, out.scalar_type());
+  check(place, rows, "rows", 1, ScalarType::Int);
+  check_output(place, out, "out", rows.size(0), x.size(1), x.scalar_type());
+  const int bytes = is_float(x, "x") ? 4 : 2;
+  openlora::TakeRowsArgs a{x.data_ptr(), as<int32_t>(rows), out.data_ptr()};
+  a.count = as_int(rows.size(0), "the number of rows");
+  a.row_count = as_int(x.size(0), "x's rows");
+  a.row_bytes = as_int(x.size(1) * bytes, "a row's bytes");
+  STD_TORCH_CHECK(a.row_bytes % 16 == 0, "openlora: take_rows takes rows of whole 16 bytes, not of ", a.row_bytes);
+  a.follow = follow_of(follow, 1);
+  check_launch(openlora::launch_take_rows(a, place.stream()), "take_rows");
 }
 
 int64_t skinny_gemm_planes(int64_t outputs, int64_t inputs, int64_t tokens) {
@@ -487,7 +505,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(openlora, m) {
       "Tensor? k_norm, float eps, int follow, Tensor(c!) q) -> ()");
   m.def("materialize(" OPENLORA_ADAPTERS "int follow, Tensor(a!) out) -> ()");
   m.def("rms_norm_into(Tensor x, Tensor weight, float eps, int follow, Tensor(a!) out) -> ()");
-  m.def("embed_rms_norm(Tensor token_ids, Tensor embedding, Tensor weight, float eps, int follow, Tensor(a!) residual, Tensor(b!) out) -> ()");
+  m.def(
+      "embed_rms_norm(Tensor token_ids, Tensor? sources, Tensor embedding, Tensor weight, float eps, int follow, Tensor(a!) residual, "
+      "Tensor(b!) out) -> ()");
+  m.def("take_rows(Tensor x, Tensor rows, int follow, Tensor(a!) out) -> ()");
   m.def(
       "attention_decode(Tensor q, Tensor keys, Tensor values, Tensor tables, Tensor items, Tensor counts, "
       "Tensor(a!) partial, Tensor(b!) stats, Tensor(c!) done, float scale_log2, int window, int workers, int variant, int follow, Tensor(d!) out) -> ()");
@@ -514,6 +535,7 @@ STABLE_TORCH_LIBRARY_IMPL(openlora, CUDA, m) {
   m.impl("materialize", TORCH_BOX(&materialize));
   m.impl("rms_norm_into", TORCH_BOX(&rms_norm_into));
   m.impl("embed_rms_norm", TORCH_BOX(&embed_rms_norm));
+  m.impl("take_rows", TORCH_BOX(&take_rows));
   m.impl("attention_decode", TORCH_BOX(&attention_decode));
   m.impl("skinny_gemm", TORCH_BOX(&skinny_gemm));
   m.impl("skinny_gemm_silu_mul", TORCH_BOX(&skinny_gemm_silu_mul));

@@ -16,12 +16,13 @@ from node.engine.step_plan import Work, following_tokens
 @dataclass(slots=True)
 class DeviceFlight:
     """A step on the device. `logits` [W, V] float32; `drawing`: work index of every row that draws, `rows` their logits' rows
-    (None: all of them, in order)."""
+    (None: all of them, in order); `answer_turn`: where the tokens are (`StepBlock`)."""
 
     work: list[Work]
     logits: Tensor
     drawing: list[int]
     rows: list[int] | None
+    answer_turn: int
     prompt_logprobs: dict[int, ScoredPrompt] = field(default_factory=dict)
     draw: DeviceDraw | None = None
     hidden: Tensor | None = None

@@ -6,6 +6,7 @@ of a step stay on the device for the next one and reach the host behind an event
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,13 +15,13 @@ from torch import Tensor
 from node.engine.batch import side_groups
 from node.engine.device_batch import StepShape, pending_places, step_shape, write_rows
 from node.engine.device_flight import DeviceFlight, drawing_rows
-from node.engine.device_sampler import DeviceSampler
+from node.engine.device_sampler import Choice, DeviceSampler
 from node.engine.graphs import StepGraphs, buckets_for
 from node.engine.recorded_steps import RecordedSteps
 from node.engine.runner import LogitsWatcher, MaskSource, add_embeddings, draw_row, embedding_rows, row_mask
 from node.engine.sizing import DeviceSizes
 from node.engine.step_adapters import DeviceSlots, StepAdapters, sent_rows
-from node.engine.step_block import BlockLayout, upload
+from node.engine.step_block import ANSWER_TURNS, BlockLayout, upload
 from node.engine.step_plan import Work, WorkResult
 from node.kernels.device_rows import DeviceRows
 from node.kernels.head_rows import LogitTops
@@ -64,12 +65,12 @@ class DeviceRunner:
         self._watch_logits = watch_logits
         most = buckets_for(sizes.max_sequences)[-1]
         self._sampler = DeviceSampler(sizes.vocab_size, most, kernels.device)
-        self._choice = self._sampler.new_choice(most)
         is_watched = watch_logits is not None
         self._recorded = RecordedSteps(
             model, kernels, kv, self._adapters, sizes, self._choose, is_watched=is_watched, is_recording=has_graphs
         )
         self._block = self._recorded.block
+        self._choice = Choice.of(self._block.drawn, self._block.answer_turn_word, ANSWER_TURNS)
         self._places: dict[str, int] = {}  # sequence id -> its place among the tokens of the last draw
 
     @property
@@ -91,23 +92,25 @@ class DeviceRunner:
     @torch.inference_mode()
     def launch(self, work: list[Work]) -> DeviceFlight:
         """Start the forward pass. See `StepRunner`."""
+        self._choice.claim(self._block.next_answer_turn)
+        places, self._places = self._places, {}  # this step writes its own tokens over them
         shape = step_shape(work)
         side = side_groups(work, self._adapters.slot_of, self._adapters.tensors)
         flight = None
         if side is None and self._kernels.takes_tiles:
-            flight = self._launch_recorded(work, shape)
+            flight = self._launch_recorded(work, shape, places)
         if flight is None:
-            flight = self._launch_rows(work, shape, side)
+            flight = self._launch_rows(work, shape, side, places)
         if self._watch_logits is not None:
             self._watch_logits(work, flight.logits)
         return flight
 
-    def _launch_recorded(self, work: list[Work], shape: StepShape) -> DeviceFlight | None:
+    def _launch_recorded(self, work: list[Work], shape: StepShape, places: Mapping[str, int]) -> DeviceFlight | None:
         """None where no recorded step can compute this one."""
         if shape.is_decode:
-            logits = self._recorded.decode(work, self._places)
-            return None if logits is None else DeviceFlight(work, logits, list(range(len(work))), None)
-        found = self._recorded.chunks(work, shape, self._places)
+            logits = self._recorded.decode(work, places)
+            return None if logits is None else DeviceFlight(work, logits, list(range(len(work))), None, self._block.answer_turn)
+        found = self._recorded.chunks(work, shape, places)
         return None if found is None else self._drawing_flight(work, found[0], tops=found[1])
 
     def _drawing_flight(
@@ -115,18 +118,20 @@ class DeviceRunner:
     ) -> DeviceFlight:
         """`tops`: of logits whose rows all draw."""
         rows, drawing = drawing_rows(work)
-        flight = DeviceFlight(work, logits, drawing, rows, hidden=hidden)
+        flight = DeviceFlight(work, logits, drawing, rows, self._block.answer_turn, hidden=hidden)
         if rows:
             self._choose(flight.drawing_logits, tops)
         return flight
 
-    def _launch_rows(self, work: list[Work], shape: StepShape, side: tuple[SideGroup, ...] | None) -> DeviceFlight:
+    def _launch_rows(
+        self, work: list[Work], shape: StepShape, side: tuple[SideGroup, ...] | None, places: Mapping[str, int]
+    ) -> DeviceFlight:
         """Any number of rows a sequence, operation by operation."""
         wanted = shape.logit_rows
         layout = BlockLayout.of(shape.rows, shape.sequences, 0 if wanted is None else len(wanted), shape.table_width)
         inputs = self._block.inputs(
             layout,
-            self._send(work, shape, layout),
+            self._send(work, shape, layout, places),
             logit_rows=None if wanted is None else len(wanted),
             max_query=shape.max_query,
             max_context=shape.max_context,
@@ -138,14 +143,16 @@ class DeviceRunner:
         logits = self._model.forward(inputs, self._kv, self._adapters.tensors)
         return self._drawing_flight(work, logits, hidden=inputs.hidden)
 
-    def _send(self, work: list[Work], shape: StepShape, layout: BlockLayout) -> LoraRows | DeviceRows | None:
+    def _send(
+        self, work: list[Work], shape: StepShape, layout: BlockLayout, places: Mapping[str, int]
+    ) -> LoraRows | DeviceRows | None:
         """Copy a step's metadata to the device; returns its adapters."""
         takes_tiles = self._kernels.takes_tiles
         tiles = self._adapters.row_tiles(work) if takes_tiles else None
         end = layout.tiles + (0 if tiles is None else tiles.size)
         host = self._block.begin(end)
         own = self._block.source_of_own(layout.tokens)
-        write_rows(host, layout, work, shape, self._kv.block_size, pending_places(work, self._places), own)
+        write_rows(host, layout, work, shape, self._kv.block_size, pending_places(work, places), own)
         if tiles is not None:
             tiles.write(host, layout.tiles)
         self._recorded.forget_tiles()
@@ -159,12 +166,11 @@ class DeviceRunner:
         """Start drawing. See `StepRunner`."""
         flight.prompt_logprobs = flight.prompt_row_logprobs()
         drawing = [flight.work[index] for index in flight.drawing]
-        self._places = {}
         if not drawing:
             return
         mask = row_mask(self._masks, drawing, self._sizes.vocab_size)
-        flight.draw = self._sampler.draw(flight.drawing_logits, [draw_row(item) for item in drawing], self._choice, mask)
-        self._block.drawn[: len(drawing)].copy_(self._choice.next_tokens[: len(drawing)])
+        chosen = self._choice.step(flight.answer_turn)
+        flight.draw = self._sampler.draw(flight.drawing_logits, [draw_row(item) for item in drawing], chosen, mask)
         self._places = {item.sequence.id: place for place, item in enumerate(drawing) if item.draws_token}
 
     def collect(self, flight: DeviceFlight) -> list[WorkResult]:

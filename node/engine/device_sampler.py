@@ -1,8 +1,9 @@
 """The next tokens of a step on the device that computed its logits: nothing waits for the device until somebody reads.
 
 The same definitions as `node.engine.sampler` (noise of one number a row, order of the filters, lowest index among equals). On a
-GPU the greedy choice is one kernel that belongs into the step's graph; rows that ask for more cost a few launches after it. Next
-tokens stay on the device for the next step; what the host wants to know is copied to pinned memory behind an event.
+GPU the greedy choice is one kernel that belongs into the step's graph and leaves everything where the next step and the host look
+for it, so that nothing else runs between two steps; rows that ask for more cost a few launches after it. What the host wants to
+know is copied to pinned memory beside the next step.
 
 Shape letters: W rows that want logits, n rows that ask for more than the argmax, V vocabulary.
 """
@@ -31,20 +32,58 @@ _GREEDY_BLOCK = 2048
 _DRAW_BLOCK = 4096
 _DRAW_WARPS = 32
 _LOW_64 = (1 << 64) - 1
-_SOUND = 1 << 32  # beyond any token
+_UNSOUND = -1  # in place of the token of a row whose logits are not finite
 
 
 @dataclass(slots=True)
 class Choice:
-    """What the greedy kernel wrote; made once for each batch bucket and static under a CUDA graph.
+    """Where the tokens of a step go; made once, and static under a CUDA graph.
 
     Attributes:
-        next_tokens: [W] int64. Always a token of the vocabulary, so that the next step can embed it.
-        is_sound: [W] int8. 0 where the logits are not finite: such a row's token means nothing.
+        tokens: [W] int32, for the next step. Always tokens of the vocabulary, so that it can embed them.
+        answers: [turns, W] int32, for the host, which may read those of one step while the next one writes: the token, or -1
+            where the logits are not finite.
+        turn: [1] int32. Which row of `answers` the step writes.
+        copied: Of every turn the event behind the last copy to the host.
     """
 
-    next_tokens: Tensor
-    is_sound: Tensor
+    tokens: Tensor
+    answers: Tensor
+    turn: Tensor
+    copied: list[Any]
+
+    @classmethod
+    def of(cls, tokens: Tensor, turn: Tensor, turns: int) -> Choice:
+        """Choices that are left in `tokens`."""
+        answers = torch.zeros((turns, tokens.shape[0]), dtype=torch.int32, device=tokens.device)
+        return cls(tokens, answers, turn, [None] * turns)
+
+    def claim(self, turn: int) -> None:
+        """Before the step that writes there is launched."""
+        event = self.copied[turn]
+        if event is not None and not event.query():
+            torch.cuda.current_stream().wait_event(event)
+
+    def step(self, turn: int) -> Chosen:
+        """What the step of this turn leaves, in stream order."""
+        return Chosen(self.tokens, self.answers[turn], self.copied, turn)
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A step's own part of a `Choice`. tokens, answers: [W] int32."""
+
+    tokens: Tensor
+    answers: Tensor
+    copied: list[Any]
+    turn: int
+
+    def put(self, where: Tensor, tokens: Tensor) -> None:
+        """Other tokens [n] for the rows `where` [n]; what is not sound stays so."""
+        tokens = tokens.to(torch.int32)
+        self.tokens[where] = tokens
+        answers = self.answers[where]
+        self.answers[where] = torch.where(answers < 0, answers, tokens)
 
 
 @dataclass(slots=True)
@@ -64,24 +103,21 @@ class DeviceDraw:
         stream: Where they are copied while the next step computes; None on a CPU.
     """
 
-    def __init__(self, choice: Choice, rows: Sequence[DrawRow], logprobs: _Logprobs | None, stream: Any = None) -> None:
-        count = len(rows)
+    def __init__(self, chosen: Chosen, rows: Sequence[DrawRow], logprobs: _Logprobs | None, stream: Any = None) -> None:
         self._rows = rows
         self._logprobs = logprobs
         if logprobs is not None:
             logprobs.chosen = _to_host(logprobs.chosen)
             logprobs.top_values, logprobs.top_ids = _to_host(logprobs.top_values), _to_host(logprobs.top_ids)
-        # A new tensor, because the next step overwrites the choice: one kernel between two steps and no copy.
-        packed = torch.add(choice.next_tokens[:count], choice.is_sound[:count], alpha=_SOUND)
+        answers = chosen.answers[: len(rows)]
         self._event: torch.cuda.Event | None = None
         if stream is None:
-            self._packed = packed
+            self._answers = _to_host(answers)
             return
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._packed = _to_host(packed)
-            packed.record_stream(stream)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._answers = _to_host(answers)
+            self._event = chosen.copied[chosen.turn] = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(stream)
 
     def is_ready(self) -> bool:
@@ -92,9 +128,7 @@ class DeviceDraw:
         """Wait for the device and return one token a row; None where the logits were not finite."""
         if self._event is not None:
             self._event.synchronize()
-        drawn: list[DrawnToken | None] = [
-            DrawnToken(value - _SOUND) if value >= _SOUND else None for value in self._packed.tolist()
-        ]
+        drawn: list[DrawnToken | None] = [DrawnToken(token) if token != _UNSOUND else None for token in self._answers.tolist()]
         if self._logprobs is not None:
             self._add_logprobs(drawn, self._logprobs)
         return drawn
@@ -120,7 +154,6 @@ class DeviceSampler:
     def __init__(self, vocab_size: int, max_rows: int, device: torch.device) -> None:
         self._vocab = vocab_size
         self._device = device
-        self._again = self.new_choice(max_rows)  # of logits that were changed
         self._has_dependents = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self._spans = 1 << (-(-vocab_size // _DRAW_BLOCK) - 1).bit_length()
         self._to_host: Any = None
@@ -131,10 +164,9 @@ class DeviceSampler:
             self._arrived = torch.zeros(max_rows, dtype=torch.int32, device=device)
 
     def new_choice(self, rows: int) -> Choice:
-        """Static outputs of the greedy kernel for a bucket of `rows`."""
-        return Choice(
-            torch.zeros(rows, dtype=torch.int64, device=self._device), torch.zeros(rows, dtype=torch.int8, device=self._device)
-        )
+        """For steps of at most `rows`, all of one turn."""
+        zeros = torch.zeros(rows + 1, dtype=torch.int32, device=self._device)
+        return Choice.of(zeros[:rows], zeros[rows:], turns=1)
 
     def warm_up(self) -> None:
         """Compile what the first row that asks for more than the argmax would otherwise keep every other row waiting for."""
@@ -145,7 +177,7 @@ class DeviceSampler:
         for temperature in (0.0, 1.0):
             row = DrawRow(Sampling(max_new_tokens=1, temperature=temperature), 0, array("q", [0]), 1)
             for mask in (None, RowMask([0], words)):
-                self.draw(torch.zeros((1, self._vocab), device=self._device), [row], choice, mask).read()
+                self.draw(torch.zeros((1, self._vocab), device=self._device), [row], choice.step(0), mask).read()
 
     def greedy(self, logits: Tensor, choice: Choice, tops: LogitTops | None = None, *, use_pdl: bool = False) -> None:
         """Choose the largest logit of every row, the lowest index among equals. Safe inside a CUDA graph.
@@ -161,20 +193,31 @@ class DeviceSampler:
             self._launch_top(parts, choice)
             return
         if logits.is_cuda:
-            self._launch_greedy(logits, choice, use_pdl)
+            self._launch_greedy(logits, choice.tokens, choice.answers, choice.turn, use_pdl=use_pdl)
             return
-        best, token_ids = logits.max(dim=1) if parts is None else join_parts(parts)
-        is_sound = best.isfinite()  # max propagates NaN
-        choice.is_sound[:count] = is_sound
-        choice.next_tokens[:count] = torch.where(is_sound, token_ids, 0)
+        tokens, is_sound = _largest(logits) if parts is None else _sound(*join_parts(parts))
+        choice.tokens[:count] = tokens
+        choice.answers[int(choice.turn), :count] = torch.where(is_sound, tokens, _UNSOUND).to(torch.int32)
 
-    def _launch_greedy(self, logits: Tensor, choice: Choice, use_pdl: bool) -> None:
+    def _launch_greedy(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        answers: Tensor,
+        turn: Tensor | None,
+        where: Tensor | None = None,
+        *,
+        use_pdl: bool = False,
+    ) -> None:
+        """Of all rows, for the turn that the device knows; or once more of those in `where`, whose turn's `answers` are given."""
         from node.kernels.triton_sampling import greedy_kernel
 
         pdl = {"launch_pdl": True} if use_pdl else {}
-        greedy_kernel[(logits.shape[0], _PARTS)](
-            logits, choice.next_tokens, choice.is_sound, self._part_values, self._part_tokens, self._arrived,
-            self._vocab, logits.stride(0), PARTS=_PARTS, BLOCK=_GREEDY_BLOCK, USE_PDL=use_pdl, num_warps=8, **pdl,
+        count = logits.shape[0] if where is None else where.shape[0]
+        greedy_kernel[(count, _PARTS)](
+            logits, tokens, answers, turn, where, self._part_values, self._part_tokens, self._arrived,
+            self._vocab, logits.stride(0), answers.stride(0),
+            PARTS=_PARTS, BLOCK=_GREEDY_BLOCK, IS_AGAIN=where is not None, USE_PDL=use_pdl, num_warps=8, **pdl,
         )  # fmt: skip
 
     def _launch_top(self, parts: Tensor, choice: Choice) -> None:
@@ -183,7 +226,7 @@ class DeviceSampler:
         count = parts.shape[1]
         pdl = {"launch_pdl": True} if self._has_dependents else {}
         top_kernel[(parts.shape[0],)](
-            parts, choice.next_tokens, choice.is_sound, count,
+            parts, choice.tokens, choice.answers, choice.turn, count, choice.answers.stride(0),
             PARTS=1 << (count - 1).bit_length(), USE_PDL=self._has_dependents, num_warps=1, **pdl,
         )  # fmt: skip
 
@@ -191,17 +234,17 @@ class DeviceSampler:
         self,
         logits: Tensor,
         rows: Sequence[DrawRow],
-        choice: Choice,
+        chosen: Chosen,
         mask: RowMask | None = None,
         unseen: Tensor | None = None,
     ) -> DeviceDraw:
         """Draw for the rows that ask for more than `greedy` chose, and send everything to the host.
 
         Args:
-            logits: [W, V] float32, those that `greedy` filled `choice` from; only rows that `reads_logits` are read. Rows
+            logits: [W, V] float32, those that `greedy` filled `chosen` from; only rows that `reads_logits` are read. Rows
                 that are greedy but for penalties, a bias or a mask, and want no log-probabilities, are changed in place.
             rows: W of them; their `tokens` are what the host knows.
-            choice: read, and overwritten for the rows that ask for more.
+            chosen: read, and overwritten for the rows that ask for more.
             mask: Tokens allowed, words on this device or in memory that it reads while the host goes on; None allows all.
             unseen: [W] int64 on this device: the token of the step before, which the host has not read yet and `rows` therefore
                 lack; None when they lack nothing.
@@ -214,20 +257,20 @@ class DeviceSampler:
             mask = RowMask(mask.rows, mask.words.to(self._device, non_blocking=True))
         again = [index for index, row in enumerate(rows) if _is_greedy_again(row.sampling, is_masked=index in masked)]
         if again:
-            self._choose_again(logits, [rows[index] for index in again], again, choice, mask, unseen)
+            self._choose_again(logits, [rows[index] for index in again], again, chosen, mask, unseen)
         plain = {*again, *(index for index, row in enumerate(rows) if is_plain(row.sampling) and index not in masked)}
         special = [index for index in range(len(rows)) if index not in plain]
         if special:
             held = mask if masked.intersection(special) else None
-            self._draw_special(logits, [rows[index] for index in special], special, choice, held, unseen)
-        return DeviceDraw(choice, rows, _logprobs(logits, rows, choice), self._to_host)
+            self._draw_special(logits, [rows[index] for index in special], special, chosen, held, unseen)
+        return DeviceDraw(chosen, rows, _logprobs(logits, rows, chosen), self._to_host)
 
     def _choose_again(
         self,
         logits: Tensor,
         rows: list[DrawRow],
         indexes: list[int],
-        choice: Choice,
+        chosen: Chosen,
         mask: RowMask | None,
         unseen: Tensor | None,
     ) -> None:
@@ -236,44 +279,46 @@ class DeviceSampler:
         shift(logits, rows, None if unseen is None else unseen[where], indexes)
         if mask is not None:
             forbid_rows(logits, mask, indexes, indexes)
-        self.greedy(logits, self._again)
-        choice.next_tokens[where] = self._again.next_tokens[where]
+        if logits.is_cuda:
+            self._launch_greedy(logits, chosen.tokens, chosen.answers, None, where)
+        else:
+            chosen.put(where, _largest(logits[where])[0])
 
     def _draw_special(
         self,
         logits: Tensor,
         rows: list[DrawRow],
         indexes: list[int],
-        choice: Choice,
+        chosen: Chosen,
         mask: RowMask | None,
         unseen: Tensor | None,
     ) -> None:
         where = to_device(np.array(indexes, dtype=np.int64), self._device)
         is_changed = mask is not None or any(is_shifted(row.sampling) for row in rows)
         if logits.is_cuda and not is_changed:
-            self._launch_draw(logits, rows, where, choice, int(unseen is not None), in_place=True)
+            self._launch_draw(logits, rows, where, chosen, int(unseen is not None), in_place=True)
             return
         x = logits[where]  # a copy
         shift(x, rows, None if unseen is None else unseen[where])
         if mask is not None:
             forbid_rows(x, mask, indexes)
         if x.is_cuda:
-            self._launch_draw(x, rows, where, choice, int(unseen is not None), in_place=False)
+            self._launch_draw(x, rows, where, chosen, int(unseen is not None), in_place=False)
         else:
-            chosen = x.argmax(dim=1)
+            tokens = x.argmax(dim=1)
             random = [place for place, row in enumerate(rows) if row.sampling.temperature > 0]
             if random:
                 is_finite = x[random].amax(dim=1, keepdim=True).isfinite()  # rows that are not sound must still not raise
                 drawn = draw_random(x[random].where(is_finite, 0.0), [rows[place] for place in random], int(unseen is not None))
-                chosen[random] = torch.tensor(drawn)
-            choice.next_tokens[where] = chosen
+                tokens[random] = torch.tensor(drawn)
+            chosen.put(where, tokens)
 
-    def _launch_draw(self, x: Tensor, rows: list[DrawRow], where: Tensor, choice: Choice, ahead: int, *, in_place: bool) -> None:
+    def _launch_draw(self, x: Tensor, rows: list[DrawRow], where: Tensor, chosen: Chosen, ahead: int, *, in_place: bool) -> None:
         from node.kernels.triton_sampling import draw_kernel
 
         asked = to_device(_asked(rows, ahead), self._device)
         draw_kernel[(len(rows),)](
-            x, asked, where, choice.next_tokens, self._vocab, x.stride(0), IN_PLACE=in_place, ANY_KEY=0x7FFFFFFF,
+            x, asked, where, chosen.tokens, chosen.answers, self._vocab, x.stride(0), IN_PLACE=in_place, ANY_KEY=0x7FFFFFFF,
             TINY=torch.finfo(torch.float32).tiny, SPANS=self._spans, BLOCK=_DRAW_BLOCK, num_warps=_DRAW_WARPS,
         )  # fmt: skip
 
@@ -283,6 +328,18 @@ def join_parts(parts: Tensor) -> tuple[Tensor, Tensor]:
     values, tokens = parts[..., 0].contiguous().view(torch.float32), parts[..., 1]
     best = values.amax(dim=1)
     return best, tokens.where(values == best[:, None], torch.iinfo(torch.int32).max).amin(dim=1).long()
+
+
+def _sound(best: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens of the largest logits `best`, 0 where those are not finite, and whether they are."""
+    is_sound = best.isfinite()
+    return torch.where(is_sound, tokens, 0), is_sound
+
+
+def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The token of each row's largest logit, the lowest among equals, as `_sound`."""
+    best = logits.max(dim=1)  # NaN where one is
+    return _sound(best.values, best.indices)
 
 
 def reads_logits(sampling: Sampling, *, has_grammar: bool) -> bool:
@@ -308,7 +365,7 @@ def _asked(rows: Sequence[DrawRow], ahead: int) -> npt.NDArray[np.float64]:
     return asked
 
 
-def _logprobs(logits: Tensor, rows: Sequence[DrawRow], choice: Choice) -> _Logprobs | None:
+def _logprobs(logits: Tensor, rows: Sequence[DrawRow], chosen: Chosen) -> _Logprobs | None:
     asking = [index for index, row in enumerate(rows) if row.sampling.logprobs >= 0]
     if not asking:
         return None
@@ -316,8 +373,8 @@ def _logprobs(logits: Tensor, rows: Sequence[DrawRow], choice: Choice) -> _Logpr
     log_p = logits[where].log_softmax(dim=1)
     most = min(max(rows[index].sampling.logprobs for index in asking), logits.shape[1])
     top = torch.topk(log_p, most, dim=1)
-    chosen = log_p.gather(1, choice.next_tokens[where][:, None])[:, 0]
-    return _Logprobs(asking, chosen, top.values, top.indices)
+    of_chosen = log_p.gather(1, chosen.tokens[where].long()[:, None])[:, 0]
+    return _Logprobs(asking, of_chosen, top.values, top.indices)
 
 
 def _to_host(values: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Everything a GPU's step reads from the host, as one run of int32: written with numpy, sent with one copy, viewed as tensors.
 
 The device's memory begins with the tokens that the last step drew, because the next step may be launched before the host knows
-them: `sources` says for every row where its token stands, there or among the run's own tokens.
+them: `sources` says for every row where its token stands, there or among the run's own tokens. Behind them, ahead of what a step
+writes, a line of the run's own says where the step leaves what the host wants to know.
 
 A run travels while the step before it computes, on a stream of its own, and a kernel puts it in its place in the order of the
 steps. Sent in that order itself it would set out when that step ends, together with adapters that wait for the same moment, and
@@ -29,6 +30,8 @@ from node.kernels.side import SideGroup
 from node.models.inputs import StepInputs
 
 Ints = npt.NDArray[np.int32]
+
+ANSWER_TURNS = 4  # places for a step's answers: free again when the host, one step ahead or two, launches into them
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,18 +109,28 @@ class StepBlock:
         drawn: Tokens that one step can draw.
         capacity: int32 of the largest run.
         device: Where it goes.
+
+    Attributes:
+        tokens: int32. What `sources` index.
+        drawn: [drawn] int32. The last step's tokens, in the order it drew them.
+        answer_turn: Which of `ANSWER_TURNS` places the run that was sent last names. answer_turn_word: [1] int32, on the device.
     """
 
     def __init__(self, drawn: int, capacity: int, device: torch.device) -> None:
         self._capacity = capacity
-        self._drawn = aligned_ints(drawn, LINE_INTS)
+        line = aligned_ints(drawn, LINE_INTS)
+        self._start = line + LINE_INTS
         is_gpu = device.type == "cuda"
-        self._hosts = [torch.zeros(capacity, dtype=torch.int32, pin_memory=is_gpu) for _ in range(2)]
-        self._memory = torch.zeros(self._drawn + capacity, dtype=torch.int32, device=device)
-        self._device = self._memory[self._drawn :]
+        size = LINE_INTS + capacity
+        self._hosts = [torch.zeros(size, dtype=torch.int32, pin_memory=is_gpu) for _ in range(2)]
+        self.tokens = torch.zeros(line + size, dtype=torch.int32, device=device)
+        self._place = self.tokens[line:]
+        self._device = self.tokens[self._start :]
         self._turn = 0
-        self._route = Route(len(self._hosts), capacity, device) if is_gpu else None
-        self.drawn = self._memory[:drawn]  # the last step's tokens, in the order it drew them
+        self._route = Route(len(self._hosts), size, device) if is_gpu else None
+        self.drawn = self.tokens[:drawn]
+        self.answer_turn = 0
+        self.answer_turn_word = self._place[:1]
 
     @property
     def capacity(self) -> int:
@@ -134,15 +147,22 @@ class StepBlock:
         self._turn = 1 - self._turn
         if self._route is not None:
             self._route.wait(self._turn)
-        return self._hosts[self._turn].numpy()
+        return self._hosts[self._turn].numpy()[LINE_INTS:]
 
     def send(self, count: int) -> None:
         """Put the first `count` int32 in their place on the device, in stream order."""
-        host, place = self._hosts[self._turn][:count], self._device[:count]
+        host, place = self._hosts[self._turn][: LINE_INTS + count], self._place[: LINE_INTS + count]
+        self.answer_turn = self.next_answer_turn
+        host[0] = self.answer_turn
         if self._route is None:
             place.copy_(host)
         else:
             self._route.send(self._turn, host, place)
+
+    @property
+    def next_answer_turn(self) -> int:
+        """Which one the next run will name."""
+        return (self.answer_turn + 1) % ANSWER_TURNS
 
     def view(self, start: int, count: int) -> Tensor:
         """A section on the device."""
@@ -150,11 +170,7 @@ class StepBlock:
 
     def source_of_own(self, index: int) -> int:
         """`sources` value of the run's own int32 at `index`."""
-        return self._drawn + index
-
-    def gather(self, sources: Tensor) -> Tensor:
-        """Token ids [T] int32 of `sources` [T]."""
-        return torch.index_select(self._memory, 0, sources)
+        return self._start + index
 
     def inputs(
         self,
@@ -177,7 +193,8 @@ class StepBlock:
         rows, sequences, width = layout.rows, layout.sequences, layout.table_width
         tops = LogitTops(self.view(layout.wanted, rows if logit_rows is None else logit_rows)) if has_tops else None
         return StepInputs(
-            token_ids=self.gather(self.view(layout.sources, rows)),
+            token_ids=self.tokens,
+            sources=self.view(layout.sources, rows),
             positions=self.view(layout.positions, rows),
             kv_slots=self.view(layout.kv_slots, rows),
             query_start=self.view(layout.query_start, sequences + 1),

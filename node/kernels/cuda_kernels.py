@@ -25,6 +25,7 @@ from node.kernels.reference import lora_delta
 
 MAX_TOP_ROWS = 256  # of a step whose output projection finds the largest logits itself
 PIECE_ROWS = 256  # of the skinny GEMM, where bits may not depend on the batch and it cannot take all rows at once
+ROW_BYTES = 16  # a multiple of which the rows are that a kernel of ours takes
 EXACT_ROWS = 32  # of a product whose bits may not depend on the batch, where the skinny GEMM cannot run
 
 
@@ -259,11 +260,21 @@ class CudaKernels(Kernels[Product, DeviceRows]):
         self._ops.rms_norm(x, weight, eps, out, self._follow)
         return out
 
-    def embed_rms_norm(self, token_ids: Tensor, embedding: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        x = torch.empty((token_ids.shape[0], embedding.shape[1]), dtype=embedding.dtype, device=embedding.device)
+    def embed_rms_norm(
+        self, token_ids: Tensor, embedding: Tensor, weight: Tensor, eps: float, *, sources: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        count = (token_ids if sources is None else sources).shape[0]
+        x = torch.empty((count, embedding.shape[1]), dtype=embedding.dtype, device=embedding.device)
         out = torch.empty_like(x)
-        self._ops.embed_rms_norm(token_ids, embedding, weight, eps, x, out)
+        self._ops.embed_rms_norm(token_ids, embedding, weight, eps, x, out, sources)
         return x, out
+
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        if x.shape[1] * x.itemsize % ROW_BYTES or rows.dtype != torch.int32:
+            return x[rows]
+        out = torch.empty((rows.shape[0], x.shape[1]), dtype=x.dtype, device=x.device)
+        self._ops.take_rows(x, rows, out, self._follow)
+        return out
 
     def add_rms_norm(self, x: Product, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty_like(residual)

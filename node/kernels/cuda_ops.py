@@ -91,6 +91,7 @@ class CudaOps:
         self._materialize = ops.materialize.default
         self._rms_norm = ops.rms_norm_into.default
         self._embed_rms_norm = ops.embed_rms_norm.default
+        self._take_rows = ops.take_rows.default
         self._skinny_gemm = ops.skinny_gemm.default
         self._skinny_gemm_silu_mul = ops.skinny_gemm_silu_mul.default
         self._skinny_gemm_logits = ops.skinny_gemm_logits.default
@@ -186,14 +187,20 @@ class CudaOps:
         eps: float,
         residual: Tensor,
         out: Tensor,
+        sources: Tensor | None = None,
         follow: Follow = Follow.PLAIN,
     ) -> None:
-        """residual [T, H] = embedding[token_ids]; out [T, H] = rms_norm(residual).
+        """residual [T, H] = embedding[token_ids[sources]]; out [T, H] = rms_norm(residual).
 
         Args:
-            token_ids: [T] int32 or int64. Negative in a padding row, which is left alone.
+            token_ids: [T] int32 or int64; any number where `sources` says which. A row whose id is negative is left alone.
+            sources: [T] int32; None: row t's is the t-th.
         """
-        self._embed_rms_norm(token_ids, embedding, weight, eps, int(follow), residual, out)
+        self._embed_rms_norm(token_ids, sources, embedding, weight, eps, int(follow), residual, out)
+
+    def take_rows(self, x: Tensor, rows: Tensor, out: Tensor, follow: Follow = Follow.WAIT_FIRST) -> None:
+        """out [W, H] = x[rows]. rows: [W] int32; H: whole 16 bytes."""
+        self._take_rows(x, rows, int(follow), out)
 
     def skinny_gemm_planes(self, outputs: int, inputs: int, tokens: int) -> int:
         """S of the planes that `skinny_gemm` writes for these shapes; 0 where it cannot run them."""

@@ -60,6 +60,7 @@ CUDA_OPS = (
     "materialize",
     "rms_norm_into",
     "embed_rms_norm",
+    "take_rows",
     "skinny_gemm",
     "skinny_gemm_silu_mul",
     "skinny_gemm_logits",

@@ -149,10 +149,21 @@ class Kernels(ABC, Generic[ProductT, RowsT]):
     def head_rows(self, rows: RowsT | None, pool: LoraPool | None, module: int) -> RowsT | None:
         """`rows`, or None where no adapter changes the output projection, `module` of which is the row in `LoraPool.ranks`."""
 
-    def embed_rms_norm(self, token_ids: Tensor, embedding: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """x = embedding[token_ids] [T, H] and `rms_norm` of it. token_ids: [T]; embedding: [V, H]."""
-        x = embedding[token_ids]
+    def embed_rms_norm(
+        self, token_ids: Tensor, embedding: Tensor, weight: Tensor, eps: float, *, sources: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x = embedding[token_ids] [T, H] and `rms_norm` of it. A step's first operation.
+
+        Args:
+            token_ids: [T]. embedding: [V, H].
+            sources: [T]: where in token_ids each row's token stands; None: in order.
+        """
+        x = embedding[token_ids if sources is None else token_ids[sources]]
         return x, self.rms_norm(x, weight, eps)
+
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """x[rows]. x: [T, H]; rows: [W] integers."""
+        return x[rows]
 
     @abstractmethod
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -217,7 +228,9 @@ class Kernels(ABC, Generic[ProductT, RowsT]):
         *,
         is_short: bool = False,
     ) -> Any:
-        """What depends on the lengths of a step alone, worked out once for all layers. See `paged_attention` for the tensors.
+        """What depends on the lengths of a step alone, worked out once for all layers, after `embed_rms_norm` and before them.
+
+        See `paged_attention` for the tensors.
 
         Args:
             max_query, max_context: The most rows and tokens of one sequence.

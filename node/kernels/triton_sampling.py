@@ -17,15 +17,19 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 @triton.jit
 def greedy_kernel(
     logits_ptr,  # [W, V] float32
-    token_ptr,  # [W] int64, written
-    is_sound_ptr,  # [W] int8, written: 1 where the largest logit is finite and no logit is NaN
+    token_ptr,  # [W] int32, written: 0 where the largest logit is not finite or a logit is NaN
+    answer_ptr,  # [turns, W] int32, written: the same, and -1 there
+    turn_ptr,  # [1] int32
+    row_ptr,  # [programs] int64: IS_AGAIN: rows whose answers, [W], stay -1 where they are; not read otherwise
     part_value_ptr,  # [W, PARTS] float32
     part_token_ptr,  # [W, PARTS] int32
     arrived_ptr,  # [W] int32, 0 before and after
     vocab,
     row_stride,
+    turn_stride,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    IS_AGAIN: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """A program owns one part of a row; the one that comes last joins the parts. Lowest index wins among equals."""
@@ -33,6 +37,8 @@ def greedy_kernel(
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0)
+    if IS_AGAIN:
+        row = tl.load(row_ptr + row).to(tl.int32)
     part = tl.program_id(1)
     span = tl.cdiv(tl.cdiv(vocab, PARTS), BLOCK) * BLOCK
     lane = tl.arange(0, BLOCK)
@@ -57,40 +63,49 @@ def greedy_kernel(
         each = tl.arange(0, PARTS)
         values = tl.load(part_value_ptr + row * PARTS + each, cache_modifier=".cg")
         tokens = tl.load(part_token_ptr + row * PARTS + each, cache_modifier=".cg")
-        has_nan = tl.max((values != values).to(tl.int32), 0) > 0
-        _choose(values, tokens, has_nan, token_ptr + row, is_sound_ptr + row)
+        if not IS_AGAIN:
+            answer_ptr += tl.load(turn_ptr) * turn_stride
+        _choose(values, tokens, token_ptr + row, answer_ptr + row, IS_AGAIN)
 
 
 @triton.jit
 def top_kernel(
     part_ptr,  # [W, P, 2] int32: the largest logit of each part (float32 bits, NaN where one is) and its token
-    token_ptr,  # [W] int64, written
-    is_sound_ptr,  # [W] int8, written: as of `greedy_kernel`
+    token_ptr,  # these three: see `greedy_kernel`
+    answer_ptr,
+    turn_ptr,
     count,  # P
+    turn_stride,
     PARTS: tl.constexpr,  # a power of two, at least P
     USE_PDL: tl.constexpr,
 ):
     """`greedy_kernel` where the output projection has found the largest of every part. A program owns a row."""
+    row = tl.program_id(0)
+    answer_ptr += tl.load(turn_ptr) * turn_stride
     if USE_PDL:
         gdc_launch_dependents()
         gdc_wait()
-    row = tl.program_id(0)
     each = tl.arange(0, PARTS)
     part_ptr += (row * count + each) * 2
     bits = tl.load(part_ptr, mask=each < count, other=-8388608)  # -inf
     tokens = tl.load(part_ptr + 1, mask=each < count, other=0x7FFFFFFF)
     values = bits.to(tl.float32, bitcast=True)
-    _choose(values, tokens, tl.max((values != values).to(tl.int32), 0) > 0, token_ptr + row, is_sound_ptr + row)
+    _choose(values, tokens, token_ptr + row, answer_ptr + row, False)
 
 
 @triton.jit
-def _choose(values, tokens, has_nan, token_ptr, is_sound_ptr):
-    """The lowest token of the largest value; 0 where that is not finite."""
+def _choose(values, tokens, token_ptr, answer_ptr, IS_AGAIN: tl.constexpr):
+    """The lowest token of the largest value; 0, and the answer -1, where that is not finite or a value is NaN."""
+    has_nan = tl.max((values != values).to(tl.int32), 0) > 0
     top = tl.max(tl.where(values != values, float("-inf"), values), 0)
     chosen = tl.min(tl.where(values == top, tokens, 0x7FFFFFFF), 0)
     is_sound = (top > float("-inf")) & (top < float("inf")) & (has_nan == 0)
-    tl.store(token_ptr, tl.where(is_sound, chosen, 0).to(tl.int64))
-    tl.store(is_sound_ptr, is_sound.to(tl.int8))
+    chosen = tl.where(is_sound, chosen, 0)
+    tl.store(token_ptr, chosen)
+    if IS_AGAIN:
+        tl.store(answer_ptr, chosen, mask=tl.load(answer_ptr) >= 0)
+    else:
+        tl.store(answer_ptr, tl.where(is_sound, chosen, -1))
 
 
 @triton.jit
@@ -181,8 +196,9 @@ def forbid_kernel(
 def draw_kernel(
     x_ptr,  # [n, V] float32: logits after penalties, bias and masks; IN_PLACE: the step's own [W, V], read at the rows
     asked_ptr,  # [n, 6] float64: temperature, top_k, typical_p, top_p, min_p, noise
-    row_ptr,  # [n] int64: which row of `token_ptr`
-    token_ptr,  # [W] int64, written at the rows
+    row_ptr,  # [n] int64: which row of the next two
+    token_ptr,  # [W] int32, written at the rows
+    answer_ptr,  # [W] int32, the same but where it is -1
     vocab,
     row_stride,
     IN_PLACE: tl.constexpr,
@@ -230,7 +246,8 @@ def draw_kernel(
         top_key = tl.minimum(top_key, (-tl.log(min_p)).to(tl.int32, bitcast=True))
 
     chosen = _invert(x_ptr, vocab, best, temperature, top_key, typical_key, log_total, entropy, noise, SPANS, BLOCK)
-    tl.store(token_ptr + row, chosen.to(tl.int64))
+    tl.store(token_ptr + row, chosen)
+    tl.store(answer_ptr + row, chosen, mask=tl.load(answer_ptr + row) >= 0)
 
 
 @triton.jit

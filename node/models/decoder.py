@@ -87,6 +87,7 @@ class Decoder:
         """Everything up to the last layer's attention, behind which only the rows that want logits go on."""
         kernels, weights, eps = self._kernels, self._weights, self._weights.eps
         linears = Linears(kernels, pool, inputs.lora, inputs.side)
+        x, h = kernels.embed_rms_norm(inputs.token_ids, weights.embedding, weights.first_norm, eps, sources=inputs.sources)
         plan = kernels.plan_attention(
             inputs.block_tables,
             inputs.query_start,
@@ -95,9 +96,8 @@ class Decoder:
             inputs.max_context,
             is_short=inputs.is_short,
         )
-        x, h = kernels.embed_rms_norm(inputs.token_ids, weights.embedding, weights.first_norm, eps)
         if inputs.side is not None and pool is not None:
-            add_to_embedding(x, inputs.token_ids, pool, inputs.side)
+            add_to_embedding(x, inputs.row_token_ids(), pool, inputs.side)
             h = kernels.rms_norm(x, weights.first_norm, eps)
         half, last = len(weights.layers) // 2, weights.layers[-1]
         for index, (layer, keys, values) in enumerate(zip(weights.layers, kv.keys, kv.values, strict=True)):
@@ -122,7 +122,7 @@ class Decoder:
                 h = self._finish_layer(layer, attention, x, linears)
         wanted = inputs.logit_rows
         if wanted is not None:
-            attention, x = attention.index_select(0, wanted), x.index_select(0, wanted)
+            attention, x = kernels.take_rows(attention, wanted), kernels.take_rows(x, wanted)
         return Attended(attention, x)
 
     def _finish_layer(self, layer: DecoderLayer, attention: Tensor, x: Tensor, linears: Linears) -> Tensor:

@@ -22,7 +22,8 @@ class StepInputs:
     """One step's batch as flat tensors.
 
     Attributes:
-        token_ids: [T] int64.
+        token_ids: [T] int64; where `sources` says which, any number of integers.
+        sources: [T] int32. Where in token_ids each row's token stands; None: row t's is the t-th.
         positions: [T] int64. Absolute position of each row in its sequence.
         kv_slots: [T] int64. Where the row's key and value go: block * B + offset.
         query_start: [Q + 1] int32. Rows of sequence q are query_start[q] .. query_start[q + 1] - 1.
@@ -53,6 +54,11 @@ class StepInputs:
     hidden_rows: Tensor | None = None
     hidden: Tensor | None = None
     tops: LogitTops | None = None
+    sources: Tensor | None = None
+
+    def row_token_ids(self) -> Tensor:
+        """[T]. An operation of its own: `Kernels.embed_rms_norm` does without."""
+        return self.token_ids if self.sources is None else self.token_ids[self.sources]
 
 
 @dataclass(slots=True)

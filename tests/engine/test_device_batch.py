@@ -45,7 +45,7 @@ def test_decode_rows_and_padding():
     block.send(layout.tiles)
 
     assert pending == {1: 2}
-    assert block.gather(block.view(layout.sources, 4))[:2].tolist() == [15, 92]
+    assert block.tokens[block.view(layout.sources, 4)][:2].tolist() == [15, 92]
     assert block.view(layout.positions, 4).tolist() == [5, 3, 0, 0]
     assert block.view(layout.kv_slots, 4).tolist() == [1 * 4 + 1, 7 * 4 + 3, -1, -1]
     assert block.view(layout.context_lens, 4).tolist() == [6, 4, 0, 0]
@@ -67,7 +67,7 @@ def test_rows_of_chunks_and_of_a_decode_together():
 
     assert (shape.rows, shape.max_query, shape.max_context, shape.is_decode) == (7, 6, 10, False)
     assert shape.logit_rows.tolist() == [6]
-    assert block.gather(block.view(layout.sources, 7)).tolist() == [14, 15, 16, 17, 18, 19, 55]
+    assert block.tokens[block.view(layout.sources, 7)].tolist() == [14, 15, 16, 17, 18, 19, 55]
     assert block.view(layout.positions, 7).tolist() == [4, 5, 6, 7, 8, 9, 3]
     assert block.view(layout.kv_slots, 7).tolist() == [4, 5, 6, 7, 8, 9, 31]
     assert block.view(layout.query_start, 3).tolist() == [0, 6, 7]

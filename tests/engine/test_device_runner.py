@@ -240,12 +240,12 @@ class Fragile:
         self._token_id = token_id
 
     def forward(self, inputs, kv, pool):
-        if (inputs.token_ids == self._token_id).any():
+        if (inputs.row_token_ids() == self._token_id).any():
             raise RuntimeError("this token breaks the model")
         return self._model.forward(inputs, kv, pool)
 
     def attended(self, inputs, kv, pool):
-        if (inputs.token_ids == self._token_id).any():
+        if (inputs.row_token_ids() == self._token_id).any():
             raise RuntimeError("this token breaks the model")
         return self._model.attended(inputs, kv, pool)
 

@@ -5,7 +5,7 @@ from array import array
 import pytest
 import torch
 
-from node.engine.device_sampler import DeviceSampler, reads_logits
+from node.engine.device_sampler import Choice, DeviceSampler, reads_logits
 from node.engine.device_shift import forbid_rows, shift
 from node.engine.sampler import DrawRow, RowMask, draw
 from node.kernels.head_rows import LogitTops
@@ -47,7 +47,7 @@ def on_device(logits, rows, mask=None, unseen=None):
     sampler = DeviceSampler(logits.shape[1], len(rows), torch.device("cpu"))
     choice = sampler.new_choice(len(rows))
     sampler.greedy(logits, choice)
-    drawn = sampler.draw(logits, rows, choice, mask, unseen)
+    drawn = sampler.draw(logits, rows, choice.step(0), mask, unseen)
     assert drawn.is_ready()
     return drawn.read(), choice
 
@@ -69,7 +69,7 @@ def test_draw_of_mixed_rows_equals_the_cpu_sampler(seed):
     rows, logits = make_rows(seed), random_logits(len(PARAMETERS), seed)
     ours, choice = on_device(logits.clone(), rows)
     same(ours, draw(logits, rows))
-    assert choice.next_tokens.tolist() == [token.token_id for token in ours]
+    assert choice.tokens.tolist() == [token.token_id for token in ours]
 
 
 def test_draw_changes_no_row_but_greedy_ones_with_penalties_or_a_bias():
@@ -98,7 +98,7 @@ def test_draw_of_non_finite_rows_is_none_and_spares_the_others(poison):
         expected[place] = None
     ours, choice = on_device(logits.clone(), rows)
     same(ours, expected)
-    assert ((choice.next_tokens >= 0) & (choice.next_tokens < VOCAB)).all()
+    assert ((choice.tokens >= 0) & (choice.tokens < VOCAB)).all()
 
 
 def test_draw_with_masks_equals_the_cpu_sampler():
@@ -155,9 +155,9 @@ def test_tops_give_what_the_logits_give():
     found, expected = sampler.new_choice(6), sampler.new_choice(6)
     sampler.greedy(logits, expected)
     sampler.greedy(torch.full_like(logits, float("nan")), found, LogitTops(torch.zeros(6, dtype=torch.int32), parts))
-    assert found.next_tokens.tolist() == expected.next_tokens.tolist()
-    assert found.is_sound.tolist() == expected.is_sound.tolist()
-    assert expected.next_tokens[1] == 100
+    assert found.tokens.tolist() == expected.tokens.tolist()
+    assert found.answers.tolist() == expected.answers.tolist()
+    assert expected.answers[0, 1:5].tolist() == [100, -1, -1, -1]
 
 
 def test_rows_that_do_not_read_logits_are_drawn_without_them():
@@ -166,10 +166,27 @@ def test_rows_that_do_not_read_logits_are_drawn_without_them():
     sampler = DeviceSampler(VOCAB, len(rows), torch.device("cpu"))
     choice = sampler.new_choice(len(rows))
     sampler.greedy(logits, choice)
-    expected = sampler.draw(logits.clone(), rows, choice, mask).read()
+    expected = sampler.draw(logits.clone(), rows, choice.step(0), mask).read()
     sampler.greedy(logits, choice)
     for index, row in enumerate(rows):
         if not reads_logits(row.sampling, has_grammar=index in mask.rows):
             logits[index] = float("nan")
     assert logits.isnan().any()
-    assert sampler.draw(logits, rows, choice, mask).read() == expected
+    assert sampler.draw(logits, rows, choice.step(0), mask).read() == expected
+
+
+def test_answers_of_a_step_stay_while_the_next_ones_draw():
+    turn = torch.zeros(1, dtype=torch.int32)
+    choice = Choice.of(torch.zeros(3, dtype=torch.int32), turn, turns=2)
+    sampler = DeviceSampler(VOCAB, 3, torch.device("cpu"))
+    expected = []
+    for step in range(3):
+        logits = random_logits(3, step)
+        logits[step] = float("nan")
+        turn.fill_(step % 2)
+        sampler.greedy(logits, choice)
+        expected.append(logits.nan_to_num(-9).argmax(dim=1).tolist())
+        assert choice.tokens.tolist() == [0 if row == step else token for row, token in enumerate(expected[step])]
+        for kept in range(max(0, step - 1), step + 1):
+            answers = choice.step(kept % 2).answers.tolist()
+            assert answers == [-1 if row == kept else token for row, token in enumerate(expected[kept])]

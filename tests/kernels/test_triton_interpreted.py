@@ -155,25 +155,47 @@ def test_deterministic_rows_have_the_same_bits_alone_in_a_batch_and_in_prefill(w
     assert torch.equal(batch.prefill(attention), together)
 
 
+def places(rows):
+    """Tokens, and answers of three turns, the second of which is written."""
+    full = torch.full((4, rows), -7, dtype=torch.int32)
+    return full[0], full[1:], torch.tensor([1], dtype=torch.int32)
+
+
 def launch_greedy(logits, parts=4):
     rows, vocab = logits.shape
-    tokens, is_sound = torch.full((rows,), -7), torch.full((rows,), 9, dtype=torch.int8)
+    tokens, answers, turn = places(rows)
     arrived = torch.zeros(rows, dtype=torch.int32)
     memory = torch.empty(rows, parts), torch.empty(rows, parts, dtype=torch.int32)
     greedy_kernel[(rows, parts)](
-        logits, tokens, is_sound, *memory, arrived, vocab, vocab, PARTS=parts, BLOCK=256, USE_PDL=False
+        logits, tokens, answers, turn, None, *memory, arrived, vocab, vocab, rows, PARTS=parts, BLOCK=256, IS_AGAIN=False,
+        USE_PDL=False,
     )  # fmt: skip
     assert not arrived.any()
-    return tokens.tolist(), is_sound.tolist()
+    return tokens.tolist(), answers.tolist()
 
 
 def test_greedy_takes_the_lowest_of_the_largest_and_marks_rows_that_are_not_finite():
     logits = torch.randn(6, 3000)
     logits[1, [100, 2000]] = 50.0
     logits[2, 17], logits[3, 2999], logits[4] = float("nan"), float("inf"), float("-inf")
-    tokens, is_sound = launch_greedy(logits)
-    assert is_sound == [1, 1, 0, 0, 0, 1]
-    assert tokens == [int(logits[0].argmax()), 100, 0, 0, 0, int(logits[5].argmax())]
+    tokens, answers = launch_greedy(logits)
+    first, last = int(logits[0].argmax()), int(logits[5].argmax())
+    assert answers == [[-7] * 6, [first, 100, -1, -1, -1, last], [-7] * 6]
+    assert tokens == [first, 100, 0, 0, 0, last]
+
+
+def test_greedy_again_replaces_the_tokens_of_its_rows_and_no_answer_that_is_not_sound():
+    logits = torch.randn(6, 3000)
+    tokens, answers, _ = places(6)
+    answers[1] = torch.tensor([1, 2, -1, 4, -1, 6])
+    where, arrived = torch.tensor([4, 0, 5]), torch.zeros(6, dtype=torch.int32)
+    memory = torch.empty(6, 4), torch.empty(6, 4, dtype=torch.int32)
+    greedy_kernel[(3, 4)](
+        logits, tokens, answers[1], None, where, *memory, arrived, 3000, 3000, 6, PARTS=4, BLOCK=256, IS_AGAIN=True, USE_PDL=False
+    )  # fmt: skip
+    best = logits.argmax(dim=1).tolist()
+    assert tokens.tolist() == [best[0], -7, -7, -7, best[4], best[5]]
+    assert answers[1].tolist() == [best[0], 2, -1, 4, -1, best[5]]
 
 
 def test_tops_give_the_token_that_greedy_takes_from_the_logits():
@@ -183,9 +205,9 @@ def test_tops_give_the_token_that_greedy_takes_from_the_logits():
     best = [part.max(dim=1) for part in logits.split(999, dim=1)]
     values, columns = torch.stack([part.values for part in best], 1), torch.stack([part.indices for part in best], 1)
     parts = torch.stack([values.view(torch.int32), (columns + 999 * torch.arange(4)).int()], dim=2)
-    tokens, is_sound = torch.full((6,), -7), torch.full((6,), 9, dtype=torch.int8)
-    top_kernel[(6,)](parts, tokens, is_sound, 4, PARTS=8, USE_PDL=False)
-    assert (tokens.tolist(), is_sound.tolist()) == launch_greedy(logits)
+    tokens, answers, turn = places(6)
+    top_kernel[(6,)](parts, tokens, answers, turn, 4, 6, PARTS=8, USE_PDL=False)
+    assert (tokens.tolist(), answers.tolist()) == launch_greedy(logits)
 
 
 @pytest.mark.parametrize(
@@ -209,14 +231,17 @@ def test_draw_gives_the_tokens_of_the_cpu(parameters, in_place):
     rows = [DrawRow(Sampling(max_new_tokens=9, seed=seed, **parameters), 0, array("q", [1, 2]), 1) for seed in range(3)]
     s = rows[0].sampling
     asked = [[s.temperature, s.top_k, s.typical_p, s.top_p, s.min_p, uniform(seed, 0, 2)] for seed in range(3)]
-    tokens, where = torch.zeros(5, dtype=torch.int64), torch.tensor([4, 0, 2])
+    tokens, where = torch.zeros(5, dtype=torch.int32), torch.tensor([4, 0, 2])
+    answers = torch.tensor([7, 7, -1, 7, 7], dtype=torch.int32)
     held = torch.full((5, 2000), float("nan"))
     held[where] = logits
     draw_kernel[(3,)](
-        held if in_place else logits, torch.tensor(asked, dtype=torch.float64), where, tokens, 2000, 2000, IN_PLACE=in_place,
-        ANY_KEY=0x7FFFFFFF, TINY=torch.finfo(torch.float32).tiny, SPANS=4, BLOCK=512,
+        held if in_place else logits, torch.tensor(asked, dtype=torch.float64), where, tokens, answers, 2000, 2000,
+        IN_PLACE=in_place, ANY_KEY=0x7FFFFFFF, TINY=torch.finfo(torch.float32).tiny, SPANS=4, BLOCK=512,
     )  # fmt: skip
-    assert tokens[where].tolist() == [token.token_id for token in draw(logits, rows)]
+    expected = [token.token_id for token in draw(logits, rows)]
+    assert tokens[where].tolist() == expected
+    assert answers.tolist() == [expected[1], 7, -1, 7, expected[0]]
 
 
 @pytest.mark.parametrize("vocab", [2000, 2048, 2049])

@@ -58,6 +58,7 @@ class DecodeWork:
         is_deterministic: Cuts at multiples of a fixed chunk, whatever else is in the batch.
         item_blocks: Cache blocks that an item names, 0 or 24.
         chunk_rows: Most rows of a step with items of several rows.
+        has_follow: Plan beside the kernel before (programmatic dependent launch); see `PagedAttention.plan_decode`.
 
     Attributes:
         partial: [most items, N, D] float32. stats: [most items, N, 2] float32. done: [max_batch, G] int32, 0 between launches.
@@ -74,8 +75,10 @@ class DecodeWork:
         cost: ItemCost | None = None,
         item_blocks: int = 0,
         chunk_rows: int = 0,
+        has_follow: bool = False,
     ) -> None:
         self.shape = shape
+        self._has_follow = has_follow
         self._chunk_rows = chunk_rows
         self._width = ITEM_HEADER + item_blocks
         self._cost = cost or ItemCost()
@@ -138,12 +141,13 @@ class DecodeWork:
         if chunk_tokens:  # the last item of a sequence may be short
             most += -(-self._chunk_rows // chunk_tokens) + min(batch, self._chunk_rows // 2)
         found = DecodeItems(empty((most, self._width)), empty(batch + 1))
+        pdl = {"launch_pdl": True} if self._has_follow else {}
         plan_items_kernel[(_PLAN_PROGRAMS,)](
             context_lens, context_lens if query_start is None else query_start, block_tables, found.items, found.counts,
             batch, programs, self.most_items, self.chunk_keys // TILE, window or 0, cost.start_tiles, cost.join_tiles,
             self.shape.block_size, block_tables.stride(0),
             TILE=TILE, BATCH=self._rows, CHUNKS=64, HEADER=ITEM_HEADER, WIDTH=self._width,
-            CHUNK_TOKENS=chunk_tokens, num_warps=8,
+            CHUNK_TOKENS=chunk_tokens, USE_PDL=self._has_follow, num_warps=8, **pdl,
         )  # fmt: skip
         return found
 

@@ -63,7 +63,8 @@ class NativeAttention(PagedAttention):
 
     Args:
         prefill: Attends with prompt chunks.
-        has_follow: Launch decode before the kernel before it has ended, so that it fetches older keys and values meanwhile.
+        has_follow: Launch decode before the kernel before it has ended, so that it fetches older keys and values meanwhile, and
+            the plan beside the kernel before it.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class NativeAttention(PagedAttention):
             self._programs(_SMALL),
             item_blocks=_ITEM_BLOCKS,
             chunk_rows=_SHORT.rows,
+            has_follow=self._follow > 0,
         )
 
     @property

@@ -119,8 +119,8 @@ class PagedAttention(ABC):
     def plan_decode(self, block_tables: Tensor, context_lens: Tensor, max_context: int) -> DecodePlan:
         """Plan a step of one row a sequence, once, before the first layer. Launches at most one small kernel a window.
 
-        It must complete before the first layer's kernels start: under programmatic dependent launch, a kernel launched without
-        that attribute has to stand between.
+        `block_tables` and `context_lens` must be older than the kernel before, beside which that one may run. It must have
+        completed before the kernel ahead of `decode` begins: a kernel that waits for it has to stand between.
         """
         return DecodePlan(block_tables, context_lens, max_context)
 

@@ -66,7 +66,10 @@ def plan_items_kernel(
     HEADER: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK_TOKENS: tl.constexpr,  # rows of an item of a sequence with several; 0: every sequence has one
+    USE_PDL: tl.constexpr,  # what it reads is older than the kernel before, beside which it runs
 ):
+    if USE_PDL:
+        gdc_launch_dependents()
     row = tl.arange(0, BATCH)
     context = tl.load(lens_ptr + row, mask=row < batch, other=0)
     if CHUNK_TOKENS > 0:
@@ -145,6 +148,8 @@ def plan_items_kernel(
                 record = name_blocks(record, tables_ptr, row, from_key, to_key, here, block, table_stride, HEADER, WIDTH)
             target = first_piece + place
             tl.store(items_ptr + target[:, None] * WIDTH + field, record, mask=here[:, None] & (field < WIDTH))
+    if USE_PDL:
+        gdc_wait()  # whoever waits for this kernel waits for those before it
 
 
 @triton.jit(do_not_specialize=["batch"])

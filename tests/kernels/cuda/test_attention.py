@@ -60,6 +60,7 @@ class Batch:
     def decode(self, backend, window=None):
         out = torch.full_like(self.q, float("nan"))
         plan = backend.plan_decode(self.tables, self.lens, backend.shape.max_context)
+        out.fill_(float("nan"))  # stands between the plan and who reads it, as layers do
         return backend.decode(self.q, self.keys, self.values, plan, out, window=window)
 
     def prefill(self, backend, window=None):
@@ -72,6 +73,7 @@ class Batch:
         out = torch.full_like(self.q, float("nan"))
         rows = max(rows for _, rows in self.shapes)
         plan = backend.plan_short_prefill(self.tables, self.starts, self.lens, rows, backend.shape.max_context)
+        out.fill_(float("nan"))
         return backend.prefill(self.q, self.keys, self.values, plan, out, window=window)
 
     def check(self, actual, window=None):
@@ -343,4 +345,4 @@ def test_short_rows_have_the_same_bits_in_any_chunk():
         starts = torch.tensor([0, end - begin], dtype=torch.int32, device="cuda")
         plan = backend.plan_short_prefill(batch.tables, starts, lens, end - begin, 500)
         q = batch.q[begin:end]
-        assert torch.equal(backend.prefill(q, batch.keys, batch.values, plan, torch.empty_like(q)), whole[begin:end])
+        assert torch.equal(backend.prefill(q, batch.keys, batch.values, plan, torch.zeros_like(q)), whole[begin:end])

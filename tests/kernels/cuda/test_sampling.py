@@ -5,7 +5,7 @@ from array import array
 import pytest
 import torch
 
-from node.engine.device_sampler import DeviceSampler
+from node.engine.device_sampler import Choice, DeviceSampler
 from node.engine.sampler import DrawRow, RowMask, draw
 from node.request import Sampling
 
@@ -45,10 +45,10 @@ def on_gpu(logits, rows, mask=None, *, spoil=False):
     choice = sampler.new_choice(len(rows))
     x = logits.cuda()
     if spoil:
-        choice.next_tokens.fill_(-99)
-        choice.is_sound.fill_(7)
+        choice.tokens.fill_(-99)
+        choice.answers.fill_(-7)
     sampler.greedy(x, choice)
-    return sampler.draw(x, rows, choice, mask).read(), choice
+    return sampler.draw(x, rows, choice.step(0), mask).read(), choice
 
 
 @pytest.mark.parametrize("vocab", [49_152, VOCAB, 151_936, 1000])
@@ -84,7 +84,7 @@ def test_non_finite_rows_are_none_and_spare_the_others(poison, column):
     ours, choice = on_gpu(logits, rows)
     assert [index for index, token in enumerate(ours) if token is None] == [0, 3, 6]
     assert all(ours[i] == clean[i] for i in range(len(rows)) if i not in (0, 3, 6))
-    assert ((choice.next_tokens >= 0) & (choice.next_tokens < VOCAB)).all()
+    assert ((choice.tokens >= 0) & (choice.tokens < VOCAB)).all()
 
 
 def test_masks_hold():
@@ -118,7 +118,28 @@ def test_greedy_in_a_graph_follows_new_logits():
         sampler.greedy(logits, choice)
     for _ in range(5):
         logits.normal_()
-        choice.next_tokens.fill_(-1)
+        choice.tokens.fill_(-1)
+        choice.answers.fill_(-1)
         graph.replay()
-        assert torch.equal(choice.next_tokens, logits.argmax(dim=1))
-        assert choice.is_sound.all()
+        assert torch.equal(choice.tokens.long(), logits.argmax(dim=1))
+        assert torch.equal(choice.answers[0], choice.tokens)
+
+
+def test_answers_go_where_the_turn_says_and_leave_in_time():
+    logits, turn = torch.empty(8, VOCAB, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
+    choice = Choice.of(torch.zeros(8, dtype=torch.int32, device="cuda"), turn, turns=2)
+    sampler = DeviceSampler(VOCAB, 8, torch.device("cuda"))
+    rows = [DrawRow(Sampling(max_new_tokens=1), 0, array("q", [1]), 1)] * 8
+    sampler.greedy(logits.normal_(), choice)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        sampler.greedy(logits, choice)
+    drawn, expected = [], []
+    for step in range(12):
+        choice.claim(step % 2)
+        turn.fill_(step % 2)
+        expected.append(logits.normal_().argmax(dim=1).tolist())
+        graph.replay()
+        drawn.append(sampler.draw(logits, rows, choice.step(step % 2)))
+    assert [[token.token_id for token in step.read()] for step in drawn] == expected
