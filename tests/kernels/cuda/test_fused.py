@@ -191,6 +191,42 @@ def test_embed_rms_norm_equals_float64(make_work, error_of, dtype, ids_type):
     assert torch.equal(again[:3], out[:3])
 
 
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("size", [64, 4096, 5000, 12288])
+def test_embed_rms_norm_of_named_tokens_equals_that_of_tokens_in_order(make_work, error_of, dtype, size):
+    ops = make_work([()], RANKS, 64, (64,)).ops
+    memory = torch.randint(100, (5000,), dtype=torch.int32, device="cuda")
+    sources = torch.randint(5000, (1500,), dtype=torch.int32, device="cuda")
+    sources[7], sources[8] = -1, 5000
+    embedding, weight = torch.randn(100, size, device="cuda").to(dtype), torch.randn(size, device="cuda").to(dtype)
+    ids = memory[sources.long().clamp(0, 4999)]
+    ids[7:9] = -1
+    wanted, found = (torch.full((2, 1500, size), float("nan"), device="cuda", dtype=dtype) for _ in range(2))
+    ops.embed_rms_norm(ids, embedding, weight, 1e-5, *wanted)
+    ops.embed_rms_norm(memory, embedding, weight, 1e-5, *found, sources)
+    assert bool(found[:, 7:9].isnan().all())
+    seen = [row for row in range(1500) if row not in (7, 8)]
+    assert torch.equal(found[:, seen], wanted[:, seen])
+    rows = embedding[ids[seen].long()]
+    assert torch.equal(found[0, seen], rows)
+    assert error_of(found[1, seen], reference.rms_norm(rows.double(), weight.double(), 1e-5)) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("follow", [Follow.PLAIN, Follow.WAIT_FIRST])
+@pytest.mark.parametrize("size", [64, 4096, 4104])
+def test_take_rows_copies_them(make_work, dtype, follow, size):
+    ops = make_work([()], RANKS, 64, (64,)).ops
+    x, weight = torch.randn(300, size, device="cuda").to(dtype), torch.ones(size, device="cuda").to(dtype)
+    rows = torch.randint(300, (1200,), dtype=torch.int32, device="cuda")
+    rows[3], rows[4] = -1, 300
+    normed, out = torch.full_like(x, float("nan")), torch.full((1200, size), float("nan"), device="cuda", dtype=dtype)
+    ops.rms_norm(x, weight, 1e-5, normed, follow)
+    ops.take_rows(normed, rows, out, follow)
+    assert bool(out[3:5].isnan().all())
+    assert torch.equal(out[5:], normed[rows[5:].long()])
+
+
 def test_operations_in_a_chain_of_dependent_launches_keep_their_bits(make_work):
     """The same kernels, plain and overlapped, in a graph replayed many times."""
     case = Case(make_work, KINDS[0], 64, (1536, 1536), has_adapters=True, has_bias=False)

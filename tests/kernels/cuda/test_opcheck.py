@@ -31,7 +31,8 @@ def test_norms_pass_opcheck(work):
     x, weight, embedding = random(3, 576), random(576), random(10, 576)
     check(torch.ops.openlora.rms_norm_into.default, (x, weight, 1e-5, 0, torch.zeros_like(x)))
     both = torch.zeros_like(x), torch.zeros_like(x)
-    check(torch.ops.openlora.embed_rms_norm.default, (ints(3, 0, 9), embedding, weight, 1e-5, 0, *both))
+    check(torch.ops.openlora.embed_rms_norm.default, (ints(3, 0, 9), None, embedding, weight, 1e-5, 0, *both))
+    check(torch.ops.openlora.take_rows.default, (embedding, ints(3, 0, 9), 0, torch.zeros_like(x)))
 
 
 @pytest.mark.parametrize("has_adapters", [False, True], ids=["base", "lora"])
