@@ -169,10 +169,11 @@ class DeviceSampler:
         return Choice.of(zeros[:rows], zeros[rows:], turns=1)
 
     def warm_up(self) -> None:
-        """Compile what the first row that asks for more than the argmax would otherwise keep every other row waiting for."""
+        """Compile what the first row that no recorded step draws for would otherwise keep every other row waiting for."""
         if self._device.type != "cuda":
             return
         choice = self.new_choice(1)
+        self.greedy(torch.zeros((1, self._vocab), device=self._device), choice)
         words = torch.full((1, mask_width(self._vocab)), -1, dtype=torch.int32, device=self._device)
         for temperature in (0.0, 1.0):
             row = DrawRow(Sampling(max_new_tokens=1, temperature=temperature), 0, array("q", [0]), 1)

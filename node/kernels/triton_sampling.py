@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["turn_stride"])  # one compilation for every number of rows
 def greedy_kernel(
     logits_ptr,  # [W, V] float32
     token_ptr,  # [W] int32, written: 0 where the largest logit is not finite or a logit is NaN
@@ -68,7 +68,7 @@ def greedy_kernel(
         _choose(values, tokens, token_ptr + row, answer_ptr + row, IS_AGAIN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["turn_stride"])
 def top_kernel(
     part_ptr,  # [W, P, 2] int32: the largest logit of each part (float32 bits, NaN where one is) and its token
     token_ptr,  # these three: see `greedy_kernel`
