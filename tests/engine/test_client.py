@@ -110,12 +110,13 @@ async def test_sockets_lie_in_a_private_directory(client, shared_dir):
 
 @shared_loop
 async def test_killed_engine_ends_sequences_and_is_restarted(client):
-    stream = client.submit(submit("a", max_new_tokens=200))
-    await anext(stream)
+    # So many that the last one waits: however late this process is told of the first token, that one is not over.
+    streams = [client.submit(submit(f"a{n}", max_new_tokens=200)) for n in range(32)]
+    await anext(streams[0])
     old_pid = client.pid
-    os.kill(old_pid, signal.SIGSTOP)  # nothing more is said, so the sequence cannot finish before the kill
+    os.kill(old_pid, signal.SIGSTOP)
     os.kill(old_pid, signal.SIGKILL)
-    last = (await asyncio.wait_for(collect(stream), TIMEOUT_S))[-1]
+    last = (await asyncio.wait_for(collect(streams[-1]), TIMEOUT_S))[-1]
     assert (last.finish_reason, last.error_code) == ("error", "engine_unavailable")
     with pytest.raises(EngineError) as caught:
         client.submit(submit("early"))
