@@ -122,7 +122,8 @@ class Decoder:
                 h = self._finish_layer(layer, attention, x, linears)
         wanted = inputs.logit_rows
         if wanted is not None:
-            attention, x = kernels.take_rows(attention, wanted), kernels.take_rows(x, wanted)
+            # The residual first: an `add_rms_norm` of a GPU reads it before it waits for the product behind these two.
+            x, attention = kernels.take_rows(x, wanted), kernels.take_rows(attention, wanted)
         return Attended(attention, x)
 
     def _finish_layer(self, layer: DecoderLayer, attention: Tensor, x: Tensor, linears: Linears) -> Tensor:
