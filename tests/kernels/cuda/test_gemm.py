@@ -209,8 +209,8 @@ def test_logits_are_written_where_wanted_and_their_largest_found_everywhere(ops,
         found, of_logits = sampler.new_choice(tokens), sampler.new_choice(tokens)
         sampler.greedy(y, found, LogitTops(wanted, parts))
         sampler.greedy(expected, of_logits)
-        assert torch.equal(found.next_tokens, of_logits.next_tokens), tokens
-        assert torch.equal(found.is_sound, of_logits.is_sound), tokens
+        assert torch.equal(found.tokens, of_logits.tokens), tokens
+        assert torch.equal(found.answers, of_logits.answers), tokens
 
 
 def test_logits_pass_opcheck(ops):
