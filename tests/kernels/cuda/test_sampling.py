@@ -65,7 +65,7 @@ def near(row, change):
 
 
 def draw_nearby(logits, rows, monkeypatch):
-    """The first and the last token of every row that the CPU draws with noise and borders as far off as sums in float32 may be."""
+    """The first and the last token of every row that the CPU draws with noise and borders as far off as float32 may be."""
     found = []
     for border, noise in itertools.product(
         (-EDGE, 0.0, EDGE), (-EDGE, EDGE)
