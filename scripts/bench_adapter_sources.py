@@ -41,6 +41,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 from bench_engine import median_interval
+from bench_report import stolen_s
 from bench_serving import SERVE
 from safetensors.numpy import save_file
 from storm_figures import Phase, Round, compared, cpu_seconds, on_time, read_rounds, write_round
@@ -316,7 +317,7 @@ def _round(hot: Helper, cold: Helper, hub: Helper, url: str, pid: int, args: arg
     phases: dict[str, Phase] = {}
     outcome: dict[str, Any] = {}
     for side in ("alone", "beside") if index % 2 == 0 else ("beside", "alone"):
-        before_cpu, before_steps = cpu_seconds(pid), engine_steps(url)
+        before_cpu, before_steps, before_stolen_s = cpu_seconds(pid), engine_steps(url), stolen_s()
         hot.tell(seconds=args.phase_s if side == "beside" else args.alone_s or args.phase_s, tokens=args.tokens, seed=1 + index)
         if side == "beside":
             before_hub = hub.ask(calm=False)
@@ -326,7 +327,7 @@ def _round(hot: Helper, cold: Helper, hub: Helper, url: str, pid: int, args: arg
         time.sleep(STATS_S)
         steps = engine_steps(url) - before_steps
         streamed = [Streamed(*answer) for answer in found["answers"]]
-        phases[side] = Phase(streamed, steps, spent)
+        phases[side] = Phase(streamed, steps, spent, stolen_s() - before_stolen_s)
         if side == "beside":
             outcome = cold.ask(wait_s=args.cold_wait_s)
             after_hub = hub.ask(calm=True)

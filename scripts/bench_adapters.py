@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_report import commit, gpu_facts, ratio_of, report
+from bench_report import commit, gpu_facts, ratio_of, report, stolen_s
 from bench_runs import Bell, Bench, Request, Trace
 from beside_turns import beside
 from random_model import random_source
@@ -124,7 +124,7 @@ def churn(bench: Bench, terms: Sequence[AdapterTerm], passes: int = 3) -> dict[s
     requests = [Request((term,), 128, 64) for term in terms]
     figures = []
     for _ in range(passes):
-        before = bench.engine.stats()
+        before, before_stolen_s = bench.engine.stats(), stolen_s()
         trace: Trace = bench.run(requests)
         after = bench.engine.stats()
         figures.append(
@@ -136,6 +136,7 @@ def churn(bench: Bench, terms: Sequence[AdapterTerm], passes: int = 3) -> dict[s
                 "steps": after.steps_total - before.steps_total,
                 "sent_gb": (after.adapter_sent_bytes_total - before.adapter_sent_bytes_total) / 1e9,
                 "load_s": after.adapter_load_seconds_total - before.adapter_load_seconds_total,
+                "stolen_s": round(stolen_s() - before_stolen_s, 2),
             }
         )
     later = [figure["out_tok_s"] for figure in figures[1:]]

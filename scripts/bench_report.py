@@ -42,6 +42,12 @@ def gpu_facts() -> dict[str, Any]:
     return dict(zip(query.split(","), [part.strip() for part in done.stdout.splitlines()[0].split(",")], strict=False))
 
 
+def stolen_s() -> float:
+    """Seconds of all cores so far that the hypervisor gave to other machines (proc_stat(5)); 0 where it does not tell."""
+    fields = Path("/proc/stat").read_text().splitlines()[0].split() if Path("/proc/stat").exists() else []
+    return int(fields[8]) / os.sysconf("SC_CLK_TCK") if len(fields) > 8 else 0.0
+
+
 def commit() -> str:
     """Of these sources; the environment's COMMIT where they are a copy without their history."""
     done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)

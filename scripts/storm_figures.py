@@ -18,11 +18,13 @@ from storm_moments import Streamed
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """The hot load for a while. CPU seconds are those of the node's processes meanwhile."""
+    """The hot load for a while. CPU seconds are those of the node's processes meanwhile; `stolen_s` is what the hypervisor took of
+    all cores, None in older files."""
 
     answers: list[Streamed]
     steps: float
     cpu_s: dict[str, float]
+    stolen_s: float | None = None
 
     @property
     def ttft_s(self) -> list[float]:
@@ -115,6 +117,9 @@ def compared(rounds: list[Round], draws: int = DRAWS) -> dict[str, Any]:
         row[f"{name}_cpu_us_per_token"] = [round(1e6 * statistics.median(side), 2) for side in sides]
         if min(sides[0]) > 0 and name != "fetcher":
             row[f"{name}_cpu_ratio"] = _ratio([late / early for early, late in zip(*sides, strict=True)])
+    stolen = [[getattr(r, side).stolen_s for r in rounds] for side in ("alone", "beside")]
+    if all(value is not None for side in stolen for value in side):
+        row["stolen_s"] = [round(sum(side), 2) for side in stolen]
     row["cold_statuses"] = {}
     for found in rounds:
         for status, count in found.cold["statuses"].items():
