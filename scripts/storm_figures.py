@@ -18,8 +18,8 @@ from storm_moments import Streamed
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """The hot load for a while. CPU seconds are those of the node's processes meanwhile; `stolen_s` is what the hypervisor took of
-    all cores, None in older files."""
+    """The hot load for a while. CPU seconds are those of the node's processes meanwhile; `stolen_s` is what the hypervisor took
+    of all cores, None in older files."""
 
     answers: list[Streamed]
     steps: float
