@@ -78,6 +78,13 @@ class _Tenant:
     def is_parked(self, recipe: _Recipe) -> bool:
         return recipe in self.parked or recipe in self.returned
 
+    def park(self, recipe: _Recipe) -> None:
+        if recipe in self.loaded:
+            del self.loaded[recipe]
+            self.returned[recipe] = None
+        elif not self.is_parked(recipe):
+            self.parked[recipe] = None
+
     def unpark(self, recipe: _Recipe) -> None:
         self.parked.pop(recipe, None)
         self.returned.pop(recipe, None)
@@ -239,11 +246,7 @@ class FairQueue:
         One that was loaded before, and could not start, does not stand behind those that never were.
         """
         tenant, recipe = self._find(sequence.fair_key)
-        if recipe in tenant.loaded:
-            del tenant.loaded[recipe]
-            tenant.returned[recipe] = None
-        elif not tenant.is_parked(recipe):
-            tenant.parked[recipe] = None
+        tenant.park(recipe)
         self._withdraw(tenant, recipe)
 
     def unpark(self, sequence: Sequence) -> None:
@@ -268,7 +271,7 @@ class FairQueue:
                 limit -= 1
                 tenant.loaded[recipe] = None
             else:
-                tenant.parked[recipe] = None
+                tenant.park(recipe)
                 self._withdraw(tenant, recipe)
         return True
 

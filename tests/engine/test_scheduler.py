@@ -340,6 +340,20 @@ def test_nobody_runs_and_more_wait_than_places_adapters_that_are_here_go_first()
     assert all(bench.finish_reason(name) == "length" for name in ("near", "far0", "far1", "far2", "far3"))
 
 
+def test_adapter_that_fails_after_it_was_passed_over_ends_its_sequence_once():
+    bench = Bench(max_sequences=1)
+    bench.adapters.held = {"here"}
+    bench.add("first", range(3), max_new_tokens=1, adapters=("here",))
+    bench.add("waits", range(3), max_new_tokens=1, adapters=("far",))
+    bench.step()
+    bench.add("next", range(3), max_new_tokens=1, adapters=("here",))
+    bench.adapters.state["far"] = LOADING
+    bench.step()
+    bench.adapters.state["far"] = Residency(ResidencyState.FAILED, "adapter_corrupt", "the file is damaged")
+    bench.run()
+    assert [bench.finish_reason(name) for name in ("first", "next", "waits")] == ["length", "length", "error"]
+
+
 def test_all_that_wait_could_start_they_start_in_order():
     bench = Bench(max_sequences=2)
     bench.adapters.held = {"here"}
