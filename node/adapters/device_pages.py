@@ -57,7 +57,11 @@ class Fences:
         self._events[self._last] = event
 
     def guard(self, stream: torch.cuda.Stream, mark: int) -> None:
-        """Let `stream` wait until a mark is reached. The newest one covers every launched step, so no mark lies beyond it."""
+        """Let `stream` wait until a mark is reached.
+
+        No place that is claimed has one beyond the newest: nothing is let go between a step's launch and the next `begin_step`,
+        and before that launch the newest mark covers every step.
+        """
         event = self._events.get(min(mark, self._last))
         if event is not None:
             stream.wait_event(event)
