@@ -26,8 +26,10 @@ FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
         {"r": 4, "target_modules": FUSED, "use_dora": True},
         {"r": 4, "target_modules": ["qkv_proj", "embed_tokens", "lm_head"], "layers_to_transform": None},
         {"r": 2, "target_modules": ["gate_up_proj"], "lora_bias": True},
+        {"r": 1, "target_modules": FUSED},
+        {"r": 256, "target_modules": FUSED, "use_dora": True},
     ],
-    ids=["all", "rank256", "patterns", "dora", "embedding-head", "bias"],
+    ids=["all", "rank256", "patterns", "dora", "embedding-head", "bias", "rank1", "dora-rank256"],
 )
 def test_fused_base_equals_peft(base, same, config, request):
     phi = base("phi3")

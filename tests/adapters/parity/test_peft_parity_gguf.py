@@ -83,9 +83,11 @@ def _tensor(name: str, values: np.ndarray, architecture: str) -> tuple[str, np.n
     [
         {"r": 4, "lora_alpha": 8, "target_modules": ALL_LINEAR},
         {"r": 256, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj"]},
+        {"r": 1, "lora_alpha": 3, "target_modules": ALL_LINEAR},
         {"r": 3, "lora_alpha": 5, "target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+        {"r": 256, "lora_alpha": 5, "target_modules": ["embed_tokens", "lm_head", "down_proj"]},
     ],
-    ids=["all", "rank256", "embedding-head"],
+    ids=["all", "rank256", "rank1", "embedding-head", "embedding-head-rank256"],
 )
 def test_float32_equals_peft(base, same, tmp_path, config, request):
     llama = base()

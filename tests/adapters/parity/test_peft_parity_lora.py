@@ -36,10 +36,19 @@ def test_every_rank_equals_peft(base, same, rank):
     assert same(llama.plain(), llama.peft(directory)) > 1e-3
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_equals_peft(base, same, kind):
+def test_rank_beyond_the_limit_is_refused_with_both_numbers(base):
     llama = base()
-    directory = llama.adapter(kind, seed=len(kind), **KINDS[kind])
+
+    with pytest.raises(AdapterInvalidError, match=r"257.*256"):
+        llama.verify(llama.adapter("rank257", r=257, target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("rank", [None, 1, 256], ids=["own", "rank1", "rank256"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_equals_peft(base, same, kind, rank):
+    llama = base()
+    config = KINDS[kind] if rank is None else KINDS[kind] | {"r": rank}
+    directory = llama.adapter(f"{kind}-{rank}", seed=len(kind), **config)
 
     assert same(llama.ours(directory), llama.peft(directory)) < 1e-5
     assert same(llama.plain(), llama.peft(directory)) > 1e-3
@@ -111,9 +120,10 @@ def test_added_tokens_are_refused(base):
         llama.verify(directory)
 
 
-def test_ludwig_output_is_the_adapter_inside_it(base, same, tmp_path):
+@pytest.mark.parametrize("rank", [1, 4, 256])
+def test_ludwig_output_is_the_adapter_inside_it(base, same, tmp_path, rank):
     llama = base()
-    inner = llama.adapter("for-ludwig", r=4, target_modules=["q_proj", "v_proj"])
+    inner = llama.adapter(f"for-ludwig-{rank}", r=rank, target_modules=["q_proj", "v_proj"])
     for part in ("model_weights", "model/model_weights"):
         outer = tmp_path / part.replace("/", "-")
         (outer / part).parent.mkdir(parents=True)
