@@ -21,7 +21,7 @@ from node.adapters.name_desk import NameDesk
 from node.adapters.names import AdapterName, parse_name
 from node.adapters.registrations import NameStore
 from node.adapters.shelves import Shelves
-from node.adapters.sources.local import LocalSource
+from node.adapters.sources.local import LocalSource, sought_name
 from node.adapters.staging import Progress
 from node.adapters.turns import WeightOf, same_weight
 from node.adapters.verify import Fingerprint, fingerprint
@@ -80,7 +80,7 @@ class AdapterCatalog:
         self._entries: OrderedDict[str, tuple[Fingerprint, CatalogEntry]] = OrderedDict()
         # By content hash, then name: a request by hash costs the same however many adapters there are.
         self._named_by_content: dict[str, dict[str, CatalogEntry]] = {}
-        self._names = NameDesk(self._find, names)
+        self._names = NameDesk(self._find, self._leads_on, names)
         self._problems: dict[str, AdapterError] = {}
         self._default_source = chosen.default_source
         self._shelves = Shelves(chosen, fetcher, self._failures, clock, weight_of)
@@ -170,7 +170,7 @@ class AdapterCatalog:
             sees: Which of the operator's names exist for the owner.
 
         Returns:
-            What the name stands for now, and what it stood for before, as far as that is known.
+            What the name stands for now, and what it stood for before, as far as that is known and no others use it as that.
 
         Raises:
             RequestError: adapter_exists. AdapterError: the target cannot be used. LedgerError: it is not durable. Nothing
@@ -178,18 +178,19 @@ class AdapterCatalog:
         """
         if replaces:
             self._shelves.expire(target)
-        return await self._names.give(owner, name, target, source, token, sees, replaces=replaces)
+        public = self._public(sees)
+        return await self._names.give(owner, name, target, source, token, sees, replaces=replaces, public=public)
 
     async def unregister(self, name: str, *, owner: str, sees: NameFilter = sees_all) -> tuple[CatalogEntry | None, bool]:
-        """Stop serving `name` to its owner; requests that run go on.
+        """Stop serving `name` to its owner until it is registered again; requests that run go on.
 
         Returns:
-            What it stood for, as far as that is known, and whether it was the owner's own name (others may use what is not).
+            What it stood for, as far as that is known, and whether that was the owner's own (others may use what is not).
 
         Raises:
             AdapterNotFoundError: The name stands for nothing. LedgerError: Nothing changed.
         """
-        return await self._names.take_back(owner, name, self.entries(sees, owner))
+        return await self._names.take_back(owner, name, sees, self._public(sees))
 
     def is_known(self, name: str) -> bool:
         """Whether a name stands for something here, for anybody: a directory, an adapter added, or one fetched before."""
@@ -232,10 +233,7 @@ class AdapterCatalog:
     def entries(self, sees: NameFilter = sees_all, owner: str = "") -> tuple[CatalogEntry, ...]:
         """The adapters known now, by name, of those that exist for the caller. Ones that their source keeps private or gated are
         listed only under the names their owner gave them. Any thread may call: tables are copied before they are walked."""
-        known = {entry.name: entry for _, entry in list(self._entries.values())}
-        for entry in self._shelves.entries():
-            known.setdefault(entry.name, entry)
-        shown = self._names.shown(owner, {name: entry for name, entry in known.items() if sees(name)})
+        shown = self._names.shown(owner, self._public(sees))
         return tuple(shown[name] for name in sorted(shown))
 
     async def close(self) -> None:
@@ -248,6 +246,19 @@ class AdapterCatalog:
         """The downloads under way now."""
         return await self._shelves.fetching()
 
+    def _public(self, sees: NameFilter) -> dict[str, CatalogEntry]:
+        known = {entry.name: entry for _, entry in list(self._entries.values())}
+        for entry in self._shelves.entries():
+            known.setdefault(entry.name, entry)
+        return {name: entry for name, entry in known.items() if sees(name)}
+
+    def _leads_on(self, name: AdapterName, sees: NameFilter) -> bool:
+        """Whether `_find` could find something under a name. Nothing is asked; the answer tells nothing that is closed to the
+        caller."""
+        if sees(name.path) and self._find_directory(name) is not None:
+            return True
+        return name.is_hub_id or self._default_source in SCHEMES or _CONTENT_ID.fullmatch(name.path) is not None
+
     async def _find(self, text: str, source: str | None, token: str | None, sees: NameFilter, owner: str) -> CatalogEntry:
         if source is not None and source not in SOURCES:
             raise AdapterForbiddenError(
@@ -255,13 +266,14 @@ class AdapterCatalog:
             )
         if is_location(text) or source in SCHEMES:
             return await self._shelves.at_location(text, source, sees, owner)
-        name = self._local.name_of(text) if source in (None, "local") else None
+        name = self._local.name_of(text, sees) if source in (None, "local") else None
         name = name or parse_name(text)
         if source in (None, "local"):
-            directory = self._find_directory(name)
+            sought = sought_name(name, sees)
+            directory = self._find_directory(sought)
             if directory is None:
-                self._drop(str(name))
-            elif sees(name.path):
+                self._drop(str(sought))
+            elif sought == name:
                 return await self._from_directory(str(name), directory, owner)
         if _CONTENT_ID.fullmatch(name.path):
             return await self._find_by_content(name, sees, owner)
@@ -275,7 +287,10 @@ class AdapterCatalog:
     async def _find_by_content(self, name: AdapterName, sees: NameFilter, owner: str) -> CatalogEntry:
         """An adapter by what it is, through a name that exists for the caller. The files are looked at again: a moved alias must
         not answer for its old hash."""
-        for entry in (*self._named_by_content.get(name.path, {}).values(), *self._shelves.of_content(name.path)):
+        entries = (*self._named_by_content.get(name.path, {}).values(), *self._shelves.of_content(name.path))
+        if not entries:
+            sees(name.path)  # content that nobody has takes as long as content under one hidden name
+        for entry in entries:
             if sees(entry.name):
                 self._names.refuse_withdrawn("", entry.name)
                 found = await self._find(entry.name, entry.source, None, sees, owner)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import os
 import sys
@@ -11,7 +12,9 @@ import pytest
 
 from node.adapters.sources.local import LocalSource
 from node.adapters.verify import AdapterVerifier
-from node.errors import AdapterNotFoundError
+from node.errors import AdapterError, AdapterNotFoundError
+
+FILE_CALLS = ("open", "close", "readlink", "stat", "lstat", "fstat", "listdir", "scandir")
 
 
 def hides(*names):
@@ -20,8 +23,21 @@ def hides(*names):
 
 @pytest.fixture
 def work(monkeypatch):
-    """What was done: directories looked for, adapters verified."""
+    """What was done: directories looked for, adapters verified, calls of the file system and how each of them ended."""
     done = []
+    for call in FILE_CALLS:
+        real = getattr(os, call)
+
+        def count(*arguments, real=real, call=call, **options):
+            try:
+                result = real(*arguments, **options)
+            except OSError as error:
+                done.append((call, error.errno))
+                raise
+            done.append((call, 0))
+            return result
+
+        monkeypatch.setattr(os, call, count)
     for kind, name in ((LocalSource, "find"), (AdapterVerifier, "verify")):
         real = getattr(kind, name)
 
@@ -56,6 +72,70 @@ async def test_hidden_name_is_answered_and_worked_for_like_an_unknown_one(catalo
         with pytest.raises(AdapterNotFoundError) as caught:
             await catalog.resolve(asked, source, sees=hides(name))
         answers.append((caught.value.message.replace(asked, "NAME"), caught.value.error_code, list(work)))
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("source", [None, "local"])
+@pytest.mark.parametrize("hidden", ["secret", "7", "team/secret"])
+@pytest.mark.parametrize("is_path", [False, True])
+async def test_file_system_is_asked_the_same_for_a_hidden_name_as_for_an_absent_one(
+    make_catalog, writer, work, tmp_path, hidden, source, is_path
+):
+    writer.write(hidden)
+    writer.write("public")
+    writer.write("team/public")
+    (tmp_path / "further").mkdir()
+    catalog = make_catalog(roots=(tmp_path / "further",))
+    await catalog.resolve(hidden)
+    answers = []
+    for path in (hidden, f"{hidden[:-1]}8"):
+        asked = f"{writer.root}/{path}" if is_path else path
+        work.clear()
+        with pytest.raises(AdapterError) as caught:
+            await catalog.resolve(asked, source, sees=hides(hidden))
+        done = list(work)
+        message = caught.value.message.replace(asked[:96], "NAME")
+        answers.append((type(caught.value), message, caught.value.error_code, done))
+        assert ("open", errno.ENOENT) in done
+    assert answers[0] == answers[1]
+    work.clear()
+    await catalog.resolve("public", sees=hides(hidden))
+    assert ("open", 0) in work
+    await catalog.close()
+
+
+async def test_hidden_target_of_a_name_is_worked_for_like_an_absent_one(catalog, writer, work):
+    writer.write("secret")
+    await catalog.resolve("secret")
+    answers = []
+    for target in ("secret", "nobody"):
+        work.clear()
+        with pytest.raises(AdapterNotFoundError) as caught:
+            await catalog.register("mine", target, owner="ann", sees=hides("secret"))
+        answers.append((caught.value.message.replace(target, "NAME"), list(work)))
+    assert answers[0] == answers[1]
+
+
+async def test_stranger_does_not_make_the_owners_adapter_unknown(catalog, writer, work):
+    writer.write("secret")
+    entry = await catalog.resolve("secret")
+    with pytest.raises(AdapterNotFoundError):
+        await catalog.resolve("secret", sees=hides("secret"))
+    work.clear()
+    assert await catalog.resolve("secret") is entry
+    assert "verify" not in work
+
+
+async def test_hidden_content_is_asked_for_as_often_as_content_that_nobody_has(catalog, writer, work):
+    writer.write("secret")
+    entry = await catalog.resolve("secret")
+    answers = []
+    for asked in (entry.adapter_id, "0" * 64):
+        names = []
+        work.clear()
+        with pytest.raises(AdapterNotFoundError):
+            await catalog.resolve(asked, sees=lambda name, names=names: names.append(name) or name != "secret")
+        answers.append((len(names), list(work)))
     assert answers[0] == answers[1]
 
 

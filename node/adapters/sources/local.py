@@ -7,6 +7,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from node.adapters.entry import NameFilter, sees_all
 from node.adapters.formats.layout import is_adapter
 from node.adapters.names import AdapterName, parse_name
 from node.errors import AdapterIdError
@@ -25,12 +26,12 @@ class LocalSource:
         self._roots = tuple(Path(os.path.realpath(root)) for root in roots)
         self._spellings = tuple(dict.fromkeys((*(Path(os.path.abspath(root)) for root in roots), *self._roots)))
 
-    def name_of(self, text: str) -> AdapterName | None:
+    def name_of(self, text: str, sees: NameFilter = sees_all) -> AdapterName | None:
         """The name of an absolute path below one of the roots, which is how users of other servers say it; None for other text.
 
         Raises:
-            AdapterIdError: Not below a root, not spelled as a name there, nothing there, or hidden by an earlier root. The answer
-                is the same for all: it tells nobody what else is on the disk.
+            AdapterIdError: Not below a root, not spelled as a name there, nothing there, nothing that exists for the caller, or
+                hidden by an earlier root. The answer is the same for all: it tells nobody what else is on the disk.
         """
         if not text.startswith("/"):
             return None
@@ -39,7 +40,7 @@ class LocalSource:
             if (
                 below != text
                 and (name := _as_name(below)) is not None
-                and self.find(name) == Path(os.path.realpath(root / name.path))
+                and self.find(sought := sought_name(name, sees)) == Path(os.path.realpath(root / sought.path))
             ):
                 return name
         raise AdapterIdError(
@@ -69,6 +70,13 @@ class LocalSource:
                 if len(names) < MAX_LISTED and is_adapter(Path(entry.path)):
                     names.append(entry.name)
         return sorted(names)
+
+
+def sought_name(name: AdapterName, sees: NameFilter) -> AdapterName:
+    """The name to look for. In place of one that does not exist for the caller: one beside it, as long, that breaks the grammar
+    of names and so is no adapter's. The file system is asked the same as for a name nobody registered."""
+    absent = f"{name.path[:-1]}\x01"  # made for every name: that takes time, too
+    return AdapterName(name.path if sees(name.path) else absent, name.revision)
 
 
 def _as_name(text: str) -> AdapterName | None:
