@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from node.engine.places import Places
 from node.errors import OverloadedError
@@ -18,21 +18,18 @@ class Gate:
         self._drain_retry_s = drain_retry_s
         self._is_idle = asyncio.Event()
         self._is_idle.set()
+        self._stays: set[asyncio.Timeout] = set()  # one of each request inside
         self.is_draining = False
 
-    @contextmanager
-    def entered(self, tenant: str) -> Iterator[None]:
+    @asynccontextmanager
+    async def entered(self, tenant: str) -> AsyncIterator[None]:
         """Hold one place; the last ones are not for a tenant that has many.
 
         Raises:
-            OverloadedError: queue_full or draining.
+            OverloadedError: queue_full; draining, also from inside the block where `dismiss` ended it.
         """
         if self.is_draining:
-            raise OverloadedError(
-                "the node is shutting down and takes no new requests; use another node or retry later",
-                code="draining",
-                retry_after_s=self._drain_retry_s,
-            )
+            raise self._draining("takes no new requests; use another node or retry later")
         if not self._places.has_room(tenant):
             raise OverloadedError(
                 f"{self._places.count} requests are in progress, as many as server.max_concurrent_requests "
@@ -41,9 +38,17 @@ class Gate:
             )
         self._places.enter(tenant)
         self._is_idle.clear()
+        stay = asyncio.timeout(None)
         try:
-            yield
+            async with stay:
+                self._stays.add(stay)
+                yield
+        except TimeoutError as error:
+            if not stay.expired():
+                raise
+            raise self._draining("gave this request up; send it to another node or retry later") from error
         finally:
+            self._stays.discard(stay)
             self._places.leave(tenant)
             if not self._places.count:
                 self._is_idle.set()
@@ -56,3 +61,11 @@ class Gate:
         except TimeoutError:
             return False
         return True
+
+    def dismiss(self) -> None:
+        """Cancel the work of those inside; each of them leaves with an error, which its client can be told."""
+        while self._stays:
+            self._stays.pop().reschedule(0.0)
+
+    def _draining(self, what: str) -> OverloadedError:
+        return OverloadedError(f"the node is shutting down and {what}", code="draining", retry_after_s=self._drain_retry_s)

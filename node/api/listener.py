@@ -15,7 +15,7 @@ from node.api.turnstile import Turnstile
 from node.errors import ConfigError
 
 _MAX_HEADER_BYTES = 8190
-_AFTER_DRAIN_S = 0.1  # aiohttp's own wait before it cancels handlers: draining came before
+_AFTER_DRAIN_S = 0.5  # for last answers to leave: aiohttp waits so long twice, then cuts off whoever takes nothing
 _CLOSE_BOOKS_S = 10.0
 _LINGER_S = 1.0  # reading the rest of a refused body, before the connection is closed
 
@@ -58,16 +58,18 @@ class Listener:
         return await listen(self._runner, host, port, self._server.max_connections_per_address, turnstile, options)
 
     async def close(self, drain_timeout_s: float) -> bool:
-        """Refuse new requests, let those inside finish, cancel what is left (it is recorded as cancelled), stop listening.
+        """Refuse new requests, let those inside finish, cancel what is left, stop listening. What is cancelled is recorded so and
+        answered with an error.
 
         Returns:
             Whether every request finished by itself.
         """
         gate = self._application[GATE]
         is_drained = await gate.drain(drain_timeout_s)
+        if not is_drained:
+            gate.dismiss()
+            await gate.drain(_CLOSE_BOOKS_S)
         await self._runner.cleanup()
-        # aiohttp cancels handlers without waiting for them; theirs are the last records.
-        await gate.drain(_CLOSE_BOOKS_S)
         return is_drained
 
 

@@ -78,23 +78,24 @@ class RequestPath:
             NodeError: Refused before admission (nothing is recorded), or failed after it (recorded as failed, fee 0).
         """
         started_s = self._clock()
-        with self._gate.entered(caller.tenant.name), self._tenancy.meter.entered(caller.tenant) as visit:
-            self._refuse_when_unwell()
-            exchange = await self._admit(generation, caller, visit)
-            exchange.arrived_s = started_s
-            try:
-                yield exchange
-            except (asyncio.CancelledError, ConnectionError):
-                await self._end(exchange, "cancelled", "cancelled")
-                raise
-            except BaseException:
-                await self._end(exchange, "failed", "error")
-                raise
-            else:
-                await self._end(exchange, "cancelled", "cancelled")
-            finally:
-                self._settle(exchange, visit)
-                self._measure(exchange, caller.route, started_s)
+        async with self._gate.entered(caller.tenant.name):
+            with self._tenancy.meter.entered(caller.tenant) as visit:
+                self._refuse_when_unwell()
+                exchange = await self._admit(generation, caller, visit)
+                exchange.arrived_s = started_s
+                try:
+                    yield exchange
+                except (asyncio.CancelledError, ConnectionError):
+                    await self._end(exchange, "cancelled", "cancelled")
+                    raise
+                except BaseException:
+                    await self._end(exchange, "failed", "error")
+                    raise
+                else:
+                    await self._end(exchange, "cancelled", "cancelled")
+                finally:
+                    self._settle(exchange, visit)
+                    self._measure(exchange, caller.route, started_s)
 
     def _refuse_when_unwell(self) -> None:
         """Before anything costs anything: no engine, no answer; no ledger, no record, so no answer either."""
