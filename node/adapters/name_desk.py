@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 
@@ -16,6 +16,7 @@ RESTORED_AT_ONCE = 4
 RESTORED_NAMES = 1000  # found without being asked for after a restart; more would be a storm at their sources
 
 Find = Callable[[str, str | None, str | None, NameFilter, str], Awaitable[CatalogEntry]]  # (target, source, token, sees, owner)
+LeadsOn = Callable[[AdapterName, NameFilter], bool]  # whether a name that no owner gave could stand for something
 
 
 class NameDesk:
@@ -23,20 +24,34 @@ class NameDesk:
 
     Args:
         find: What a target stands for now; raises AdapterError.
+        leads_on: Whether a name would stand for something again if its owner's were merely dropped.
         store: Where names outlive the node; None keeps them in memory alone.
     """
 
-    def __init__(self, find: Find, store: NameStore | None) -> None:
+    def __init__(self, find: Find, leads_on: LeadsOn, store: NameStore | None) -> None:
         self._find = find
+        self._leads_on = leads_on
         self._store = store
         self._table: Registrations[CatalogEntry] = Registrations()
         self._changing = asyncio.Lock()  # database and memory change in the same order
         self._restoring: asyncio.Task[None] | None = None
 
     async def give(
-        self, owner: str, name: str, target: str, source: str | None, token: str | None, sees: NameFilter, *, replaces: bool
+        self,
+        owner: str,
+        name: str,
+        target: str,
+        source: str | None,
+        token: str | None,
+        sees: NameFilter,
+        *,
+        replaces: bool,
+        public: Mapping[str, CatalogEntry],
     ) -> tuple[CatalogEntry, CatalogEntry | None]:
-        """Let `name` stand for `target` to its owner; returns what it stands for now and what it stood for.
+        """Let `name` stand for `target` to its owner; returns what it stands for now and what it stood for to nobody else.
+
+        Args:
+            public: What names stand for where their owner gave and took back none.
 
         Raises:
             AdapterError: The name cannot be, or the target cannot be used. RequestError: adapter_exists. OverloadedError.
@@ -46,37 +61,42 @@ class NameDesk:
         self._require_free(owner, alias, replaces=replaces)
         entry = replace(await self._found(target, source, token, sees, owner), name=alias)
         async with self._changing:
-            known = self._require_free(owner, alias, replaces=replaces)  # somebody may have been faster
+            self._require_free(owner, alias, replaces=replaces)  # somebody may have been faster
+            before = self.shown(owner, public).get(alias)
             await self._keep(GivenName(owner, alias, target, source, token is not None))
             self._table.give(owner, alias, Registration(target, source, token, entry, token is not None))
-        return entry, None if known is None else known.entry
+        return entry, None if _is_shared(owner, before, public.get(alias)) else before
 
-    async def take_back(self, owner: str, name: str, listed: Sequence[CatalogEntry]) -> tuple[CatalogEntry | None, bool]:
-        """Let `name` stand for nothing to its owner; requests that run go on.
+    async def take_back(
+        self, owner: str, name: str, sees: NameFilter, public: Mapping[str, CatalogEntry]
+    ) -> tuple[CatalogEntry | None, bool]:
+        """Let `name` stand for nothing to its owner, whatever is behind it, until it is given again; requests that run go on.
 
         Args:
-            listed: The names that exist for the owner.
+            public: What names stand for where their owner gave and took back none.
 
         Returns:
-            What it stood for, as far as that is known, and whether it was the owner's own name.
+            What it stood for, as far as that is known, and whether it stood for that to its owner alone.
 
         Raises:
             AdapterNotFoundError: The name stands for nothing. LedgerError: Not durable; nothing changes.
         """
-        alias = str(_name_in_field(name))
+        parsed = _name_in_field(name)
+        alias = str(parsed)
         async with self._changing:
             known = self._table.get(owner, alias)
-            if known is not None:
+            entry = known.entry if known is not None else self.shown(owner, public).get(alias)
+            if known is None:
+                if entry is None:
+                    raise AdapterNotFoundError(f"the adapter {name} is not loaded here", param="lora_name")
+                self._table.require_room(owner)
+            if known is None or self._leads_on(parsed, sees):
+                await self._keep(GivenName(owner, alias))
+                self._table.withdraw(owner, alias)
+            else:
                 await self._forget(owner, alias)
                 self._table.take_back(owner, alias)
-                return known.entry, True
-            entry = next((item for item in listed if item.name == alias), None)
-            if entry is None:
-                raise AdapterNotFoundError(f"the adapter {name} is not loaded here", param="lora_name")
-            self._table.require_room(owner)
-            await self._keep(GivenName(owner, alias))
-            self._table.withdraw(owner, alias)
-            return entry, False
+            return entry, known is not None and not _is_shared(owner, entry, public.get(alias))
 
     async def resolve(
         self, owner: str, name: str, source: str | None, token: str | None, sees: NameFilter
@@ -107,7 +127,7 @@ class NameDesk:
         known = self._table.get(owner, name)
         return None if known is None else known.target
 
-    def shown(self, owner: str, known: dict[str, CatalogEntry]) -> dict[str, CatalogEntry]:
+    def shown(self, owner: str, known: Mapping[str, CatalogEntry]) -> dict[str, CatalogEntry]:
         """`known` as the owner sees it: without what it took back, with what it gave."""
         left = {name: entry for name, entry in known.items() if not self._table.is_withdrawn(owner, name)}
         return left | {entry.name: entry for entry in self._table.entries(owner)}
@@ -170,11 +190,9 @@ class NameDesk:
             param = "lora_path" if error.param == "model" else error.param
             raise type(error)(error.message, code=error.error_code, param=param, retry_after_s=error.retry_after_s) from error
 
-    def _require_free(self, owner: str, name: str, *, replaces: bool) -> Registration[CatalogEntry] | None:
-        known = self._table.get(owner, name)
-        if known is None or not replaces:
+    def _require_free(self, owner: str, name: str, *, replaces: bool) -> None:
+        if self._table.get(owner, name) is None or not replaces:
             self._table.require_free(owner, name)
-        return known
 
     async def _keep(self, given: GivenName) -> None:
         if self._store is not None:
@@ -183,6 +201,11 @@ class NameDesk:
     async def _forget(self, owner: str, name: str) -> None:
         if self._store is not None:
             await self._store.forget(owner, name)
+
+
+def _is_shared(owner: str, entry: CatalogEntry | None, behind: CatalogEntry | None) -> bool:
+    """Whether others go on using, under the same name, what it stood for to one of several owners."""
+    return bool(owner) and entry is not None and behind is not None and entry.adapter_id == behind.adapter_id
 
 
 def _name_in_field(text: str) -> AdapterName:

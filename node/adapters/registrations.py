@@ -115,7 +115,8 @@ class Registrations(Generic[EntryT]):
                 code="adapter_exists",
                 param="lora_name",
             )
-        self.require_room(owner)
+        if not self.is_withdrawn(owner, name):  # its row becomes the given name's
+            self.require_room(owner)
 
     def require_room(self, owner: str) -> None:
         """Raises OverloadedError when the owner, or all together, have too many names."""
@@ -137,11 +138,11 @@ class Registrations(Generic[EntryT]):
             self._given[owner][name] = replace(known, entry=entry)
 
     def take_back(self, owner: str, name: str) -> None:
-        """Let the owner's own name stand for nothing of the owner's."""
+        """Let go of an owner's own name that stands for nothing else."""
         self._drop(owner, name)
 
     def withdraw(self, owner: str, name: str) -> None:
-        """Let a name that others have not exist for the owner."""
+        """Let a name that stands for something without the owner not exist for the owner."""
         self._drop(owner, name)
         self._withdrawn.setdefault(owner, set()).add(name)
         self._count += 1

@@ -21,6 +21,7 @@ MAX_WEIGHT = 100
 STRATEGIES = ("linear", *MERGE_STRATEGIES)
 _DECIMAL = re.compile(r"-?[0-9]{1,9}(\.[0-9]{1,40})?")
 _WEIGHTS = re.compile(r"@([^@/]*:[^@/]*)$")
+_LONE_WEIGHT = re.compile(r"\+[^+@/]*@" + _DECIMAL.pattern + "$")  # after a name without an owner, which has no revisions
 
 Merged = tuple[tuple[NamedTerm, ...], Merge | None]
 
@@ -83,6 +84,10 @@ def parse_recipe_name(model: str, max_terms: int) -> tuple[NamedTerm, ...] | Non
         raise RequestError(f"`model` names {len(names)} adapters; the limit is {max_terms}", param="model")
     if not all(_is_name(name) for name in names):
         raise RequestError(f"`model` must be names joined by +, then @ and weights. Given: {shown(model)}", param="model")
+    if found is None and _LONE_WEIGHT.search(model):
+        raise RequestError(
+            f"`model` has {len(names)} names and 1 weight; give every adapter one, as in a+b@0.7:0.3", param="model"
+        )
     texts = ["1"] * len(names) if found is None else [read_weight(text, "model") for text in found[1].split(":")]
     if len(texts) != len(names):
         raise RequestError(f"`model` has {len(names)} names and {len(texts)} weights; give every adapter one", param="model")
@@ -99,6 +104,8 @@ def read_weight(value: object, name: str) -> str:
         number = _decimal(value)
     except InvalidOperation as error:
         raise RequestError(f"`{name}` must be a number. Given: {shown(value)}", param=name) from error
+    if number is None and isinstance(value, str):
+        raise RequestError(f"`{name}` must be a number in plain decimals, such as 0.25. Given: {shown(value)}", param=name)
     if number is None or not number.is_finite():
         raise RequestError(f"`{name}` must be a number. Given: {shown(value)}", param=name)
     if abs(number) > MAX_WEIGHT:

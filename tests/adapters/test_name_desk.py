@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import product
 
 import pytest
 
@@ -156,6 +157,87 @@ async def test_name_that_is_not_durable_does_not_exist(start, kept, writer):
     assert [entry.name for entry in catalog.entries(owner="a")] == ["good", "poet"]
 
 
+async def code_or_id(catalog, name, owner):
+    try:
+        return (await catalog.resolve(name, owner=owner)).adapter_id
+    except AdapterNotFoundError as error:
+        return error.error_code
+
+
+STEPS = [("load", "good"), ("load", "other"), ("in place", "good"), ("in place", "other"), ("unload", None)]
+
+
+async def test_name_of_a_directory_follows_every_order_of_loads_and_unloads(start, writer):
+    writer.write("good")
+    writer.write("other", writer.tensors(seed=1))
+    catalog = await start()
+    ids = {name: (await catalog.resolve(name)).adapter_id for name in ("good", "other")}
+    expected = {}
+    for order in product(STEPS, repeat=4):
+        owner, is_own, stands = repr(order), False, ids["good"]
+        for step, target in order:
+            try:
+                if step == "unload":
+                    await catalog.unregister("good", owner=owner)
+                else:
+                    await catalog.register("good", target, owner=owner, replaces=step == "in place")
+            except AdapterNotFoundError:
+                assert (step, stands) == ("unload", "adapter_unloaded")
+            except RequestError:
+                assert (step, is_own) == ("load", True)
+            else:
+                is_own, stands = step != "unload", ids.get(target, "adapter_unloaded")
+            assert await code_or_id(catalog, "good", owner) == stands, order
+            assert ("good" in [entry.name for entry in catalog.entries(owner=owner)]) == (stands in ids.values())
+        expected[owner] = stands
+
+    after = await start()
+
+    assert {owner: await code_or_id(after, "good", owner) for owner in expected} == expected
+    assert await code_or_id(after, "good", "another") == ids["good"]
+
+
+async def test_unloaded_name_that_a_source_or_an_unused_directory_has_is_closed(start, writer):
+    writer.write("good")
+    catalog = await start()
+    await catalog.register("late", "good", owner="a")
+    await catalog.register("org/never-asked", "good", owner="a")
+    writer.write("late", writer.tensors(seed=1))
+
+    for name in ("late", "org/never-asked"):
+        await catalog.unregister(name, owner="a")
+        assert await code_or_id(catalog, name, "a") == "adapter_unloaded"
+
+
+async def test_unloaded_name_tells_nothing_of_a_closed_directory_and_keeps_no_row(start, kept, writer):
+    writer.write("good")
+    writer.write("closed", writer.tensors(seed=1))
+    catalog = await start()
+    for name in ("closed", "nobodys"):
+        await catalog.register(name, "good", owner="a")
+        await catalog.unregister(name, owner="a", sees=lambda name: name != "closed")
+
+    assert kept.rows == {}
+
+
+@pytest.mark.parametrize(("owner", "is_shared"), [("", False), ("a", True)])
+async def test_what_a_directorys_name_stood_for_is_let_go_unless_others_use_it(start, writer, owner, is_shared):
+    writer.write("good")
+    writer.write("other", writer.tensors(seed=1))
+    catalog = await start()
+    good = await catalog.resolve("good")
+
+    _, first = await catalog.register("good", "other", owner=owner, replaces=True)
+    _, second = await catalog.register("good", "good", owner=owner, replaces=True)
+    left, was_own = await catalog.unregister("good", owner=owner)
+    _, third = await catalog.register("good", "other", owner=owner)
+
+    assert first == (None if is_shared else good)
+    assert (second.name, second.adapter_id == good.adapter_id) == ("good", False)
+    assert (left, was_own) == (good, not is_shared)
+    assert third is None
+
+
 async def test_one_of_two_who_give_the_same_name_at_once_is_refused(start, kept, writer):
     writer.write("good")
     writer.write("other", writer.tensors(seed=1))
@@ -196,6 +278,8 @@ async def test_owner_with_too_many_names_is_refused_and_others_go_on(start, writ
         await catalog.register("third", "good", owner="a")
     await catalog.register("first", "good", owner="a", replaces=True)
     await catalog.register("third", "good", owner="b")
+    await catalog.register("good", "good", owner="a")
+    await catalog.unregister("good", owner="a")
     await catalog.unregister("first", owner="a")
     await catalog.register("third", "good", owner="a")
 

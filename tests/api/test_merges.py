@@ -174,7 +174,9 @@ BAD = {
     "all zero": ({"model": "alice+org/bob@0:0"}, "every weight"),
     "count": ({"model": "alice+org/bob@1:2:3"}, "2 names and 3 weights"),
     "empty name": ({"model": "alice+@1:2"}, "names joined by +"),
+    "a weight too few": ({"model": "org/bob+alice@0.7"}, "2 names and 1 weight;"),
     "weight": ({"model": "alice+org/bob@1:x"}, "must be a number"),
+    "exponent": ({"model": "alice+org/bob@1e-9:1"}, "must be a number in plain decimals"),
     "weight range": ({"model": "alice+org/bob@1:101"}, "at most 100"),
     "many": ({"model": "a+b+c+d+e"}, "the limit is 4"),
     "strategy alone": ({"model": "alice", "merge_strategy": "ties"}, "needs `adapters`"),
@@ -235,3 +237,4 @@ def test_recipe_name_of_revisions_and_locations():
     assert [term.name for term in parse_recipe_name("org/a+org/b@main", 8)] == ["org/a", "org/b@main"]
     assert parse_recipe_name("s3://bucket/with+plus", 8) is None
     assert parse_recipe_name("org/a@main", 8) is None
+    assert [term.name for term in parse_recipe_name("org/a+org/b@1.0", 8)] == ["org/a", "org/b@1.0"]

@@ -51,6 +51,13 @@ def test_name_reloaded_in_place_serves_the_new_adapter_while_the_old_ones_answer
 def test_name_of_the_directory_comes_back_after_it_was_unloaded(node):
     assert node.post("/unload_lora_adapter", {"lora_name": "reagan"}).body["success"]
     assert complete(node, "reagan").status == 404
+    for path in ("lincoln", "reagan"):
+        assert node.post("/load_lora_adapter", {"lora_name": "reagan", "lora_path": path}).body["success"]
+        assert complete(node, "reagan").status == 200
+        unloaded = node.post("/unload_lora_adapter", {"lora_name": "reagan"}).body
+        assert unloaded["success"]
+        assert "reagan" not in unloaded["loaded_adapters"]
+        assert complete(node, "reagan").body["error"]["code"] == "adapter_unloaded"
     assert node.post("/load_lora_adapter", {"lora_name": "reagan", "lora_path": "reagan"}).body["success"]
     assert complete(node, "reagan").status == 200
 
