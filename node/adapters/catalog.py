@@ -253,9 +253,10 @@ class AdapterCatalog:
         return {name: entry for name, entry in known.items() if sees(name)}
 
     def _leads_on(self, name: AdapterName, sees: NameFilter) -> bool:
-        """Whether `_find` could find something under a name. Nothing is asked; the answer tells nothing that is closed to the
-        caller."""
-        if sees(name.path) and self._find_directory(name) is not None:
+        """Whether `_find` could find something under a name. Nothing is asked; answer and work tell nothing that is closed to
+        the caller."""
+        sought = sought_name(name, sees)
+        if self._find_directory(sought) is not None and sought == name:
             return True
         return name.is_hub_id or self._default_source in SCHEMES or _CONTENT_ID.fullmatch(name.path) is not None
 

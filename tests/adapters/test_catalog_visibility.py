@@ -116,6 +116,20 @@ async def test_hidden_target_of_a_name_is_worked_for_like_an_absent_one(catalog,
     assert answers[0] == answers[1]
 
 
+async def test_name_is_unloaded_with_the_same_work_whether_or_not_a_hidden_adapter_is_called_so(catalog, writer, work):
+    writer.write("secret")
+    writer.write("public")
+    await catalog.resolve("secret")
+    answers = []
+    for name in ("secret", "nobody"):
+        await catalog.register(name, "public", owner="ann", sees=hides("secret"))
+        work.clear()
+        entry, was_own = await catalog.unregister(name, owner="ann", sees=hides("secret"))
+        answers.append((entry.adapter_id, was_own, list(work)))
+    assert answers[0] == answers[1]
+    assert ("open", errno.ENOENT) in work
+
+
 async def test_stranger_does_not_make_the_owners_adapter_unknown(catalog, writer, work):
     writer.write("secret")
     entry = await catalog.resolve("secret")
