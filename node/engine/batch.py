@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from node.engine.step_plan import Work
+from node.engine.step_plan import Work, logit_rows
 from node.kernels.lora import LoraPool, LoraRows, lora_rows
 from node.kernels.side import SideGroup, side_rows
 from node.models.inputs import StepInputs
@@ -32,7 +32,7 @@ def build_inputs(work: Sequence[Work], block_size: int, slot_of: Callable[[str],
     np.cumsum([item.count for item in work], out=query_start[1:])
     total = int(query_start[-1])
     token_ids, positions, kv_slots = (np.empty(total, dtype=np.int64) for _ in range(3))
-    wanted = logit_rows(work, query_start)
+    wanted = logit_rows(work)
     tables = np.zeros((len(work), max(len(item.sequence.blocks) for item in work)), dtype=np.int32)
     for index, item in enumerate(work):
         blocks = np.frombuffer(item.sequence.blocks, dtype=np.int32)
@@ -45,7 +45,7 @@ def build_inputs(work: Sequence[Work], block_size: int, slot_of: Callable[[str],
         query_start=torch.from_numpy(query_start),
         context_lens=torch.from_numpy(np.array([item.start + item.count for item in work], dtype=np.int32)),
         block_tables=torch.from_numpy(tables),
-        logit_rows=None if len(wanted) == total else torch.from_numpy(wanted),
+        logit_rows=None if wanted is None else torch.tensor(wanted, dtype=torch.int64),
         lora=adapter_rows(work, slot_of),
     )
 
@@ -66,15 +66,6 @@ def _fill_rows(
     token_ids[span] = np.frombuffer(tokens, dtype=np.int64)[item.start : item.start + item.count]
     positions[span] = where
     kv_slots[span] = blocks[where // block_size].astype(np.int64) * block_size + where % block_size
-
-
-def logit_rows(work: Sequence[Work], query_start: npt.NDArray[np.int32]) -> Ints:
-    """Rows whose logits are wanted: all rows of a work that wants prompt log-probabilities, the last of one that draws."""
-    rows: list[int] = []
-    for index, item in enumerate(work):
-        end = int(query_start[index + 1])
-        rows.extend(range(end - item.logit_count, end))
-    return np.array(rows, dtype=np.int64)
 
 
 def adapter_rows(work: Sequence[Work], slot_of: Callable[[str], int]) -> LoraRows | None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from node.engine.device_sampler import reads_logits
 from node.engine.step_block import BlockLayout, Ints
-from node.engine.step_plan import Work
+from node.engine.step_plan import Work, logit_rows
 from node.kernels.lora_tiles import Recipe
 
 
@@ -42,28 +42,16 @@ def step_shape(work: Sequence[Work]) -> StepShape:
     """Measure a plan."""
     counts = [item.count for item in work]
     max_query = max(counts)
+    wanted = logit_rows(work)
     return StepShape(
         rows=sum(counts),
         sequences=len(work),
-        logit_rows=_logit_rows(work, sum(counts)),
+        logit_rows=None if wanted is None else np.array(wanted, dtype=np.int32),
         max_query=max_query,
         max_context=max([item.start + item.count for item in work]),
         table_width=max([len(item.sequence.blocks) for item in work]),
         is_decode=max_query == 1 and not any(item.wants_prompt_logprobs or item.embeds for item in work),
     )
-
-
-def _logit_rows(work: Sequence[Work], row_count: int) -> npt.NDArray[np.int32] | None:
-    """See `StepShape`: all rows of a work that wants prompt log-probabilities, the last of one that draws."""
-    counts = [item.logit_count for item in work]
-    if sum(counts) == row_count:
-        return None
-    rows: list[int] = []
-    end = 0
-    for item, count in zip(work, counts, strict=True):
-        end += item.count
-        rows.extend(range(end - count, end))
-    return np.array(rows, dtype=np.int32)
 
 
 def recipes_of(work: Sequence[Work], slot_of: Callable[[str], int]) -> list[Recipe]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from node.engine.messages import SequenceEvent
@@ -49,6 +50,19 @@ class Work:
             wants_prompt_logprobs=wants_logprobs,
             epoch=sequence.epoch,
         )
+
+
+def logit_rows(work: Seq[Work]) -> list[int] | None:
+    """Which rows of a step want logits, all of its works' rows in one line; None where all do."""
+    counts = [item.logit_count for item in work]
+    if sum(counts) == sum([item.count for item in work]):
+        return None  # as in every decode step
+    rows: list[int] = []
+    end = 0
+    for item, count in zip(work, counts, strict=True):
+        end += item.count
+        rows.extend(range(end - count, end))
+    return rows
 
 
 def following_tokens(work: Work) -> list[int]:
