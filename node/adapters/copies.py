@@ -62,8 +62,7 @@ class Copies:
             copy = self._copies.pop(adapter_id)
             self.byte_count -= copy.byte_count
             self._joined.discard(adapter_id)
-            if copy.arrival.early_share is not None:
-                copy.arrival.join()  # its tables are shown in the order of the steps
+            copy.arrival.join()  # its tables are shown in the order of the steps
             self._byte_s.append(copy.arrival.seconds() / max(1, copy.byte_count))
         return done
 

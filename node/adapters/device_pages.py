@@ -1,6 +1,6 @@
-"""Adapter pages and tables on a GPU, filled by a copy stream beside the steps.
+"""Adapter pages on a GPU, filled by a copy stream beside the steps.
 
-A page in pieces and one small copy of the table columns, then an event. Nothing here ever waits: a copy into pages that
+A page in pieces and one small copy for the tables, then an event. Nothing here ever waits: a copy into pages that
 a launched step may still read waits on the device for the event recorded after that step, and a step that names an adapter on its
 way waits on the device for the copy's event.
 
@@ -10,11 +10,12 @@ The copy engine takes turns between streams from one copy to the next, so what a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from node.adapters.device_tables import DeviceTables
 from node.adapters.file_plan import FilePlan
 from node.adapters.halves import EarlyArrival, Halves
 from node.adapters.page_store import SLOT_LIMIT
@@ -75,14 +76,17 @@ class Fences:
 
 
 class CudaArrival:
-    """One adapter's copies."""
+    """One adapter's copies. See `EarlyArrival`."""
 
     early_share: float | None = None
 
-    def __init__(self, begin: torch.cuda.Event, event: torch.cuda.Event, compute: torch.cuda.Stream) -> None:
+    def __init__(
+        self, begin: torch.cuda.Event, event: torch.cuda.Event, compute: torch.cuda.Stream, show: Callable[[], None]
+    ) -> None:
         self._begin = begin
         self._event = event
         self._compute = compute
+        self._show = show
         self._is_joined = False
 
     def is_done(self) -> bool:
@@ -91,6 +95,7 @@ class CudaArrival:
     def join(self) -> None:
         if not self._is_joined:
             self._compute.wait_event(self._event)
+            self._show()
             self._is_joined = True
 
     def seconds(self) -> float:
@@ -115,21 +120,15 @@ class CudaPages:
         device, page_count = pages.device, pages.shape[0]
         slot_count = min(page_count, SLOT_LIMIT)
         self.first_page = first_page
-        # Ranks and scales side by side, so that one copy writes both columns of a slot.
-        self._tables = torch.zeros((2, layout.module_count, slot_count), dtype=torch.int32, device=device)
+        self._tables = DeviceTables(layout.module_count, slot_count, compute, device)
         self.tensors = LoraPool(
             pages=pages,
             slot_pages=torch.full((slot_count, layout.pages_for_rank(max_rank)), -1, dtype=torch.int32),
-            ranks=self._tables[0],
-            scales=self._tables[1].view(torch.float32),
+            ranks=self._tables.ranks,
+            scales=self._tables.scales,
             page_rank=layout.page_rank,
         )
         self._slot_pages = self.tensors.slot_pages.numpy()
-        # A place of its own for each slot: it is written again only when the copy before has long arrived.
-        self._columns = torch.zeros((slot_count, 2, layout.module_count), dtype=torch.int32, pin_memory=True)
-        self._column_array = self._columns.numpy()
-        # Columns lie scattered in the tables: they travel in one piece and are spread on the device (59 us on the host if not).
-        self._landing = torch.zeros((slot_count, 2, layout.module_count), dtype=torch.int32, device=device)
         self._device = device
         self._compute = compute
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -164,25 +163,25 @@ class CudaPages:
         self, place: Place, sources: Sequence[Tensor], file: FilePlan, side: SideTensors | None
     ) -> CudaArrival | EarlyArrival:
         """Start to copy an adapter into its place, tables included. See `DevicePages`."""
-        columns = self._write_columns(place.slot, file)
+        self._tables.write(place.slot, file)
+        self._tables.guard(self._copies, place.slot)
         is_foreign = place.fence == self._foreign > 0
         if side is None and self._half is not None and self._half < file.extent and not is_foreign:
-            return self._send_halves(place, sources, file, columns, self._half)
+            return self._send_halves(place, sources, file, self._half)
         begin, event = _new_timer(), _new_timer()
         with torch.cuda.stream(self._copies):
             self._fences.guard(self._copies, place.fence)
             begin.record(self._copies)
             for page, source in zip(place.pages, sources, strict=False):  # the place may have pages for its side tensors
                 _copy_in_pieces(self.tensors.pages[page, : file.extent], source[: file.extent])
-            self._landing[place.slot].copy_(columns, non_blocking=True)
-            self._tables[:, :, place.slot].copy_(self._landing[place.slot])
+            self._tables.send(place.slot)
             if side is not None:
                 self.tensors.sides[place.slot] = self._move(side)
             event.record(self._copies)
         self._slot_pages[place.slot, : len(sources)] = place.pages[: len(sources)]
-        return CudaArrival(begin, event, self._compute)
+        return CudaArrival(begin, event, self._compute, lambda: self._tables.show(place.slot))
 
-    def _send_halves(self, place: Place, sources: Sequence[Tensor], file: FilePlan, columns: Tensor, half: int) -> EarlyArrival:
+    def _send_halves(self, place: Place, sources: Sequence[Tensor], file: FilePlan, half: int) -> EarlyArrival:
         """The same, so that the next step may name it although the newest one still reads its pages."""
         begin, first, event = _new_timer(), _new_timer(), _new_event()
         pairs = [(self.tensors.pages[page], source) for page, source in zip(place.pages, sources, strict=False)]
@@ -194,7 +193,7 @@ class CudaPages:
             begin.record(self._copies)
             for page, source in pairs:
                 _copy_in_pieces(page[:half], source[:half])
-            self._landing[place.slot].copy_(columns, non_blocking=True)
+            self._tables.send(place.slot)
             first.record(self._copies)
         with torch.cuda.stream(self._seconds):
             self._seconds.wait_event(first)
@@ -204,19 +203,7 @@ class CudaPages:
             event.record(self._seconds)
         self._slot_pages[place.slot, : len(sources)] = place.pages[: len(sources)]
         share = half / file.extent
-        return EarlyArrival(begin, first, event, share, self._compute, self._halves, lambda: self._show_columns(place.slot))
-
-    def _show_columns(self, slot: int) -> None:
-        """In the order of the steps: those launched before still read what the slot held."""
-        self._tables[:, :, slot].copy_(self._landing[slot])
-
-    def _write_columns(self, slot: int, file: FilePlan) -> Tensor:
-        """[2, M] int32, page-locked: a slot's ranks, and its scales' bits."""
-        array = self._column_array[slot]
-        array[...] = 0
-        array[0, file.module_indices] = file.ranks
-        array[1, file.module_indices] = file.scales.view("int32")
-        return self._columns[slot]
+        return EarlyArrival(begin, first, event, share, self._compute, self._halves, lambda: self._tables.show(place.slot))
 
     def _move(self, side: SideTensors) -> SideTensors:
         embedding = side.embedding
