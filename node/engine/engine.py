@@ -226,7 +226,7 @@ class Engine:
         """
         logger.warning("repeating a step of %d sequences one by one", len(work))
         results = [self._compute_one(item) for item in work]
-        if not all(result.has_failed for result in results):
+        if not all(result.has_failed or result.is_skipped for result in results):
             self._failed_steps = 0
             return results
         self._failed_steps += 1
@@ -235,8 +235,8 @@ class Engine:
         return results
 
     def _compute_one(self, work: Work) -> WorkResult:
-        if not self._scheduler.is_alive(work):
-            return WorkResult()
+        if not self._scheduler.can_repeat(work):
+            return WorkResult(is_skipped=True)
         try:
             flight = self._runner.launch([work])
             self._runner.draw(flight)

@@ -198,9 +198,12 @@ class Scheduler:
 
     # ---- results
 
-    def is_alive(self, work: Work) -> bool:
-        """Whether anybody still wants what this work computes."""
-        return self._by_id.get(work.sequence.id) is work.sequence and work.epoch == work.sequence.epoch
+    def can_repeat(self, work: Work) -> bool:
+        """Whether somebody still wants what this work computes, and its blocks and adapters are where they were."""
+        sequence = work.sequence
+        if self._by_id.get(sequence.id) is not sequence or work.epoch != sequence.epoch:
+            return False
+        return sequence.holds_adapters or self._adapters.holds(sequence.terms)
 
     def complete(self, plan: StepPlan, results: Seq[WorkResult]) -> list[SequenceEvent]:
         """Take over what a step computed; returns the events it caused, in plan order."""
@@ -214,6 +217,10 @@ class Scheduler:
         if self._by_id.get(sequence.id) is not sequence:
             return None  # it ended while this step ran
         sequence.pending_count -= work.draws_token
+        if result.is_skipped:
+            if work.epoch == sequence.epoch:
+                self._preemption.preempt(sequence)
+            return None
         if result.has_failed:
             self._retire(sequence)
             return sequence.error("engine_failed", "the engine failed to compute this sequence; the operator's log says why")

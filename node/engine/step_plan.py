@@ -88,10 +88,12 @@ class WorkResult:
         drawn: The next token when the work draws one; None when it does not, or when the logits were not finite.
         prompt_logprobs: The prompt's token after each row with its log-probability, for works that want them.
         has_failed: Nothing could be computed for this work.
+        is_skipped: Nothing was tried: its blocks or adapters are gone. Whoever still wants it computes it anew.
         embedding: Hidden state of the last row, float32 bytes, for works that embed.
     """
 
     drawn: DrawnToken | None = None
     prompt_logprobs: tuple[DrawnToken, ...] = ()
     has_failed: bool = False
+    is_skipped: bool = False
     embedding: bytes | None = None
