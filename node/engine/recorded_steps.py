@@ -143,7 +143,8 @@ class RecordedSteps:
         return logits[: len(work)]
 
     def _members_of(self, work: Sequence[Work], bucket: int) -> Members | None:
-        key = (bucket, *[item.sequence.arrival_index for item in work])
+        # Whoever was preempted may come back to other slots and pages: epochs only grow.
+        key = (bucket, sum([item.epoch for item in work]), *[item.sequence.arrival_index for item in work])
         if self._members is not None and self._members.key == key:
             return self._members
         members = self._adapters.members(work, key)

@@ -215,6 +215,23 @@ def test_only_an_idle_device_gets_its_step_before_others_are_looked_at(make_driv
     assert order_of(make_driver()) == ["look_ahead", "launch", "look_ahead", "launch"]
 
 
+def test_sequence_that_comes_back_finds_its_adapter_where_it_is_now(make_driver, make_ahead):
+    """It waited alone, and comes back with one row to compute: the same batch as before, with other pages."""
+    expected = answers(make_driver(), ["s1"])
+    for count in range(2, 9):
+        driver = make_ahead()
+        scheduler, adapters = driver.engine._scheduler, driver.engine._adapters
+        driver.engine._runner.is_ahead = False  # so that all of its rows but the last are known to the prefix cache
+        driver.add("s1", PROMPTS["s1"], ADAPTERS["s1"], max_new_tokens=12)
+        while "s1" not in driver.events or len(driver.tokens("s1")) < count:
+            driver.record(driver.engine.step()[0])
+        scheduler._preemption.preempt(scheduler._by_id["s1"])
+        adapters._forget(driver.ids["x"])
+        adapters._tier.take("somebody else", 1)
+        driver.run()
+        assert driver.tokens("s1") == expected["s1"]
+
+
 def test_cancel_between_two_steps_frees_everything(make_ahead):
     driver = make_ahead()
     driver.add("a", PROMPTS["s5"], ["y"], max_new_tokens=100)

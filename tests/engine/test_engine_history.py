@@ -1,4 +1,4 @@
-"""The engine one step ahead of a device on which parts of steps fail: whatever happens, everybody gets the answer of a quiet day."""
+"""The engine one step ahead of a device on which parts of steps fail: everybody gets the answer of a quiet day."""
 
 import zlib
 
@@ -95,7 +95,7 @@ class Adapters:
 
 
 class Device:
-    """A cache of tokens. `faults`: which of its calls raise, counted over launches, draws and collects; what is repeated works."""
+    """A cache of tokens. `faults`: which of its launches, draws and collects raise, what is repeated left out."""
 
     is_ahead = True
 
