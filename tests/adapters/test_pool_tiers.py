@@ -360,7 +360,7 @@ def test_running_sequences_do_not_wait_for_anothers_copy(bench):
     bench.device.copy_one()
     assert bench.step([TERMS[0]]) == [ResidencyState.READY]
     bench.pool.pin([TERMS[0]])
-    assert "wait" not in [kind for kind, _ in bench.device.compute]
+    assert all(arrival.done for kind, arrival in bench.device.compute if kind == "wait")
 
 
 def test_running_sequences_may_name_an_adapter_that_arrives_before_their_step_begins(bench):
@@ -480,3 +480,15 @@ def test_no_more_bytes_are_sent_at_once_than_arrive_soon(monkeypatch):
     for wanted in TERMS[:3]:
         tiers.pool.ensure([wanted])
     assert len(tiers.device.copies) == 1
+
+
+def test_recipe_whose_second_adapter_is_sent_when_the_first_has_come_is_known_to_wait_for_copies(bench):
+    """Nobody runs, so no step's end makes the engine look again."""
+    recipe = (TERMS[0], TERMS[1])
+    bench.stage(*recipe)
+    bench.pool._copies._byte_s.append(1.0)  # far more than any step
+    assert bench.step(recipe) == [ResidencyState.LOADING]
+    assert bench.pool.is_copying
+    while bench.device.compute_one() or bench.device.copy_one():
+        pass
+    assert bench.step(recipe) == [ResidencyState.READY]
