@@ -122,9 +122,9 @@ class AdapterPool:
         return 0 if self._arena is None else self._arena.evictions_total
 
     @property
-    def is_loading(self) -> bool:
-        """Whether the loader has anything of ours, or a copy is under way."""
-        return bool(len(self._arrivals) or len(self._copies))
+    def is_copying(self) -> bool:
+        """Whether an adapter is on its way to a device, whose arrival nobody tells."""
+        return len(self._copies) > 0
 
     def slot_of(self, adapter_id: str) -> int:
         """Slot of a resident adapter."""

@@ -97,6 +97,11 @@ class Engine:
         """Whether any sequence waits or runs, a step is still open, or an adapter is to come or go."""
         return self._scheduler.has_work or self._open is not None or self._grammars.waiting_count > 0 or self._adapters.has_wishes
 
+    @property
+    def is_copying(self) -> bool:
+        """Whether adapters are on their way to a device: nothing wakes whoever waits for one."""
+        return self._adapters.is_copying
+
     def add(self, submit: Submit) -> list[SequenceEvent]:
         """Queue a sequence, once its grammar is compiled where it has one; the event, if any, says why not."""
         return self._queue(submit) if self._grammars.admit(submit) else []

@@ -20,6 +20,7 @@ from node.engine.messages import (
 )
 from node.request import AdapterTerm
 
+COPY_POLL_S = 0.001  # less than a copy takes
 STATS_INTERVAL_S = 0.5  # half of what is promised: a long step may come in between
 
 
@@ -39,6 +40,9 @@ class Steppable(Protocol):
 
     @property
     def has_work(self) -> bool: ...
+
+    @property
+    def is_copying(self) -> bool: ...
 
     def add(self, submit: Submit) -> list[SequenceEvent]: ...
 
@@ -91,6 +95,8 @@ class EngineLoop:
         """How long the loop may sleep: not at all while rows are being computed."""
         if self._engine.has_work and not self._is_idle and not self._channel.is_blocked:
             return 0.0
+        if self._engine.has_work and self._engine.is_copying:
+            return COPY_POLL_S
         return max(0.001, self._stats_due_s - self._clock())
 
     def _take(self, commands: list[Command]) -> None:

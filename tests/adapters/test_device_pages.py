@@ -166,7 +166,7 @@ def test_copy_beside_a_step_is_named_only_when_it_is_complete():
         if room.pool.ensure([term(1)]).state is ResidencyState.READY:
             break
         torch.cuda.synchronize()
-    assert not room.pool.is_loading
+    assert not room.pool.is_copying
     room.assert_holds(term(1).adapter_id, room.copy_of(term(1).adapter_id))
 
 

@@ -7,7 +7,7 @@ import pytest
 import zmq
 
 from node.engine.channel import HELD_LIMIT, EngineChannel, command_address, event_address
-from node.engine.loop import STATS_INTERVAL_S, EngineLoop
+from node.engine.loop import COPY_POLL_S, STATS_INTERVAL_S, EngineLoop
 from node.engine.messages import Cancel, Event, SequenceEvent, Shutdown, Stats, Step, Submit
 from node.request import Sampling
 
@@ -21,6 +21,7 @@ class FakeEngine:
         self.log = []
         self.has_work = False
         self.computes = True
+        self.is_copying = False
 
     def add(self, submit):
         self.log.append(("add", submit.sequence_id))
@@ -104,7 +105,16 @@ def test_loop_that_waits_for_adapters_sleeps():
     room.engine.computes = False
     room.turn(submit())
     room.turn()
-    assert room.channel.waits[-1] > 0
+    assert room.channel.waits[-1] == pytest.approx(STATS_INTERVAL_S)
+
+
+def test_loop_looks_for_copies_that_wake_nobody():
+    room = Room()
+    room.engine.computes, room.engine.is_copying = False, True
+    room.turn()
+    room.turn(submit())
+    room.turn()
+    assert room.channel.waits[1:] == [pytest.approx(STATS_INTERVAL_S), COPY_POLL_S]
 
 
 def test_blocked_channel_stops_stepping_but_not_listening():
