@@ -231,8 +231,8 @@ class AdapterPool:
     def grant_wishes(self) -> None:
         """Do the next thing for each wish, after what this step wants is known: wishes never push that out."""
         for adapter_id in filter(self._is_idle, self._wishes.going):
-            self._wishes.is_gone(adapter_id)
             if adapter_id not in self._wanted:
+                self._wishes.is_gone(adapter_id)
                 self._forget(adapter_id)
         for adapter_id, directory in self._wishes.coming:
             if adapter_id in self._resident or self._arrivals.failure_of(adapter_id) is not None:

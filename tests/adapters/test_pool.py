@@ -279,6 +279,21 @@ def test_dismissed_adapter_leaves_once_nobody_runs_with_it(make_room, terms):
     assert not room.pool.has_wishes
 
 
+def test_dismissed_adapter_that_somebody_waits_for_leaves_after_that(make_room, terms):
+    room = make_room(8)
+    room.load(terms["small"])
+    room.pool.dismiss(terms["small"].adapter_id)
+    room.pool.begin_step()
+    room.pool.ensure((terms["small"],))
+    room.pool.grant_wishes()
+    assert terms["small"].adapter_id in room.pool.resident_ids
+
+    room.pool.begin_step()
+    room.pool.grant_wishes()
+    assert not room.pool.resident_ids
+    assert not room.pool.has_wishes
+
+
 def test_dismiss_of_an_unknown_adapter_is_nothing_to_wait_for(make_room):
     room = make_room(8)
     room.pool.dismiss("f" * 64)
