@@ -28,8 +28,8 @@ class Charges:
     arena_page_count: int | None
 
     def pages_of(self, file: FilePlan) -> int:
-        """Pages an adapter is charged. What it needs beside its pages (see `node.adapters.side`) is charged in whole pages that
-        stay untouched, so that one bound holds for both."""
+        """Pages an adapter is charged. What it needs beside its pages (see `node.adapters.side`) is charged in whole pages,
+        where a GPU keeps it, so that one bound holds for both."""
         return self.layout.pages_for_rank(file.rank) + -(-file.side_bytes // self.page_bytes)
 
     def refusal(self, adapter_count: int, files: Sequence[FilePlan]) -> Residency | None:

@@ -15,13 +15,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from node.adapters.device_side import SideRoom
 from node.adapters.device_tables import DeviceTables
 from node.adapters.file_plan import FilePlan
 from node.adapters.halves import EarlyArrival, Halves
 from node.adapters.page_store import SLOT_LIMIT
 from node.adapters.tier import Place
 from node.kernels.layout import PageLayout
-from node.kernels.lora import EmbeddingDelta, LoraPool, SideTensors
+from node.kernels.lora import LoraPool, SideTensors
 
 PIECE_BYTES = 8 << 20  # 0.15 ms at 55 GB/s
 
@@ -66,6 +67,11 @@ class Fences:
         event = self._events.get(min(mark, self._last))
         if event is not None:
             stream.wait_event(event)
+
+    def has_reached(self, mark: int) -> bool:
+        """Whether a mark is reached; never waits."""
+        self._retire()
+        return mark <= self._last and mark not in self._events
 
     def _retire(self) -> None:
         """Forget the marks that are reached: whoever asks for them has nothing to wait for."""
@@ -135,7 +141,7 @@ class CudaPages:
         self._fences = Fences(compute)
         self._seconds = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._half = layout.half()
-        self._foreign = 0  # the last mark of pages that held no adapter
+        self._foreign = 0  # the last mark of pages that held no layers of an adapter
         self._halves = Halves(compute)
         if self._half is not None:
             self.tensors.halfway = self._halves.reach
@@ -157,7 +163,8 @@ class CudaPages:
     def hide(self, slot: int) -> None:
         """No step that is launched from now on names this slot. Launched ones may: its pages and columns stay as they are."""
         self._slot_pages[slot] = -1
-        self.tensors.sides.pop(slot, None)
+        if self.tensors.sides.pop(slot, None) is not None:
+            self.foreign_mark()
 
     def send(
         self, place: Place, sources: Sequence[Tensor], file: FilePlan, side: SideTensors | None
@@ -165,18 +172,19 @@ class CudaPages:
         """Start to copy an adapter into its place, tables included. See `DevicePages`."""
         self._tables.write(place.slot, file)
         self._tables.guard(self._copies, place.slot)
-        is_foreign = place.fence == self._foreign > 0
-        if side is None and self._half is not None and self._half < file.extent and not is_foreign:
-            return self._send_halves(place, sources, file, self._half)
+        half = self._half
+        if side is None and half is not None and half < file.extent and self._fences.has_reached(self._foreign):
+            return self._send_halves(place, sources, file, half)
         begin, event = _new_timer(), _new_timer()
         with torch.cuda.stream(self._copies):
             self._fences.guard(self._copies, place.fence)
             begin.record(self._copies)
-            for page, source in zip(place.pages, sources, strict=False):  # the place may have pages for its side tensors
+            for page, source in zip(place.pages, sources, strict=False):  # behind them may be pages for its side tensors
                 _copy_in_pieces(self.tensors.pages[page, : file.extent], source[: file.extent])
             self._tables.send(place.slot)
             if side is not None:
-                self.tensors.sides[place.slot] = self._move(side)
+                room = SideRoom([self.tensors.pages[page] for page in place.pages[len(sources) :]], self._compute)
+                self.tensors.sides[place.slot] = room.send(side, self._device)
             event.record(self._copies)
         self._slot_pages[place.slot, : len(sources)] = place.pages[: len(sources)]
         return CudaArrival(begin, event, self._compute, lambda: self._tables.show(place.slot))
@@ -204,21 +212,6 @@ class CudaPages:
         self._slot_pages[place.slot, : len(sources)] = place.pages[: len(sources)]
         share = half / file.extent
         return EarlyArrival(begin, first, event, share, self._compute, self._halves, lambda: self._tables.show(place.slot))
-
-    def _move(self, side: SideTensors) -> SideTensors:
-        embedding = side.embedding
-        if embedding is not None:
-            gain = None if embedding.gain is None else self._to_device(embedding.gain)
-            embedding = EmbeddingDelta(self._to_device(embedding.a), self._to_device(embedding.b), gain)
-        gains = {index: self._to_device(tensor) for index, tensor in side.gains.items()}
-        biases = {index: self._to_device(tensor) for index, tensor in side.biases.items()}
-        return SideTensors(gains, biases, embedding)
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        """A copy on the copy stream's account, which the allocator may not hand on while steps read it."""
-        moved = tensor.to(self._device, non_blocking=True)
-        moved.record_stream(self._compute)
-        return moved
 
 
 def _copy_in_pieces(place: Tensor, source: Tensor) -> None:

@@ -194,7 +194,7 @@ class Loader:
     def fill(self, plan, pages):
         for page in pages:
             self.order.do(HOST, writes=places_of(torch.from_numpy(page)))
-        self.ended.append(Filled(plan, 0.0, None if plan.file.is_plain else SideTensors({}, {}, None)))
+        self.ended.append(Filled(plan, 0.0, None if plan.file.is_plain else SideTensors({0: torch.zeros(3)}, {}, None)))
 
     def outcomes(self):
         found, self.ended = self.ended, []
@@ -320,6 +320,8 @@ class Ordered(RuleBasedStateMachine):
         slots = {self.pool.slot_of(term.adapter_id) for terms in self.running for term in terms}
         tables = [place for slot in slots for table in (tensors.ranks, tensors.scales) for place in places_of(table[:, slot])]
         pages = [tensors.pages[page] for slot in slots for page in tensors.slot_pages[slot].tolist() if page >= 0]
+        sides = [place for slot in slots if slot in tensors.sides for place in places_of(tensors.sides[slot].gains[0])]
+        tables += sides
         lent = [place for page in self.lent for place in places_of(tensors.pages[page])]
         half = LAYOUT.half()
         self.order.do(compute.lane, [*tables, *(place for page in pages for place in places_of(page[:half]))], lent)

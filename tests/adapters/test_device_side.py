@@ -1,0 +1,45 @@
+"""Tensors beside an adapter's pages, in the pages that it is charged for them; plain memory stands for a GPU's."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from node.adapters.device_side import ALIGN_BYTES, SideRoom
+from node.kernels.lora import EmbeddingDelta, SideTensors
+
+PAGE_BYTES = 4096
+
+
+def sent(side, page_count):
+    pages = torch.full((page_count, PAGE_BYTES // 2), 7.0, dtype=torch.bfloat16)
+    return pages, SideRoom(list(pages), None).send(side, pages.device)
+
+
+def is_inside(tensor, pages):
+    first = pages.data_ptr()
+    return first <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= first + pages.nbytes
+
+
+def test_everything_arrives_inside_the_pages():
+    embedding = EmbeddingDelta(torch.randn(20, 4).bfloat16(), torch.randn(8, 4), torch.randn(8))
+    side = SideTensors({3: torch.randn(100), 5: torch.randn(7)}, {3: torch.randn(100)}, embedding)
+    pages, found = sent(side, 1)
+    expected = [side.gains[3], side.gains[5], side.biases[3], embedding.a, embedding.b, embedding.gain]
+    moved = [found.gains[3], found.gains[5], found.biases[3], found.embedding.a, found.embedding.b, found.embedding.gain]
+    assert all(torch.equal(*pair) for pair in zip(moved, expected, strict=True))
+    assert all(is_inside(tensor, pages) for tensor in moved)
+
+
+def test_embedding_without_a_gain_keeps_none():
+    _, found = sent(SideTensors(embedding=EmbeddingDelta(torch.ones(2, 1), torch.ones(2, 1), None)), 1)
+    assert found.embedding.gain is None
+
+
+@given(st.lists(st.integers(1, 700), max_size=12), st.integers(0, 3))
+def test_no_two_tensors_share_a_byte_whatever_their_sizes(sizes, page_count):
+    side = SideTensors({index: torch.full((size,), float(index)) for index, size in enumerate(sizes)})
+    pages, found = sent(side, page_count)
+    for index, size in enumerate(sizes):
+        assert torch.equal(found.gains[index], torch.full((size,), float(index)))
+    if sum(-(-4 * size // ALIGN_BYTES) * ALIGN_BYTES for size in sizes) <= PAGE_BYTES * min(page_count, 1):
+        assert all(is_inside(found.gains[index], pages) for index in range(len(sizes)))
