@@ -129,32 +129,56 @@ def write_rows(
     own: int,
     wanted: Sequence[int] = (),
 ) -> None:
-    """Write any number of rows a sequence, padding behind them where the layout has room. See `write_decode`."""
-    row = 0
+    """Write any number of rows a sequence, padding behind them where the layout has room. See `write_decode`.
+
+    Sequences of one row, most of those that decode beside a prompt, are written together: 63 of them one by one took 0.35 ms.
+    """
+    counts = np.array([item.count for item in work], dtype=np.int32)
+    starts = np.array([item.start for item in work], dtype=np.int32)
+    ends = np.cumsum(counts, dtype=np.int32)
+    first, rows = ends - counts, int(ends[-1])
+    positions = np.arange(rows, dtype=np.int32) + np.repeat(starts - first, counts)
+    sources = host[layout.sources : layout.sources + rows]
+    sources[:] = np.arange(own, own + rows)
+    sources[ends[list(pending)] - 1] = list(pending.values())
+    host[layout.positions : layout.positions + rows] = positions
+    host[layout.kv_slots : layout.kv_slots + rows] = _row_blocks(work, first, positions, block_size) * block_size + (
+        positions % block_size
+    )
+    _write_tokens(host[layout.tokens : layout.tokens + rows], work, first, pending)
     host[layout.query_start] = 0
-    for index, item in enumerate(work):
-        positions = np.arange(item.start, item.start + item.count, dtype=np.int32)
-        tokens = np.frombuffer(item.sequence.tokens, dtype=np.int64)[item.start : item.start + item.count]
-        blocks = np.frombuffer(item.sequence.blocks, dtype=np.int32)
-        end = row + item.count
-        host[layout.tokens + row : layout.tokens + row + len(tokens)] = tokens
-        host[layout.sources + row : layout.sources + end] = np.arange(own + row, own + end)
-        if index in pending:
-            host[layout.sources + end - 1] = pending[index]
-        host[layout.positions + row : layout.positions + end] = positions
-        host[layout.kv_slots + row : layout.kv_slots + end] = (
-            blocks[positions // block_size] * block_size + positions % block_size
-        )
-        host[layout.query_start + index + 1] = end
-        host[layout.context_lens + index] = item.start + item.count
-        row = end
-    pad_rows(host, layout, row, len(work), own)
+    host[layout.query_start + 1 : layout.query_start + 1 + len(work)] = ends
+    host[layout.context_lens : layout.context_lens + len(work)] = starts + counts
+    pad_rows(host, layout, rows, len(work), own)
     if shape.logit_rows is not None:
         count = len(shape.logit_rows)
         host[layout.logits : layout.logits + count] = shape.logit_rows
         host[layout.logits + count : layout.logits + layout.logit_rows] = 0
         host[layout.wanted : layout.wanted + len(wanted)] = wanted
     _write_tables(host, layout, work)
+
+
+def _write_tokens(tokens: Ints, work: Sequence[Work], first: Ints, pending: Mapping[int, int]) -> None:
+    """[T]. A token that is still being drawn is 0: nobody reads it."""
+    single = [index for index, item in enumerate(work) if item.count == 1]
+    values = [0 if index in pending else work[index].sequence.tokens[work[index].start] for index in single]
+    tokens[first[single]] = values
+    for item, row in zip(work, first.tolist(), strict=True):
+        if item.count > 1:
+            known = np.frombuffer(item.sequence.tokens, dtype=np.int64)[item.start : item.start + item.count]
+            tokens[row : row + len(known)] = known
+
+
+def _row_blocks(work: Sequence[Work], first: Ints, positions: Ints, block_size: int) -> Ints:
+    """[T]: the KV block of every row."""
+    found = np.empty(len(positions), dtype=np.int32)
+    single = [index for index, item in enumerate(work) if item.count == 1]
+    found[first[single]] = [work[index].sequence.blocks[work[index].start // block_size] for index in single]
+    for item, row in zip(work, first.tolist(), strict=True):
+        if item.count > 1:
+            blocks = np.frombuffer(item.sequence.blocks, dtype=np.int32)
+            found[row : row + item.count] = blocks[positions[row : row + item.count] // block_size]
+    return found
 
 
 def pad_rows(host: Ints, layout: BlockLayout, rows: int, sequences: int, own: int) -> None:

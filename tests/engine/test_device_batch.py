@@ -76,6 +76,35 @@ def test_rows_of_chunks_and_of_a_decode_together():
     assert block.view(layout.wanted, 1).tolist() == [1]
 
 
+def test_single_rows_between_chunks_are_written_as_each_alone():
+    work = [
+        make_work("a", range(10, 16), 5, 1, [3, 1]),
+        make_work("b", range(20, 23), 3, 1, [7], pending=1),
+        make_work("c", range(30, 44), 2, 9, [9, 4, 8]),
+        make_work("d", range(50, 59), 8, 1, [5, 2, 6]),
+        make_work("e", range(60, 62), 1, 2, [11], pending=1),
+        make_work("f", range(70, 72), 1, 1, [0]),
+    ]
+    pending = pending_places(work, {"b": 2, "e": 4})
+    layout = BlockLayout.of(20, 8, 6, 3)
+    host = np.full(layout.tiles, 77, np.int32)
+    write_rows(host, layout, work, step_shape(work), 4, pending, 1000)
+    row = 0
+    for index, item in enumerate(work):
+        alone = np.full(layout.tiles, 77, np.int32)
+        places = {0: pending[index]} if index in pending else {}
+        write_rows(alone, layout, [item], step_shape([item]), 4, places, 1000 + row)
+        for at in (layout.positions, layout.kv_slots, layout.sources):
+            assert host[at + row : at + row + item.count].tolist() == alone[at : at + item.count].tolist(), item.sequence.id
+        known = item.count - (index in pending)
+        start = layout.tokens + row
+        assert host[start : start + known].tolist() == list(item.sequence.tokens[item.start : item.start + known])
+        assert host[layout.context_lens + index] == item.start + item.count
+        row += item.count
+        assert host[layout.query_start + index + 1] == row
+    assert host[layout.kv_slots + row : layout.kv_slots + 20].tolist() == [-1] * (20 - row)
+
+
 def test_prompt_log_probabilities_want_every_row():
     shape = step_shape([make_work("a", range(10), 2, 1, [0, 1, 2], prompt_logprobs=True), make_work("b", range(3), 0, 3, [4])])
     assert shape.logit_rows.tolist() == [0, 3]
