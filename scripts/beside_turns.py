@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from bench_report import stolen_s
 from bench_runs import Bench, Request, Trace
 
 from node.request import AdapterTerm
@@ -44,6 +45,7 @@ class Turn:
 
     steps: list[Step] = field(default_factory=list)
     file_loads: int = 0
+    stolen_s: float = 0.0
 
     @property
     def step_ms(self) -> list[float]:
@@ -88,7 +90,7 @@ def beside(
 def _turn(bench: Bench, running: Sequence[AdapterTerm], short: Callable[[], AdapterTerm], new: int, every: int) -> Turn:
     """Until the running requests have `new` tokens each. The last short one comes early enough to be over by then."""
     trace, turn, started = Trace({}), Turn(), time.perf_counter()
-    before = bench.engine.stats().adapter_file_loads_total
+    before, before_stolen_s = bench.engine.stats().adapter_file_loads_total, stolen_s()
     names = [bench.submit(Request((term,), RUNNING_PROMPT, new)) for term in running]
     last_s, asked = 0.0, set()
     while (done := min(len(trace.token_s.get(name, ())) for name in names)) < new:
@@ -105,6 +107,7 @@ def _turn(bench: Bench, running: Sequence[AdapterTerm], short: Callable[[], Adap
     while bench.engine.has_work:
         bench.step(trace, started)
     turn.file_loads = bench.engine.stats().adapter_file_loads_total - before
+    turn.stolen_s = stolen_s() - before_stolen_s
     return turn
 
 
@@ -136,6 +139,7 @@ def _described(turns: Sequence[Turn]) -> dict[str, Any]:
         "file_loads": sum(turn.file_loads for turn in turns),
         "mixed_share": round(len(kinds["mixed"]) / len(steps), 4),
         **{f"{name}_median_ms": round(statistics.median(values), 4) for name, values in kinds.items() if values},
+        "stolen_s": round(sum(turn.stolen_s for turn in turns), 2),
         "p99_of_turns_ms": [round(float(np.percentile(turn.step_ms, 99)), 3) for turn in turns],
         "longest": [(round(step.ms, 3), "mixed" if step.is_mixed else "decode", where) for step, where in longest],
     }
