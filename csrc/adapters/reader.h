@@ -33,15 +33,26 @@ struct OpenloraPages {
   int32_t dtype;  // 0 float32, 2 bfloat16
 };
 
-// Threads and their buffers, for any number of reads, one at a time. Returns null when there is no memory.
+// Threads and their buffers, for any number of reads, one at a time, each on at most as many threads as it says. Returns null when there
+// is no memory.
 __attribute__((visibility("default"))) void* openlora_reader_open(int thread_count);
 __attribute__((visibility("default"))) void openlora_reader_close(void* reader);
 
 // Reads all tensors into the pages and writes the tree hash v1 of each one's bytes to roots [tensor_count, 32].
 // Returns 0; an errno; -1: the file ended early; -2: a tensor does not fit into the pages. Pages are then half written.
-__attribute__((visibility("default"))) int openlora_read_adapter(void* reader, int descriptor, const OpenloraTensor* tensors,
-                                                                 int64_t tensor_count, const OpenloraPlacement* placements,
-                                                                 int64_t placement_count, const OpenloraPages* pages, uint8_t* roots);
+__attribute__((visibility("default"))) int openlora_read_adapter(void* reader, int thread_count, int descriptor,
+                                                                 const OpenloraTensor* tensors, int64_t tensor_count,
+                                                                 const OpenloraPlacement* placements, int64_t placement_count,
+                                                                 const OpenloraPages* pages, uint8_t* roots);
+
+// The same in two calls, so that somebody may go on with the pages before their hash is known. The first keeps the bytes it reads; the
+// second hashes those, of the same tensors, and nobody reads anything else with this reader in between. The first also returns ENOMEM.
+__attribute__((visibility("default"))) int openlora_place_adapter(void* reader, int thread_count, int descriptor,
+                                                                  const OpenloraTensor* tensors, int64_t tensor_count,
+                                                                  const OpenloraPlacement* placements, int64_t placement_count,
+                                                                  const OpenloraPages* pages);
+__attribute__((visibility("default"))) int openlora_hash_placed(void* reader, int thread_count, const OpenloraTensor* tensors,
+                                                                int64_t tensor_count, uint8_t* roots);
 
 // digest [32] = SHA-256(prefix | data), for the tests. is_portable: without the processor's extensions.
 __attribute__((visibility("default"))) void openlora_sha256(uint8_t prefix, const uint8_t* data, int64_t size_bytes, int is_portable,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from node.adapters.file_plan import FilePlan
 from node.adapters.load_failures import LoadFailures
-from node.adapters.loader import AdapterLoader, AdapterPlan, Filled, Inspected
+from node.adapters.loader import AdapterLoader, AdapterPlan, Failed, Filled, Inspected, Placed
 from node.adapters.page_filler import Page
 from node.adapters.residency import Residency
 
@@ -58,38 +58,48 @@ class Arrivals:
         self._loader.inspect(adapter_id, directory)
         return None
 
-    def fill(self, plan: AdapterPlan, pages: list[Page]) -> None:
-        """Begin to write an adapter into `pages`. Needs `has_room`."""
-        self._filling.add(plan.adapter_id)
-        self._loader.fill(plan, pages)
+    @property
+    def is_filling(self) -> bool:
+        """Whether any adapter's pages are being written."""
+        return bool(self._filling)
 
-    def take(self) -> tuple[list[Filled], list[str]]:
-        """Adapters whose pages are complete, and those whose pages will never be."""
-        filled: list[Filled] = []
-        given_up: list[str] = []
-        for outcome in self._loader.outcomes():
+    def fill(self, plan: AdapterPlan, pages: list[Page], *, is_urgent: bool = False) -> None:
+        """Begin to write an adapter into `pages`. Needs `has_room`. See `AdapterLoader.fill`."""
+        self._filling.add(plan.adapter_id)
+        self._loader.fill(plan, pages, is_urgent=is_urgent)
+
+    def take(self, wait_s: float = 0.0) -> list[Placed | Filled | Failed]:
+        """What became of pages: complete, complete and proven, or never to be either, in the order in which it happened.
+
+        Args:
+            wait_s: How long to wait where nothing has happened.
+        """
+        found: list[Placed | Filled | Failed] = []
+        for outcome in self._loader.outcomes(wait_s):
             if isinstance(outcome, Inspected):
                 self._inspecting.discard(outcome.plan.adapter_id)
                 self._remember(outcome.plan)
-            elif isinstance(outcome, Filled):
-                self._filling.discard(outcome.plan.adapter_id)
-                filled.append(outcome)
-            else:
+            elif isinstance(outcome, Failed):
                 self._failures.note(outcome.adapter_id, outcome.error)
-                given_up += self._give_up(outcome.adapter_id)
-        return filled, given_up
+                if self._give_up(outcome.adapter_id):
+                    found.append(outcome)
+            else:
+                if isinstance(outcome, Filled):
+                    self._filling.discard(outcome.plan.adapter_id)
+                found.append(outcome)
+        return found
 
     def forget(self, adapter_id: str) -> None:
         """Read its headers again when it is next wanted."""
         self._plans.pop(adapter_id, None)
 
-    def _give_up(self, adapter_id: str) -> list[str]:
+    def _give_up(self, adapter_id: str) -> bool:
+        """Whether it had pages."""
         self._inspecting.discard(adapter_id)
         self.forget(adapter_id)
-        if adapter_id not in self._filling:
-            return []
+        was_filling = adapter_id in self._filling
         self._filling.discard(adapter_id)
-        return [adapter_id]
+        return was_filling
 
     def _remember(self, plan: AdapterPlan) -> None:
         self._plans[plan.adapter_id] = plan

@@ -49,6 +49,7 @@ class HostArena:
         self._arrays = page_arrays(self._pages)
         self._tier = Tier(page_count, page_count)
         self._staged: dict[str, Staged] = {}
+        self._abandoned: set[str] = set()  # while somebody still reads them
         self.evictions_total = 0
 
     @property
@@ -62,6 +63,8 @@ class HostArena:
 
     def claim(self, adapter_id: str, rank: int, wanted: Collection[str]) -> list[Page] | None:
         """Pages to fill, which stay the newcomer's until `stage` or `abandon`; None where nobody can leave for it now."""
+        if adapter_id in self._abandoned:
+            return None
         page_count = self._layout.pages_for_rank(rank)
         victims = self._tier.victims(page_count, wanted)
         if victims is None:
@@ -80,16 +83,19 @@ class HostArena:
         self._tier.unpin(adapter_id)
 
     def abandon(self, adapter_id: str) -> None:
-        """The pages will never be complete."""
+        """The pages will never be what was asked for. Where they are lent they stay as they are until `release`."""
         self._tier.unpin(adapter_id)
-        self._tier.drop(adapter_id)
+        if self._tier[adapter_id].pin_count:
+            self._abandoned.add(adapter_id)
+        else:
+            self._tier.drop(adapter_id)
 
     def get(self, adapter_id: str) -> Staged | None:
         """A complete adapter, or None."""
         return self._staged.get(adapter_id)
 
     def lend(self, adapter_id: str) -> list[Tensor]:
-        """The pages of a complete adapter, which stay as they are until `release`."""
+        """The pages of an adapter that are complete, which stay as they are until `release`."""
         self._tier.pin(adapter_id)
         self._tier.touch(adapter_id)
         return [self._pages[page] for page in self._tier[adapter_id].pages]
@@ -97,6 +103,9 @@ class HostArena:
     def release(self, adapter_id: str) -> None:
         """What `lend` gave is not read any more."""
         self._tier.unpin(adapter_id)
+        if adapter_id in self._abandoned and not self._tier[adapter_id].pin_count:
+            self._abandoned.discard(adapter_id)
+            self._tier.drop(adapter_id)
 
     def __contains__(self, adapter_id: str) -> bool:
         return adapter_id in self._tier

@@ -9,6 +9,7 @@ the hash, so it has to be the hash of what computed the answer.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -46,6 +47,13 @@ class Inspected:
 
 
 @dataclass(frozen=True, slots=True)
+class Placed:
+    """All pages are complete, and whether they are the bytes the hash names is being computed: `Filled` or `Failed` follows."""
+
+    plan: AdapterPlan
+
+
+@dataclass(frozen=True, slots=True)
 class Filled:
     """All pages are complete and are the bytes the hash names. `seconds` is the time of the thread that did it."""
 
@@ -62,7 +70,7 @@ class Failed:
     error: AdapterError
 
 
-Outcome = Inspected | Filled | Failed
+Outcome = Inspected | Placed | Filled | Failed
 Job = Callable[[], Outcome]
 
 
@@ -74,7 +82,7 @@ class AdapterLoader:
         table: The model's linear modules.
         max_rank: Limit on ranks. max_bytes: limit on an adapter's file.
         base: The base's weights, for DoRA and adapters of the embedding; None refuses those.
-        read_threads: Threads of one read with the compiled kernels.
+        read_threads: Threads of one read with the compiled kernels. urgent_threads: of an urgent one.
         library: The compiled kernels; None reads with numpy.
         job_limit: Jobs not yet taken over; the caller keeps within it.
         wake: Called from a loader thread after each outcome, to end the step loop's idle wait.
@@ -89,6 +97,7 @@ class AdapterLoader:
         max_bytes: int,
         base: BaseWeights | None = None,
         read_threads: int = 1,
+        urgent_threads: int = 1,
         library: Path | None = None,
         job_limit: int = 8,
         wake: Callable[[], None] = lambda: None,
@@ -97,10 +106,12 @@ class AdapterLoader:
         self._filler = PageFiller(layout, table, max_rank=max_rank, max_bytes=max_bytes, base=base)
         self._reader: PageReader | None = None
         if library is not None:
-            self._reader = PageReader(library, layout, thread_count=read_threads, max_bytes=max_bytes)
+            self._reader = PageReader(
+                library, layout, thread_count=read_threads, urgent_count=urgent_threads, max_bytes=max_bytes
+            )
         self._wake = wake
         self._jobs: queue.Queue[tuple[str, Job] | None] = queue.Queue(job_limit + THREAD_COUNT)  # and each one's word to stop
-        self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()  # bounded by job_limit
+        self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()  # bounded by job_limit: two of a job at most
         self.job_limit = job_limit
         self.job_count = 0
         self._threads = [threading.Thread(target=self._run, name=f"adapter-loader-{i}", daemon=True) for i in range(THREAD_COUNT)]
@@ -111,20 +122,27 @@ class AdapterLoader:
         """Start reading an adapter's headers; the outcome is `Inspected` or `Failed`."""
         self._submit(adapter_id, lambda: Inspected(AdapterPlan(adapter_id, directory, self._plans.read(directory))))
 
-    def fill(self, plan: AdapterPlan, pages: Sequence[Page]) -> None:
-        """Start writing an adapter into `pages`, which nobody else touches until the outcome, `Filled` or `Failed`."""
-        self._submit(plan.adapter_id, lambda: self._fill(plan, pages))
+    def fill(self, plan: AdapterPlan, pages: Sequence[Page], *, is_urgent: bool = False) -> None:
+        """Start writing an adapter into `pages`, which nobody else touches until the outcome, `Filled` or `Failed`.
 
-    def outcomes(self) -> list[Outcome]:
-        """Take over what is done.
+        Args:
+            is_urgent: Somebody could go on with complete pages before they are hashed; where that can be, `Placed` says when.
+        """
+        self._submit(plan.adapter_id, lambda: self._fill(plan, pages, is_urgent=is_urgent))
+
+    def outcomes(self, wait_s: float = 0.0) -> list[Outcome]:
+        """Take over what is done; `wait_s`: how long to wait for the first where nothing is.
 
         Raises:
             EngineError: A thread died of a programming error; what it had in hand would never load.
         """
         found: list[Outcome] = []
+        if wait_s > 0 and self._outcomes.empty():
+            with contextlib.suppress(queue.Empty):
+                found.append(self._outcomes.get(timeout=wait_s))
         while not self._outcomes.empty():
             found.append(self._outcomes.get_nowait())
-        self.job_count -= len(found)
+        self.job_count -= sum(not isinstance(outcome, Placed) for outcome in found)
         if not all(thread.is_alive() for thread in self._threads):
             raise EngineError("an adapter loader thread is gone; the engine must be restarted", code="engine_failed")
         return found
@@ -152,15 +170,22 @@ class AdapterLoader:
     def _run(self) -> None:
         while (item := self._jobs.get()) is not None:
             adapter_id, job = item
-            self._outcomes.put(_guarded(adapter_id, job))
-            self._wake()
+            self._tell(_guarded(adapter_id, job))
 
-    def _fill(self, plan: AdapterPlan, pages: Sequence[Page]) -> Outcome:
+    def _tell(self, outcome: Outcome) -> None:
+        self._outcomes.put(outcome)
+        self._wake()
+
+    def _fill(self, plan: AdapterPlan, pages: Sequence[Page], *, is_urgent: bool) -> Outcome:
         """Fill, and refuse what is not the adapter that was asked for."""
         started = time.perf_counter()
         file, finish = plan.file, None
         if self._reader is not None and file.is_plain:
-            found = file.adapter_id(self._reader.read(plan.directory, file, pages))
+            if is_urgent and self._reader.can_place(file):
+                roots = self._reader.place_then_hash(plan.directory, file, pages, lambda: self._tell(Placed(plan)))
+            else:
+                roots = self._reader.read(plan.directory, file, pages)
+            found = file.adapter_id(roots)
         else:
             found, finish = self._filler.fill(plan.directory, file.binding, pages)
         if found != plan.adapter_id:

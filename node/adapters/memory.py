@@ -93,13 +93,15 @@ def open_pool(
     Raises:
         ConfigError: Not one page fits into a limit, or host memory cannot be page-locked.
     """
+    core_count = len(os.sched_getaffinity(0))
     loader = AdapterLoader(
         layout,
         table,
         max_rank=limits.max_rank,
         max_bytes=limits.max_adapter_bytes,
         base=base,
-        read_threads=read_threads(device.type, len(os.sched_getaffinity(0))),
+        read_threads=read_threads(device.type, core_count),
+        urgent_threads=read_threads(device.type, core_count + SPARE_CORES),  # while no step runs
         library=library_path(),
         wake=wake,
     )
@@ -117,7 +119,7 @@ def open_pool(
 
 
 def read_threads(device_type: str, core_count: int) -> int:
-    """Threads of one read. A CPU computes with its cores and is not to be disturbed; a GPU's host has them idle."""
+    """Threads of one read. A CPU computes with its cores and is not to be disturbed; a GPU's host has most of them idle."""
     if device_type != "cuda":
         return 1
     return max(1, min(core_count - SPARE_CORES, MAX_READ_THREADS))

@@ -1,4 +1,5 @@
-"""Reads a plain adapter into its pages and hashes the very bytes it reads, in one pass, on threads without the interpreter lock.
+"""Reads a plain adapter into its pages and hashes the very bytes it reads, on threads without the interpreter lock: in one pass,
+or so that the pages are there before the hash is.
 
 Writes the same bits as `node.adapters.page_filler`, which reads everything else.
 """
@@ -7,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +25,8 @@ from node.kernels.layout import PageLayout
 
 ROOT_BYTES = 32
 SHORT_FILE = -1  # what `openlora_read_adapter` answers besides an errno
+ITEM_BYTES = np.array([4, 2, 2])  # by `DTYPE_CODES`
+KEPT_BYTES = 256 << 20  # of an adapter whose bytes are kept until they are hashed; larger ones are read in one pass
 
 
 class _PageList(ctypes.Structure):
@@ -41,10 +46,15 @@ class PageReader:
 
     Args:
         library: The built kernels. layout: the model's pages.
-        thread_count: Threads of a read; reads follow each other. max_bytes: limit on an adapter's file.
+        thread_count: Threads of a read; reads follow each other. urgent_count: of one that somebody waits for alone.
+        max_bytes: Limit on an adapter's file.
     """
 
-    def __init__(self, library: Path, layout: PageLayout, *, thread_count: int, max_bytes: int) -> None:
+    def __init__(
+        self, library: Path, layout: PageLayout, *, thread_count: int, max_bytes: int, urgent_count: int | None = None
+    ) -> None:
+        self._thread_count = thread_count
+        self._urgent_count = max(thread_count, urgent_count or 0)
         self._layout = layout
         self._max_bytes = max_bytes
         functions = ctypes.CDLL(str(library))
@@ -53,10 +63,17 @@ class PageReader:
         self._read = functions.openlora_read_adapter
         self._read.restype = ctypes.c_int
         self._read.argtypes = (
-            *(ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64),
+            *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64),
             *(ctypes.POINTER(_PageList), ctypes.c_void_p),
         )
-        self._reader = functions.openlora_reader_open(thread_count)
+        self._place = functions.openlora_place_adapter
+        self._place.restype = ctypes.c_int
+        self._place.argtypes = self._read.argtypes[:-1]
+        self._hash = functions.openlora_hash_placed
+        self._hash.restype = ctypes.c_int
+        self._hash.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+        self._turn = threading.Lock()  # from the pages of one adapter to their hash nobody else is read
+        self._reader = functions.openlora_reader_open(self._urgent_count)
         if self._reader is None:
             raise MemoryError("no memory for the buffers of the adapter reader")
         self._end = weakref.finalize(self, functions.openlora_reader_close, self._reader)
@@ -81,29 +98,61 @@ class PageReader:
             AdapterError: The file is gone, or shorter than the plan says.
             OSError: It cannot be read.
         """
+        roots = _Roots(plan)
+        with self._turn:
+            self._call(self._read, self._thread_count, directory, plan, pages, roots.address)
+        return roots.digits()
+
+    def can_place(self, plan: FilePlan) -> bool:
+        """Whether an adapter is small enough for `place_then_hash`."""
+        tensors = plan.tensors
+        return bool((tensors["rows"] * tensors["columns"] * ITEM_BYTES[tensors["dtype"]]).sum() <= KEPT_BYTES)
+
+    def place_then_hash(self, directory: Path, plan: FilePlan, pages: Sequence[Page], placed: Callable[[], None]) -> list[str]:
+        """The same, but `placed` is called when the pages are complete, before anything is known of their hash."""
+        roots = _Roots(plan)
+        with self._turn:
+            self._call(self._place, self._urgent_count, directory, plan, pages)
+            placed()
+            tensors = plan.tensors
+            fault = self._hash(self._reader, self._urgent_count, tensors.ctypes.data, len(tensors), roots.address)
+            _check(fault, plan, pages)
+        return roots.digits()
+
+    def _call(self, function: Any, thread_count: int, directory: Path, plan: FilePlan, pages: Sequence[Page], *more: int) -> None:
         descriptor, _ = open_regular(locate(directory).weights, self._max_bytes)
         try:
-            return self._read_open(descriptor, plan, pages)
+            addresses = np.array([page.ctypes.data for page in pages], np.uint64)
+            code = DTYPE_CODES["F32" if pages[0].dtype == np.float32 else "BF16"]
+            target = _PageList(addresses.ctypes.data, len(pages), self._layout.page_elements, self._layout.page_rank, code)
+            fault = function(
+                *(self._reader, thread_count, descriptor),
+                *(plan.tensors.ctypes.data, len(plan.tensors)),
+                *(plan.placements.ctypes.data, len(plan.placements)),
+                *(ctypes.byref(target), *more),
+            )
         finally:
             os.close(descriptor)
+        _check(fault, plan, pages)
 
-    def _read_open(self, descriptor: int, plan: FilePlan, pages: Sequence[Page]) -> list[str]:
-        addresses = np.array([page.ctypes.data for page in pages], np.uint64)
-        code = DTYPE_CODES["F32" if pages[0].dtype == np.float32 else "BF16"]
-        target = _PageList(addresses.ctypes.data, len(pages), self._layout.page_elements, self._layout.page_rank, code)
-        roots = np.empty((len(plan.tensors), ROOT_BYTES), np.uint8)
-        fault = self._read(
-            self._reader,
-            descriptor,
-            *(plan.tensors.ctypes.data, len(plan.tensors)),
-            *(plan.placements.ctypes.data, len(plan.placements)),
-            *(ctypes.byref(target), roots.ctypes.data),
-        )
-        if fault == SHORT_FILE:
-            raise AdapterChangedError("the adapter's file became shorter after it was verified")
-        if fault < 0:
-            raise ValueError(f"a plan of rank {plan.rank} does not fit into {len(pages)} pages of this model")
-        if fault > 0:
-            raise OSError(fault, os.strerror(fault))
-        digits = roots.tobytes().hex()
+
+class _Roots:
+    """Memory for the root of each tensor's tree hash."""
+
+    def __init__(self, plan: FilePlan) -> None:
+        self._bytes = np.empty((len(plan.tensors), ROOT_BYTES), np.uint8)
+        self.address = self._bytes.ctypes.data
+
+    def digits(self) -> list[str]:
+        digits = self._bytes.tobytes().hex()
         return [digits[start : start + 2 * ROOT_BYTES] for start in range(0, len(digits), 2 * ROOT_BYTES)]
+
+
+def _check(fault: int, plan: FilePlan, pages: Sequence[Page]) -> None:
+    """Raise what a call of the library answered."""
+    if fault == SHORT_FILE:
+        raise AdapterChangedError("the adapter's file became shorter after it was verified")
+    if fault < 0:
+        raise ValueError(f"a plan of rank {plan.rank} does not fit into {len(pages)} pages of this model")
+    if fault > 0:
+        raise OSError(fault, os.strerror(fault))

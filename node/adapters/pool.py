@@ -2,7 +2,8 @@
 
 Called by the step loop only. On a CPU an adapter goes through: inspected (headers read, size known), filling (owns a slot and
 pages that no step can see), resident. On a GPU it fills pages of the host arena, is staged there, and is sent to the GPU when a
-slot and pages are free for it; adapters that wait may be staged long before.
+slot and pages are free for it; adapters that wait may be staged long before. Where nobody runs it is sent before it is staged, as
+soon as its pages are complete (`node.adapters.trials`).
 
 In each tier the least recently used adapter leaves first; one that runs, or that an earlier sequence of this step wants, never
 does. That order makes progress certain: the first in line only ever waits for adapters that finish.
@@ -11,7 +12,7 @@ does. That order makes progress certain: the first in line only ever waits for a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +23,19 @@ from node.adapters.charges import Charges
 from node.adapters.copies import Copies
 from node.adapters.file_plan import FilePlan
 from node.adapters.host_arena import HostArena, Staged
-from node.adapters.loader import AdapterLoader, AdapterPlan, Filled
+from node.adapters.loader import AdapterLoader, AdapterPlan, Failed, Filled, Placed
 from node.adapters.page_filler import Page
 from node.adapters.page_store import DevicePages, HostPages
 from node.adapters.residency import LOADING, READY, Residency
 from node.adapters.slot_ranks import SlotRanks
 from node.adapters.tier import Place, Tier
+from node.adapters.trials import Trials
 from node.adapters.wishes import Wishes
 from node.kernels.layout import PageLayout
 from node.kernels.lora import LoraPool
 from node.request import AdapterTerm
 
+PROOF_WAIT_S = 1.0  # between two looks at whether the loader's threads are alive
 COPIES_BYTES = 1 << 30  # on their way at once: more would arrive steps later, and whoever could run waits until all are sent
 
 
@@ -75,6 +78,7 @@ class AdapterPool:
         arena_pages = None if arena is None else arena.page_count
         self._charges = Charges(layout, self._page_bytes, self._tier.page_count, self._tier.slot_count, arena_pages)
         self._wishes = Wishes()
+        self._trials = Trials()
         self.loads_total = 0
         self.evictions_total = 0
         self.file_loads_total = 0
@@ -109,7 +113,7 @@ class AdapterPool:
     @property
     def resident_ids(self) -> tuple[str, ...]:
         """Adapters that can run now, least recently used first."""
-        return tuple(adapter_id for adapter_id in self._tier.ids if adapter_id in self._resident)
+        return tuple(adapter_id for adapter_id in self._tier.ids if adapter_id in self._resident and self._is_proven(adapter_id))
 
     @property
     def host_ids(self) -> tuple[str, ...]:
@@ -169,22 +173,20 @@ class AdapterPool:
         """Take over what the loader and the copies finished, and forget what the last step wanted."""
         self._wanted.clear()
         self._store.begin_step()
-        self._settle()
-        filled, given_up = self._arrivals.take()
-        for arrived in filled:
-            self._take_over(arrived)
-        for adapter_id in given_up:
-            self._give_up(adapter_id)
+        self._release_copied()
+        self._drop_refused()  # of the step before: whoever ran with it has heard of it by now
+        self._take_arrivals()
 
     def holds(self, terms: Sequence[AdapterTerm]) -> bool:
-        """Whether all adapters of a recipe are here, none of them still on its way."""
-        return all(term.adapter_id in self._resident and term.adapter_id not in self._copies for term in terms)
+        """Whether all adapters of a recipe are here, none of them still on its way or on trial."""
+        adapter_ids = [term.adapter_id for term in terms]
+        return all(name in self._resident and name not in self._copies and self._is_proven(name) for name in adapter_ids)
 
     def ensure(self, terms: Sequence[AdapterTerm]) -> Residency:
         """Want all adapters of a recipe, start what is missing, say whether they can run."""
         directories = {term.adapter_id: term.directory for term in terms}
         for adapter_id in directories:
-            failure = self._arrivals.failure_of(adapter_id)
+            failure = self._arrivals.failure_of(adapter_id) or self._trials.refused.get(adapter_id)
             if failure is not None:
                 return failure
         too_large = self._charges.refusal(len(directories), self._arrivals.files_of(directories))
@@ -212,6 +214,23 @@ class AdapterPool:
         for term in terms:
             self._tier.unpin(term.adapter_id)
             self._marks[term.adapter_id] = self._store.mark()
+
+    # ---- trials, as the engine settles them
+
+    @property
+    def has_trials(self) -> bool:
+        """Whether steps compute with an adapter whose hash is not known, or did with one that was refused."""
+        return self._trials.has_any
+
+    def settle(self, adapter_ids: Collection[str]) -> Mapping[str, Residency]:
+        """Wait until the hash of these adapters is known, where one of them is on trial: for bytes that are in memory already.
+
+        Returns:
+            What to tell whoever named an adapter that was refused on trial.
+        """
+        while any(map(self._trials.is_on, adapter_ids)):
+            self._take_arrivals(PROOF_WAIT_S)
+        return self._trials.refused
 
     # ---- wishes, as the operator has them
 
@@ -258,7 +277,7 @@ class AdapterPool:
     def _can_run(self, adapter_id: str) -> bool:
         """A step that names an adapter on its way waits for it, everybody else in that step too: only while nobody runs, or
         where there will be nothing left to wait for."""
-        if adapter_id not in self._resident:
+        if adapter_id not in self._resident or (self._running_count and not self._is_proven(adapter_id)):
             return False
         return adapter_id not in self._copies or not self._running_count or self._copies.is_hidden(adapter_id)
 
@@ -270,12 +289,30 @@ class AdapterPool:
         if staged is not None:
             self._send(adapter_id, staged)
             return
+        if (placed := self._trials.placed(adapter_id)) is not None:
+            self._try(adapter_id, placed)
         if adapter_id in self._arrivals or not self._arrivals.has_room:
             return
         plan = self._arrivals.plan(adapter_id, Path(directory))
         pages = None if plan is None else self._fill_pages(plan)
         if plan is not None and pages is not None:
-            self._arrivals.fill(plan, pages)
+            is_urgent = self._arena is not None and self._is_waited_for(adapter_id) and not self._arrivals.is_filling
+            self._arrivals.fill(plan, pages, is_urgent=is_urgent)
+
+    def _is_waited_for(self, adapter_id: str) -> bool:
+        """Whether a sequence wants it and nobody runs."""
+        return adapter_id in self._wanted and not self._running_count
+
+    def _try(self, adapter_id: str, placed: FilePlan) -> None:
+        """Send an adapter before its hash is known, where somebody waits for it and for nothing else."""
+        if self._is_waited_for(adapter_id) and not self._trials.has_any:
+            self._send(adapter_id, Staged(placed, None))
+            if adapter_id in self._resident:
+                self._tier.pin(adapter_id)  # by its trial
+                self._trials.begin(adapter_id)
+
+    def _is_proven(self, adapter_id: str) -> bool:
+        return not self._trials.is_on(adapter_id) and adapter_id not in self._trials.refused
 
     def _fill_pages(self, plan: AdapterPlan) -> list[Page] | None:
         """Pages for the loader to write; None when there are none now."""
@@ -308,7 +345,7 @@ class AdapterPool:
             self._arena.touch(adapter_id)
 
     def _send(self, adapter_id: str, staged: Staged) -> None:
-        """Copy a staged adapter to the device, if a slot and pages can be free for it now."""
+        """Copy a staged or placed adapter to the device, if a slot and pages can be free for it now."""
         if self._copies.is_full(COPIES_BYTES):
             return
         place = self._claim(adapter_id, self._charges.pages_of(staged.file))
@@ -322,12 +359,34 @@ class AdapterPool:
         self.loads_total += 1
         self.sent_bytes_total += byte_count
 
-    def _settle(self) -> None:
+    def _release_copied(self) -> None:
         """Copies that are done keep nobody any more."""
         for adapter_id in self._copies.begin_step():
             self._tier.unpin(adapter_id)
             if self._arena is not None:
                 self._arena.release(adapter_id)
+
+    def _take_arrivals(self, wait_s: float = 0.0) -> None:
+        for outcome in self._arrivals.take(wait_s):
+            if isinstance(outcome, Placed):
+                self._trials.place(outcome.plan)
+            elif isinstance(outcome, Filled):
+                if self._trials.prove(outcome.plan.adapter_id):
+                    self._tier.unpin(outcome.plan.adapter_id)
+                self._take_over(outcome)
+            else:
+                if self._trials.refuse(outcome):
+                    self._tier.unpin(outcome.adapter_id)
+                self._give_up(outcome)
+
+    def _drop_refused(self) -> None:
+        """Let go of what failed on trial, once nobody holds it any more."""
+        for adapter_id in list(self._trials.refused):
+            if adapter_id in self._tier and self._tier[adapter_id].pin_count:
+                continue
+            if adapter_id in self._tier:
+                self._evict(adapter_id)
+            self._trials.forget(adapter_id)
 
     def _take_over(self, filled: Filled) -> None:
         """Pages that the loader completed: staged in the arena, or visible at once where steps compute from them."""
@@ -343,13 +402,13 @@ class AdapterPool:
         self._resident[adapter_id] = file
         self.loads_total += 1
 
-    def _give_up(self, adapter_id: str) -> None:
-        """Pages that will never be complete."""
+    def _give_up(self, failed: Failed) -> None:
+        """Pages that will never be what was asked for."""
         if self._arena is not None:
-            self._arena.abandon(adapter_id)
+            self._arena.abandon(failed.adapter_id)
             return
-        self._tier.unpin(adapter_id)
-        self._tier.drop(adapter_id)
+        self._tier.unpin(failed.adapter_id)
+        self._tier.drop(failed.adapter_id)
 
     def close(self) -> None:
         """End the loader's threads."""

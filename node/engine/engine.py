@@ -208,9 +208,16 @@ class Engine:
                 following.flight = None
         else:
             self._failed_steps = 0
-        events = self._scheduler.complete(step.plan, results)
+        events = [*self._settle(step.plan), *self._scheduler.complete(step.plan, results)]
         self._grammars.observe(events)
         return events
+
+    def _settle(self, plan: StepPlan) -> list[SequenceEvent]:
+        """End whoever was computed with an adapter that is not what its hash says, before anything of it leaves."""
+        if not self._adapters.has_trials:
+            return []
+        named = {term.adapter_id for work in plan.work for term in work.sequence.terms}
+        return self._scheduler.refuse(self._adapters.settle(named))
 
     def _collect(self, step: _Open) -> list[WorkResult] | None:
         if step.flight is None:

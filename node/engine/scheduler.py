@@ -17,9 +17,10 @@ device writes in the order of the plans; only blocks full of known tokens are ev
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
-from node.adapters.residency import AdapterMemory
+from node.adapters.residency import AdapterMemory, Residency
 from node.engine.admission import Admission
 from node.engine.blocks import BlockPool, extend_keys, namespace_key
 from node.engine.counters import Counters
@@ -197,6 +198,14 @@ class Scheduler:
                 draft.give_chunk(sequence, draft.left())
 
     # ---- results
+
+    def refuse(self, refused: Mapping[str, Residency]) -> list[SequenceEvent]:
+        """End every sequence that names an adapter which was not what its hash says; returns the last events."""
+        named = [(sequence, term.adapter_id) for sequence in self._by_id.values() for term in sequence.terms] if refused else []
+        found = {sequence.id: (sequence, refused[name]) for sequence, name in named if name in refused}
+        for sequence, _ in found.values():
+            self._retire(sequence)
+        return [sequence.error(why.code, why.message) for sequence, why in found.values()]
 
     def can_repeat(self, work: Work) -> bool:
         """Whether somebody still wants what this work computes, and its blocks and adapters are where they were."""

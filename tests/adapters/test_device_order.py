@@ -191,12 +191,12 @@ class Loader:
     def inspect(self, adapter_id, directory):
         self.ended.append(Inspected(AdapterPlan(adapter_id, directory, file_plan(int(adapter_id, 16)))))
 
-    def fill(self, plan, pages):
+    def fill(self, plan, pages, *, is_urgent=False):
         for page in pages:
             self.order.do(HOST, writes=places_of(torch.from_numpy(page)))
         self.ended.append(Filled(plan, 0.0, None if plan.file.is_plain else SideTensors({0: torch.zeros(3)}, {}, None)))
 
-    def outcomes(self):
+    def outcomes(self, wait_s=0.0):
         found, self.ended = self.ended, []
         return found
 

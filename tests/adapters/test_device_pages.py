@@ -49,12 +49,12 @@ class Loader:
     def inspect(self, adapter_id, directory):
         self.ended.append(Inspected(AdapterPlan(adapter_id, directory, file_plan(self.ranks[int(adapter_id, 16)]))))
 
-    def fill(self, plan, pages):
+    def fill(self, plan, pages, *, is_urgent=False):
         for index, page in enumerate(pages):
             page[:] = expected_bits(plan.adapter_id, index)
         self.ended.append(Filled(plan, 0.0))
 
-    def outcomes(self):
+    def outcomes(self, wait_s=0.0):
         found, self.ended = self.ended, []
         return found
 

@@ -56,11 +56,11 @@ class Loader:
     def inspect(self, adapter_id, directory):
         self.ended.append(Inspected(AdapterPlan(adapter_id, directory, file_plan(adapter_id))))
 
-    def fill(self, plan, pages):
+    def fill(self, plan, pages, *, is_urgent=False):
         pages[0][:] = expected_bits(plan.adapter_id)
         self.ended.append(Filled(plan, 0.0))
 
-    def outcomes(self):
+    def outcomes(self, wait_s=0.0):
         found, self.ended = self.ended, []
         return found
 

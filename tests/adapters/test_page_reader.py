@@ -75,11 +75,19 @@ class Base:
 
 
 def assert_same(base, library, directory, page_dtype, thread_count=2):
-    """Both ways into poisoned pages: the same bits where the adapter has numbers, untouched elsewhere, one hash."""
+    """All ways into poisoned pages: the same bits where the adapter has numbers, untouched elsewhere, one hash."""
     plan = base.plans.read(directory)
-    reader = PageReader(library, base.layout, thread_count=thread_count, max_bytes=MAX_BYTES)
-    ours, theirs = base.pages(plan, page_dtype, 77), base.pages(plan, page_dtype, 77)
+    reader = PageReader(library, base.layout, thread_count=thread_count, urgent_count=thread_count + 1, max_bytes=MAX_BYTES)
+    ours, theirs, placed = (base.pages(plan, page_dtype, 77) for _ in range(3))
+    kept = []
+    roots = reader.place_then_hash(directory, plan, placed, lambda: kept.append([page.copy() for page in placed]))
+    assert len(kept) == 1
+    assert reader.can_place(plan)
     found = plan.adapter_id(reader.read(directory, plan, ours))
+    assert plan.adapter_id(roots) == found
+    for page, early, our in zip(placed, kept[0], ours, strict=True):
+        assert np.array_equal(page.view(np.uint8), our.view(np.uint8))
+        assert np.array_equal(early.view(np.uint8), our.view(np.uint8))
     expected, _ = base.filler.fill(directory, plan.binding, theirs)
     assert found == expected == base.verified_id(directory)
     for our, their in zip(ours, theirs, strict=True):
@@ -157,8 +165,34 @@ def test_file_that_became_shorter_is_an_error_of_the_adapter(library, tmp_path):
     plan = base.plans.read(directory)
     os.truncate(directory / "adapter_model.safetensors", 2000)
     reader = PageReader(library, base.layout, thread_count=2, max_bytes=MAX_BYTES)
-    with pytest.raises(AdapterChangedError, match="shorter"):
-        reader.read(directory, plan, base.pages(plan, torch.bfloat16, 0))
+    pages, placed = base.pages(plan, torch.bfloat16, 0), []
+    for read in (reader.read, lambda *where: reader.place_then_hash(*where, lambda: placed.append(1))):
+        with pytest.raises(AdapterChangedError, match="shorter"):
+            read(directory, plan, pages)
+    assert not placed
+
+
+def test_bytes_are_hashed_as_they_were_placed(library, tmp_path):
+    base = Base(hidden=256)
+    directory = base.write(tmp_path / "a", 40)
+    plan, before = base.plans.read(directory), base.verified_id(directory)
+    reader = PageReader(library, base.layout, thread_count=2, max_bytes=MAX_BYTES)
+    pages = base.pages(plan, torch.bfloat16, 0)
+    weights = directory / "adapter_model.safetensors"
+    replaced = bytes(weights.stat().st_size)
+    assert plan.adapter_id(reader.place_then_hash(directory, plan, pages, lambda: weights.write_bytes(replaced))) == before
+    assert plan.adapter_id(reader.place_then_hash(directory, plan, pages, lambda: None)) != before
+
+
+def test_adapter_too_large_to_be_kept_is_read_in_one_pass(library, tmp_path, monkeypatch):
+    base = Base()
+    plan = base.plans.read(base.write(tmp_path / "a", 4))
+    reader = PageReader(library, base.layout, thread_count=1, max_bytes=MAX_BYTES)
+    byte_count = sum(int(record["rows"] * record["columns"]) * 2 for record in plan.tensors)
+    monkeypatch.setattr("node.adapters.page_reader.KEPT_BYTES", byte_count)
+    assert reader.can_place(plan)
+    monkeypatch.setattr("node.adapters.page_reader.KEPT_BYTES", byte_count - 1)
+    assert not reader.can_place(plan)
 
 
 def test_missing_file_is_an_error_of_the_adapter(library, tmp_path):

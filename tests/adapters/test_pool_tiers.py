@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from node.adapters.binding import Binding
 from node.adapters.file_plan import PLACEMENT_RECORD, TENSOR_RECORD, FilePlan
 from node.adapters.host_arena import HostArena
-from node.adapters.loader import AdapterPlan, Failed, Filled, Inspected
+from node.adapters.loader import AdapterPlan, Failed, Filled, Inspected, Placed
 from node.adapters.pool import AdapterPool
 from node.adapters.residency import ResidencyState
 from node.errors import AdapterChangedError
@@ -54,39 +54,52 @@ def file_plan(rank):
 
 
 class Loader:
-    """Jobs end when the test says so."""
+    """Jobs end when the test says so; an urgent one says first that its pages are complete."""
 
     job_limit = 3
+    will_fail = False  # the job that somebody waits for
 
     def __init__(self):
         self.jobs = deque()
         self.ended = []
+        self.doubtful = set()  # whose pages were complete before their hash, which never came or was another one
 
     @property
     def job_count(self):
-        return len(self.jobs) + len(self.ended)
+        return len(self.jobs) + sum(not isinstance(outcome, Placed) for outcome in self.ended)
 
     def inspect(self, adapter_id, directory):
         assert self.job_count < self.job_limit
-        self.jobs.append((adapter_id, directory, None))
+        self.jobs.append((adapter_id, directory, None, False))
 
-    def fill(self, plan, pages):
+    def fill(self, plan, pages, *, is_urgent=False):
         assert self.job_count < self.job_limit
-        self.jobs.append((plan.adapter_id, plan.directory, pages))
+        self.jobs.append((plan.adapter_id, plan.directory, pages, is_urgent))
 
     def end_one(self, has_failed=False):
-        adapter_id, directory, pages = self.jobs.popleft()
+        adapter_id, directory, pages, is_urgent = self.jobs.popleft()
         plan = AdapterPlan(adapter_id, directory, file_plan(RANKS[int(adapter_id, 16)]))
-        if has_failed:
+        if is_urgent:
+            self.write(adapter_id, pages)
+            self.jobs.appendleft((adapter_id, directory, pages, False))
+            self.ended.append(Placed(plan))
+            self.doubtful.add(adapter_id)
+        elif has_failed:
             self.ended.append(Failed(adapter_id, AdapterChangedError("changed")))
         elif pages is None:
             self.ended.append(Inspected(plan))
         else:
-            for index, page in enumerate(pages):
-                page[:] = content(adapter_id, index)
+            self.write(adapter_id, pages)
             self.ended.append(Filled(plan, 0.0))
+            self.doubtful.discard(adapter_id)
 
-    def outcomes(self):
+    def write(self, adapter_id, pages):
+        for index, page in enumerate(pages):
+            page[:] = content(adapter_id, index)
+
+    def outcomes(self, wait_s=0.0):
+        if wait_s and not self.ended:
+            self.end_one(self.will_fail)
         found, self.ended = self.ended, []
         return found
 
@@ -192,6 +205,7 @@ class Tiers(RuleBasedStateMachine):
         )
         self.pool = AdapterPool(LAYOUT, self.device, self.loader, self.arena, clock=lambda: self.now_s)
         self.waiting, self.running, self.ending, self.lent = [], [], [], []
+        self.open = set()  # named by the step that is not taken over yet
 
     @precondition(lambda self: len(self.waiting) < 6)
     @rule(first=st.sampled_from(range(len(RANKS))), others=st.lists(st.sampled_from(range(len(RANKS))), max_size=1))
@@ -211,8 +225,8 @@ class Tiers(RuleBasedStateMachine):
     def copy(self):
         self.device.copy_one()
 
-    @rule(is_late=st.booleans(), end=st.integers(0, 3), is_first=st.booleans())
-    def step(self, is_late, end, is_first=False):
+    @rule(is_late=st.booleans(), end=st.integers(0, 3), is_first=st.booleans(), will_fail=st.booleans())
+    def step(self, is_late, end, is_first=False, will_fail=False):
         """Plan and launch a step; then some running sequences turn out to be over, in this step or the one before.
 
         `is_first`: all but the first in line are looked at behind the launch.
@@ -227,12 +241,23 @@ class Tiers(RuleBasedStateMachine):
                 self.pool.pin(terms)
                 self.running.append(terms)
         # A sequence that ended is still in the step that was planned before anybody knew.
-        self.device.launch(self.pool, {term.adapter_id for terms in [*self.running, *self.ending] for term in terms})
+        self.device.launch(self.pool, named := {term.adapter_id for terms in [*self.running, *self.ending] for term in terms})
         for terms in list(self.waiting) if is_first else ():
             self.look(terms)
+        self.loader.will_fail = will_fail
+        self.open = named - self.land()
         if is_late:
             self.finish()
         self.ending, self.running = self.ending + self.running[:end], self.running[end:]
+
+    def land(self):
+        """Take over the step before; whoever ran on trial with what was refused ends. Returns those adapters."""
+        refused = set(self.pool.settle(self.open)) if self.pool.has_trials else set()
+        assert not (self.open - refused) & self.loader.doubtful, "a token left before the hash was known"
+        for terms in [terms for terms in [*self.running, *self.ending] if any(term.adapter_id in refused for term in terms)]:
+            self.pool.unpin(terms)
+            (self.running if terms in self.running else self.ending).remove(terms)
+        return refused
 
     def look(self, terms):
         """Want a recipe; whether it may run."""
@@ -273,14 +298,15 @@ class Tiers(RuleBasedStateMachine):
     @invariant()
     def ranks_of_slots_are_those_of_whoever_has_them(self):
         wanted = [0] * self.pool.slot_count
-        for adapter_id in self.pool.resident_ids:
+        for adapter_id in self.pool._resident:
             wanted[self.pool.slot_of(adapter_id)] = RANKS[int(adapter_id, 16)]
         assert self.pool.layer_ranks.tolist() == wanted
 
     @invariant()
     def whoever_runs_is_resident(self):
         named = {term.adapter_id for terms in [*self.running, *self.ending] for term in terms}
-        assert named <= set(self.pool.resident_ids)
+        assert named <= set(self.pool._resident)
+        assert set(self.pool.resident_ids) == {name for name in self.pool._resident if self.pool._is_proven(name)}
 
     @invariant()
     def tiers_are_told_apart(self):
@@ -299,6 +325,7 @@ class Tiers(RuleBasedStateMachine):
                 pass
         assert not self.waiting
         assert not self.loader.jobs
+        assert not self.arena._abandoned
         self.step(is_late=True, end=3)
         assert not any(self.pool._tier[name].pin_count for name in self.pool._tier.ids)
         assert not any(self.arena._tier[name].pin_count for name in self.arena._tier.ids)
@@ -492,3 +519,138 @@ def test_recipe_whose_second_adapter_is_sent_when_the_first_has_come_is_known_to
     while bench.device.compute_one() or bench.device.copy_one():
         pass
     assert bench.step(recipe) == [ResidencyState.READY]
+
+
+# ---- trials
+
+
+def place(bench, terms):
+    """Bring an adapter so far that its pages are complete and its hash is not known."""
+    bench.step(terms)
+    bench.loader.end_one()
+    bench.step(terms)
+    bench.loader.end_one()
+
+
+def refuse(bench):
+    bench.loader.end_one(has_failed=True)
+
+
+def test_adapter_is_named_before_its_hash_is_known_where_nobody_runs(bench):
+    place(bench, [TERMS[0]])
+    assert bench.step([TERMS[0]]) == [ResidencyState.READY]
+    assert not bench.pool.holds([TERMS[0]])
+    assert bench.pool.resident_ids == bench.pool.host_ids == ()
+    assert bench.pool.has_trials
+    bench.loader.end_one()
+    assert bench.pool.settle([TERMS[0].adapter_id]) == {}
+    assert not bench.pool.has_trials
+    assert bench.pool.resident_ids == (TERMS[0].adapter_id,)
+    assert bench.arena.staged_ids == (TERMS[0].adapter_id,)
+
+
+def test_adapter_waits_for_its_hash_where_somebody_runs(bench):
+    bench.pool.pin([])
+    place(bench, [TERMS[0]])
+    bench.pool.unpin([])
+    assert bench.step([TERMS[0]]) == [ResidencyState.READY]  # it was not urgent, so its hash came with its pages
+    place(bench, [TERMS[1]])
+    bench.pool.pin([TERMS[0]])
+    assert bench.step([TERMS[1]]) == [ResidencyState.LOADING]
+    assert len(bench.device.copies) == 1
+
+
+def test_second_sequence_waits_for_the_hash_that_the_first_one_runs_beside(bench):
+    place(bench, [TERMS[0]])
+    assert bench.step([TERMS[0]]) == [ResidencyState.READY]
+    bench.pool.pin([TERMS[0]])
+    assert bench.step([TERMS[0]], []) == [ResidencyState.LOADING, ResidencyState.READY]
+    bench.loader.end_one()
+    bench.device.copy_one()
+    assert bench.step([TERMS[0]]) == [ResidencyState.READY]
+
+
+def test_settling_waits_for_the_hash_of_adapters_that_the_step_names_alone(bench):
+    place(bench, [TERMS[0]])
+    bench.step([TERMS[0]])
+    assert bench.pool.settle([TERMS[1].adapter_id]) == {}
+    assert bench.loader.jobs
+    bench.pool.settle([TERMS[0].adapter_id])
+    assert not bench.loader.jobs
+
+
+def test_adapter_refused_on_trial_is_let_near_nobody_and_leaves(bench):
+    place(bench, [TERMS[0]])
+    bench.step([TERMS[0]])
+    bench.pool.pin([TERMS[0]])
+    bench.device.launch(bench.pool, [TERMS[0].adapter_id])
+    refuse(bench)
+    assert bench.step([TERMS[0]]) == [ResidencyState.FAILED]
+    bench.machine.now_s += 10.0  # the loader would try again
+    assert bench.step([TERMS[0]]) == [ResidencyState.FAILED]
+    refused = bench.pool.settle([TERMS[0].adapter_id])
+    assert {name: answer.code for name, answer in refused.items()} == {TERMS[0].adapter_id: "adapter_digest_mismatch"}
+    assert bench.pool.resident_ids == ()
+    bench.pool.unpin([TERMS[0]])
+    bench.step()
+    assert bench.pool.has_trials  # the copy still reads the arena
+    assert bench.arena.claim(TERMS[0].adapter_id, 1, ()) is None
+    while bench.device.compute_one() or bench.device.copy_one():
+        pass
+    bench.step()
+    assert not bench.pool.has_trials
+    assert bench.pool._tier.ids == bench.arena._tier.ids == ()
+    bench.stage(TERMS[0])
+    assert bench.step([TERMS[0]]) == [ResidencyState.READY]
+
+
+def test_refusal_is_told_of_the_step_that_ends_when_its_sequence_has_let_go(bench):
+    place(bench, [TERMS[0]])
+    bench.step([TERMS[0]])
+    bench.pool.pin([TERMS[0]])
+    bench.device.launch(bench.pool, [TERMS[0].adapter_id])
+    while bench.device.compute_one() or bench.device.copy_one():
+        pass
+    bench.step()
+    bench.pool.unpin([TERMS[0]])  # its last row is planned
+    refuse(bench)
+    assert bench.step([TERMS[5]]) == [ResidencyState.LOADING]  # of three pages: would be given the place
+    assert TERMS[0].adapter_id in bench.pool.settle([TERMS[0].adapter_id])
+
+
+def test_adapter_on_trial_makes_room_for_nobody(bench):
+    place(bench, [TERMS[0]])
+    bench.step([TERMS[0]])
+    while bench.device.copy_one():
+        pass
+    assert bench.pool.take_page() is not None
+    assert [bench.pool.take_page() for _ in range(3)][-1] is None  # the other two were free
+    assert bench.pool._trials.is_on(TERMS[0].adapter_id)
+    assert bench.pool.settle([TERMS[0].adapter_id]) == {}
+    bench.step()
+    assert bench.pool.take_page() is not None
+
+
+def test_one_adapter_is_on_trial_at_a_time(bench):
+    place(bench, [TERMS[0]])
+    bench.step([TERMS[0]])
+    bench.step([TERMS[1]])
+    bench.loader.jobs.rotate(-1)
+    bench.loader.end_one()
+    bench.step([TERMS[1]])
+    bench.loader.jobs.rotate(-1)
+    assert not bench.loader.jobs[0][3]  # another one is being filled: its pages and its hash come together
+    bench.loader.end_one()
+    assert bench.step([TERMS[1]]) == [ResidencyState.READY]
+    assert bench.pool._trials.is_on(TERMS[0].adapter_id)
+
+
+def test_wish_is_no_trial(bench):
+    bench.pool.prefetch(TERMS[0])
+    for _ in range(4):
+        bench.pool.begin_step()
+        bench.pool.grant_wishes()
+        if bench.loader.jobs:
+            assert not bench.loader.jobs[0][3]
+            bench.loader.end_one()
+    assert bench.pool.resident_ids == (TERMS[0].adapter_id,)

@@ -47,7 +47,7 @@ class Grammars:
 class Adapters:
     """A few places, each taken one plan before its adapter is there. A step that names one too early is computed with another."""
 
-    has_wishes = False
+    has_wishes = has_trials = False
 
     def __init__(self, place_count):
         self.place_count, self.here, self.coming, self.pins, self.wanted = place_count, {}, {}, {}, set()
