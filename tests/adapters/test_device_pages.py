@@ -180,6 +180,8 @@ def test_side_tensors_move_to_the_gpu_and_leave_with_their_slot():
     moved = room.pages.tensors.sides[place.slot]
     assert moved.gains[0].is_cuda
     assert torch.equal(moved.gains[0].cpu(), side.gains[0])
+    assert torch.equal(moved.biases[1].cpu(), side.biases[1])
+    assert moved.gains[0].data_ptr() == room.pages.tensors.pages[place.pages[1]].data_ptr()
     assert room.pages.tensors.slot_pages[place.slot].tolist()[:2] == [place.pages[0], -1]
     room.pages.hide(place.slot)
     assert not room.pages.tensors.sides

@@ -40,7 +40,8 @@ Build = Callable[..., World]
 
 @pytest.fixture(scope="session")
 def build_world(tmp_path_factory) -> Build:
-    """Makes a world: `adapters` are (name, rank, target modules), their numbers drawn with deviation `adapter_std`."""
+    """Makes a world: `adapters` are (name, rank, target modules) and more of PEFT's settings, if any; their numbers are drawn with
+    deviation `adapter_std`."""
 
     def build(adapters, adapter_std, **sizes) -> World:
         root = tmp_path_factory.mktemp("world")
@@ -49,15 +50,15 @@ def build_world(tmp_path_factory) -> Build:
         LlamaForCausalLM(LlamaConfig(**shape, **sizes)).eval().save_pretrained(root / "model")
         words = models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0")
         Tokenizer(words).save(str(root / "model" / "tokenizer.json"))
-        for name, rank, targets in adapters:
-            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+        for name, rank, targets, *more in adapters:
+            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM", **dict(*more))
             peft = get_peft_model(LlamaForCausalLM.from_pretrained(root / "model"), config)
             generator = torch.Generator().manual_seed(rank)
             for parameter_name, parameter in peft.named_parameters():
-                if "lora_" in parameter_name:
+                if "lora_" in parameter_name and "magnitude" not in parameter_name:
                     parameter.data = torch.randn(parameter.shape, generator=generator) * adapter_std
             peft.save_pretrained(root / name)
-        return World(root / "model", {name: root / name for name, _, _ in adapters})
+        return World(root / "model", {name: root / name for name, *_ in adapters})
 
     return build
 
