@@ -7,6 +7,7 @@ Runs on the loader thread. DoRA's gain is g = m / ||W + s B A|| over each row of
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from node.adapters.binding import Binding, BoundEmbedding, BoundModule
+from node.adapters.device_side import page_locked
 from node.errors import AdapterInvalidError
 from node.kernels.layout import PageLayout
 from node.kernels.lora import EmbeddingDelta, SideTensors
@@ -112,7 +114,10 @@ class SideBuilder:
         self._kept.clear()
         if not gains and not biases and embedding is None:
             return None
-        return SideTensors(gains, biases, embedding)
+        side = SideTensors(gains, biases, embedding)
+        # Else the step loop would wait until the copy that it asks for can begin.
+        is_for_gpu = self._base is not None and self._base.embedding_weight().is_cuda
+        return page_locked(side) if is_for_gpu else side
 
     def _gain(self, module: BoundModule, index: int, rows: slice, write_b: WriteB) -> Tensor:
         """g [outputs] float32 of one module; writes g * B."""
@@ -143,7 +148,8 @@ class SideBuilder:
         module = self._copies[tensor]
         base = self._needed()
         ours = base.embedding_weight() if module == "model.embed_tokens" else base.linear_weight(self._layout.spans[module].index)
-        ours = ours.cpu()
+        with beside_steps(ours.device):
+            ours = ours.cpu()
         if not torch.equal(values.to(ours.dtype), ours) and not torch.equal(ours.to(values.dtype), values):
             raise AdapterInvalidError(
                 f"tensor {tensor[:120]!a} is a whole {module} that differs from this base model's: trained embeddings are not"
@@ -167,13 +173,21 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         weight: [O, H], any float type and device. a: [r, H], b: [O, r], float32.
     """
     device = weight.device
-    a, b = a.to(device), b.to(device)
-    norms = torch.empty(weight.shape[0], dtype=torch.float32, device=device)
-    step = max(1, _CHUNK_ELEMENTS // weight.shape[1])
-    for first in range(0, weight.shape[0], step):
-        rows = slice(first, first + step)
-        norms[rows] = torch.addmm(weight[rows].float(), b[rows], a, alpha=scale).norm(dim=1)
-    return norms.cpu()
+    with beside_steps(device):
+        a, b = a.to(device), b.to(device)
+        norms = torch.empty(weight.shape[0], dtype=torch.float32, device=device)
+        step = max(1, _CHUNK_ELEMENTS // weight.shape[1])
+        for first in range(0, weight.shape[0], step):
+            rows = slice(first, first + step)
+            norms[rows] = torch.addmm(weight[rows].float(), b[rows], a, alpha=scale).norm(dim=1)
+        return norms.cpu()
+
+
+def beside_steps(device: torch.device) -> AbstractContextManager[object]:
+    """What a loader thread asks of a GPU goes to a stream of its own: in the steps' stream it would stand between two of them."""
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 
 def _refuse_nonfinite(gain: Tensor, module: str) -> None:

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.adapters.device_side import ALIGN_BYTES, SideRoom
+from node.adapters.device_side import ALIGN_BYTES, SideRoom, page_locked
 from node.kernels.lora import EmbeddingDelta, SideTensors
 
 PAGE_BYTES = 4096
@@ -12,7 +12,7 @@ PAGE_BYTES = 4096
 
 def sent(side, page_count):
     pages = torch.full((page_count, PAGE_BYTES // 2), 7.0, dtype=torch.bfloat16)
-    return pages, SideRoom(list(pages), None).send(side, pages.device)
+    return pages, SideRoom(list(pages)).send(side, pages.device)
 
 
 def is_inside(tensor, pages):
@@ -43,3 +43,19 @@ def test_no_two_tensors_share_a_byte_whatever_their_sizes(sizes, page_count):
         assert torch.equal(found.gains[index], torch.full((size,), float(index)))
     if sum(-(-4 * size // ALIGN_BYTES) * ALIGN_BYTES for size in sizes) <= PAGE_BYTES * min(page_count, 1):
         assert all(is_inside(found.gains[index], pages) for index in range(len(sizes)))
+
+
+def test_page_locked_tensors_are_one_piece_of_the_size_they_need():
+    embedding = EmbeddingDelta(torch.randn(20, 4).bfloat16(), torch.randn(8, 4), torch.randn(8))
+    side = SideTensors({3: torch.randn(100)}, {5: torch.randn(7)}, embedding)
+    pieces = []
+
+    def allocate(size):
+        pieces.append(torch.zeros(size, dtype=torch.uint8))
+        return pieces[-1]
+
+    found = page_locked(side, allocate)
+    assert torch.equal(found.gains[3], side.gains[3])
+    assert torch.equal(found.embedding.a, embedding.a)
+    assert all(is_inside(tensor, pieces[0]) for tensor in (found.gains[3], found.biases[5], found.embedding.gain))
+    assert pieces[0].numel() % ALIGN_BYTES == 0

@@ -40,8 +40,8 @@ Build = Callable[..., World]
 
 @pytest.fixture(scope="session")
 def build_world(tmp_path_factory) -> Build:
-    """Makes a world: `adapters` are (name, rank, target modules) and more of PEFT's settings, if any; their numbers are drawn with
-    deviation `adapter_std`."""
+    """Makes a world: `adapters` are (name, rank, target modules) and more of PEFT's settings, if any; their numbers are
+    drawn with deviation `adapter_std`."""
 
     def build(adapters, adapter_std, **sizes) -> World:
         root = tmp_path_factory.mktemp("world")
