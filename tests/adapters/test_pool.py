@@ -247,6 +247,18 @@ def test_prefetched_adapter_is_resident_before_anybody_asks(make_room, terms):
     assert room.pool.resident_ids == (terms["small"].adapter_id,)
 
 
+def test_prefetch_of_what_never_fits_is_given_up(make_room, terms):
+    room = make_room(2)
+    room.pool.prefetch(terms["large"])
+    for _ in range(4):
+        room.pool.begin_step()
+        room.pool.grant_wishes()
+        if len(room.pool._arrivals):
+            assert room.rung.acquire(timeout=30)
+
+    assert not room.pool.has_wishes
+
+
 def test_prefetch_never_pushes_out_what_the_step_wants(make_room, terms):
     room = make_room(1)
     assert room.load(terms["small"]) is READY
