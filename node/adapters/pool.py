@@ -185,13 +185,9 @@ class AdapterPool:
     def ensure(self, terms: Sequence[AdapterTerm]) -> Residency:
         """Want all adapters of a recipe, start what is missing, say whether they can run."""
         directories = {term.adapter_id: term.directory for term in terms}
-        for adapter_id in directories:
-            failure = self._arrivals.failure_of(adapter_id) or self._trials.refused.get(adapter_id)
-            if failure is not None:
-                return failure
-        too_large = self._charges.refusal(len(directories), self._arrivals.files_of(directories))
-        if too_large is not None:
-            return too_large
+        refusal = self._refusal(directories)
+        if refusal is not None:
+            return refusal
         self._wanted.update(directories)
         for adapter_id in directories:
             if adapter_id in self._resident:
@@ -254,7 +250,7 @@ class AdapterPool:
                 self._wishes.is_gone(adapter_id)
                 self._forget(adapter_id)
         for adapter_id, directory in self._wishes.coming:
-            if adapter_id in self._resident or self._arrivals.failure_of(adapter_id) is not None:
+            if adapter_id in self._resident or self._refusal([adapter_id]) is not None:
                 self._wishes.has_come(adapter_id)
             elif self._arrivals.has_room:
                 self._start(adapter_id, directory)
@@ -282,6 +278,14 @@ class AdapterPool:
         return adapter_id not in self._copies or not self._running_count or self._copies.is_hidden(adapter_id)
 
     # ---- loading
+
+    def _refusal(self, adapter_ids: Collection[str]) -> Residency | None:
+        """Why a recipe cannot run: an adapter failed a moment ago, or all together never fit."""
+        for adapter_id in adapter_ids:
+            failure = self._arrivals.failure_of(adapter_id) or self._trials.refused.get(adapter_id)
+            if failure is not None:
+                return failure
+        return self._charges.refusal(len(adapter_ids), self._arrivals.files_of(adapter_ids))
 
     def _start(self, adapter_id: str, directory: str | Path) -> None:
         """Do the next thing that brings an adapter closer, if there is room for it now."""
