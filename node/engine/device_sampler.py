@@ -120,10 +120,6 @@ class DeviceDraw:
             self._event = chosen.copied[chosen.turn] = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(stream)
 
-    def is_ready(self) -> bool:
-        """Whether `read` would return at once."""
-        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
-
     def read(self) -> list[DrawnToken | None]:
         """Wait for the device and return one token a row; None where the logits were not finite."""
         if self._event is not None:
