@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from attribution.errors import AttributionError
 from node.adapters.binding import LinearTable
 from node.adapters.file_plan import FilePlan, FilePlans
@@ -206,6 +208,9 @@ def _guarded(adapter_id: str, job: Job) -> Outcome:
         return Failed(
             adapter_id, AdapterChangedError("the adapter's files can no longer be hashed; they changed after verification")
         )
+    except (MemoryError, torch.OutOfMemoryError):
+        message = "there is no memory now for what is computed when this adapter is loaded; ask again later"
+        return Failed(adapter_id, AdapterUnavailableError(message))
     except OSError as error:
         message = f"the adapter's files cannot be read (errno {error.errno}); check the adapter cache"
         return Failed(adapter_id, AdapterUnavailableError(message))

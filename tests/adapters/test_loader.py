@@ -102,3 +102,18 @@ def test_convert_equals_torch(dtype, target):
     expected = source.to(target)
     bits = expected.numpy() if target == torch.float32 else expected.view(torch.int16).numpy().view(np.uint16)
     assert np.array_equal(found, bits)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_adapter_without_memory_for_its_loading_fails_alone(room, monkeypatch, error):
+    def fill(*_, **__):
+        raise error
+
+    plan = room.inspect()
+    monkeypatch.setattr(room.loader, "_fill", fill)
+    room.loader.fill(plan, [room.page])
+    (found,) = room.loader.outcomes(10.0)
+    assert isinstance(found, Failed)
+    assert "memory" in found.error.message
+    monkeypatch.undo()
+    assert isinstance(room.fill(is_urgent=False)[1][-1], Filled)
