@@ -14,10 +14,12 @@ from node.engine.runner import SlotTable
 from node.engine.sizing import DeviceSizes
 from node.engine.step_block import BlockLayout, StepBlock
 from node.engine.step_plan import Work
+from node.kernels.build import library_path
 from node.kernels.cuda_ops import DeviceTiles
 from node.kernels.device_rows import DeviceRows, has_many_pages
 from node.kernels.lora import LoraPool, LoraRows, lora_rows
-from node.kernels.lora_tiles import Ints, Recipe, TileBlock, block_ints, build_tiles
+from node.kernels.lora_tiles import Ints, Recipe, TileBlock, block_ints
+from node.kernels.tile_builder import TileBuilder
 
 TILE_ROWS = 16
 
@@ -86,7 +88,7 @@ class StepAdapters:
     def __init__(self, slots: DeviceSlots, head_module: int, processors: int) -> None:
         self._slots = slots
         self._head_module = head_module
-        self._processors = processors
+        self._tiles = TileBuilder(TILE_ROWS, processors, library_path())
 
     @property
     def tensors(self) -> LoraPool:
@@ -126,7 +128,7 @@ class StepAdapters:
         """with_head: the output projection reads them as well. It has its own ranks, mostly none."""
         pages, ranks = self.tensors.slot_pages.numpy(), self._slots.layer_ranks
         slot_ranks = np.zeros_like(ranks) if with_head else ranks
-        return build_tiles(recipes, counts, pages, TILE_ROWS, processors=self._processors, slot_ranks=slot_ranks)
+        return self._tiles.build(recipes, counts, pages, slot_ranks)
 
     def _has_head(self, work: Sequence[Work]) -> bool:
         named = {term.adapter_id for item in work for term in item.sequence.terms}

@@ -40,6 +40,7 @@ SOURCES = (
     "adapters/crew.cc",
     "adapters/reader.cc",
     "adapters/sha256.cc",
+    "host/tile_block.cc",
     "binding_cpu.cc",
 )
 COMPILE_TIMEOUT_S = 600
