@@ -12,7 +12,7 @@ SIDED = {
 PLAIN = {"plain3": (3, LINEARS), "plain16": (16, LINEARS)}
 NAMES = [*SIDED, *PLAIN]
 PROMPTS = {f"s{i}": [1, *(((11 * i + 3 * k) % 90) + 5 for k in range(4 + 5 * i % 30))] for i in range(24)}
-PAGES, PLACES = 4, 4
+PAGES, PLACES = 6, 4
 
 
 @pytest.fixture(scope="session")
