@@ -14,9 +14,9 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Lets the next kernel of the stream start as soon as every block of this one has come here (Hopper; nothing before it).
 //
-// Every kernel here calls it after its own wait, but for the shrinks. Behind a GEMM, which calls it after its wait, a shrink waits last;
-// before one it calls it at once, and the GEMM reads nothing but its weights before its wait. So whatever was written before the product
-// whose consumer this is began may be read before the wait.
+// A GEMM calls it after its own wait, so a shrink behind it may read the same x at once, and whatever was written before a product began
+// its consumer may read before the wait. Consumers, attention and a shrink before a GEMM call it before their wait: what follows them
+// finds a processor the moment the GEMM ahead leaves it, and reads only weights, pages, older keys and what the host sent before its own.
 __device__ __forceinline__ void start_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

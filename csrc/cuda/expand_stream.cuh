@@ -317,8 +317,8 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
   // v of the block's tiles, from the first one's first pair on.
   const int first_pair = share.first_pair, kept = share.units > 0 ? min(plan.pairs, share.pairs) : 0;
   const float* const v = p.work.v + static_cast<int64_t>(first_pair) * p.work.span_count * kPageRank;
-  wait_for_previous();
   start_dependents();
+  wait_for_previous();
   // v first, which all of the block waits for, then y. A quad's A of the mma, in order: lane t has ranks 2t, 2t + 1, hi and lo, then
   // 2t + 8, 2t + 9.
   const int pieces = kept * p.work.span_count * 8;

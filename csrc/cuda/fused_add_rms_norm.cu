@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(kMaxThreads, kLora ? 1 : 2) add_rms_norm_kerne
     locate(span.first);
     if (!has_waited) {
       has_waited = true;
-      wait_for_previous();
       start_dependents();
+      wait_for_previous();
     }
 #pragma unroll 1
     for (int place = span.first; place < span.last; place += R, parity ^= 1) {

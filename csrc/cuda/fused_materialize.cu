@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kUnitWarps* kWarp, kLora ? kLoraBlocks : kBase
     materialize_kernel(const __grid_constant__ ProductView p, void* out, bool out_is_float) {
   const int half = p.columns / 2;
   finish_units<kLora, kFloatPlanes, G, R>(
-      p, half / kQuad, [&](int i) { return LaneColumns{{i * kQuad, half + i * kQuad}}; }, [](int) { return NoFacts{}; },
+      p, half / kQuad, [&](int i) { return LaneColumns{{i * kQuad, half + i * kQuad}}; }, [](int, int) { return NoFacts{}; },
       [&](int, const LaneColumns& lane, const int (&row)[R], const NoFacts (&)[R], float (&y)[kQuads][R][kQuad]) {
 #pragma unroll
         for (int r = 0; r < R; ++r) {

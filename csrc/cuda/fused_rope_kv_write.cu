@@ -30,10 +30,18 @@ struct Params {
   bool has_float_planes;
 };
 
-// What a row needs beside its product; written before the step began.
+// Of four columns of a row.
+struct Angles {
+  float4 cos, sin;
+};
+
+// What a lane needs of a row beside its product; written before the step began.
 struct RowPlace {
-  int position;
   int slot;
+  int position;
+  // Of the lane's head, where few rows are finished at a time: the registers of more are too few.
+  __nv_bfloat16* target;  // null: nowhere
+  Angles angles;          // where it rotates
 };
 
 // Where the head of a row goes; null: nowhere (padding).
@@ -62,19 +70,24 @@ __device__ __forceinline__ void norm_head(float (&first)[kQuad], float (&second)
   }
 }
 
-__device__ __forceinline__ void rotate(float (&first)[kQuad], float (&second)[kQuad], const float* cos, const float* sin) {
-  const float4 c = __ldg(reinterpret_cast<const float4*>(cos)), s = __ldg(reinterpret_cast<const float4*>(sin));
-  const float cosine[4] = {c.x, c.y, c.z, c.w}, sine[4] = {s.x, s.y, s.z, s.w};
+__device__ __forceinline__ Angles read_angles(const Params& a, int position, int column) {
+  const int64_t at = static_cast<int64_t>(position) * (a.head_size / 2) + column;
+  return {__ldg(reinterpret_cast<const float4*>(a.cos + at)), __ldg(reinterpret_cast<const float4*>(a.sin + at))};
+}
+
+__device__ __forceinline__ void rotate(bool rotates, float (&first)[kQuad], float (&second)[kQuad], const Angles& angles) {
+  const float cosine[4] = {angles.cos.x, angles.cos.y, angles.cos.z, angles.cos.w};
+  const float sine[4] = {angles.sin.x, angles.sin.y, angles.sin.z, angles.sin.w};
 #pragma unroll
   for (int j = 0; j < kQuad; ++j) {
-    const float rotated = first[j] * cosine[j] - second[j] * sine[j];
-    second[j] = second[j] * cosine[j] + first[j] * sine[j];
-    first[j] = rotated;
+    const float turned[2] = {first[j] * cosine[j] - second[j] * sine[j], second[j] * cosine[j] + first[j] * sine[j]};
+    first[j] = rotates ? turned[0] : first[j], second[j] = rotates ? turned[1] : second[j];
   }
 }
 
 template <bool kLora, bool kFloatPlanes, int G, int R>
 __global__ void __launch_bounds__(kUnitWarps* kWarp, kLora ? kLoraBlocks : kBaseBlocks) rope_kv_kernel(const __grid_constant__ Params a) {
+  constexpr bool kFewRows = R <= 2;
   const int half = a.head_size / 2, lanes = half / kQuad;  // of a head
   finish_units<kLora, kFloatPlanes, G, R>(
       a.p, (a.heads + 2 * a.groups) * lanes,
@@ -82,7 +95,14 @@ __global__ void __launch_bounds__(kUnitWarps* kWarp, kLora ? kLoraBlocks : kBase
         const int column = i / lanes * a.head_size + i % lanes * kQuad;
         return LaneColumns{{column, column + half}};
       },
-      [&](int row) { return RowPlace{__ldcg(a.positions + row), __ldcg(a.kv_slots + row)}; },
+      [&](int row, int number) {
+        RowPlace known{__ldcg(a.kv_slots + row), __ldcg(a.positions + row), nullptr, {}};
+        if constexpr (kFewRows) {
+          known.target = head_target<__nv_bfloat16>(a, row, known.slot, number / lanes);
+          if (number < (a.heads + a.groups) * lanes) known.angles = read_angles(a, known.position, number % lanes * kQuad);
+        }
+        return known;
+      },
       [&](int number, const LaneColumns& lane, const int (&row)[R], const RowPlace (&known)[R], float (&y)[kQuads][R][kQuad]) {
         const int head = number / lanes, column = number % lanes * kQuad;
         const bool rotates = head < a.heads + a.groups, has_norm = a.q_norm != nullptr || a.k_norm != nullptr;
@@ -92,10 +112,10 @@ __global__ void __launch_bounds__(kUnitWarps* kWarp, kLora ? kLoraBlocks : kBase
           if (row[r] < 0) continue;  // for all lanes or none
           if (has_norm) norm_head(y[0][r], y[1][r], weight, column, lanes, a.eps);
           if (lane.column[0] < 0) continue;
-          auto* target = head_target<__nv_bfloat16>(a, row[r], known[r].slot, head);
+          auto* const target = kFewRows ? known[r].target : head_target<__nv_bfloat16>(a, row[r], known[r].slot, head);
           if (target == nullptr) continue;
-          const int64_t angle = static_cast<int64_t>(known[r].position) * half + column;
-          if (rotates) rotate(y[0][r], y[1][r], a.cos + angle, a.sin + angle);
+          if constexpr (kFewRows) rotate(rotates, y[0][r], y[1][r], known[r].angles);
+          else if (rotates) rotate(true, y[0][r], y[1][r], read_angles(a, known[r].position, column));
           store_quad(target + column, y[0][r]);
           store_quad(target + half + column, y[1][r]);
         }
@@ -110,21 +130,6 @@ struct RowTarget {
 
   __device__ __forceinline__ RowTarget of(int lane) const { return {__shfl_sync(kAllLanes, offset, lane), __shfl_sync(kAllLanes, position, lane)}; }
 };
-
-// Of four columns of a row.
-struct Angles {
-  float4 cos, sin;
-};
-
-__device__ __forceinline__ void rotate(bool rotates, float (&first)[kQuad], float (&second)[kQuad], const Angles& angles) {
-  const float cosine[4] = {angles.cos.x, angles.cos.y, angles.cos.z, angles.cos.w};
-  const float sine[4] = {angles.sin.x, angles.sin.y, angles.sin.z, angles.sin.w};
-#pragma unroll
-  for (int j = 0; j < kQuad; ++j) {
-    const float turned[2] = {first[j] * cosine[j] - second[j] * sine[j], second[j] * cosine[j] + first[j] * sine[j]};
-    first[j] = rotates ? turned[0] : first[j], second[j] = rotates ? turned[1] : second[j];
-  }
-}
 
 // Half heads as boxes where a head has 128 columns or more; heads of 64 two at a time. `head_bits`: log2 of the head size.
 template <bool kFloatPlanes, bool kHasNorm>
@@ -148,8 +153,7 @@ __global__ void __launch_bounds__(kStreamWarps* kWarp, 1) rope_kv_stream_kernel(
         return RowTarget{slot < 0 ? -1 : offset, load_known(a.positions + row)};
       },
       [&](int2 column, const RowTarget& known) {
-        const int64_t angle = static_cast<int64_t>(known.position) * half + (column.x & (a.head_size - 1));
-        return Angles{__ldg(reinterpret_cast<const float4*>(a.cos + angle)), __ldg(reinterpret_cast<const float4*>(a.sin + angle))};
+        return read_angles(a, known.position, column.x & (a.head_size - 1));
       },
       [&](int2 column, bool is_there, int row, const RowTarget& known, const Angles& angles, float (&x)[kQuad], float (&y)[kQuad]) {
         const int head = column.x >> head_bits, offset = column.x & (a.head_size - 1);  // below half

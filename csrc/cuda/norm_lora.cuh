@@ -213,8 +213,8 @@ __device__ __forceinline__ void finish_norm(const NormParams& a, NormShared<kHel
     const bool keeps = units.keeps_page();
     if (!has_waited) {
       has_waited = true;
-      wait_for_previous();
       start_dependents();
+      wait_for_previous();
     }
     float y[kQuads][R][kQuad];
 #pragma unroll

@@ -153,8 +153,8 @@ __device__ __forceinline__ void finish_half_row(const NormParams& a, PairShared&
   __syncwarp();
   cluster_wait();
   if (threadIdx.x == 0) barrier_expect(shared_address(&shared.summed), kPairBlocks * half.warps * static_cast<int>(sizeof(float)));
-  wait_for_previous();
   start_dependents();
+  wait_for_previous();
   float y[kQuads][1][kQuad];
 #pragma unroll
   for (int q = 0; q < kQuads; ++q)

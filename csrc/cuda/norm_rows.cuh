@@ -83,51 +83,14 @@ __device__ __forceinline__ void expand_stage_of(int rows, float (&y)[kQuads][R][
   if constexpr (R >= 3) expand_stage<R, 3>(y, b, pitch, at, v, stage);
 }
 
-// Rows of bf16 planes: all loads of kTogether planes are on their way together.
-template <int R, int kTogether>
-__device__ __forceinline__ void load_half_rows(float (&y)[kQuads][R][kQuad], const ProductView& p, const int (&row)[R], const int (&column)[kQuads]) {
-  const auto* from = static_cast<const __nv_bfloat16*>(p.y);
-  uint2 raw[kTogether][R][kQuads];
-#pragma unroll 1
-  for (int first = 0; first < p.planes; first += kTogether) {
-#pragma unroll
-    for (int s = 0; s < kTogether; ++s)
-#pragma unroll
-      for (int r = 0; r < R; ++r)
-#pragma unroll
-        for (int q = 0; q < kQuads; ++q) {
-          raw[s][r][q] = make_uint2(0x80008000u, 0x80008000u);  // -0, which adds nothing to -0 or anything else
-          if (first + s < p.planes && row[r] >= 0 && column[q] >= 0)
-            raw[s][r][q] = __ldcg(reinterpret_cast<const uint2*>(from + (first + s) * p.plane_stride + static_cast<int64_t>(row[r]) * p.columns + column[q]));
-        }
-#pragma unroll
-    for (int s = 0; s < kTogether; ++s)
-#pragma unroll
-      for (int r = 0; r < R; ++r)
-#pragma unroll
-        for (int q = 0; q < kQuads; ++q) {
-          const uint2 x = raw[s][r][q];
-          y[q][r][0] += low_half(x.x), y[q][r][1] += high_half(x.x), y[q][r][2] += low_half(x.y), y[q][r][3] += high_half(x.y);
-        }
-  }
-  if (p.bias == nullptr) return;
-#pragma unroll
-  for (int q = 0; q < kQuads; ++q) {
-    if (column[q] < 0) continue;
-    const uint2 x = __ldg(reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(p.bias) + column[q]));
-#pragma unroll
-    for (int r = 0; r < R; ++r) y[q][r][0] += low_half(x.x), y[q][r][1] += high_half(x.x), y[q][r][2] += low_half(x.y), y[q][r][3] += high_half(x.y);
-  }
-}
-
-// The same of float32 planes, one row after another: they are for the deterministic setting's long steps.
+// Rows of float32 planes, one after another: they are for the deterministic setting's long steps.
 template <int R>
 __device__ __forceinline__ void load_float_rows(float (&y)[kQuads][R][kQuad], const ProductView& p, const int (&row)[R], const int (&column)[kQuads]) {
 #pragma unroll
   for (int r = 0; r < R; ++r) {
 #pragma unroll
     for (int q = 0; q < kQuads; ++q)
-      if (row[r] >= 0 && column[q] >= 0) load_quad<true>(y[q][r], p, row[r], column[q]);
+      if (row[r] >= 0 && column[q] >= 0) load_quad(y[q][r], p, row[r], column[q]);
     asm volatile("" ::: "memory");
   }
 }

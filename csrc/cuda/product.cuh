@@ -214,40 +214,60 @@ __device__ __forceinline__ void expand(float (&sum)[kQuads][R][kQuad], const War
   }
 }
 
-// Four columns of one row: planes in order, then bias.
-template <bool kFloatPlanes>
+// Four columns of one row of float32 planes: these in order, then bias.
 __device__ __forceinline__ void load_quad(float (&y)[kQuad], const ProductView& p, int64_t row, int column) {
-  const int64_t at = row * p.columns + column;
-  if constexpr (kFloatPlanes) {
-    const float* from = static_cast<const float*>(p.y) + at;
-    float4 sum = __ldcg(reinterpret_cast<const float4*>(from));
-    for (int first = 1; first < p.planes; first += 3) {  // three loads in flight, not one after another
-      float4 more[3];
+  const float* from = static_cast<const float*>(p.y) + row * p.columns + column;
+  float4 sum = __ldcg(reinterpret_cast<const float4*>(from));
+  for (int first = 1; first < p.planes; first += 3) {  // three loads in flight, not one after another
+    float4 more[3];
 #pragma unroll
-      for (int s = 0; s < 3; ++s)
-        if (first + s < p.planes) more[s] = __ldcg(reinterpret_cast<const float4*>(from + (first + s) * p.plane_stride));
+    for (int s = 0; s < 3; ++s)
+      if (first + s < p.planes) more[s] = __ldcg(reinterpret_cast<const float4*>(from + (first + s) * p.plane_stride));
 #pragma unroll
-      for (int s = 0; s < 3; ++s)
-        if (first + s < p.planes) sum.x += more[s].x, sum.y += more[s].y, sum.z += more[s].z, sum.w += more[s].w;
-    }
-    y[0] = sum.x, y[1] = sum.y, y[2] = sum.z, y[3] = sum.w;
-  } else {
-    const auto* from = static_cast<const __nv_bfloat16*>(p.y) + at;
-    const uint2 raw = __ldcg(reinterpret_cast<const uint2*>(from));
-    y[0] = low_half(raw.x), y[1] = high_half(raw.x), y[2] = low_half(raw.y), y[3] = high_half(raw.y);
-    for (int first = 1; first < p.planes; first += 3) {
-      uint2 more[3];
-#pragma unroll
-      for (int s = 0; s < 3; ++s)
-        if (first + s < p.planes) more[s] = __ldcg(reinterpret_cast<const uint2*>(from + (first + s) * p.plane_stride));
-#pragma unroll
-      for (int s = 0; s < 3; ++s)
-        if (first + s < p.planes) y[0] += low_half(more[s].x), y[1] += high_half(more[s].x), y[2] += low_half(more[s].y), y[3] += high_half(more[s].y);
-    }
+    for (int s = 0; s < 3; ++s)
+      if (first + s < p.planes) sum.x += more[s].x, sum.y += more[s].y, sum.z += more[s].z, sum.w += more[s].w;
   }
+  y[0] = sum.x, y[1] = sum.y, y[2] = sum.z, y[3] = sum.w;
   if (p.bias == nullptr) return;
   const uint2 raw = __ldg(reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(p.bias) + column));
   y[0] += low_half(raw.x), y[1] += high_half(raw.x), y[2] += low_half(raw.y), y[3] += high_half(raw.y);
+}
+
+// y += rows of bf16 planes, then bias; y begins at -0. All loads of kTogether planes are on their way together.
+template <int R, int kTogether>
+__device__ __forceinline__ void load_half_rows(float (&y)[kQuads][R][kQuad], const ProductView& p, const int (&row)[R], const int (&column)[kQuads]) {
+  const auto* from = static_cast<const __nv_bfloat16*>(p.y);
+  uint2 raw[kTogether][R][kQuads];
+#pragma unroll 1
+  for (int first = 0; first < p.planes; first += kTogether) {
+#pragma unroll
+    for (int s = 0; s < kTogether; ++s)
+#pragma unroll
+      for (int r = 0; r < R; ++r)
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
+          raw[s][r][q] = make_uint2(0x80008000u, 0x80008000u);  // -0, which adds nothing to -0 or anything else
+          if (first + s < p.planes && row[r] >= 0 && column[q] >= 0)
+            raw[s][r][q] = __ldcg(reinterpret_cast<const uint2*>(from + (first + s) * p.plane_stride + static_cast<int64_t>(row[r]) * p.columns + column[q]));
+        }
+#pragma unroll
+    for (int s = 0; s < kTogether; ++s)
+#pragma unroll
+      for (int r = 0; r < R; ++r)
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
+          const uint2 x = raw[s][r][q];
+          y[q][r][0] += low_half(x.x), y[q][r][1] += high_half(x.x), y[q][r][2] += low_half(x.y), y[q][r][3] += high_half(x.y);
+        }
+  }
+  if (p.bias == nullptr) return;
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    if (column[q] < 0) continue;
+    const uint2 x = __ldg(reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(p.bias) + column[q]));
+#pragma unroll
+    for (int r = 0; r < R; ++r) y[q][r][0] += low_half(x.x), y[q][r][1] += high_half(x.x), y[q][r][2] += low_half(x.y), y[q][r][3] += high_half(x.y);
+  }
 }
 
 template <bool kFloatPlanes, int R>
@@ -255,8 +275,15 @@ __device__ __forceinline__ void load_rows(float (&y)[kQuads][R][kQuad], const Pr
 #pragma unroll
   for (int r = 0; r < R; ++r)
 #pragma unroll
-    for (int q = 0; q < kQuads; ++q)
-      if (row[r] >= 0 && lane.column[q] >= 0) load_quad<kFloatPlanes>(y[q][r], p, row[r], lane.column[q]);
+    for (int q = 0; q < kQuads; ++q) {
+      if constexpr (kFloatPlanes) {
+        if (row[r] >= 0 && lane.column[q] >= 0) load_quad(y[q][r], p, row[r], lane.column[q]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kQuad; ++i) y[q][r][i] = -0.f;
+      }
+    }
+  if constexpr (!kFloatPlanes) load_half_rows<R, R == 1 ? 4 : R == 2 ? 2 : 1>(y, p, row, lane.column);
 }
 
 // y += expand of the rows at places [place, place + rows) of a tile, every entry in order. `pages` holds the tile's first entry and
@@ -280,7 +307,7 @@ __device__ __forceinline__ void store_quad(__nv_bfloat16* out, const float (&x)[
 
 // Warps take units in turn: a part of a tile (unit_rows rows) and 32 lanes' quads of `lanes` in all. For every R rows of it,
 // finish(lane number, columns, row, facts, y) gets y finished; rows that are not there are -1.
-// `columns(i)`: the columns of lane number i. `facts(row)`: what else the operation reads of a row; it must have been written
+// `columns(i)`: the columns of lane number i. `facts(row, i)`: what else the operation reads of a row; it must have been written
 // before the kernel before this one began, because it is read before the wait.
 constexpr int kUnitWarps = 4;
 
@@ -295,12 +322,12 @@ __device__ __forceinline__ void finish_units(const ProductView& p, int lanes, Co
   int number = 0;
   QuadPages<G> pages;
   int row[R];
-  decltype(facts(0)) known[R];
+  decltype(facts(0, 0)) known[R];
   auto locate = [&](int place) {
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       row[r] = place + r < span.last ? parts.row(span, place + r) : -1;
-      if (row[r] >= 0) known[r] = facts(row[r]);
+      if (row[r] >= 0) known[r] = facts(row[r], number);
     }
   };
   auto start = [&](int unit) {
@@ -316,8 +343,8 @@ __device__ __forceinline__ void finish_units(const ProductView& p, int lanes, Co
     start(unit);
     if (!has_waited) {  // here and not before the loop, so that there is one copy of the loads
       has_waited = true;
-      wait_for_previous();
       start_dependents();
+      wait_for_previous();
     }
 #pragma unroll 1
     for (int place = span.first; place < span.last; place += R) {
