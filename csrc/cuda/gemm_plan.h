@@ -161,10 +161,11 @@ constexpr int gemm_parts(int64_t outputs, int64_t inputs) {
   return tiles < kGemmProcessors ? tiles : kGemmProcessors;
 }
 
-// From 193 to 256 tokens cuBLAS is faster where W is short and narrow, but not behind a shrink, beside which it cannot begin.
+// From 193 to 256 tokens cuBLAS is faster where W is short and has more rows than columns (qkv), but not behind a shrink, beside which it
+// cannot begin.
 constexpr bool gemm_is_faster(int64_t tokens, int64_t outputs, int64_t inputs, bool has_adapters) {
   if (tokens > kGemmMaxTokens) return gemm_can_run(tokens, outputs, inputs) && outputs <= 65536;
-  return gemm_can_run(tokens, outputs, inputs) && (tokens <= 192 || has_adapters || inputs > outputs || outputs > 65536);
+  return gemm_can_run(tokens, outputs, inputs) && (tokens <= 192 || has_adapters || inputs >= outputs || outputs > 65536);
 }
 
 }  // namespace openlora
