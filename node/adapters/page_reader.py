@@ -46,7 +46,7 @@ class PageReader:
 
     Args:
         library: The built kernels. layout: the model's pages.
-        thread_count: Threads of a read; reads follow each other. urgent_count: of one that somebody waits for alone.
+        thread_count: Threads of a read; reads follow each other. urgent_count: of placing alone.
         max_bytes: Limit on an adapter's file.
     """
 
@@ -114,8 +114,9 @@ class PageReader:
         with self._turn:
             self._call(self._place, self._urgent_count, directory, plan, pages)
             placed()
+            # On fewer threads: beside a step that is launched, one of as many as there are cores would end long after the others.
             tensors = plan.tensors
-            fault = self._hash(self._reader, self._urgent_count, tensors.ctypes.data, len(tensors), roots.address)
+            fault = self._hash(self._reader, self._thread_count, tensors.ctypes.data, len(tensors), roots.address)
             _check(fault, plan, pages)
         return roots.digits()
 
