@@ -160,6 +160,13 @@ __device__ __forceinline__ void store_if(bool is_there, void* to, const float (&
                : "memory");
 }
 
+// The same into shared memory.
+__device__ __forceinline__ void keep_if(bool is_there, const float2* to, const float2& x) {
+  asm volatile("{\n\t.reg .pred there;\n\tsetp.ne.s32 there, %3, 0;\n\t@there st.shared.v2.f32 [%0], {%1, %2};\n\t}" ::"r"(shared_address(to)), "f"(x.x),
+               "f"(x.y), "r"(static_cast<int>(is_there))
+               : "memory");
+}
+
 __device__ __forceinline__ void add_to(float (&sum)[kQuad], const uint2& raw) {
   sum[0] += low_half(raw.x), sum[1] += high_half(raw.x), sum[2] += low_half(raw.y), sum[3] += high_half(raw.y);
 }
@@ -333,7 +340,8 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
     reinterpret_cast<uint2*>(ranks)[i] = split_ranks(piece_of(i), p.work.v_planes, p.work.v_stride);
   __syncthreads();
 
-  float* const own_delta = delta + min(g, plan.rows - 1) * kDeltaPitch + 2 * t;
+  const bool keeps = g < plan.rows;  // lanes beyond, where the step has fewer rows than a pass, keep nothing and read what nobody writes
+  const float* const own_delta = keeps ? delta + g * kDeltaPitch + 2 * t : reinterpret_cast<const float*>(ranks);
   const uint32_t matrices = ring + lane / 8 % 2 * kBoxHalfBytes + lane % 8 * 128 + ((lane / 16 ^ lane % 8) << 4);
   int stage = 0;
   uint32_t parity = 0;
@@ -385,9 +393,9 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
           float2 both = make_float2(sum[j][0] + sum[j][2], sum[j][1] + sum[j][3]);
-          auto* at_delta = reinterpret_cast<float2*>(own_delta + b * kBoxColumns + j * 8);
+          const auto* at_delta = reinterpret_cast<const float2*>(own_delta + b * kBoxColumns + j * 8);
           if constexpr (!decltype(first)::value) both.x += at_delta->x, both.y += at_delta->y;
-          *at_delta = both;
+          keep_if(keeps, at_delta, both);
         }
       }
       if (is_last || !stays) {

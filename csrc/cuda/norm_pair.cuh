@@ -82,6 +82,10 @@ __device__ __forceinline__ void send_half_pages(const ProductView& p, PairShared
   NormTurn<kPairStages> turn;
   int sent = 0;
   auto emit = [&](int page, const NormStage& stage) {
+    if (sent == kPairStages) {  // whoever empties a stage is past the cluster's barrier; racecheck ends badly when others wait for him before it
+      __syncwarp();
+      cluster_wait();
+    }
     if (sent >= kPairStages) barrier_wait(shared_address(&shared.empty[turn.slot]), turn.parity ^ 1);
     const uint32_t full = shared_address(&shared.full[turn.slot]);
     if (lane == 0) {
@@ -119,6 +123,8 @@ __device__ __forceinline__ void send_half_pages(const ProductView& p, PairShared
     }
   }
   if (!has_ended) emit(0, {0, 0, 0, 1});
+  __syncwarp();
+  if (sent <= kPairStages) cluster_wait();
 }
 
 // The warp of v.
@@ -250,8 +256,7 @@ __global__ void OPENLORA_PAIR __launch_bounds__((kNormWarps / kPairBlocks + kNor
   cluster_arrive();
   if (warp == half.warps) {
     if (share.units > 0) send_half_pages(a.p, shared, norm_ring, share.tile, half);
-    __syncwarp();
-    cluster_wait();
+    else cluster_wait();
   } else if (warp > half.warps) {
     cluster_wait();
     wait_for_previous();
