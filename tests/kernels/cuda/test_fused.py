@@ -88,6 +88,21 @@ def test_add_rms_norm_of_every_width_equals_float64(make_work, error_of, size):
     assert error_of(out, reference.rms_norm(residual.double(), weight.double(), 1e-5)) < 1e-2
 
 
+@pytest.mark.parametrize("size", [576, 4096])
+@pytest.mark.parametrize("rows", [2, 66, 67])  # of a pair of blocks, of one
+def test_add_rms_norm_of_long_recipes_equals_float64(make_work, error_of, rows, size):
+    """More pages than the ring has stages, and more entries than shared memory holds v of at once, twice."""
+    terms = [((4, 0.25),) * 18 if row % 33 == 1 else ((3, 1.0), (4, -0.5), (2, 0.75)) for row in range(rows)]
+    work = make_work(terms, RANKS, 64, (size,))
+    v, y = work.poisoned_v(), torch.randn(4, rows, size, device="cuda").to(BF16)
+    work.ops.lora_shrink(torch.randn(rows, 64, device="cuda").to(BF16), work.tiles, work.span_tuple, v, Follow.PLAIN)
+    residual, weight = torch.randn(rows, size, device="cuda").to(BF16), torch.randn(size, device="cuda").to(BF16)
+    wanted, out = residual.double() + work.product_reference(y, v).cuda(), torch.full_like(residual, float("nan"))
+    work.ops.add_rms_norm(work.product(y, v), residual, weight, 1e-5, out, Follow.PLAIN)
+    assert error_of(residual, wanted) < LIMIT[BF16]
+    assert error_of(out, reference.rms_norm(residual.double(), weight.double(), 1e-5)) < LIMIT[BF16]
+
+
 @pytest.mark.parametrize("size", [576, 4096, 8192])
 @pytest.mark.parametrize("prompt", [1, 35, 36, 97, 225, 900])  # 66 rows are the last that two blocks share, 67 the first
 def test_add_rms_norm_of_a_row_has_the_same_bits_alone_and_beside_a_prompt(make_work, size, prompt):

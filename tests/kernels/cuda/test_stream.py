@@ -65,6 +65,15 @@ def test_silu_mul_of_every_tile_and_recipe_equals_float64(make_work, error_of, r
     assert error_of(silu_of(work, y, v), reference.silu_mul(work.product_reference(y, v).cuda())) < 1e-2
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8])
+def test_silu_mul_of_few_rows_and_long_recipes_equals_float64(make_work, error_of, rows):
+    """Fewer rows than an mma has: the lanes of those that are not there must keep nothing."""
+    work = make_work([KINDS[4 if row % 3 == 0 else 2] for row in range(rows)], RANKS, INPUTS, GATE_UP)
+    v = shrunk(work, torch.randn(rows, INPUTS, device="cuda").to(torch.bfloat16), 2)
+    y = torch.randn(1, rows, sum(GATE_UP), device="cuda").to(torch.bfloat16)
+    assert error_of(silu_of(work, y, v), reference.silu_mul(work.product_reference(y, v).cuda())) < 1e-2
+
+
 @pytest.mark.parametrize("rows", [1, 5, 33, 128])
 def test_silu_mul_of_modules_of_different_ranks_equals_float64(make_work, error_of, rows):
     work = make_work(terms_of(rows), [RANKS, [16, 0, 24, 8, 40]], INPUTS, GATE_UP)
