@@ -341,7 +341,9 @@ __device__ __forceinline__ void finish_stream(const ProductView& p, const Stream
   __syncthreads();
 
   const bool keeps = g < plan.rows;  // lanes beyond, where the step has fewer rows than a pass, keep nothing and read what nobody writes
-  const float* const own_delta = keeps ? delta + g * kDeltaPitch + 2 * t : reinterpret_cast<const float*>(ranks);
+  const float* const known_floats = reinterpret_cast<const float*>(ranks);
+  const int same_banks = static_cast<int>(delta + g * kDeltaPitch - known_floats) & 31;  // as the row that is not there: no bank twice
+  const float* const own_delta = (keeps ? delta + g * kDeltaPitch : known_floats + same_banks) + 2 * t;
   const uint32_t matrices = ring + lane / 8 % 2 * kBoxHalfBytes + lane % 8 * 128 + ((lane / 16 ^ lane % 8) << 4);
   int stage = 0;
   uint32_t parity = 0;
