@@ -82,7 +82,7 @@ __device__ __forceinline__ void send_half_pages(const ProductView& p, PairShared
   NormTurn<kPairStages> turn;
   int sent = 0;
   auto emit = [&](int page, const NormStage& stage) {
-    if (sent == kPairStages) {  // whoever empties a stage is past the cluster's barrier; racecheck ends badly when others wait for him before it
+    if (sent == kPairStages) {  // whoever empties a stage is past the cluster's barrier; racecheck would let nobody past it before all are there
       __syncwarp();
       cluster_wait();
     }
