@@ -37,6 +37,8 @@ def split(total_wei: int, weights: Mapping[str, int], tie: bytes) -> dict[str, i
     weight_sum = sum(weights.values())
     if weight_sum == 0:
         raise SplitError(f"none of the {len(weights)} weights is above zero; nobody can receive {total_wei} wei")
+    if len(weights) == 1:
+        return dict.fromkeys(weights, total_wei)
     shares: dict[str, int] = {}
     remainders: dict[str, int] = {}
     for key, weight in weights.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -177,6 +178,16 @@ def build_recipe(terms: tuple[RecipeTerm, ...], tie: bytes, merge: Merge | None 
     Raises:
         RecordError: One adapter twice, or a malformed merge. SplitError: A malformed weight, or all of them zero.
     """
+    return _short_recipe(terms, merge) if len(terms) < 2 else _recipe(terms, tie, merge)
+
+
+@lru_cache(maxsize=1024)
+def _short_recipe(terms: tuple[RecipeTerm, ...], merge: Merge | None) -> Recipe:
+    """Of one adapter, which has no ties to break, or of none: the same for request after request."""
+    return _recipe(terms, b"", merge)
+
+
+def _recipe(terms: tuple[RecipeTerm, ...], tie: bytes, merge: Merge | None) -> Recipe:
     weights = {term.adapter_id: term.weight for term in terms}
     if len(weights) != len(terms):
         raise RecordError("a recipe names one adapter twice; add its weights and name it once")

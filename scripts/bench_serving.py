@@ -195,6 +195,8 @@ def closed(args: argparse.Namespace, target: Target, distinct: int | None = None
         "requests": len(answers),
         "out_tok_s": tokens / total_s,
         **latencies(answers),
+        "first_ms": 1e3 * (min(answer.chunk_s[0] for answer in answers) - min(answer.sent_s for answer in answers)),
+        "tail_ms": 1e3 * (max(answer.end_s for answer in answers) - max(answer.chunk_s[-1] for answer in answers)),
     }
     if distinct is not None:
         row["adapters"] = distinct
@@ -241,11 +243,14 @@ def _is_good(answer: Answer, args: argparse.Namespace) -> bool:
 
 
 def latencies(answers: Sequence[Answer]) -> dict[str, float]:
-    """Percentiles in milliseconds of the time to the first token and of the time between two chunks."""
+    """Percentiles in milliseconds of the time to the first token, of the time between two chunks, and of the time from the last
+    token to the end, where the receipt is."""
     first = [1e3 * (answer.chunk_s[0] - answer.sent_s) for answer in answers]
     gaps = np.concatenate([1e3 * np.diff(answer.chunk_s) for answer in answers] or [[0.0]])
     row = {f"ttft_p{p}_ms": float(np.percentile(first, p)) for p in (50, 90, 99)}
-    return row | {f"itl_p{p}_ms": float(np.percentile(gaps, p)) for p in (50, 90, 99)}
+    row |= {f"itl_p{p}_ms": float(np.percentile(gaps, p)) for p in (50, 90, 99)}
+    ends = [1e3 * (answer.end_s - answer.chunk_s[-1]) for answer in answers]
+    return row | {f"end_p{p}_ms": float(np.percentile(ends, p)) for p in (50, 99)}
 
 
 # ---- what is measured
@@ -461,9 +466,10 @@ def books(args: argparse.Namespace, node: OwnNode) -> Iterator[dict[str, Any]]:
         ratios = [on["out_tok_s"] / off["out_tok_s"] for off, on in zip(*rows, strict=True)]
         median, low, high = median_interval(ratios)
         row: dict[str, Any] = {"row": "books on / off", "streams": args.streams, "pairs": len(ratios), "ratio": median}
-        row |= {"low": low, "high": high}
+        row |= {"low": low, "high": high, "ratios": [round(ratio, 4) for ratio in ratios]}
         for name, side in (("off", rows[0]), ("on", rows[1])):
-            keys = ("out_tok_s", "api_us_per_token", "loop_us_per_token", "ttft_p50_ms")
+            keys = ("out_tok_s", "api_us_per_token", "loop_us_per_token", "ttft_p50_ms", "end_p50_ms", "end_p99_ms")
+            keys += ("first_ms", "tail_ms")
             row |= {f"{name}_{key}": statistics.median(found[key] for found in side) for key in keys}
         yield row
     node.switch_books(True)

@@ -9,6 +9,7 @@ import msgspec
 from attribution.digests import SALT_BYTES, tenant_digest, token_digest
 from attribution.errors import AttributionError
 from attribution.fees import Contribution, Payees, Price, SplitPolicy, Tokens
+from attribution.money import request_tie
 from attribution.record import REQUEST_ID, Facts, Merge, RecipeTerm, build_recipe
 from node.errors import RequestError
 
@@ -126,7 +127,7 @@ def open_request(
     if not REQUEST_ID.fullmatch(admission.request_id):
         raise RequestError("the request id must have 1 to 128 printable ASCII characters and no spaces", param="request_id")
     try:
-        build_recipe(admission.terms, b"", admission.merge)
+        build_recipe(admission.terms, request_tie(admission.request_id), admission.merge)
     except AttributionError as error:
         raise RequestError(f"the adapter recipe cannot be recorded: {error}", param="adapters") from error
     salts = random_bytes(2 * SALT_BYTES)  # one call of the system for both

@@ -40,7 +40,7 @@ class Ledger:
         clock_ms: UTC milliseconds.
         signer: The operator's receipt key; its address is the operator of every record.
         chain_id: What receipts are signed for.
-        group_commit_ms: How long a commit waits for company.
+        group_commit_ms: Between the beginnings of two commits; what comes meanwhile shares the second.
         queue_limit: Pieces of work that may wait for the writer.
         busy_timeout_ms: How long a commit waits for another process on the same SQLite file.
         retry_s: Pause between attempts while the database does not commit.

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,21 @@ class LedgerDesk:
         self._payers = self._store.writer.payers
         outlet.send(Opened(self._operator, self._store.tenant_salt, self._store.interrupted, self._payers))
 
-    def take(self, call: Call) -> None:
-        """Begin a call."""
+    def take(self, calls: Sequence[Call]) -> None:
+        """Begin the calls of one message, which share a commit."""
+        items: dict[int, Admit | Close] = {}
+        refused: list[Answer] = []
+        for call in calls:
+            try:
+                items[call.call_id] = self._item(call)
+            except NodeError as error:
+                refused.append(Answer(call.call_id, error=error.to_json()))
         try:
-            self._store.writer.put(self._item(call))
+            self._store.writer.put(*items.values())
         except NodeError as error:
-            self._outlet.send(Settled([Answer(call.call_id, error=error.to_json())], {}, self._store.writer.is_healthy))
+            refused += [Answer(call_id, error=error.to_json()) for call_id in items]
+        if refused:
+            self._outlet.send(Settled(refused, {}, self._store.writer.is_healthy))
 
     def close(self) -> None:
         """Finish what was begun."""
@@ -115,8 +125,7 @@ def main() -> int:
     gc.freeze()
     decoder = msgspec.json.Decoder(Work)
     while (content := read_message(sys.stdin.buffer, MAX_MESSAGE_BYTES)) is not None:
-        for call in decoder.decode(content).calls:
-            desk.take(call)
+        desk.take(decoder.decode(content).calls)
     desk.close()
     return 0
 

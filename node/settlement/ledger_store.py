@@ -25,7 +25,7 @@ class WriterOptions:
     """How the writer works.
 
     Attributes:
-        group_commit_ms: How long a commit waits for company.
+        group_commit_ms: Between the beginnings of two commits; what comes meanwhile shares the second.
         queue_limit: Pieces of work that may wait for the writer.
         busy_timeout_ms: How long a commit waits for another process on the same SQLite file.
         retry_s: Pause between attempts while the database does not commit.

@@ -1,4 +1,4 @@
-"""The one thread that writes the ledger. Work that arrives within a few milliseconds shares one commit.
+"""The one thread that writes the ledger. Whatever waits when a commit begins shares it.
 
 Order in the hash chain is decided here and nowhere else. A commit that fails fails everything in its group; the writer then
 reloads what the database really holds and keeps trying, closing the requests whose answers were lost as failed, until one
@@ -8,7 +8,7 @@ commit succeeds.
 from __future__ import annotations
 
 import logging
-import queue
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -26,6 +26,7 @@ from attribution.receipt import Salts
 from attribution.signing import Signer
 from node.errors import LedgerError, NodeError, OverloadedError
 from node.settlement.admission import OpenRequest, Outcome
+from node.settlement.ledger_queue import WorkQueue
 from node.settlement.ledger_state import Group, LedgerState, PayerState
 from node.settlement.tables import META, RECORDS
 
@@ -79,7 +80,7 @@ class LedgerWriter:
         clock_ms: UTC milliseconds.
         signer: The operator's receipt key.
         domain: EIP-712 domain of receipts.
-        group_commit_ms: How long the first piece of work waits for company.
+        group_commit_ms: Between the beginnings of two commits; what comes meanwhile shares the second.
         retry_s: Pause between attempts while the database does not commit.
         queue_limit: Pieces of work that may wait.
         explain: Turns a database's error into a LedgerError.
@@ -102,7 +103,8 @@ class LedgerWriter:
         self._engine, self._clock_ms, self._signer, self._domain = engine, clock_ms, signer, domain
         self._group_s, self._retry_s, self._explain = group_commit_ms / 1000, retry_s, explain
         self._settled = settled
-        self._queue: queue.Queue[Admit | Close | Transact | None] = queue.Queue(queue_limit)
+        self._queue: WorkQueue[Admit | Close | Transact] = WorkQueue(queue_limit)
+        self._begun_s = -math.inf  # when the last group of work began
         self._connection: Connection | None = None
         self._state = LedgerState()
         self._lost: set[str] = set()  # open requests whose answers ended without a receipt
@@ -136,25 +138,21 @@ class LedgerWriter:
 
     def stop(self) -> None:
         """Finish what waits, then end. Blocks."""
+        self._queue.close()
         if self._thread.is_alive():
-            self._queue.put(None)
             self._thread.join()
         self._disconnect()
 
-    def put(self, item: Admit | Close | Transact) -> None:
-        """Hand over work without blocking.
+    def put(self, *items: Admit | Close | Transact) -> None:
+        """Hand over work without blocking, all of it or none.
 
         Raises:
             OverloadedError: Too much work waits. LedgerError: The writer does not run.
         """
         if not self._thread.is_alive():
             raise LedgerError("the ledger is closed; start the node again")
-        try:
-            self._queue.put_nowait(item)
-        except queue.Full:
-            raise OverloadedError(
-                f"{self._queue.maxsize} pieces of ledger work wait already; try again later", retry_after_s=1.0
-            ) from None
+        if not self._queue.put(items):
+            raise OverloadedError(f"{self._queue.limit} pieces of ledger work wait already; try again later", retry_after_s=1.0)
 
     @property
     def payers(self) -> dict[str, PayerState]:
@@ -165,7 +163,8 @@ class LedgerWriter:
     def _run(self) -> None:
         is_last = False
         while not is_last:
-            items, is_last = self._gather()
+            items = self._gather()
+            is_last = self._queue.is_ended
             try:
                 self._serve(items)
             except BaseException:
@@ -195,22 +194,15 @@ class LedgerWriter:
         for item in items:
             item.done(None, LedgerError("the ledger does not commit; nothing is admitted until it does", retry_after_s=5.0))
 
-    def _gather(self) -> tuple[list[Admit | Close | Transact], bool]:
-        """Wait for work, then a little longer for more. While unhealthy, come back empty-handed after a pause."""
-        items: list[Admit | Close | Transact] = []
-        deadline: float | None = None if self.is_healthy else time.monotonic() + self._retry_s
-        while len(items) < MAX_GROUP:
-            timeout = None if deadline is None else deadline - time.monotonic()
-            try:
-                item = self._queue.get(timeout=timeout) if timeout is None or timeout > 0 else self._queue.get_nowait()
-            except queue.Empty:
-                break
-            if item is None:
-                return items, True
-            if not items:
-                deadline = time.monotonic() + self._group_s
-            items.append(item)
-        return items, False
+    def _gather(self) -> list[Admit | Close | Transact]:
+        """Wait for work; behind a commit that has only just begun, a little longer for more. While unhealthy, come back
+        empty-handed after a pause."""
+        self._queue.wait(1, None if self.is_healthy else self._retry_s)
+        pause_s = self._begun_s + self._group_s - time.monotonic()
+        if pause_s > 0:
+            self._queue.wait(MAX_GROUP, pause_s)
+        self._begun_s = time.monotonic()
+        return self._queue.take(MAX_GROUP)
 
     def _commit_group(self, items: list[Admit | Close]) -> None:
         group, results = Group(self._state), []
