@@ -5,8 +5,8 @@
 
 Waves of requests are admitted and closed as a crowd in a closed loop is: `--wave` of them end in one step, the next in the step
 after it, `--every-ms` later. No engine, no HTTP. A JSON line with medians over the rounds: milliseconds from the call to its answer
-(`admit_*_ms`, `close_*_ms`; `close_last_ms`: until the last of a wave has its receipt), and microseconds of processor time a
-request, of this process (`caller_us`) and of the ledger's (`ledger_us`).
+(`admit_*_ms`, `close_*_ms`; `close_last_ms`: until the last of a wave has its receipt and has written the end of its answer), and
+microseconds of processor time a request, of this process (`caller_us`) and of the ledger's (`ledger_us`).
 """
 
 from __future__ import annotations
@@ -58,10 +58,11 @@ class Crowd:
         return 1e3 * (time.perf_counter() - begun_s)
 
     async def close(self, request_id: str) -> float:
-        """Milliseconds until the record is durable and its receipt is here."""
+        """Milliseconds until the record is durable, its receipt is here, and the answer's end is written."""
         outcome = Outcome(request_id=request_id, status="ok", finish_reason="length", outputs=(self._output,))
         begun_s = time.perf_counter()
         await self._ledger.close(outcome)
+        _compute(self._args.answer_us)
         return 1e3 * (time.perf_counter() - begun_s)
 
     def _admission(self, index: int, request_id: str) -> Admission:
@@ -101,6 +102,12 @@ async def one_round(args: argparse.Namespace, crowd: Crowd, child: int) -> dict[
         "caller_us": 1e6 * spent_s / args.requests,
         "ledger_us": 1e6 * child_spent_s / args.requests,
     }
+
+
+def _compute(microseconds: float) -> None:
+    until_ns = time.thread_time_ns() + 1000 * microseconds
+    while time.thread_time_ns() < until_ns:
+        pass
 
 
 async def _in_waves(waves: Sequence[Sequence[Any]], every_ms: float) -> list[list[float]]:
@@ -158,6 +165,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--group-commit-ms", type=float, default=2.0)
+    parser.add_argument(
+        "--answer-us", type=float, default=0.0, help="of this process for the end of an answer"
+    )
     parser.add_argument("--directory", type=Path, help="where the ledger's file goes; default: a temporary directory")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)

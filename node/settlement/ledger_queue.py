@@ -30,6 +30,11 @@ class WorkQueue(Generic[_Item]):
         with self._changed:
             return self._is_closed and not self._items
 
+    @property
+    def waiting(self) -> int:
+        """How many there are."""
+        return len(self._items)
+
     def put(self, items: Sequence[_Item]) -> bool:
         """Hand over all of them, or none where they do not all find room; says which. Never blocks."""
         with self._changed:

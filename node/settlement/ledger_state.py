@@ -16,8 +16,12 @@ from node.settlement.admission import OpenRequest, SignedVoucher
 from node.settlement.tables import EARNINGS, PAYERS, RECORDS, REQUESTS, USAGE
 
 # Built once: finding a compiled statement takes SQLAlchemy microseconds, building one and seeing that it is known a millisecond.
+_OPEN = insert(REQUESTS)
 _CLOSE = delete(REQUESTS).where(REQUESTS.c.request_id == bindparam("gone"))
+_RECORD = insert(RECORDS)
+_INSERT_PAYER = insert(PAYERS)
 _UPDATE_PAYER = update(PAYERS).where(PAYERS.c.payer == bindparam("key"))
+_INSERT_EARNING = insert(EARNINGS)
 _UPDATE_EARNING = update(EARNINGS).where(
     (EARNINGS.c.account == bindparam("k_account"))
     & (EARNINGS.c.adapter_id == bindparam("k_adapter"))
@@ -25,6 +29,7 @@ _UPDATE_EARNING = update(EARNINGS).where(
 )
 _OF_DAY = (USAGE.c.tenant_digest == bindparam("k_digest")) & (USAGE.c.day == bindparam("k_day"))
 _READ_USAGE = select(USAGE.c.tokens, USAGE.c.wei).where(_OF_DAY)
+_INSERT_USAGE = insert(USAGE)
 _UPDATE_USAGE = update(USAGE).where(_OF_DAY)
 
 EarningKey = tuple[str, str, str]  # account, adapter_id or "", role
@@ -125,11 +130,11 @@ class Group:
         ]
         gone = [{"gone": key} for key in self._closed if key not in self._admitted]
         if opened:
-            connection.execute(insert(REQUESTS), opened)
+            connection.execute(_OPEN, opened)
         if gone:
             connection.execute(_CLOSE, gone)
         if self._records:
-            connection.execute(insert(RECORDS), self._records)
+            connection.execute(_RECORD, self._records)
         self._write_payers(connection)
         self._write_earnings(connection)
         self._write_usage(connection)
@@ -170,7 +175,7 @@ class Group:
             else:
                 fresh.append({**row, "payer": payer})
         if fresh:
-            connection.execute(insert(PAYERS), fresh)
+            connection.execute(_INSERT_PAYER, fresh)
         if known:
             connection.execute(_UPDATE_PAYER, known)
 
@@ -184,7 +189,7 @@ class Group:
             else:
                 fresh.append({**sums, "account": account, "adapter_id": adapter_id, "role": role})
         if fresh:
-            connection.execute(insert(EARNINGS), fresh)
+            connection.execute(_INSERT_EARNING, fresh)
         if known:
             connection.execute(_UPDATE_EARNING, known)
 
@@ -195,7 +200,7 @@ class Group:
             known = connection.execute(_READ_USAGE, here).first()
             if known is None:
                 fresh = {"tenant_digest": digest, "day": day, "tokens": tokens, "wei": wei}
-                connection.execute(insert(USAGE), fresh)
+                connection.execute(_INSERT_USAGE, fresh)
             else:
                 connection.execute(_UPDATE_USAGE, {**here, "tokens": known.tokens + tokens, "wei": known.wei + wei})
 
