@@ -4,7 +4,7 @@
     scripts/bench_ledger.py --requests 256 --wave 32 --every-ms 9 --rounds 8 --directory /dev/shm
 
 Waves of requests are admitted and closed as a crowd in a closed loop is: `--wave` of them end in one step, the next in the step
-after it, `--every-ms` later. No engine, no HTTP. A JSON line with medians over the rounds: milliseconds from the call to its answer
+after it, `--every-ms` later. No engine, no HTTP. A JSON line with medians over the rounds: milliseconds from a call to its answer
 (`admit_*_ms`, `close_*_ms`; `close_last_ms`: until the last of a wave has its receipt and has written the end of its answer), and
 microseconds of processor time a request, of this process (`caller_us`) and of the ledger's (`ledger_us`).
 """

@@ -12,8 +12,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 UNSAID = ("peak_bytes", "passes")  # of a row's brief form
 
 
@@ -35,6 +33,8 @@ def ratio_of(pairs: Sequence[tuple[float, float]], name: str) -> dict[str, float
 
 def gpu_facts() -> dict[str, Any]:
     """Name, driver and clocks of the GPU."""
+    import torch
+
     if not torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
         return {}
     query = "name,driver_version,clocks.sm,clocks.mem,power.draw"
