@@ -165,9 +165,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--group-commit-ms", type=float, default=2.0)
-    parser.add_argument(
-        "--answer-us", type=float, default=0.0, help="of this process for the end of an answer"
-    )
+    parser.add_argument("--answer-us", type=float, default=0.0, help="of this process for the end of an answer")
     parser.add_argument("--directory", type=Path, help="where the ledger's file goes; default: a temporary directory")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
