@@ -9,6 +9,7 @@ import pytest
 from attribution.fees import Payees, Price, SplitPolicy
 from attribution.signing import LocalSigner
 from node.errors import LedgerError, OverloadedError
+from node.settlement import ledger_writer
 from node.settlement.admission import Admission, open_request
 from node.settlement.ledger_store import LedgerStore, WriterOptions
 from node.settlement.ledger_writer import LEAST_GROUP, MAX_GROUP, Admit, least_group
@@ -127,14 +128,24 @@ def test_put_after_the_end_is_refused(make, seen):
         store.writer.put(*admits(seen, "a"))
 
 
-def test_put_more_than_a_few_is_answered_half_by_half(make, seen):
+def test_put_a_crowd_is_answered_half_by_half(make, seen, monkeypatch):
+    monkeypatch.setattr(ledger_writer, "least_group", lambda *measured: LEAST_GROUP)
     store = make(group_commit_ms=HOUR_MS)
-    store.writer.put(*admits(seen, *(f"r{index}" for index in range(4 * MAX_GROUP))))
+    store.writer.put(*admits(seen, *(f"r{index}" for index in range(1024))))
     store.close()
 
-    assert sum(seen.groups) == 4 * MAX_GROUP
-    assert max(seen.groups) == MAX_GROUP
-    assert min(seen.groups) < MAX_GROUP
+    assert seen.groups == [MAX_GROUP, MAX_GROUP, MAX_GROUP, 128, 64, 32, 16, 8, LEAST_GROUP]
+
+
+def test_put_where_commits_are_slow_is_answered_at_once(make, seen, monkeypatch):
+    monkeypatch.setattr(ledger_writer, "least_group", lambda *measured: 100)
+    store = make(group_commit_ms=0.0)
+    store.writer.put(*admits(seen, "first"))
+    seen.wait_for_groups(1)
+    store.writer.put(*admits(seen, *(f"r{index}" for index in range(100))))
+    store.close()
+
+    assert seen.groups == [1, 100]
 
 
 @pytest.mark.parametrize(
