@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -25,6 +26,7 @@ GENESIS_HASH = "0" * 64
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _FINISH_REASON = re.compile(r"[!-~]{1,64}")
 _HASH = re.compile(r"[0-9a-f]{64}")
+_HASHES = re.compile(r"[0-9a-f]*")  # several, one behind the other
 _FIELD_AT_FAULT = re.compile(r"(?:unknown field `|`\$\.)([^`]+)`")
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]{40}")
 _DENSITY = re.compile(r"1|0\.[0-9]{0,17}[1-9]")
@@ -144,6 +146,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return hash_bytes(self.to_bytes())
 
 
+_COPIED = tuple(name for name in Facts.__struct_fields__ if name not in ("terms", "merge"))  # from facts into records
+_copied = attrgetter(*_COPIED)
+
+
 def hash_bytes(body: bytes) -> str:
     """The hash of a record from its canonical bytes, 64 hex digits."""
     return hashlib.sha256(body).hexdigest()
@@ -166,7 +172,7 @@ def build(facts: Facts, *, sequence: int, previous_hash: str) -> Record:
     fee = fee_wei(facts.status, facts.tokens, facts.price)
     shares = [(adapter.adapter_id, adapter.share_ppm) for adapter in recipe.adapters]
     lines = split_fee(fee, facts.policy, facts.payees, shares, facts.contributions, tie)
-    copied = {name: getattr(facts, name) for name in Facts.__struct_fields__ if name not in ("terms", "merge")}
+    copied: dict[str, Any] = dict(zip(_COPIED, _copied(facts), strict=True))
     return Record(
         schema=SCHEMA, sequence=sequence, previous_hash=previous_hash, recipe=recipe, fee_wei=str(fee), split=lines, **copied
     )
@@ -234,7 +240,7 @@ def _kind(terms: tuple[RecipeTerm, ...], merge: Merge | None) -> str:
 def facts_of(record: Record) -> Facts:
     """The facts inside a record, without anything derived."""
     terms = tuple(RecipeTerm(item.adapter_id, item.manifest_hash, item.weight) for item in record.recipe.adapters)
-    copied = {name: getattr(record, name) for name in Facts.__struct_fields__ if name not in ("terms", "merge")}
+    copied: dict[str, Any] = dict(zip(_COPIED, _copied(record), strict=True))
     return Facts(terms=terms, merge=record.recipe.merge, **copied)
 
 
@@ -289,9 +295,10 @@ def _check(facts: Facts, sequence: int, previous_hash: str) -> None:
         raise RecordError(f"admitted at {facts.admitted_ms} ms and finished at {facts.finished_ms} ms; time must not run back")
     hashes = [previous_hash, facts.base_id, facts.tenant_digest, facts.prompt_digest, facts.output_digest, facts.voucher_digest]
     hashes += [value for term in facts.terms for value in (term.adapter_id, term.manifest_hash)]
-    for value in hashes:
-        if value is not None and not _HASH.fullmatch(value):
-            raise RecordError(f"hash {value!r:.80} is malformed; it must have 64 lower-case hex digits")
+    given = [value for value in hashes if value is not None]
+    if set(map(len, given)) != {64} or not _HASHES.fullmatch("".join(given)):
+        wrong = next(value for value in given if not _HASH.fullmatch(value))
+        raise RecordError(f"hash {wrong!r:.80} is malformed; it must have 64 lower-case hex digits")
     addresses = [facts.operator, facts.payees.operator, facts.payees.reserve, facts.payer]
     addresses += [maker.trainer for maker in facts.contributions]
     addresses += [account for maker in facts.contributions for account, _ in maker.contributors]

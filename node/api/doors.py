@@ -179,7 +179,8 @@ class Books(Protocol):
         """Whether the last commit succeeded."""
 
     async def open(self, opening: Opening) -> None:
-        """Reserve the price and make the admission durable; raises PaymentError, LedgerError."""
+        """Reserve the price and make the admission durable; raises PaymentError, LedgerError. Interrupted, it may have done so or
+        not: then `close` ends what is there, or raises LedgerError."""
 
     async def close(self, closing: Closing) -> dict[str, Any]:
         """Make the record durable and return the signed receipt bundle; raises LedgerError."""

@@ -161,14 +161,12 @@ class RequestPath:
         return Exchange(opening, tuple(submits), tuple(choices), self._engine, self._books, self._clock, generation.is_stream)
 
     async def _open_books(self, exchange: Exchange) -> None:
-        """A client that hangs up during the commit leaves an admission behind: it is closed as cancelled before we go on."""
-        opening = asyncio.create_task(self._books.open(exchange.opening))
+        """A client that hangs up during the commit may leave an admission behind: it is closed as cancelled before we go on, for
+        the ledger works in the order in which it is told. Not a task of its own, which would be three turns of the event loop."""
         try:
-            await asyncio.shield(opening)
+            await self._books.open(exchange.opening)
         except asyncio.CancelledError:
-            await asyncio.wait([opening])
-            if not opening.cancelled() and opening.exception() is None:
-                await self._end(exchange, "cancelled", "cancelled")
+            await self._end(exchange, "cancelled", "cancelled")
             raise
 
     async def _end(self, exchange: Exchange, status: str, finish_reason: str) -> None:

@@ -7,8 +7,10 @@ group has committed does it become part of `LedgerState`. A group that fails lea
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import date, timedelta
+from functools import lru_cache
 
+import msgspec
 from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
 from attribution.record import GENESIS_HASH, Record
@@ -32,11 +34,12 @@ _READ_USAGE = select(USAGE.c.tokens, USAGE.c.wei).where(_OF_DAY)
 _INSERT_USAGE = insert(USAGE)
 _UPDATE_USAGE = update(USAGE).where(_OF_DAY)
 
+_DAY_MS = 86_400_000
+
 EarningKey = tuple[str, str, str]  # account, adapter_id or "", role
 
 
-@dataclass(frozen=True, slots=True)
-class Earning:
+class Earning(msgspec.Struct, frozen=True):
     """Sums of one account, adapter and role: over all usage, over usage that was signed for, and how many payments."""
 
     recorded_wei: int = 0
@@ -152,7 +155,7 @@ class Group:
     def _count_usage(self, record: Record, fee: int) -> None:
         """What was delivered counts for the tenant's budget; what failed, or was given up before its first token, does not."""
         if record.status == "ok" or (record.status == "cancelled" and record.tokens.output):
-            day = datetime.fromtimestamp(record.finished_ms / 1000, UTC).strftime("%Y-%m-%d")
+            day = _day(record.finished_ms // _DAY_MS)
             tokens, wei = self._usage.get((record.tenant_digest, day), (0, 0))
             counted = record.tokens.prompt + record.tokens.output
             self._usage[record.tenant_digest, day] = (tokens + counted, wei + fee)
@@ -203,6 +206,12 @@ class Group:
                 connection.execute(_INSERT_USAGE, fresh)
             else:
                 connection.execute(_UPDATE_USAGE, {**here, "tokens": known.tokens + tokens, "wei": known.wei + wei})
+
+
+@lru_cache(maxsize=2)
+def _day(number: int) -> str:
+    """A day of UTC, counted from 1970, as usage has it."""
+    return (date(1970, 1, 1) + timedelta(days=number)).isoformat()
 
 
 def better(old: SignedVoucher, new: SignedVoucher) -> SignedVoucher:

@@ -254,6 +254,8 @@ class FakeBooks:
 
     async def close(self, closing: Closing) -> dict[str, Any]:
         await asyncio.sleep(0)
+        if not any(opening.request_id == closing.request_id for opening in self.opened):
+            raise LedgerError(f"request {closing.request_id} is not open")
         self.closed.append(closing)
         self.closed_event.set()
         if self.close_fault is not None:

@@ -11,6 +11,7 @@ import pytest
 
 from node.api.application import build_application
 from node.api.listener import Listener
+from node.errors import LedgerError
 
 STREAM = {"model": "alice", "prompt": "hi", "max_tokens": 32, "stream": True}
 CHAT = {"model": "alice", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 32, "stream": True}
@@ -73,25 +74,36 @@ async def test_hang_up_cancels_every_choice(bench, client):
     assert sorted(bench.engine.cancelled) == sorted(submit.sequence_id for submit in bench.engine.submits)
 
 
-async def test_hang_up_during_admission_still_closes_the_books(bench, client):
-    is_opening, may_open = asyncio.Event(), asyncio.Event()
-    original = bench.books.open
+@pytest.mark.parametrize("is_durable", [True, False])
+async def test_hang_up_during_admission_closes_the_books_where_they_were_opened(bench, client, is_durable):
+    is_opening, refusals = asyncio.Event(), []
+    opened, closed = bench.books.open, bench.books.close
 
     async def slow_open(opening):
+        if is_durable:
+            await opened(opening)
         is_opening.set()
-        await may_open.wait()
-        await original(opening)
+        await asyncio.Event().wait()
 
-    bench.books.open = slow_open
+    async def watched_close(closing):
+        try:
+            return await closed(closing)
+        except LedgerError as error:
+            refusals.append(error)
+            raise
+        finally:
+            is_closed.set()
+
+    is_closed = asyncio.Event()
+    bench.books.open, bench.books.close = slow_open, watched_close
     task = asyncio.create_task(client.post("/v1/completions", json=STREAM))
     await is_opening.wait()
     task.cancel()
     await asyncio.wait([task])
-    for _ in range(20):
-        await asyncio.sleep(0)
-    may_open.set()
-    await asyncio.wait_for(bench.books.closed_event.wait(), 10)
-    assert bench.one_closing().status == "cancelled"
+    await asyncio.wait_for(is_closed.wait(), 10)
+
+    assert [closing.status for closing in bench.books.closed] == ["cancelled"] * is_durable
+    assert len(refusals) == (not is_durable)
     assert bench.engine.submits == []
 
 

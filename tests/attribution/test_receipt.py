@@ -247,3 +247,22 @@ def test_token_digest_depends_on_salt_and_boundaries():
     assert token_digest(bytes(32), [[1]]) != token_digest(b"\x01" * 32, [[1]])
     with pytest.raises(ValueError, match="32"):
         token_digest(b"short", [[1]])
+
+
+@pytest.mark.parametrize("payer", [None, "0x" + "Ab" * 20])
+@pytest.mark.parametrize("manifests", [(), (None,), ("c" * 64,), (None, "d" * 64)])
+def test_digest_of_a_record_is_the_digest_of_its_message(generator, payer, manifests):
+    adapters = tuple(record.RecipeAdapter(f"{index:064x}", manifest, "1", 1) for index, manifest in enumerate(manifests))
+    sample = generator.sample_record()
+    changed = msgspec.structs.replace(sample, payer=payer, recipe=msgspec.structs.replace(sample.recipe, adapters=adapters))
+    domain, record_hash = receipt.receipt_domain(31337), changed.record_hash()
+
+    expected = digest(domain, receipt.RECEIPT, receipt.message_of(changed, record_hash))
+    assert receipt.digest_of(changed, record_hash, domain) == expected
+
+
+def test_digest_of_a_fee_beyond_256_bits_is_refused(generator):
+    changed = msgspec.structs.replace(generator.sample_record(), fee_wei=str(2**256))
+
+    with pytest.raises(SignatureError, match="feeWei"):
+        receipt.digest_of(changed, changed.record_hash(), receipt.receipt_domain(31337))

@@ -241,3 +241,15 @@ async def test_kill_of_the_node_loses_no_receipt_and_leaves_nothing_open(make, k
     assert set(totals.by_status) <= {"ok", "interrupted"}
     assert totals.by_status["ok"] >= len(seen) >= 120
     await ledger.shutdown()
+
+
+async def test_admit_that_is_interrupted_leaves_nothing_open_once_it_is_closed(ledger):
+    admitting = asyncio.create_task(ledger.admit(admission(ledger, "r1")))
+    await asyncio.sleep(0)  # it is told to the ledger, and its answer is not here
+    admitting.cancel()
+    signed = await ledger.close(Outcome(request_id="r1", status="cancelled", finish_reason="cancelled"))
+
+    assert admitting.cancelled()
+    assert signed.bundle["record"]["status"] == "cancelled"
+    with pytest.raises(LedgerError, match="not open"):
+        await ledger.close(Outcome(request_id="r2", status="cancelled", finish_reason="cancelled"))
