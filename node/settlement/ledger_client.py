@@ -1,13 +1,15 @@
 """The API process's end of the ledger process: start it, hand it admissions and outcomes, start it again.
 
-All calls of one turn of the event loop go down in one message, and the answers of one commit come up in one. When the process is
-lost, calls under way end with `ledger_unavailable`, nothing is admitted, and the next process closes those requests as failed.
+An admission goes down at once, because the engine waits for it. The outcomes of one turn of the event loop go in one message, as
+the answers of one commit come up in one. When the process is lost, calls under way end with `ledger_unavailable`, nothing is
+admitted, and the next process closes those requests as failed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,7 @@ class LedgerClient:
         self._decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
         self._ids = count()
         self._calls: dict[int, tuple[str, asyncio.Future[Any]]] = {}  # request id and who waits
-        self._unsent: list[Call] = []
+        self._unsent: list[CloseCall] = []
         self._lost: set[str] = set()
         self._process: ChildProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -124,14 +126,21 @@ class LedgerClient:
 
     async def admit(self, admission: Admission, admitted_ms: int) -> None:
         """See `Ledger.admit`."""
-        await self._call(admission.request_id, lambda call_id: AdmitCall(call_id, admission, admitted_ms))
+        call_id, answer = self._begin(admission.request_id)
+        self._write([AdmitCall(call_id, admission, admitted_ms)])
+        await answer
 
     async def close_request(self, outcome: Outcome) -> SignedReceipt:
         """See `Ledger.close`."""
-        signed: SignedReceipt = await self._call(outcome.request_id, lambda call_id: CloseCall(call_id, outcome))
+        call_id, answer = self._begin(outcome.request_id)
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._send)
+        self._unsent.append(CloseCall(call_id, outcome))
+        signed: SignedReceipt = await answer
         return signed
 
-    async def _call(self, request_id: str, make: Any) -> Any:
+    def _begin(self, request_id: str) -> tuple[int, asyncio.Future[Any]]:
+        """The id of a new call, and its answer."""
         if self._process is None or self._is_closing:
             self._lost.add(request_id)
             raise _unavailable("the ledger process is down and being started")
@@ -139,19 +148,19 @@ class LedgerClient:
             raise OverloadedError(
                 f"{self._options.queue_limit} pieces of ledger work wait already; try again later", retry_after_s=1.0
             )
-        loop = asyncio.get_running_loop()
-        answer = loop.create_future()
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         call_id = next(self._ids)
         self._calls[call_id] = (request_id, answer)
-        if not self._unsent:
-            loop.call_soon(self._send)
-        self._unsent.append(make(call_id))
-        return await answer
+        return call_id, answer
 
     def _send(self) -> None:
         calls, self._unsent = self._unsent, []
-        if calls and self._process is not None and not self._process.input.is_closing():
-            self._process.input.write(packed(Work(calls)))
+        if calls:
+            self._write(calls)
+
+    def _write(self, calls: Sequence[Call]) -> None:
+        if self._process is not None and not self._process.input.is_closing():
+            self._process.input.write(packed(Work(list(calls))))
 
     # ---- the child
 
