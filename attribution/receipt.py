@@ -121,14 +121,29 @@ def digest_of(record: Record, record_hash: str, domain: Domain) -> bytes:
 
 def bundle(record: Record, record_hash: str, chain_id: int, signer: str, signature: bytes, salts: Salts) -> dict[str, Any]:
     """Everything an offline verifier needs, as JSON. The fee is a decimal string because JSON integers end at 2**53."""
+    plain = msgspec.json.decode(msgspec.json.encode(record))
+    return _around(plain, record, record_hash, chain_id, signer, signature, salts)
+
+
+def encoded_bundle(
+    record: Record, body: bytes, record_hash: str, chain_id: int, signer: str, signature: bytes, salts: Salts
+) -> bytes:
+    """`bundle` as the bytes of its JSON, with the record's own canonical bytes `body` in it: half the work."""
+    return msgspec.json.encode(_around(msgspec.Raw(body), record, record_hash, chain_id, signer, signature, salts))
+
+
+def _around(
+    shown: Any, record: Record, record_hash: str, chain_id: int, signer: str, signature: bytes, salts: Salts
+) -> dict[str, Any]:
     message = message_of(record, record_hash)
+    message["feeWei"] = record.fee_wei
     return {
         "schema": SCHEMA,
         "chain_id": chain_id,
-        "receipt": {**message, "feeWei": record.fee_wei},
+        "receipt": message,
         "signer": signer,
         "signature": "0x" + signature.hex(),
-        "record": msgspec.json.decode(msgspec.json.encode(record)),
+        "record": shown,
         "salts": {"prompt": salts.prompt.hex(), "output": salts.output.hex()},
     }
 

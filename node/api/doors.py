@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 from structlog.typing import FilteringBoundLogger
 
 from attribution.record import Merge, RecipeTerm, recipe_hash
@@ -171,6 +172,9 @@ class Closing:
     cached_tokens: int
 
 
+Receipt = dict[str, Any] | msgspec.Raw  # a bundle that goes into an answer's JSON, or is JSON already
+
+
 class Books(Protocol):
     """Ledger and voucher desk together: what is admitted is closed exactly once."""
 
@@ -182,7 +186,7 @@ class Books(Protocol):
         """Reserve the price and make the admission durable; raises PaymentError, LedgerError. Interrupted, it may have done so or
         not: then `close` ends what is there, or raises LedgerError."""
 
-    async def close(self, closing: Closing) -> dict[str, Any]:
+    async def close(self, closing: Closing) -> Receipt:
         """Make the record durable and return the signed receipt bundle; raises LedgerError."""
 
     async def receipt(self, request_id: str, tenant: str) -> dict[str, Any] | None:

@@ -6,10 +6,10 @@ import asyncio
 import functools
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from typing import Any, Protocol
+from typing import Protocol
 
 from node.api.choice import Choice, Piece
-from node.api.doors import Books, Closing, Engine, Opening
+from node.api.doors import Books, Closing, Engine, Opening, Receipt
 from node.api.errors import engine_error
 from node.api.interleave import interleave
 from node.engine.messages import SequenceEvent, Submit
@@ -52,13 +52,13 @@ class Exchange:
         self.choices = choices
         self.first_token_s: float | None = None
         self.started_s = self.arrived_s = clock()  # admitted; the request path sets when it arrived
-        self.receipt: dict[str, Any] | None = None
+        self.receipt: Receipt | None = None
         self._submits = submits
         self._engine = engine
         self._books = books
         self._clock = clock
         self._is_streamed = is_streamed
-        self._closing: asyncio.Task[dict[str, Any]] | None = None
+        self._closing: asyncio.Task[Receipt] | None = None
         self._status: str | None = None
         self._ends: dict[int, Piece] = {}  # by choice: what a sink left of the piece that ended the answer
 
@@ -158,7 +158,7 @@ class Exchange:
                     raise EngineError("the engine is stopping and gave this sequence up; retry later", retry_after_s=1.0)
                 yield event
 
-    async def commit(self) -> dict[str, Any]:
+    async def commit(self) -> Receipt:
         """Close the books of a complete answer; what the client gets after this is paid for.
 
         Raises:
@@ -177,7 +177,7 @@ class Exchange:
         if self._closing is None:
             await self._close(status, finish_reason)
 
-    async def _close(self, status: str, finish_reason: str) -> dict[str, Any]:
+    async def _close(self, status: str, finish_reason: str) -> Receipt:
         """The task outlives a cancelled caller: a client that hangs up cannot interrupt its own record."""
         outputs = tuple(tuple(choice.token_ids[: choice.delivered_count]) for choice in self.choices)
         closing = Closing(self.request_id, status, finish_reason, outputs, self.cached_token_count)

@@ -7,6 +7,7 @@ from typing import Any
 
 from node.api.best_of import ranked
 from node.api.choice import TextToken
+from node.api.doors import Receipt
 from node.api.exchange import Exchange
 from node.api.generation import Generation
 from node.api.tokenizer import TextTokenizer
@@ -22,7 +23,7 @@ class LoraxAnswers:
     exchange: Exchange
     tokenizer: TextTokenizer
 
-    def whole(self, texts: list[str], tokens: list[list[TextToken]], receipt: dict[str, Any]) -> dict[str, Any]:
+    def whole(self, texts: list[str], tokens: list[list[TextToken]], receipt: Receipt) -> dict[str, Any]:
         """The answer of `/generate`; `/` puts it into a list of one. Of several choices (`best_of`) the best is the answer."""
         best, *others = ranked(self.exchange.choices, tokens, len(tokens))
         answer: dict[str, Any] = {"generated_text": self.full_text(texts[best])}
@@ -40,7 +41,7 @@ class LoraxAnswers:
         """A token on its way."""
         return {"token": self.token(token), "generated_text": None, "details": None}
 
-    def last_event(self, token: TextToken, text: str, receipt: dict[str, Any]) -> dict[str, Any]:
+    def last_event(self, token: TextToken, text: str, receipt: Receipt) -> dict[str, Any]:
         """The final token with the whole text; the receipt is an extra key that LoRAX's clients pass over."""
         return {
             "token": self.token(token),

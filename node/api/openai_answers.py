@@ -11,6 +11,7 @@ import msgspec
 
 from node.api.best_of import ranked
 from node.api.choice import Choice, Piece, TextToken
+from node.api.doors import Receipt
 from node.api.exchange import Exchange
 from node.api.generation import Generation
 from node.api.tokenizer import TextTokenizer
@@ -38,7 +39,7 @@ class OpenAiAnswers:
     echoed: dict[int, int] = field(default_factory=dict, init=False, repr=False)  # choices whose prompt has left: its characters
     readers: dict[int, ToolCallReader] = field(default_factory=dict, init=False, repr=False)  # by choice
 
-    def whole(self, texts: list[str], tokens: list[list[TextToken]], receipt: dict[str, Any]) -> dict[str, Any]:
+    def whole(self, texts: list[str], tokens: list[list[TextToken]], receipt: Receipt) -> dict[str, Any]:
         """The complete answer."""
         rows = [(self.exchange.choices[place], texts[place], tokens[place]) for place in self._given(tokens)]
         choices = [{**self._choice(*row), "index": index} for index, row in enumerate(rows)]
@@ -140,7 +141,7 @@ class OpenAiAnswers:
             "prompt_tokens_details": {"cached_tokens": self.exchange.cached_token_count},
         }
 
-    def proof(self, receipt: dict[str, Any]) -> dict[str, Any]:
+    def proof(self, receipt: Receipt) -> dict[str, Any]:
         """What ties the answer to its record."""
         return {"request_id": self.exchange.request_id, "receipt": receipt}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from attribution.fees import Contribution, Payees, Price, SplitPolicy
 from attribution.record import RecipeTerm
-from node.api.doors import Closing, Opening, RecipeEntry
+from node.api.doors import Closing, Opening, Receipt, RecipeEntry
 from node.errors import NodeError, PaymentError
 from node.settlement.admission import Admission, Outcome
 from node.settlement.ledger import Ledger
@@ -61,7 +61,7 @@ class SettlementBooks:
             self._release(opening.request_id)
             raise
 
-    async def close(self, closing: Closing) -> dict[str, Any]:
+    async def close(self, closing: Closing) -> Receipt:
         """Commit the record.
 
         Raises:
@@ -81,7 +81,7 @@ class SettlementBooks:
             raise
         if self._desk is not None:
             self._desk.settle(closing.request_id, signed.fee_wei)
-        return signed.bundle
+        return signed.encoded
 
     async def receipt(self, request_id: str, tenant: str) -> dict[str, Any] | None:
         """The bundle of a closed request of this tenant, or None."""

@@ -92,7 +92,7 @@ class LedgerDesk:
         def keep(result: Any, error: BaseException | None) -> None:
             receipt = result if isinstance(result, SignedReceipt) else None
             self._answers.append(Answer(call_id, receipt, None if error is None else _described(error)))
-            touched = payer if receipt is None else receipt.bundle["record"]["payer"]
+            touched = payer if receipt is None else receipt.payer
             if touched is not None:
                 self._touched.add(touched)
 

@@ -40,13 +40,21 @@ Done = Callable[[Any, BaseException | None], None]
 
 
 class SignedReceipt(msgspec.Struct, frozen=True, kw_only=True):
-    """A committed record with the operator's signature. `bundle` is the JSON that verifies offline."""
+    """A committed record with the operator's signature. `encoded` is the JSON that verifies offline: nobody between the writer
+    and the client reads it."""
 
     request_id: str
     sequence: int
     record_hash: str
     fee_wei: int
-    bundle: dict[str, Any]
+    payer: str | None
+    encoded: msgspec.Raw
+
+    @property
+    def bundle(self) -> dict[str, Any]:
+        """`encoded`, read."""
+        value: dict[str, Any] = msgspec.json.decode(self.encoded)
+        return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,13 +278,15 @@ class LedgerWriter:
         }
         group.add(request, built, record_hash, row)
         salts = Salts(request.prompt_salt, request.output_salt)
-        bundle = receipt.bundle(built, record_hash, self._domain.chain_id, self._signer.address, signature, salts)
+        domain, signer = self._domain, self._signer.address
+        encoded = receipt.encoded_bundle(built, body, record_hash, domain.chain_id, signer, signature, salts)
         return SignedReceipt(
             request_id=request.request_id,
             sequence=built.sequence,
             record_hash=record_hash,
             fee_wei=int(built.fee_wei),
-            bundle=bundle,
+            payer=built.payer,
+            encoded=msgspec.Raw(encoded),
         )
 
     def _known(self, connection: Connection, items: list[Admit | Close]) -> set[str]:

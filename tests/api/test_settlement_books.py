@@ -7,6 +7,7 @@ import itertools
 import json
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from attribution import receipt
@@ -78,7 +79,7 @@ CLOSING = Closing("req-1", "ok", "stop", ((4, 5),), 1)
 async def test_served_request_becomes_a_receipt_that_verifies_offline(ledger):
     books = make_books(ledger)
     await books.open(opening())
-    bundle = await books.close(CLOSING)
+    bundle = msgspec.json.decode(await books.close(CLOSING))
     verified = receipt.verify(bundle, [ledger.operator])
     assert verified.record.request_id == "req-1"
     assert verified.record.fee_wei == str(3 * 10 + 2 * 100)
@@ -91,7 +92,7 @@ async def test_served_request_becomes_a_receipt_that_verifies_offline(ledger):
 async def test_adapter_weight_and_identity_are_in_the_record(ledger, bench):
     books = make_books(ledger)
     await books.open(opening(bench.catalog.known["alice"].__class__("x", "1" * 64, manifest_hash=None)))
-    record = receipt.verify(await books.close(CLOSING), [ledger.operator]).record
+    record = receipt.verify(msgspec.json.decode(await books.close(CLOSING)), [ledger.operator]).record
     assert [(item.adapter_id, item.weight, item.share_ppm) for item in record.recipe.adapters] == [("1" * 64, "0.25", 1_000_000)]
 
 
@@ -168,7 +169,7 @@ async def test_signed_voucher_pays_for_a_request_through_the_real_desk(ledger):
     books = make_books(ledger, desk, requires_payment=True)
     await books.open(opening(voucher=voucher))
     assert desk.reserved_wei(payer.address) == 830
-    verified = receipt.verify(await books.close(CLOSING), [ledger.operator])
+    verified = receipt.verify(msgspec.json.decode(await books.close(CLOSING)), [ledger.operator])
     assert (verified.record.payer, verified.record.fee_wei) == (payer.address, "230")
     assert (desk.reserved_wei(payer.address), ledger.used_wei(payer.address)) == (0, 230)
     with pytest.raises(PaymentError) as caught:

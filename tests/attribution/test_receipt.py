@@ -266,3 +266,11 @@ def test_digest_of_a_fee_beyond_256_bits_is_refused(generator):
 
     with pytest.raises(SignatureError, match="feeWei"):
         receipt.digest_of(changed, changed.record_hash(), receipt.receipt_domain(31337))
+
+
+def test_encoded_bundle_is_the_bundle(generator):
+    built, signature, salts = generator.sample_record(), b"\x01" * 65, receipt.Salts(bytes(32), bytes(range(32)))
+    named = (built.record_hash(), 31337, built.operator, signature, salts)
+
+    encoded = receipt.encoded_bundle(built, built.to_bytes(), *named)
+    assert json.loads(encoded) == json.loads(json.dumps(receipt.bundle(built, *named)))
