@@ -1,8 +1,8 @@
 """The API process's end of the ledger process: start it, hand it admissions and outcomes, start it again.
 
-An admission goes down at once, because the engine waits for it. The outcomes of one turn of the event loop go in one message, as
-the answers of one commit come up in one. When the process is lost, calls under way end with `ledger_unavailable`, nothing is
-admitted, and the next process closes those requests as failed.
+The first admission of a turn of the event loop goes down at once, because the engine waits for it. What else is told in that turn
+goes in one message, as the answers of one commit come up in one. When the process is lost, calls under way end with
+`ledger_unavailable`, nothing is admitted, and the next process closes those requests as failed.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class LedgerClient:
         self._decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
         self._ids = count()
         self._calls: dict[int, tuple[str, asyncio.Future[Any]]] = {}  # request id and who waits
-        self._unsent: list[CloseCall] = []
+        self._unsent: list[Call] = []  # of this turn of the event loop
+        self._is_telling = False  # whether `_send` comes with the next turn
         self._lost: set[str] = set()
         self._process: ChildProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -127,15 +128,13 @@ class LedgerClient:
     async def admit(self, admission: Admission, admitted_ms: int) -> None:
         """See `Ledger.admit`."""
         call_id, answer = self._begin(admission.request_id)
-        self._write([AdmitCall(call_id, admission, admitted_ms)])
+        self._tell(AdmitCall(call_id, admission, admitted_ms), at_once=True)
         await answer
 
     async def close_request(self, outcome: Outcome) -> SignedReceipt:
         """See `Ledger.close`."""
         call_id, answer = self._begin(outcome.request_id)
-        if not self._unsent:
-            asyncio.get_running_loop().call_soon(self._send)
-        self._unsent.append(CloseCall(call_id, outcome))
+        self._tell(CloseCall(call_id, outcome), at_once=False)
         signed: SignedReceipt = await answer
         return signed
 
@@ -153,7 +152,18 @@ class LedgerClient:
         self._calls[call_id] = (request_id, answer)
         return call_id, answer
 
+    def _tell(self, call: Call, *, at_once: bool) -> None:
+        """`at_once`: not with the rest of this turn, where it is the turn's first."""
+        is_first, self._is_telling = not self._is_telling, True
+        if is_first:
+            asyncio.get_running_loop().call_soon(self._send)
+        if is_first and at_once:
+            self._write([call])
+        else:
+            self._unsent.append(call)
+
     def _send(self) -> None:
+        self._is_telling = False
         calls, self._unsent = self._unsent, []
         if calls:
             self._write(calls)
