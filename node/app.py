@@ -1,19 +1,19 @@
-"""The composition root: builds the rooms, wires them, opens and closes them in order. Nothing here decides anything."""
+"""The composition root: builds the rooms around a starting engine, wires them, opens and closes them in order.
+
+Nothing here decides anything. `node.opening` comes first and needs none of the imports below.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import random
 import secrets
-import stat
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 from structlog.typing import FilteringBoundLogger
@@ -22,26 +22,24 @@ from attribution.fees import Price, SplitPolicy
 from node import __version__
 from node.adapters.catalog import AdapterCatalog
 from node.adapters.disk_cache import open_disk_cache
+from node.adapters.fetching import client as fetching
 from node.adapters.fetching.client import FetchClient
 from node.adapters.merges.derived import Deriver
 from node.api.admin import ADMIN_HOST, AdminListener
 from node.api.application import build_application
 from node.api.doors import Services
 from node.api.listener import Listener
-from node.api.loopback import LOOPBACK_HOSTS
 from node.api.model_routes import adapter_states
 from node.api.settlement_books import SettlementBooks
-from node.config import Settings, admin_socket, runtime_dir
+from node.config import LOOPBACK_HOSTS, Settings, admin_socket
 from node.engine.client import EngineClient
 from node.engine.messages import Ready
-from node.errors import ConfigError
+from node.exposure import exposed
 from node.operations import adapter_operations, settlement_operations
-from node.settlement.treasury import LEDGER_NAME, Treasury, open_treasury
-from node.telemetry.logs import make_logger
+from node.settlement.treasury import Treasury, open_treasury
 from node.telemetry.metrics import NodeMetrics
 from node.tenancy.given_names import GivenNames
 from node.tenancy.key_desk import key_operations
-from node.tenancy.key_file import read_key_file
 from node.tenancy.meter import TokenPrice
 from node.tenancy.tenancy import Tenancy, open_tenancy
 
@@ -88,27 +86,31 @@ def _shortened(names: Sequence[str]) -> str:
 
 
 @asynccontextmanager
-async def open_node(settings: Settings) -> AsyncIterator[Node]:
-    """Open every room, listen, and on leaving drain and close in the opposite order.
+async def open_rooms(
+    settings: Settings,
+    logger: FilteringBoundLogger,
+    key_lines: Sequence[tuple[str, str]],
+    engine: EngineClient,
+    starting: asyncio.Task[Ready],
+) -> AsyncIterator[Node]:
+    """Open every room but the engine's, listen, and on leaving drain and close in the opposite order.
+
+    Args:
+        key_lines: Of the file of API keys.
+        engine: Whose start is `starting`: it reads weights while keys and ledger are opened.
 
     Raises:
         NodeError: Whatever room cannot open; what was opened before it is closed again.
     """
-    _check_exposure(settings)
-    logger = make_logger(settings.telemetry.log_level, settings.telemetry.log_format)
-    key_file = settings.server.api_keys_file
-    key_lines = () if key_file is None else read_key_file(key_file)
     async with AsyncExitStack() as stack:
-        engine = EngineClient(settings, _private_directory(settings))
-        stack.push_async_callback(engine.close)
-        starting = asyncio.create_task(engine.start(), name="engine-start")  # reads weights while keys and ledger are opened
-        stack.push_async_callback(_given_up, starting)
+        fetching_process = await fetching.begin()
+        stack.push_async_callback(fetching_process.stop)
         treasury = await stack.enter_async_context(open_treasury(settings, logger))
         tenancy = await open_tenancy(treasury.ledger, settings.tenants, key_lines, settings.adapters.stores)
         _check_keys(settings, tenancy)
         ready = await starting
         names = GivenNames(treasury.ledger.transact)
-        fetcher = FetchClient(settings, ready.linears, ready.base_id)
+        fetcher = FetchClient(settings, ready.linears, ready.base_id, started=fetching_process)
         await fetcher.start()
         stack.push_async_callback(fetcher.close)
         catalog = AdapterCatalog(settings, fetcher, time.monotonic, names=names, weight_of=tenancy.weight_of_owner)
@@ -137,12 +139,6 @@ async def open_node(settings: Settings) -> AsyncIterator[Node]:
         gc.freeze()
         gc.set_threshold(_GC_THRESHOLD)
         yield Node(settings, f"http://{settings.server.host}:{port}", admin_url, ready, treasury, catalog, engine)
-
-
-async def _given_up(task: asyncio.Task[Ready]) -> None:
-    """A start that nobody waits for any more is cancelled; how it ended was heard by who waited, or does not matter now."""
-    task.cancel()
-    await asyncio.wait([task])
 
 
 def _services(
@@ -199,42 +195,7 @@ def _deriver(settings: Settings, ready: Ready, fetcher: FetchClient) -> Deriver:
     )
 
 
-def _check_exposure(settings: Settings) -> None:
-    """Strangers may reach the node only when its operator said how: with keys, or openly. Before anything is opened, this can
-    tell only whether there may be keys."""
-    server = settings.server
-    if server.host in LOOPBACK_HOSTS or server.api_keys_file is not None or server.insecure:
-        return
-    if settings.ledger.url is None and not (settings.data_dir / LEDGER_NAME).exists():
-        raise _exposed(server.host)
-
-
 def _check_keys(settings: Settings, tenancy: Tenancy) -> None:
     server = settings.server
     if server.host not in LOOPBACK_HOSTS and not server.insecure and tenancy.door.is_open:
-        raise _exposed(server.host)
-
-
-def _exposed(host: str) -> ConfigError:
-    return ConfigError(
-        f"server.host {host} is reachable from other machines; make a key with openlora-node keys create, set "
-        "server.api_keys_file, or accept all with --insecure"
-    )
-
-
-def _private_directory(settings: Settings) -> Path:
-    """The directory of the node's sockets, for its own user alone.
-
-    Raises:
-        ConfigError: It cannot be made, or somebody else made it first: its name under the temporary directory is no secret.
-    """
-    directory = runtime_dir(settings)
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = directory.lstat()
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
-            directory.chmod(0o700)
-            return directory
-    except OSError as error:
-        raise ConfigError(f"cannot make {directory} for the node's sockets; check the permissions of data_dir") from error
-    raise ConfigError(f"{directory} belongs to somebody else or is no directory; remove it or choose a shorter data_dir")
+        raise exposed(server.host)

@@ -15,11 +15,13 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from eth_utils.address import is_checksum_formatted_address, to_checksum_address
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from node.errors import ConfigError
+
+LEDGER_NAME = "ledger.sqlite"  # in the data directory, where ledger.url names no other place
+LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 
 _PASSWORD_IN_URL = re.compile(r"[a-z0-9+.-]+://[^/@\s]*:[^/@\s]+@", re.IGNORECASE)
 _SIZE_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -44,6 +46,9 @@ Ppm = Annotated[int, Field(ge=0, le=1_000_000)]
 
 def _spell_address(value: str) -> str:
     """EIP-55 spelling, so that one account has one spelling in records, trees and comparisons."""
+    # Imported late: it takes longer than everything else here, and the engine's process knows no accounts.
+    from eth_utils.address import is_checksum_formatted_address, to_checksum_address
+
     spelled = str(to_checksum_address(value))
     if is_checksum_formatted_address(value) and value != spelled:
         raise ValueError(f"the checksum of {value} is wrong; check for a typing error, or write it in lower case")

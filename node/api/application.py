@@ -18,7 +18,6 @@ from node.api.gate import Gate
 from node.api.generation import Limits
 from node.api.grammar_desk import GrammarDesk, GrammarLimits
 from node.api.idempotency import Replays
-from node.api.loopback import LOOPBACK_HOSTS
 from node.api.lorax_routes import LoraxRoutes
 from node.api.middleware import LORAX_UNSUPPORTED, announce_limits, answer_errors, authenticate, identify
 from node.api.model_routes import ModelRoutes
@@ -34,7 +33,7 @@ from node.api.sse import StreamLimits
 from node.api.status_routes import StatusRoutes
 from node.api.tokenizer import TextTokenizer
 from node.api.turnstile import Turnstile
-from node.config import ServerSettings
+from node.config import LOOPBACK_HOSTS, ServerSettings
 
 GATE = web.AppKey("gate", Gate)
 TURNSTILE = web.AppKey("turnstile", Turnstile)

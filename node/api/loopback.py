@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
+from node.config import LOOPBACK_HOSTS
 
 
 def is_addressed_as_loopback(request: web.Request) -> bool:

@@ -42,7 +42,7 @@ def demo(config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
 
 
 async def _run(settings: Settings) -> None:
-    from node.app import open_node
+    from node.opening import open_node
 
     quiet = settings.model_copy(update={"telemetry": settings.telemetry.model_copy(update={"log_level": "warning"})})
     started_s = time.monotonic()

@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import aiohttp
-
 from node.config import Settings, admin_socket
 from node.errors import EngineError, error_from_json
 
@@ -28,6 +26,8 @@ def operate(settings: Settings, operation: str, /, **arguments: Any) -> Any:
 
 async def _operate(settings: Settings, operation: str, arguments: dict[str, Any]) -> Any:
     if admin_socket(settings).exists():
+        import aiohttp  # late, here and below: other commands do without
+
         try:
             return await _ask_running_node(settings, operation, arguments)
         except aiohttp.ClientConnectorError:
@@ -72,6 +72,8 @@ async def _on_the_ledger_alone(settings: Settings, operation: str, arguments: di
 
 async def _ask_running_node(settings: Settings, operation: str, arguments: dict[str, Any]) -> Any:
     """Raises ClientConnectorError when nobody listens; every later trouble is an EngineError, since the command may have run."""
+    import aiohttp
+
     connector = aiohttp.UnixConnector(path=str(admin_socket(settings)))
     timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
     try:

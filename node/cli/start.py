@@ -50,7 +50,7 @@ def start(
 
 
 async def _serve(settings: Settings) -> None:
-    from node.app import open_node
+    from node.opening import open_node
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

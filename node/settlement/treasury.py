@@ -13,7 +13,7 @@ from structlog.typing import FilteringBoundLogger
 
 from attribution.fees import Payees
 from attribution.voucher import escrow_domain
-from node.config import PricingSettings, Settings
+from node.config import LEDGER_NAME, PricingSettings, Settings
 from node.errors import ChainError, NodeError
 from node.settlement.epochs import EpochCloser
 from node.settlement.intents import DONE, FAILED, INTENTS, submit_intent
@@ -26,7 +26,6 @@ from node.settlement.rails import Rails, open_rails
 from node.settlement.rpc_session import host_of
 from node.settlement.vouchers import VoucherDesk
 
-LEDGER_NAME = "ledger.sqlite"
 NO_CHAIN_ID = 0  # receipts of a node that settles nowhere are bound to no chain
 _POLL_S = 0.05
 

@@ -52,6 +52,17 @@ _AnswerT = TypeVar("_AnswerT", bound=msgspec.Struct)
 logger = logging.getLogger(__name__)
 
 
+async def begin() -> ChildProcess:
+    """Begin a fetching process, whose imports take a second; it opens nothing before it is told of what.
+
+    Raises:
+        ConfigError: The machine does not start it.
+    """
+    return await ChildProcess.start(
+        "node.adapters.fetching.process", has_output=True, environment={"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    )
+
+
 class FetchClient:
     """Talks to one fetching process. All methods are for one event loop.
 
@@ -59,10 +70,17 @@ class FetchClient:
         settings: The node's settings; `adapters` and `data_dir` matter here.
         linears, base_id: The base model, from the engine's `Ready`.
         hub_endpoint: The hub's address; None: HF_ENDPOINT, else the public hub.
+        started: A process begun earlier, see `begin`; None: `start` begins one.
     """
 
     def __init__(
-        self, settings: Settings, linears: Sequence[LinearShape], base_id: str, *, hub_endpoint: str | None = None
+        self,
+        settings: Settings,
+        linears: Sequence[LinearShape],
+        base_id: str,
+        *,
+        hub_endpoint: str | None = None,
+        started: ChildProcess | None = None,
     ) -> None:
         self._config = FetchConfig(
             adapters=settings.adapters.model_dump(mode="json"),
@@ -71,6 +89,7 @@ class FetchClient:
             base_id=base_id,
             hub_endpoint=hub_endpoint,
         )
+        self._started = started
         self._decoder = event_decoder()
         self._ids = count()
         self._jobs: dict[int, asyncio.Future[Answer]] = {}
@@ -149,9 +168,8 @@ class FetchClient:
     # ---- the child
 
     async def _launch(self) -> ChildProcess:
-        process = self._process = await ChildProcess.start(
-            "node.adapters.fetching.process", has_output=True, environment={"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        )
+        process, self._started = self._started or await begin(), None
+        self._process = process
         process.input.write(packed(self._config))
         try:
             async with asyncio.timeout(START_TIMEOUT_S):

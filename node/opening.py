@@ -1,0 +1,72 @@
+"""Opens a node: the engine first, which takes longest, and beside it everything else.
+
+The rooms' own imports take seconds, so they begin when the engine's process has begun; nothing here imports one of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import stat
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from node.config import Settings, runtime_dir
+from node.engine.client import EngineClient
+from node.engine.messages import Ready
+from node.errors import ConfigError
+from node.exposure import check_exposure
+from node.telemetry.logs import make_logger
+from node.tenancy.key_file import read_key_file
+
+if TYPE_CHECKING:
+    from node.app import Node
+
+
+@asynccontextmanager
+async def open_node(settings: Settings) -> AsyncIterator[Node]:
+    """Open every room, listen, and on leaving drain and close in the opposite order.
+
+    Raises:
+        NodeError: Whatever room cannot open; what was opened before it is closed again.
+    """
+    check_exposure(settings)
+    logger = make_logger(settings.telemetry.log_level, settings.telemetry.log_format)
+    key_file = settings.server.api_keys_file
+    key_lines = () if key_file is None else read_key_file(key_file)
+    async with AsyncExitStack() as stack:
+        engine = EngineClient(settings, _private_directory(settings))
+        stack.push_async_callback(engine.close)
+        starting = asyncio.create_task(engine.start(), name="engine-start")
+        stack.push_async_callback(_given_up, starting)
+        await asyncio.to_thread(importlib.import_module, "node.app")  # the loop starts the engine's process meanwhile
+        from node.app import open_rooms
+
+        yield await stack.enter_async_context(open_rooms(settings, logger, key_lines, engine, starting))
+
+
+async def _given_up(task: asyncio.Task[Ready]) -> None:
+    """A start that nobody waits for any more is cancelled; how it ended was heard by who waited, or does not matter now."""
+    task.cancel()
+    await asyncio.wait([task])
+
+
+def _private_directory(settings: Settings) -> Path:
+    """The directory of the node's sockets, for its own user alone.
+
+    Raises:
+        ConfigError: It cannot be made, or somebody else made it first: its name under the temporary directory is no secret.
+    """
+    directory = runtime_dir(settings)
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = directory.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+            directory.chmod(0o700)
+            return directory
+    except OSError as error:
+        raise ConfigError(f"cannot make {directory} for the node's sockets; check the permissions of data_dir") from error
+    raise ConfigError(f"{directory} belongs to somebody else or is no directory; remove it or choose a shorter data_dir")
