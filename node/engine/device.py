@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -128,17 +128,17 @@ def device_memory(device: torch.device, spec: ModelSpec, sizes: StepSizes, dtype
 
 
 @contextmanager
-def compiled_beside(device: torch.device, vocab_size: int) -> Iterator[None]:
-    """Compile what draws tokens on a thread of its own while the block runs; done when it ends.
+def compiled_beside(device: torch.device, vocab_size: int) -> Iterator[Callable[[], None]]:
+    """Compile what draws tokens on a thread of its own while the block runs; done when it ends. Yields what waits for it.
 
-    Nothing of it depends on weights or memory, and at a node's first start it takes as long as both.
+    Nothing of it depends on weights or memory, and most of it is another process's work (ptxas): 5 s at a node's first start.
     """
     if device.type == "cpu":
-        yield
+        yield lambda: None
         return
     with ThreadPoolExecutor(1, thread_name_prefix="compile-sampler") as threads:
         compiled = threads.submit(_compile_sampler, device, vocab_size)
-        yield
+        yield compiled.result
         compiled.result()
 
 
@@ -160,8 +160,13 @@ def open_runner(
     sizes: StepSizes,
     max_model_len: int,
     watch_logits: LogitsWatcher | None,
+    wait_for_sampler: Callable[[], None],
 ) -> Any:
-    """The runner of this device, ready for its first step."""
+    """The runner of this device, ready for its first step once the weights are there.
+
+    Args:
+        wait_for_sampler: From `compiled_beside`.
+    """
     if kernels.device.type == "cpu":
         return Runner(loaded.model, kv, adapters, grammars, watch_logits)
     from node.engine.device_runner import DeviceRunner
@@ -180,5 +185,5 @@ def open_runner(
     )
     runner = DeviceRunner(loaded.model, kernels, kv, adapters, grammars, limits, has_graphs=has_graphs, watch_logits=watch_logits)
     if has_graphs:
-        runner.warm_up()
+        runner.warm_up(wait_for_sampler)
     return runner

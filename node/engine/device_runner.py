@@ -6,7 +6,7 @@ of a step stay on the device for the next one and reach the host behind an event
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -82,9 +82,14 @@ class DeviceRunner:
         self._sampler.greedy(logits, self._choice, tops)
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Record the steps of common shapes, and compile what some rows ask for after them."""
+    def warm_up(self, wait_for_sampler: Callable[[], None] = lambda: None) -> None:
+        """Record the steps of common shapes, and compile what some rows ask for after them. Weights may still be on their way.
+
+        Args:
+            wait_for_sampler: Until somebody else has compiled most of the latter.
+        """
         self._recorded.warm_up()
+        wait_for_sampler()
         self._sampler.warm_up()
 
     # ---- launch

@@ -22,9 +22,10 @@ from node.engine.messages import Ready, SequenceEvent, Stats, Submit
 from node.engine.runner import LogitsWatcher
 from node.engine.scheduler import Scheduler
 from node.engine.sizing import fill_threads, memory_sizes, step_sizes
+from node.engine.start_notes import no_notes
 from node.engine.step_plan import StepPlan, Work, WorkResult
-from node.models.load import DTYPES, ModelSource, load_model, open_source
-from node.models.source import resolve
+from node.models.base_identity import HASH_CACHE, BegunBase, begin_base
+from node.models.load import DTYPES, ModelSource, loading, open_source
 from node.request import AdapterTerm
 
 # What torch, numpy and the kernels' own checks raise when the numbers of a step make no sense or do not fit into memory.
@@ -299,6 +300,8 @@ def open_engine(
     wake: Callable[[], None] = lambda: None,
     watch_logits: LogitsWatcher | None = None,
     source: ModelSource | None = None,
+    base: BegunBase | None = None,
+    note: Callable[[str], None] = no_notes,
 ) -> Engine:
     """Load the model and build everything around it. Sets this process's number of compute threads.
 
@@ -307,6 +310,8 @@ def open_engine(
         wake: Called from the loader thread when an adapter changed its state.
         watch_logits: See `Runner`.
         source: A model that is not in files, for benchmarks; None reads what the settings name.
+        base: From `begin_base`, where that came first.
+        note: Called with what is done, one by one.
 
     Raises:
         ModelLoadError, ConfigError: The settings name something this machine cannot run.
@@ -315,17 +320,27 @@ def open_engine(
     sizes = step_sizes(settings, adapter_settings, "cpu" if device.type == "cpu" else "cuda")
     dtype = DTYPES[model_settings.dtype]
     if source is None:
-        files = resolve(model_settings.path, model_settings.revision)
-        source = open_source(files, model_settings.max_model_len, state_dir / "model_hashes.json")
+        base = base or begin_base(model_settings.path, model_settings.revision, state_dir / HASH_CACHE)
+        source = open_source(base.files, model_settings.max_model_len, begun_hash=base.wait_for_hash)
     spec = source.spec
     kernels = open_kernels(device, settings, sizes, spec, dtype)
-    with compiled_beside(device, spec.vocab_size):
-        loaded = load_model(source, dtype, kernels, sizes.page_rank)
+    note("kernels opened")
+    with (
+        compiled_beside(device, spec.vocab_size) as wait_for_sampler,
+        loading(source, dtype, kernels, sizes.page_rank) as loaded,
+    ):
         memory = memory_sizes(settings, adapter_settings, *device_memory(device, spec, sizes, dtype))
         held = open_memory(loaded, settings, adapter_settings, memory, sizes.kv_block_size, device, wake)
-    kv, blocks, adapters = held.kv, held.blocks, held.adapters
-    # A sequence can never be longer than the whole cache.
-    max_model_len = min(spec.max_model_len, blocks.block_limit * kv.block_size)
+        note("memory opened")
+        kv, blocks, adapters = held.kv, held.blocks, held.adapters
+        # A sequence can never be longer than the whole cache.
+        max_model_len = min(spec.max_model_len, blocks.block_limit * kv.block_size)
+        tokenizer_dir = source.write_tokenizer(state_dir / "tokenizer")
+        read_vocabulary = functools.partial(Vocabulary, tokenizer_dir / "tokenizer.json", spec.vocab_size, spec.eos_token_ids)
+        grammars = GrammarMasks(read_vocabulary, wake, fill_threads(device.type, os.cpu_count() or 1))
+        runner = open_runner(loaded, kernels, kv, adapters, grammars, sizes, max_model_len, watch_logits, wait_for_sampler)
+        note("steps prepared")
+    note("weights there")
     limits = SchedulerLimits(
         sizes.max_sequences,
         sizes.max_batch_tokens,
@@ -344,26 +359,11 @@ def open_engine(
         vocab_size=spec.vocab_size,
         max_model_len=max_model_len,
         eos_token_ids=spec.eos_token_ids,
-        tokenizer_dir=str(source.write_tokenizer(state_dir / "tokenizer")),
+        tokenizer_dir=str(tokenizer_dir),
         linears=spec.linear_kinds,
         kv_block_count=blocks.block_limit,
         kv_block_size=kv.block_size,
         max_rank=adapter_settings.max_rank,
     )
     scheduler = Scheduler(blocks, limits, adapters, loaded.base_id)
-    grammars = GrammarMasks(functools.partial(_vocabulary, ready), wake, fill_threads(device.type, os.cpu_count() or 1))
-    runner = open_runner(
-        loaded,
-        kernels,
-        kv,
-        adapters,
-        grammars,
-        sizes,
-        max_model_len,
-        watch_logits,
-    )
     return Engine(scheduler, runner, adapters, blocks, grammars, ready)
-
-
-def _vocabulary(ready: Ready) -> Vocabulary:
-    return Vocabulary(Path(ready.tokenizer_dir) / "tokenizer.json", ready.vocab_size, ready.eos_token_ids)

@@ -11,16 +11,20 @@ import logging
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 
 import msgspec
 
 from node.config import AdapterSettings, EngineSettings, ModelSettings
 from node.engine.channel import EngineChannel
+from node.engine.cuda_context import begin_context
 from node.engine.launch import LaunchConfig
 from node.engine.loop import EngineLoop
 from node.engine.messages import StartFailed
+from node.engine.start_notes import StartNotes
 from node.errors import NodeError
+from node.models.base_identity import HASH_CACHE, begin_base
 
 EXIT_START_FAILED = 3
 EXIT_ORPHANED = 4
@@ -30,26 +34,36 @@ _SWITCH_INTERVAL_S = 0.0005
 def main() -> int:
     """Serve until told to stop; returns the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    note = StartNotes(time.monotonic, logging.getLogger(__name__))
+    gc.disable()  # until everything is there: half a million objects come and none goes
+    # Threads that read weights, or an adapter's headers, wait for the interpreter lock at most so long; the step loop for them.
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=LaunchConfig)
     threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
     channel = EngineChannel(Path(config.runtime_dir), config.high_water_mark)
     try:
-        return _serve(config, channel)
+        return _serve(config, channel, note)
     finally:
         channel.close()
 
 
-def _serve(config: LaunchConfig, channel: EngineChannel) -> int:
-    # Imported late: torch takes seconds, and the parent's death must be noticed meanwhile.
-    from node.engine.engine import open_engine
-
+def _serve(config: LaunchConfig, channel: EngineChannel, note: StartNotes) -> int:
+    model, state_dir = ModelSettings.model_validate(config.model), Path(config.state_dir)
+    begin_context(model.device)
     try:
+        base = begin_base(model.path, model.revision, state_dir / HASH_CACHE)
+        # Imported late: torch takes seconds, in which the files are hashed and the parent's death must be noticed.
+        from node.engine.engine import open_engine
+
+        note("libraries imported")
         engine = open_engine(
-            ModelSettings.model_validate(config.model),
+            model,
             EngineSettings.model_validate(config.engine),
             AdapterSettings.model_validate(config.adapters),
-            Path(config.state_dir),
+            state_dir,
             channel.ring,
+            base=base,
+            note=note,
         )
     except NodeError as error:
         channel.send(StartFailed(type(error).__name__, error.error_code, error.message))
@@ -62,8 +76,8 @@ def _serve(config: LaunchConfig, channel: EngineChannel) -> int:
     # What was imported and loaded stays: the collector need not walk it again in the middle of a step.
     gc.collect()
     gc.freeze()
-    # The step loop waits for the interpreter lock at most so long while a loader thread reads an adapter's headers.
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    gc.enable()
+    note("ready to serve")
     channel.send(ready)
     try:
         EngineLoop(engine, channel).run()

@@ -1,7 +1,7 @@
 """From a checkpoint's tensors to the decoder's packed weights, one layer at a time.
 
 Peak memory is the packed model plus one fused matrix: each tensor is read, joined with its neighbours, packed and dropped. On a
-GPU, where packing changes nothing, joined matrices are filled in place by threads (`node.models.placement`).
+GPU, where packing changes nothing, joined matrices are filled in place by threads while others go on (`node.models.placement`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from node.kernels.ops import Kernels, lora_spans
 from node.models.decoder import DecoderLayer, DecoderWeights
 from node.models.gguf_weights import ROPE_FACTORS
 from node.models.linears import FusedLinear
-from node.models.placement import DevicePlacement, HostPlacement, Part, Placement
+from node.models.placement import Part, Placement
 from node.models.rope import rope_tables
 from node.models.spec import ModelSpec
 from node.models.weights import Weights, read_checked
@@ -27,13 +27,19 @@ _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)  # older checkpoints stored what t
 
 
 def decoder_weights(
-    spec: ModelSpec, weights: Weights, dtype: torch.dtype, kernels: Kernels[Any, Any], layout: PageLayout
+    spec: ModelSpec,
+    weights: Weights,
+    placement: Placement,
+    dtype: torch.dtype,
+    kernels: Kernels[Any, Any],
+    layout: PageLayout,
 ) -> DecoderWeights:
-    """Read, fuse and pack every weight.
+    """Read, fuse and pack every weight. They are complete when the placement is finished.
 
     Args:
         spec: What the checkpoint must hold.
         weights: The checkpoint.
+        placement: Reads them.
         dtype: float32 or bfloat16, of weights and activations.
         kernels: Packs the matrices for itself.
         layout: Where each linear module lies in an adapter page.
@@ -41,9 +47,6 @@ def decoder_weights(
     Raises:
         ModelLoadError: model_corrupt. A tensor is missing or has another shape; model_unsupported: one that no rule uses.
     """
-    placement: Placement = HostPlacement(weights)
-    if kernels.device.type != "cpu":
-        placement = DevicePlacement(weights, kernels.device)
     reader = _Reader(spec, weights, placement, dtype, kernels, layout)
     first_norms = [reader.vector(f"model.layers.{layer}.input_layernorm.weight") for layer in range(spec.layer_count)]
     next_norms = [*first_norms[1:], reader.vector("model.norm.weight")]
@@ -52,7 +55,6 @@ def decoder_weights(
     head = reader.head(embedding)
     reader.refuse_unused()
     cos, sin = (table.to(kernels.device) for table in rope_tables(spec.rope, spec.max_model_len, reader.rope_factors()))
-    placement.finish()
     return DecoderWeights(embedding, first_norms[0], layers, head, cos, sin, spec.rms_norm_eps, spec.head_dim**-0.5)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from node.models.gguf_file import GgufFile
 from node.models.gguf_weights import GgufWeights
 from node.models.inputs import KVCache
 from node.models.model_config import read_spec
+from node.models.placement import DevicePlacement, HostPlacement, Placement
 from node.models.safetensors_weights import SafetensorsWeights
 from node.models.source import ModelFiles
 from node.models.spec import ModelSpec
@@ -38,16 +40,21 @@ class LoadedModel:
     Attributes:
         model: The decoder.
         spec: Its sizes; `spec.linear_kinds` is what an adapter may change.
-        base_id: Content hash, 64 hex digits.
+        content_hash: See `base_id`; may still be on its way.
         layout: Where each linear module lies in an adapter page.
         dtype: Of weights, activations and keys and values.
     """
 
     model: Decoder
     spec: ModelSpec
-    base_id: str
+    content_hash: Future[str]
     layout: PageLayout
     dtype: torch.dtype
+
+    @property
+    def base_id(self) -> str:
+        """Content hash, 64 hex digits; waits for it."""
+        return self.content_hash.result()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +64,7 @@ class ModelSource:
     Attributes:
         model_id: The name that clients use.
         spec: Its sizes. weights: its tensors.
-        base_id: Returns its content hash, 64 hex digits; may read every byte.
+        base_id: Returns its content hash, 64 hex digits; may read every byte, or wait for who does.
         write_tokenizer: Writes what the API process reads into a directory and returns it.
     """
 
@@ -68,13 +75,19 @@ class ModelSource:
     write_tokenizer: Callable[[Path], Path]
 
 
-def open_source(files: ModelFiles, max_model_len: int | None, hash_cache: Path | None = None) -> ModelSource:
+def open_source(
+    files: ModelFiles,
+    max_model_len: int | None,
+    hash_cache: Path | None = None,
+    begun_hash: Callable[[], str] | None = None,
+) -> ModelSource:
     """Look into a base model's files; reads no weight.
 
     Args:
         files: From `source.resolve`.
         max_model_len: Longest context, tokens; None for what the model was trained for, at most 8192.
         hash_cache: Where content hashes are remembered between starts; None forgets.
+        begun_hash: From `begin_base_id`, where hashing has begun already.
 
     Raises:
         ModelLoadError: model_unsupported or model_corrupt.
@@ -84,13 +97,21 @@ def open_source(files: ModelFiles, max_model_len: int | None, hash_cache: Path |
         files.model_id,
         spec,
         _open_weights(files, spec),
-        lambda: base_id(files, hash_cache),
+        begun_hash or (lambda: base_id(files, hash_cache)),
         lambda directory: write_tokenizer(files, spec.eos_token_ids, directory),
     )
 
 
 def load_model(source: ModelSource, dtype: torch.dtype, kernels: Kernels[Any, Any], page_rank: int) -> LoadedModel:
-    """Read a base model into memory.
+    """Read a base model into memory. See `loading`."""
+    with loading(source, dtype, kernels, page_rank) as loaded:
+        return loaded
+
+
+@contextmanager
+def loading(source: ModelSource, dtype: torch.dtype, kernels: Kernels[Any, Any], page_rank: int) -> Iterator[LoadedModel]:
+    """Read a base model into memory. On a GPU its weights have their places at once and come while the block runs, which may
+    launch the model, though not for what it answers. When the block has ended they are there, and so is the hash.
 
     Args:
         dtype: float32 or bfloat16.
@@ -98,20 +119,34 @@ def load_model(source: ModelSource, dtype: torch.dtype, kernels: Kernels[Any, An
         page_rank: Ranks of an adapter page.
 
     Raises:
-        ModelLoadError: model_unsupported, model_corrupt or model_too_large. Refused before memory is spent where possible.
+        ModelLoadError: model_unsupported, model_corrupt or model_too_large. Refused before memory is spent where possible; a file
+            that cannot be read to its end is noticed when the block has ended.
     """
     layout = PageLayout(source.spec.linears, page_rank)
-    with ThreadPoolExecutor(1, thread_name_prefix="base-hash") as threads:
+    is_on_cpu = kernels.device.type == "cpu"
+    placement: Placement = HostPlacement(source.weights) if is_on_cpu else DevicePlacement(source.weights, kernels.device)
+    threads = ThreadPoolExecutor(1, thread_name_prefix="base-hash")
+    with closing(placement):
         content_hash = threads.submit(source.base_id)
-        if kernels.device.type == "cpu":
+        threads.shutdown(wait=False)  # who gives up does not wait for it
+        if is_on_cpu:
             content_hash.result()  # the CPU is needed for the weights; a GPU's host has cores for both
-        try:
-            weights = decoder_weights(source.spec, source.weights, dtype, kernels, layout)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise ModelLoadError(
-                f"{source.model_id} does not fit into memory; choose a smaller model", code="model_too_large"
-            ) from error
-        return LoadedModel(Decoder(weights, kernels), source.spec, content_hash.result(), layout, dtype)
+        with _refused_where_full(source.model_id):
+            weights = decoder_weights(source.spec, source.weights, placement, dtype, kernels, layout)
+            if placement.needs_room:
+                placement.finish()  # before somebody looks how much is left
+        yield LoadedModel(Decoder(weights, kernels), source.spec, content_hash, layout, dtype)
+        with _refused_where_full(source.model_id):
+            placement.finish()
+        content_hash.result()
+
+
+@contextmanager
+def _refused_where_full(model_id: str) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ModelLoadError(f"{model_id} does not fit into memory; choose a smaller model", code="model_too_large") from error
 
 
 def make_kv_cache(spec: ModelSpec, size_bytes: int, block_size: int, dtype: torch.dtype, device: torch.device = CPU) -> KVCache:

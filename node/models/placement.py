@@ -5,9 +5,11 @@ Shape letters: R rows, C columns of a matrix.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -24,9 +26,17 @@ Part = tuple[str, tuple[int, ...]]  # a tensor's name and the shape it must have
 READ_THREADS = 8  # one core copies about 5 GB/s out of the page cache, the bus takes 50
 STAGE_BYTES = 16 << 20  # of pinned memory, two of them a thread: one is filled while the other travels
 
+logger = logging.getLogger(__name__)
+
 
 class Placement(Protocol):
-    """Reads tensors for the decoder. What `joined` returns may be incomplete until `finish`."""
+    """Reads tensors for the decoder. What `joined` returns may be incomplete until `finish`; `close` gives the rest up.
+
+    Attributes:
+        needs_room: Tensors on their way take more of the device's memory than their places.
+    """
+
+    needs_room: bool
 
     def joined(self, parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
         """One tensor, or several one below the other in the order given.
@@ -44,9 +54,15 @@ class Placement(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Nobody wants what has not arrived."""
+        ...
+
 
 class HostPlacement:
     """In main memory, one after another, so that the whole model is never there twice."""
+
+    needs_room = False
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
@@ -58,6 +74,9 @@ class HostPlacement:
     def finish(self) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
 
 class DevicePlacement:
     """On a GPU: every tensor's final place is allocated at once and filled by threads, without a second copy of the model.
@@ -66,11 +85,22 @@ class DevicePlacement:
         weights: The checkpoint. Safetensors files are read in pieces into pinned memory; others tensor by tensor.
         device: The GPU.
         threads: Reading threads.
+        clock: Monotonic seconds.
     """
 
-    def __init__(self, weights: Weights, device: torch.device, threads: int = READ_THREADS) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        device: torch.device,
+        threads: int = READ_THREADS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.needs_room = False
         self._weights = weights
         self._device = device
+        self._clock = clock
+        self._begun_s = self._last_s = clock()
+        self._size_bytes = 0
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="weights")
         self._pending: list[Future[None]] = []
         self._local = threading.local()
@@ -87,24 +117,33 @@ class DevicePlacement:
         return whole
 
     def finish(self) -> None:
-        try:
-            for future in self._pending:
-                future.result()
-        finally:
-            self._pool.shutdown(cancel_futures=True)
+        for future in self._pending:
+            future.result()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # the last pieces of each thread are on their way
+        if self._pending:
+            logger.info("%.2f GB of weights came in %.2f s", self._size_bytes / 1e9, self._last_s - self._begun_s)
         self._pending.clear()
 
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
     def _schedule(self, name: str, target: Tensor) -> None:
+        self._size_bytes += target.nbytes
         if not isinstance(self._weights, SafetensorsWeights):
+            self.needs_room = True
             self._pending.append(self._pool.submit(self._copy, name, target))
             return
+        dtype = self._weights.extent(name).dtype
+        self.needs_room |= dtype != target.dtype  # converted on the device
         flat = target.view(-1)
-        for start, count in _pieces(flat.numel(), STAGE_BYTES // 4):  # 4: no file element is wider
+        for start, count in _pieces(flat.numel(), STAGE_BYTES // dtype.itemsize):
             self._pending.append(self._pool.submit(self._stage, self._weights, name, start, flat[start : start + count]))
 
     @torch.inference_mode()
     def _copy(self, name: str, target: Tensor) -> None:
         target.copy_(self._weights.read(name, target.dtype))
+        self._last_s = self._clock()
 
     @torch.inference_mode()
     def _stage(self, weights: SafetensorsWeights, name: str, start: int, target: Tensor) -> None:
@@ -115,6 +154,7 @@ class DevicePlacement:
         extent = weights.extent(name)
         itemsize = extent.dtype.itemsize
         lane.send(extent.file, extent.offset + start * itemsize, extent.dtype, target)
+        self._last_s = self._clock()
 
 
 class _Lane:

