@@ -80,7 +80,10 @@ class EngineChannel:
         self._flush()
 
     def close(self) -> None:
-        """Send what can still be sent within `LINGER_MS`, then let go of the sockets."""
+        """Send what can still be sent within `LINGER_MS`, then let go of the sockets. What is said at once, such as that a start
+        failed, may have to wait for who reads it."""
+        if self._held and self._events.poll(LINGER_MS, zmq.POLLOUT):
+            self._flush()
         self._commands.close(0)
         self._events.close()
         self._context.term()
