@@ -37,6 +37,7 @@ from node.engine.messages import Ready
 from node.exposure import exposed
 from node.operations import adapter_operations, settlement_operations
 from node.settlement.treasury import Treasury, open_treasury
+from node.start_notes import Note
 from node.telemetry.metrics import NodeMetrics
 from node.tenancy.given_names import GivenNames
 from node.tenancy.key_desk import key_operations
@@ -92,12 +93,14 @@ async def open_rooms(
     key_lines: Sequence[tuple[str, str]],
     engine: EngineClient,
     starting: asyncio.Task[Ready],
+    note: Note,
 ) -> AsyncIterator[Node]:
     """Open every room but the engine's, listen, and on leaving drain and close in the opposite order.
 
     Args:
         key_lines: Of the file of API keys.
         engine: Whose start is `starting`: it reads weights while keys and ledger are opened.
+        note: Called with what is done, one by one.
 
     Raises:
         NodeError: Whatever room cannot open; what was opened before it is closed again.
@@ -108,7 +111,9 @@ async def open_rooms(
         treasury = await stack.enter_async_context(open_treasury(settings, logger))
         tenancy = await open_tenancy(treasury.ledger, settings.tenants, key_lines, settings.adapters.stores)
         _check_keys(settings, tenancy)
+        note("keys and ledger opened")
         ready = await starting
+        note("engine ready")
         names = GivenNames(treasury.ledger.transact)
         fetcher = FetchClient(settings, ready.linears, ready.base_id, started=fetching_process)
         await fetcher.start()
@@ -119,6 +124,7 @@ async def open_rooms(
         await catalog.restore(tenancy.sees_of_owner)
         deriver = _deriver(settings, ready, fetcher)
         stack.push_async_callback(deriver.close)
+        note("adapters listed")
         services = _services(settings, engine, ready, catalog, deriver, treasury, tenancy, logger)
         listener = Listener(build_application(services))
         stack.push_async_callback(listener.close, settings.server.drain_timeout_s)
@@ -138,6 +144,7 @@ async def open_rooms(
         gc.collect()
         gc.freeze()
         gc.set_threshold(_GC_THRESHOLD)
+        note("listening")
         yield Node(settings, f"http://{settings.server.host}:{port}", admin_url, ready, treasury, catalog, engine)
 
 

@@ -22,11 +22,11 @@ from node.engine.messages import Ready, SequenceEvent, Stats, Submit
 from node.engine.runner import LogitsWatcher
 from node.engine.scheduler import Scheduler
 from node.engine.sizing import fill_threads, memory_sizes, step_sizes
-from node.engine.start_notes import no_notes
 from node.engine.step_plan import StepPlan, Work, WorkResult
 from node.models.base_identity import HASH_CACHE, BegunBase, begin_base
 from node.models.load import DTYPES, ModelSource, loading, open_source
 from node.request import AdapterTerm
+from node.start_notes import Note, no_notes
 
 # What torch, numpy and the kernels' own checks raise when the numbers of a step make no sense or do not fit into memory.
 STEP_ERRORS = (RuntimeError, LookupError, ValueError, ArithmeticError, MemoryError)
@@ -301,7 +301,7 @@ def open_engine(
     watch_logits: LogitsWatcher | None = None,
     source: ModelSource | None = None,
     base: BegunBase | None = None,
-    note: Callable[[str], None] = no_notes,
+    note: Note = no_notes,
 ) -> Engine:
     """Load the model and build everything around it. Sets this process's number of compute threads.
 

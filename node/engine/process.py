@@ -6,6 +6,7 @@ is written but logs on standard error and the sockets in the runtime directory.
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import os
@@ -22,9 +23,9 @@ from node.engine.cuda_context import begin_context
 from node.engine.launch import LaunchConfig
 from node.engine.loop import EngineLoop
 from node.engine.messages import StartFailed
-from node.engine.start_notes import StartNotes
 from node.errors import NodeError
 from node.models.base_identity import HASH_CACHE, begin_base
+from node.start_notes import Note, StartNotes
 
 EXIT_START_FAILED = 3
 EXIT_ORPHANED = 4
@@ -34,7 +35,7 @@ _SWITCH_INTERVAL_S = 0.0005
 def main() -> int:
     """Serve until told to stop; returns the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    note = StartNotes(time.monotonic, logging.getLogger(__name__))
+    note = StartNotes(time.monotonic, functools.partial(logging.getLogger(__name__).info, "start: %s after %.2f s (%.2f)"))
     gc.disable()  # until everything is there: half a million objects come and none goes
     # Threads that read weights, or an adapter's headers, wait for the interpreter lock at most so long; the step loop for them.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
@@ -47,7 +48,7 @@ def main() -> int:
         channel.close()
 
 
-def _serve(config: LaunchConfig, channel: EngineChannel, note: StartNotes) -> int:
+def _serve(config: LaunchConfig, channel: EngineChannel, note: Note) -> int:
     model, state_dir = ModelSettings.model_validate(config.model), Path(config.state_dir)
     begin_context(model.device)
     try:
@@ -73,12 +74,12 @@ def _serve(config: LaunchConfig, channel: EngineChannel, note: StartNotes) -> in
     logger.info("serving %s (%s) with %s kernels", ready.model_id, ready.dtype, ready.kernels)
     if ready.device == "cpu" and ready.kernels == "reference" and config.engine["kernels"] == "auto":
         logger.warning("the C++ kernels are not built: the torch reference runs, several times slower; see openlora-node doctor")
+    channel.send(ready)
     # What was imported and loaded stays: the collector need not walk it again in the middle of a step.
     gc.collect()
     gc.freeze()
     gc.enable()
     note("ready to serve")
-    channel.send(ready)
     try:
         EngineLoop(engine, channel).run()
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from node.settlement.keystore import STANDARD_SCRYPT_N, address_of, decrypt, enc
 from node.settlement.signer import LocalSigner, Signer
 
 ROLES = ("operator", "submitter", "payout")
+OPENING_THREADS = 2  # a key takes a core for half a second, and 256 MiB
 PASSWORD_NAME = "password"  # noqa: S105
 SECP256K1_ORDER = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFEBAAEDCE6AF48A03BBFD25E8CD0364141
 
@@ -52,10 +54,13 @@ class KeyDirectory:
         Raises:
             KeystoreError: A file is missing its password, can be read by others, is damaged, or two duties share one key.
         """
-        for role in ROLES:
-            if not self.has(role):
-                self.create(role)
-        keys = NodeKeys(self.load("operator"), self.load("submitter"), self.address("payout"))
+        missing = [role for role in ROLES if not self.has(role)]
+        if missing:
+            self._make_directory()
+        with ThreadPoolExecutor(OPENING_THREADS, thread_name_prefix="keys") as threads:
+            list(threads.map(self.create, missing))
+            operator, submitter = threads.map(self.load, ("operator", "submitter"))
+        keys = NodeKeys(operator, submitter, self.address("payout"))
         addresses = {keys.operator.address.lower(), keys.submitter.address.lower(), keys.payout_address.lower()}
         if len(addresses) != len(ROLES):
             raise KeystoreError(f"two of {', '.join(ROLES)} in {self._directory} are the same key; give each its own file")

@@ -9,6 +9,7 @@ from node.engine import process
 from node.engine.launch import LaunchConfig
 from node.engine.messages import Ready, Shutdown, StartFailed
 from node.kernels import compiled
+from node.start_notes import no_notes
 
 
 class Channel:
@@ -43,7 +44,7 @@ def serve(world, tmp_path):
             high_water_mark=8,
         )
         channel = Channel()
-        return process._serve(config, channel), channel.sent[0]
+        return process._serve(config, channel, no_notes), channel.sent[0]
 
     return run
 
