@@ -79,6 +79,7 @@ def open_pool(
     base: BaseWeights | None = None,
     wake: Callable[[], None] = lambda: None,
     shared: SharedPages | None = None,
+    allocate_host: Callable[[int], torch.Tensor] | None = None,
 ) -> AdapterPool:
     """Allocate adapter memory and start its loader.
 
@@ -89,6 +90,7 @@ def open_pool(
         base: The base's weights, for DoRA and adapters of the embedding; None refuses those.
         wake: Called from a loader thread when an adapter changed its state.
         shared: A GPU's pages that lie among something else; None allocates them.
+        allocate_host: Of `pinned_beside`; None waits until the memory before a GPU's is there.
 
     Raises:
         ConfigError: Not one page fits into a limit, or host memory cannot be page-locked.
@@ -112,7 +114,7 @@ def open_pool(
         if shared is None:
             page_count = count_pages(layout, dtype, limits.memory_bytes)
             shared = SharedPages(torch.zeros((page_count, layout.page_elements), dtype=dtype, device=device), 0)
-        return _open_device_pool(layout, shared, limits, loader)
+        return _open_device_pool(layout, shared, limits, loader, allocate_host)
     except BaseException:
         loader.close()
         raise
@@ -125,7 +127,13 @@ def read_threads(device_type: str, core_count: int) -> int:
     return max(1, min(core_count - SPARE_CORES, MAX_READ_THREADS))
 
 
-def _open_device_pool(layout: PageLayout, shared: SharedPages, limits: MemoryLimits, loader: AdapterLoader) -> AdapterPool:
+def _open_device_pool(
+    layout: PageLayout,
+    shared: SharedPages,
+    limits: MemoryLimits,
+    loader: AdapterLoader,
+    allocate_host: Callable[[int], torch.Tensor] | None,
+) -> AdapterPool:
     from node.adapters.device_pages import CudaPages
     from node.adapters.host_arena import HostArena
     from node.adapters.pinned import allocate_pinned
@@ -138,5 +146,5 @@ def _open_device_pool(layout: PageLayout, shared: SharedPages, limits: MemoryLim
         compute=torch.cuda.current_stream(array.device),
         first_page=shared.first_page,
     )
-    arena = HostArena(layout, array.dtype, memory_bytes=limits.host_memory_bytes, allocate=allocate_pinned)
+    arena = HostArena(layout, array.dtype, memory_bytes=limits.host_memory_bytes, allocate=allocate_host or allocate_pinned)
     return AdapterPool(layout, pages, loader, arena)

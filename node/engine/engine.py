@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from node.adapters.pinned import pinned_beside
 from node.adapters.pool import AdapterPool
 from node.config import AdapterSettings, EngineSettings, ModelSettings
 from node.engine.blocks import BlockPool
@@ -327,10 +328,11 @@ def open_engine(
     note("kernels opened")
     with (
         compiled_beside(device, spec.vocab_size) as wait_for_sampler,
+        pinned_beside() as allocate_host,
         loading(source, dtype, kernels, sizes.page_rank) as loaded,
     ):
         memory = memory_sizes(settings, adapter_settings, *device_memory(device, spec, sizes, dtype))
-        held = open_memory(loaded, settings, adapter_settings, memory, sizes.kv_block_size, device, wake)
+        held = open_memory(loaded, settings, adapter_settings, memory, sizes.kv_block_size, device, wake, allocate_host)
         note("memory opened")
         kv, blocks, adapters = held.kv, held.blocks, held.adapters
         # A sequence can never be longer than the whole cache.

@@ -42,6 +42,7 @@ def open_memory(
     block_size: int,
     device: torch.device,
     wake: Callable[[], None],
+    allocate_host: Callable[[int], torch.Tensor] | None = None,
 ) -> EngineMemory:
     """Allocate the memory and start the adapter loader.
 
@@ -49,6 +50,7 @@ def open_memory(
         sizes: See `node.engine.sizing`; with a movable border, what each side begins with.
         block_size: Tokens of a KV block.
         wake: Called from a loader thread when an adapter changed its state.
+        allocate_host: See `node.adapters.memory.open_pool`.
 
     Raises:
         ConfigError, ModelLoadError: A size is too small for this model.
@@ -68,6 +70,7 @@ def open_memory(
         device=device,
         base=loaded.model,
         wake=wake,
+        allocate_host=allocate_host,
         shared=None if units is None else SharedPages(units.array, units.kv_units),
     )
     blocks = BlockPool(block_count, block_size, settings.prefix_cache, capacity=kv.block_count)
