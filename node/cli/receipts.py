@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attribution import receipt
 from attribution.errors import AttributionError, Unauthenticated
-from attribution.manifest import Manifest
 from node.cli.operate import operate
 from node.cli.options import ConfigOption, DataDirOption, settings_from
 from node.cli.table import print_json
 from node.errors import NodeError
+
+if TYPE_CHECKING:  # their cryptography takes as long to import as the whole command line
+    from attribution.manifest import Manifest
+    from attribution.receipt import VerifiedReceipt
 
 _MAX_FILE_BYTES = 16 << 20
 
@@ -43,6 +45,8 @@ def verify(
 
     Example: openlora-node receipts verify receipt.json --operator 0x0000000000000000000000000000000000000001
     """
+    from attribution import receipt
+
     bundle = _read_json(file)
     trusted = [*(operator or ()), *(_trusted(trust) if trust else ())]
     manifests = [_manifest(path) for path in manifest or ()]
@@ -61,7 +65,7 @@ def _bundle(value: Any) -> Any:
     return carried.get("receipt") if isinstance(carried, dict) else value
 
 
-def _print(verified: receipt.VerifiedReceipt) -> None:
+def _print(verified: VerifiedReceipt) -> None:
     record = verified.record
     print(f"ok: signed by {verified.signer} for chain {verified.chain_id}")
     print(f"request   {record.request_id}, {record.status} ({record.finish_reason})")
@@ -98,6 +102,8 @@ def _trusted(path: Path) -> list[str]:
 
 
 def _manifest(path: Path) -> Manifest:
+    from attribution.manifest import Manifest
+
     try:
         return Manifest.parse(_read(path))
     except AttributionError as error:
