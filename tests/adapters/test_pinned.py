@@ -3,7 +3,7 @@ import gc
 import pytest
 import torch
 
-from node.adapters.pinned import allocate_pinned
+from node.adapters.pinned import allocate_pinned, pinned_beside
 from node.errors import ConfigError
 
 
@@ -47,6 +47,16 @@ def test_refusal_of_the_system_names_the_setting(monkeypatch):
         allocate_pinned(1024)
     gc.collect()
     assert not runtime.unlocked
+
+
+def test_memory_is_locked_when_the_block_has_ended(monkeypatch):
+    runtime = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    with pinned_beside() as allocate:
+        memory = allocate(3 << 20)
+        assert memory.shape == (3 << 20,)
+    assert runtime.locked == [(memory.data_ptr(), 4 << 20)]
+    assert not memory.any()
 
 
 @pytest.mark.cuda

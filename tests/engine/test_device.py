@@ -34,9 +34,17 @@ def test_block_runs_while_the_sampler_is_compiled_and_ends_behind_it(compiling):
     assert names[0] not in {thread.name for thread in threading.enumerate()}
 
 
+def test_who_needs_the_sampler_can_wait_for_it(compiling):
+    may_end, names = compiling
+    with compiled_beside(CUDA, 100) as wait:
+        may_end.set()
+        wait()
+        assert len(names) == 1
+
+
 def test_nothing_is_compiled_for_a_cpu(compiling):
-    with compiled_beside(torch.device("cpu"), 100):
-        pass
+    with compiled_beside(torch.device("cpu"), 100) as wait:
+        wait()
     assert not compiling[1]
 
 

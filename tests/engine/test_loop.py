@@ -1,11 +1,14 @@
 """The loop against a fake engine and a fake channel; the channel against real sockets."""
 
+import tempfile
 import threading
+from pathlib import Path
 
 import msgspec
 import pytest
 import zmq
 
+from node.engine import channel as subject
 from node.engine.channel import HELD_LIMIT, EngineChannel, command_address, event_address
 from node.engine.loop import COPY_POLL_S, STATS_INTERVAL_S, EngineLoop
 from node.engine.messages import Cancel, Event, SequenceEvent, Shutdown, Stats, Step, Submit
@@ -146,10 +149,8 @@ def test_shutdown_ends_the_loop_with_last_events():
 
 
 @pytest.fixture
-def sockets(tmp_path_factory):
-    import tempfile
-    from pathlib import Path
-
+def sockets(monkeypatch):
+    monkeypatch.setattr(subject, "LINGER_MS", 0)  # some tests leave words that nobody reads
     with tempfile.TemporaryDirectory(prefix="ch") as name:
         channel = EngineChannel(Path(name), 4)
         context = zmq.Context()
@@ -200,3 +201,17 @@ def test_bell_ends_a_wait(sockets):
     thread.start()
     assert channel.receive(30) == []
     thread.join()
+
+
+def test_channel_that_closes_at_once_is_heard_by_who_connects_later():
+    with tempfile.TemporaryDirectory(prefix="ch") as name:
+        channel = EngineChannel(Path(name), 4)
+        channel.send(Stats(running=3))
+        closing = threading.Thread(target=channel.close)
+        closing.start()
+        with zmq.Context() as context, context.socket(zmq.PULL) as events:
+            events.connect(event_address(Path(name)))
+            assert events.poll(10_000)
+            assert msgspec.msgpack.decode(events.recv(), type=Event).running == 3
+        closing.join(10)
+        assert not closing.is_alive()

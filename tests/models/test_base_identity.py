@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 from attribution import identity
 from node.errors import ModelLoadError
-from node.models.base_identity import base_id
+from node.models import base_identity, hash_process
+from node.models.base_identity import base_id, begin_base
 from node.models.source import resolve
 
 
@@ -83,3 +86,51 @@ def test_base_id_vanished_file_is_refused(directory):
 
     with pytest.raises(ModelLoadError, match="cannot be read"):
         base_id(files, None)
+
+
+def test_large_model_is_hashed_in_another_process_with_the_same_hash(directory, tmp_path, hash_count, monkeypatch):
+    cache = tmp_path / "hashes.json"
+    expected = base_id(resolve(str(directory)), None)
+    monkeypatch.setattr(base_identity, "APART_BYTES", 1)
+
+    assert base_id(resolve(str(directory)), cache) == expected
+    assert expected in cache.read_text()
+    assert len(hash_count) == 1  # of `expected`
+
+
+def test_file_that_the_other_process_cannot_read_is_refused(directory, monkeypatch):
+    files = resolve(str(directory))
+    (directory / "config.json").unlink()
+    (directory / "config.json").mkdir()
+    monkeypatch.setattr(base_identity, "APART_BYTES", 1)
+    monkeypatch.setattr(base_identity, "_named_files", lambda _: {"config.json": directory / "config.json"})
+
+    with pytest.raises(ModelLoadError, match="cannot be read"):
+        base_id(files, None)
+
+
+def test_hashing_process_ends_with_its_parent(tmp_path):
+    pipe = tmp_path / "pipe"  # opening it to read waits for somebody who writes
+    subprocess.run(["mkfifo", str(pipe)], check=True)
+    process = subprocess.Popen([sys.executable, "-m", "node.models.hash_process"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdin.write(json.dumps({"model.safetensors": str(pipe)}).encode() + b"\n")
+    process.stdin.close()
+
+    assert process.wait(30) == hash_process.EXIT_ORPHANED
+    assert process.stdout.read() == b""
+    process.stdout.close()
+
+
+def test_begun_base_knows_its_files_at_once_and_its_hash_when_asked(directory):
+    begun = begin_base(str(directory), None, None)
+
+    assert begun.files == resolve(str(directory))
+    assert begun.wait_for_hash() == base_id(begun.files, None)
+
+
+def test_begun_base_raises_what_went_wrong_when_asked(directory, monkeypatch):
+    monkeypatch.setattr(base_identity, "_named_files", lambda _: {"config.json": directory / "none"})
+    begun = begin_base(str(directory), None, None)
+
+    with pytest.raises(ModelLoadError, match="cannot be read"):
+        begun.wait_for_hash()

@@ -1,5 +1,8 @@
 """Tensors put in place by threads are those of the plain way, whatever the file's dtype and however they are cut into pieces."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -61,3 +64,35 @@ def test_file_cut_short_while_it_is_read_is_an_error(files):
     device.joined([("a", (7, 33))], torch.float32)
     with pytest.raises(ModelLoadError, match="ended"):
         device.finish()
+
+
+@pytest.mark.parametrize(("dtype", "needs_room"), [(torch.bfloat16, False), (torch.float32, True)])
+def test_only_what_is_converted_needs_room_on_its_way(files, dtype, needs_room):
+    device = DevicePlacement(SafetensorsWeights(files), torch.device("cpu"))
+    device.joined([("b", (5, 33))], dtype)
+    device.finish()
+    assert device.needs_room is needs_room
+
+
+def test_what_nobody_waits_for_is_given_up(files, monkeypatch):
+    may_read, read = threading.Event(), []
+    real = placement._read_exactly
+
+    def slow(*given):
+        assert may_read.wait(10)
+        read.append(given)
+        real(*given)
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, **how):
+            super().shutdown(wait=False, cancel_futures=how["cancel_futures"])
+            may_read.set()
+            super().shutdown()
+
+    monkeypatch.setattr(placement, "_read_exactly", slow)
+    monkeypatch.setattr(placement, "ThreadPoolExecutor", Pool)
+    device = DevicePlacement(SafetensorsWeights(files), torch.device("cpu"), threads=1)
+    for _ in range(3):
+        device.joined([("b", (5, 33))], torch.bfloat16)
+    device.close()
+    assert len(read) <= 1
