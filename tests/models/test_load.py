@@ -8,7 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from node.errors import ModelLoadError
-from node.models.load import make_kv_cache
+from node.kernels.ops import Kernels
+from node.models import load as subject
+from node.models.load import loading, make_kv_cache, open_source
+from node.models.placement import HostPlacement
+from node.models.source import resolve
 
 
 @pytest.fixture
@@ -116,3 +120,33 @@ def test_make_kv_cache_smaller_than_a_block_is_refused(tiny_llama, load):
         make_kv_cache(load(tiny_llama.directory).spec, 100, 16, torch.float32)
 
     assert caught.value.error_code == "model_too_large"
+
+
+@pytest.fixture
+def begun(tiny_llama, monkeypatch):
+    """A model being loaded, and what becomes of its placement."""
+    log = []
+
+    class Logged(HostPlacement):
+        def finish(self):
+            log.append("finish")
+
+        def close(self):
+            log.append("close")
+
+    monkeypatch.setattr(subject, "HostPlacement", Logged)
+    source = open_source(resolve(str(tiny_llama.directory)), None, begun_hash=lambda: "ab" * 32)
+    return loading(source, torch.float32, Kernels.load("reference"), 8), log
+
+
+def test_loading_waits_for_weights_when_the_block_has_ended(begun):
+    with begun[0] as loaded:
+        assert not begun[1]
+    assert begun[1] == ["finish", "close"]
+    assert loaded.base_id == "ab" * 32
+
+
+def test_loading_gives_weights_up_when_the_block_fails(begun):
+    with pytest.raises(LookupError), begun[0]:
+        raise LookupError("no memory")
+    assert begun[1] == ["close"]
