@@ -7,8 +7,10 @@ what follows is launched, for the rows that want logits.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from node.engine.device_batch import StepShape, pad_rows, pending_places, wanted_rows, write_decode, write_rows
@@ -55,6 +57,7 @@ class RecordedSteps:
         is_recording: bool,
     ) -> None:
         self._model = model
+        self._kernels = kernels
         self._kv = kv
         self._adapters = adapters
         self._sizes = sizes
@@ -84,16 +87,37 @@ class RecordedSteps:
 
     def warm_up(self) -> None:
         """Record every step, largest first, so that the smaller ones find their memory in its pool."""
+        with ThreadPoolExecutor(1, thread_name_prefix="compile-plan") as threads:
+            short = threads.submit(self._plan_short_step)
+            self._record_decodes()
+            short.result()
+        for rows in reversed(self.graphs.row_buckets):
+            layout = self._row_layouts[rows]
+            pad_rows(self._blank(layout), layout, 0, 0, self.block.source_of_own(layout.tokens))
+            self._record(layout, rows, is_decode=False)
+
+    def _record_decodes(self) -> None:
         for bucket in reversed(self.graphs.buckets):
             layout = self._layouts[bucket]
             host = self._blank(layout)
             host[layout.kv_slots : layout.kv_slots + bucket] = -1
             host[layout.sources : layout.sources + bucket] = self.block.source_of_own(layout.tokens)
             self._record(layout, bucket, is_decode=True)
-        for rows in reversed(self.graphs.row_buckets):
-            layout = self._row_layouts[rows]
-            pad_rows(self._blank(layout), layout, 0, 0, self.block.source_of_own(layout.tokens))
-            self._record(layout, rows, is_decode=False)
+
+    @torch.inference_mode()
+    def _plan_short_step(self) -> None:
+        """Compile what plans a short step's attention, which takes 1.5 s at a node's first start, beside the decode steps: for a
+        step of no sequence, in zeros of its own that lie as its inputs do."""
+        rows = [rows for rows in self._row_layouts if self._has_short(rows)]
+        if not rows:
+            return
+        layout, device = self._row_layouts[rows[-1]], self._kernels.device
+        stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            inputs = self._inputs(layout, None, layout.logit_rows, StepBlock(layout.sequences, self.block.capacity, device))
+            tables, starts, lens = inputs.block_tables, inputs.query_start, inputs.context_lens
+            self._kernels.plan_attention(tables, starts, lens, inputs.max_query, inputs.max_context, is_short=True)
+            stream.synchronize()
 
     def _blank(self, layout: BlockLayout) -> Any:
         end = layout.tiles + len(self._no_tiles)
@@ -105,12 +129,14 @@ class RecordedSteps:
     def _record(self, layout: BlockLayout, rows: int, *, is_decode: bool) -> None:
         self.block.send(layout.tiles + len(self._no_tiles))
         kinds = (Adapted.NOTHING, Adapted.LAYERS, Adapted.MANY_LAYERS)
-        bound = self._short_bound
-        has_short = not is_decode and bound is not None and rows <= bound.rows
+        has_short = not is_decode and self._has_short(rows)
         for adapted in kinds if rows <= SHORT_ROWS else kinds[:2]:
             self.graphs.step(GraphKey(rows, adapted, is_decode))
             if has_short:
                 self.graphs.step(GraphKey(rows, adapted, is_decode, is_short=True))
+
+    def _has_short(self, rows: int) -> bool:
+        return self._short_bound is not None and rows <= self._short_bound.rows
 
     def _run(self, key: GraphKey) -> tuple[Tensor, ...]:
         """Launch a step over the static memory of its bucket. Returns the logits of a decode step, `Attended` of another."""
@@ -199,6 +225,10 @@ class RecordedSteps:
         inputs.is_short = key.is_short
         return self._model.attended(inputs, self._kv, self._adapters.tensors)
 
-    def _inputs(self, layout: BlockLayout, lora: DeviceRows | None, logit_rows: int) -> StepInputs:
+    def _inputs(
+        self, layout: BlockLayout, lora: DeviceRows | None, logit_rows: int, block: StepBlock | None = None
+    ) -> StepInputs:
         most = self._sizes.max_model_len
-        return self.block.inputs(layout, lora, logit_rows=logit_rows, max_query=layout.rows, max_context=most, has_tops=True)
+        return (block or self.block).inputs(
+            layout, lora, logit_rows=logit_rows, max_query=layout.rows, max_context=most, has_tops=True
+        )
