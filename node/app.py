@@ -112,6 +112,7 @@ async def open_rooms(
         tenancy = await open_tenancy(treasury.ledger, settings.tenants, key_lines, settings.adapters.stores)
         _check_keys(settings, tenancy)
         note("keys and ledger opened")
+        gc.collect()  # of the imports, while the engine is waited for
         ready = await starting
         note("engine ready")
         names = GivenNames(treasury.ledger.transact)
@@ -141,7 +142,7 @@ async def open_rooms(
         if settings.server.admin_port is not None:
             admin_url = f"http://{ADMIN_HOST}:{await admin.open_port(settings.server.admin_port, tenancy.door)}"
         # What is here now stays: the collector need not walk ten thousand catalogue entries while answers are streamed.
-        gc.collect()
+        gc.collect(1)
         gc.freeze()
         gc.set_threshold(_GC_THRESHOLD)
         note("listening")
