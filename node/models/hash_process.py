@@ -18,15 +18,17 @@ from attribution.errors import IdentityError
 
 EXIT_UNREADABLE = 3
 EXIT_ORPHANED = 4
-CORES_LEFT = 2  # to the process that starts meanwhile
+NICENESS = 5  # the process that starts meanwhile comes first
+MOST_THREADS = 16
 
 
 def main() -> int:
     """Answer once; returns the exit status."""
     named = {name: Path(path) for name, path in json.loads(sys.stdin.buffer.readline()).items()}
     threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
+    os.nice(NICENESS)
     try:
-        found = identity.base_id(named, threads=max(1, (os.cpu_count() or 1) - CORES_LEFT))
+        found = identity.base_id(named, threads=min(os.cpu_count() or 1, MOST_THREADS))
     except (OSError, IdentityError):
         return EXIT_UNREADABLE
     sys.stdout.write(found)
