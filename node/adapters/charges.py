@@ -30,14 +30,22 @@ class Charges:
     def pages_of(self, file: FilePlan) -> int:
         """Pages an adapter is charged. What it needs beside its pages (see `node.adapters.side`) is charged in whole pages,
         where a GPU keeps it, so that one bound holds for both."""
-        return self.layout.pages_for_rank(file.rank) + -(-file.side_bytes // self.page_bytes)
+        return self.rank_pages_of(file) + -(-file.side_bytes // self.page_bytes)
+
+    def rank_pages_of(self, file: FilePlan) -> int:
+        """Of those: the ones that hold its ranks."""
+        return self.layout.pages_for_rank(file.rank)
+
+    def copied_bytes(self, page_count: int, file: FilePlan) -> int:
+        """What copying so many of an adapter's pages takes: none needs more of a page than its layers reach."""
+        return page_count * file.extent * self.page_bytes // self.layout.page_elements
 
     def refusal(self, adapter_count: int, files: Sequence[FilePlan]) -> Residency | None:
         """FAILED for a recipe that can never be resident as a whole, as far as its adapters' sizes are known (`files`)."""
         page_count = sum(map(self.pages_of, files))
         if page_count > self.page_count or adapter_count > self.slot_count:
             return self._refusal(adapter_count, page_count, self.page_count, "adapters.memory_bytes")
-        largest = max((self.layout.pages_for_rank(file.rank) for file in files), default=0)
+        largest = max(map(self.rank_pages_of, files), default=0)
         if self.arena_page_count is not None and largest > self.arena_page_count:
             return self._refusal(1, largest, self.arena_page_count, "adapters.host_memory_bytes")
         return None

@@ -1,4 +1,4 @@
-"""Where the pages lie that a step computes from, as `node.adapters.pool` sees it: plain memory here, a GPU in
+"""Where the pages lie that a step computes from, as `node.adapters.residents` sees it: plain memory here, a GPU in
 `node.adapters.device_pages`.
 
 A device runs behind the step loop, so pages that an adapter has left may still be read. `mark()` names a point in the order of

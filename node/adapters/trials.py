@@ -13,12 +13,18 @@ from collections.abc import Mapping
 from node.adapters.file_plan import FilePlan
 from node.adapters.loader import AdapterPlan, Failed
 from node.adapters.residency import Residency, ResidencyState
+from node.adapters.residents import Residents
 
 
 class Trials:
-    """Numbers and names only; `AdapterPool` moves the bytes."""
+    """Names only; `node.adapters.route` moves the bytes.
 
-    def __init__(self) -> None:
+    Args:
+        residents: Where an adapter is pinned while it is on trial.
+    """
+
+    def __init__(self, residents: Residents) -> None:
+        self._residents = residents
         self._placed: dict[str, FilePlan] = {}
         self._running: str | None = None
         self._refused: dict[str, Residency] = {}
@@ -41,31 +47,43 @@ class Trials:
         """Whether steps may compute with it although its hash is not known."""
         return adapter_id == self._running
 
+    def is_proven(self, adapter_id: str) -> bool:
+        """Whether it is neither on trial nor refused."""
+        return not self.is_on(adapter_id) and adapter_id not in self._refused
+
     def place(self, plan: AdapterPlan) -> None:
         """Its pages are complete."""
         self._placed[plan.adapter_id] = plan.file
 
     def begin(self, adapter_id: str) -> None:
-        """Steps may compute with a placed one from now on. One at a time."""
+        """Steps may compute with a placed one, which is resident, from now on. One at a time."""
         if self._running is not None:
             raise ValueError(f"adapter {self._running} is on trial, {adapter_id} cannot be as well")
+        self._residents.pin(adapter_id)
         self._running = adapter_id
 
-    def prove(self, adapter_id: str) -> bool:
-        """Its hash is the one that was asked for; whether it was on trial until now."""
+    def prove(self, adapter_id: str) -> None:
+        """Its hash is the one that was asked for."""
         self._placed.pop(adapter_id, None)
-        was_on = self.is_on(adapter_id)
-        if was_on:
-            self._running = None
-        return was_on
+        if self.is_on(adapter_id):
+            self._end(adapter_id)
 
-    def refuse(self, failed: Failed) -> bool:
-        """Its pages are not what was asked for; whether it was on trial until now, which is remembered until `forget`."""
-        was_on = self.prove(failed.adapter_id)
-        if was_on:
+    def refuse(self, failed: Failed) -> None:
+        """Its pages are not what was asked for, which is remembered until it has left if it was on trial until now."""
+        self._placed.pop(failed.adapter_id, None)
+        if self.is_on(failed.adapter_id):
             self._refused[failed.adapter_id] = Residency(ResidencyState.FAILED, failed.error.error_code, failed.error.message)
-        return was_on
+            self._end(failed.adapter_id)
 
-    def forget(self, adapter_id: str) -> None:
-        """A refused one has left, and so has whoever ran with it."""
-        del self._refused[adapter_id]
+    def drop_refused(self) -> None:
+        """Let go of those that failed, once nobody holds them any more."""
+        for adapter_id in list(self._refused):
+            if self._residents.is_pinned(adapter_id):
+                continue
+            if self._residents.has_place(adapter_id):
+                self._residents.evict(adapter_id)
+            del self._refused[adapter_id]
+
+    def _end(self, adapter_id: str) -> None:
+        self._running = None
+        self._residents.unpin(adapter_id)

@@ -43,7 +43,7 @@ class SideTensors:
 
 @dataclass(slots=True)
 class LoraPool:
-    """Adapter memory and the tables that say which slot owns which pages. Owned and mutated by `node.adapters.pool` only.
+    """Adapter memory and the tables that say which slot owns which pages. Owned and mutated by `node.adapters` only.
 
     Attributes:
         pages: [P, page_elements] float32 or bfloat16. See `PageLayout` for the order inside a page.

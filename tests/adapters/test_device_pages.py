@@ -173,7 +173,7 @@ def test_copy_beside_a_step_is_named_only_when_it_is_complete():
 def test_side_tensors_move_to_the_gpu_and_leave_with_their_slot():
     room = Room(3, 4, (16,))
     side = SideTensors({0: torch.arange(256.0)}, {1: torch.ones(256)}, None)
-    place = room.pool._tier.take("side", 2)
+    place = room.pool._residents._tier.take("side", 2)
     sources = [torch.zeros(LAYOUT.page_elements, dtype=torch.bfloat16, pin_memory=True)]
     arrival = room.pages.send(place, sources, file_plan(16, 1000), side)
     arrival.join()

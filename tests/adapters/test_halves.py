@@ -112,8 +112,8 @@ def test_steps_read_their_own_adapter_while_the_next_one_follows(monkeypatch, is
     pool = AdapterPool(LAYOUT, store, Loader(), arena)
     steps = Steps(store.tensors, half)
     if is_early:
-        monkeypatch.setattr(pool._copies, "is_hidden", lambda adapter_id: True)
-        monkeypatch.setattr(pool, "_running_count", 1)
+        monkeypatch.setattr(pool._route._copies, "is_hidden", lambda adapter_id: True)
+        monkeypatch.setattr(pool._demand, "running_count", 1)
     seen = []
     for turn in range(40):
         wanted = term(turn % 6)

@@ -98,7 +98,7 @@ class Room:
             answer = self.pool.ensure(terms)
             if answer.state is not ResidencyState.LOADING:
                 return answer
-            if len(self.pool._arrivals):
+            if len(self.pool._loading._arrivals):
                 assert self.rung.acquire(timeout=30)
             else:
                 return answer
@@ -241,7 +241,7 @@ def test_prefetched_adapter_is_resident_before_anybody_asks(make_room, terms):
     while room.pool.has_wishes:
         room.pool.begin_step()
         room.pool.grant_wishes()
-        if len(room.pool._arrivals):
+        if len(room.pool._loading._arrivals):
             assert room.rung.acquire(timeout=30)
 
     assert room.pool.resident_ids == (terms["small"].adapter_id,)
@@ -253,7 +253,7 @@ def test_prefetch_of_what_never_fits_is_given_up(make_room, terms):
     for _ in range(4):
         room.pool.begin_step()
         room.pool.grant_wishes()
-        if len(room.pool._arrivals):
+        if len(room.pool._loading._arrivals):
             assert room.rung.acquire(timeout=30)
 
     assert not room.pool.has_wishes
@@ -267,7 +267,7 @@ def test_prefetch_never_pushes_out_what_the_step_wants(make_room, terms):
         room.pool.begin_step()
         assert room.pool.ensure((terms["small"],)) is READY
         room.pool.grant_wishes()
-        if len(room.pool._arrivals):
+        if len(room.pool._loading._arrivals):
             assert room.rung.acquire(timeout=30)
 
     assert room.pool.resident_ids == (terms["small"].adapter_id,)

@@ -289,7 +289,7 @@ class Tiers(RuleBasedStateMachine):
 
     @invariant()
     def no_page_has_two_owners_and_none_is_lost(self):
-        for tier, lent in ((self.pool._tier, self.lent), (self.arena._tier, [])):
+        for tier, lent in ((self.pool._residents._tier, self.lent), (self.arena._tier, [])):
             owned = [page for adapter_id in tier.ids for page in tier[adapter_id].pages]
             assert sorted([*owned, *tier._free_pages, *lent]) == list(range(tier.page_count + len(lent)))
             slots = [tier[adapter_id].slot for adapter_id in tier.ids]
@@ -298,15 +298,15 @@ class Tiers(RuleBasedStateMachine):
     @invariant()
     def ranks_of_slots_are_those_of_whoever_has_them(self):
         wanted = [0] * self.pool.slot_count
-        for adapter_id in self.pool._resident:
+        for adapter_id in self.pool._residents._files:
             wanted[self.pool.slot_of(adapter_id)] = RANKS[int(adapter_id, 16)]
         assert self.pool.layer_ranks.tolist() == wanted
 
     @invariant()
     def whoever_runs_is_resident(self):
         named = {term.adapter_id for terms in [*self.running, *self.ending] for term in terms}
-        assert named <= set(self.pool._resident)
-        assert set(self.pool.resident_ids) == {name for name in self.pool._resident if self.pool._is_proven(name)}
+        assert named <= set(self.pool._residents._files)
+        assert set(self.pool.resident_ids) == {name for name in self.pool._residents._files if self.pool._loading.is_proven(name)}
 
     @invariant()
     def tiers_are_told_apart(self):
@@ -327,7 +327,7 @@ class Tiers(RuleBasedStateMachine):
         assert not self.loader.jobs
         assert not self.arena._abandoned
         self.step(is_late=True, end=3)
-        assert not any(self.pool._tier[name].pin_count for name in self.pool._tier.ids)
+        assert not any(self.pool._residents._tier[name].pin_count for name in self.pool._residents._tier.ids)
         assert not any(self.arena._tier[name].pin_count for name in self.arena._tier.ids)
 
 
@@ -492,7 +492,7 @@ def test_plan_directory_is_looked_at_again_when_it_moves(bench):
 
 
 def test_no_more_bytes_are_sent_at_once_than_arrive_soon(monkeypatch):
-    monkeypatch.setattr("node.adapters.pool.COPIES_BYTES", LAYOUT.page_elements * 4)
+    monkeypatch.setattr("node.adapters.arena_route.COPIES_BYTES", LAYOUT.page_elements * 4)
     tiers = Tiers()
     for _ in range(4):
         tiers.pool.begin_step()
@@ -513,7 +513,7 @@ def test_recipe_whose_second_adapter_is_sent_when_the_first_has_come_is_known_to
     """Nobody runs, so no step's end makes the engine look again."""
     recipe = (TERMS[0], TERMS[1])
     bench.stage(*recipe)
-    bench.pool._copies._byte_s.append(1.0)  # far more than any step
+    bench.pool._route._copies._byte_s.append(1.0)  # far more than any step
     assert bench.step(recipe) == [ResidencyState.LOADING]
     assert bench.pool.is_copying
     while bench.device.compute_one() or bench.device.copy_one():
@@ -599,7 +599,7 @@ def test_adapter_refused_on_trial_is_let_near_nobody_and_leaves(bench):
         pass
     bench.step()
     assert not bench.pool.has_trials
-    assert bench.pool._tier.ids == bench.arena._tier.ids == ()
+    assert bench.pool._residents._tier.ids == bench.arena._tier.ids == ()
     bench.stage(TERMS[0])
     assert bench.step([TERMS[0]]) == [ResidencyState.READY]
 
@@ -625,7 +625,7 @@ def test_adapter_on_trial_makes_room_for_nobody(bench):
         pass
     assert bench.pool.take_page() is not None
     assert [bench.pool.take_page() for _ in range(3)][-1] is None  # the other two were free
-    assert bench.pool._trials.is_on(TERMS[0].adapter_id)
+    assert bench.pool._loading._trials.is_on(TERMS[0].adapter_id)
     assert bench.pool.settle([TERMS[0].adapter_id]) == {}
     bench.step()
     assert bench.pool.take_page() is not None
@@ -642,7 +642,7 @@ def test_one_adapter_is_on_trial_at_a_time(bench):
     assert not bench.loader.jobs[0][3]  # another one is being filled: its pages and its hash come together
     bench.loader.end_one()
     assert bench.step([TERMS[1]]) == [ResidencyState.READY]
-    assert bench.pool._trials.is_on(TERMS[0].adapter_id)
+    assert bench.pool._loading._trials.is_on(TERMS[0].adapter_id)
 
 
 def test_wish_is_no_trial(bench):

@@ -227,7 +227,7 @@ def test_sequence_that_comes_back_finds_its_adapter_where_it_is_now(make_driver,
             driver.record(driver.engine.step()[0])
         scheduler._preemption.preempt(scheduler._by_id["s1"])
         adapters._forget(driver.ids["x"])
-        adapters._tier.take("somebody else", 1)
+        adapters._residents._tier.take("somebody else", 1)
         driver.run()
         assert driver.tokens("s1") == expected["s1"]
 

@@ -123,7 +123,7 @@ class Runner:
         for term in sequence.terms:
             slot, rank = pool.slot_of(term.adapter_id), RANKS[int(term.adapter_id, 16)]
             pages = [page for page in pool.tensors.slot_pages[slot].tolist() if page >= 0]
-            assert pages == list(pool._tier[term.adapter_id].pages[: LAYOUT.pages_for_rank(rank)])
+            assert pages == list(pool._residents._tier[term.adapter_id].pages[: LAYOUT.pages_for_rank(rank)])
             assert pool.layer_ranks[slot] == rank
         seen = [token for block in sequence.blocks for token in cache[block]][: work.start + work.count]
         return next_token(seen, sequence.terms)
@@ -293,5 +293,5 @@ def test_everybody_gets_the_answer_of_a_quiet_day(asks, kv_units, page_units, ho
         else:
             assert (bench.ends[name], bench.tokens[name]) == ("stop" if tokens[-1] == STOP else "length", tokens)
     assert bench.blocks.used_count == 0
-    for tier in (bench.pool._tier, bench.pool._arena._tier):
+    for tier in (bench.pool._residents._tier, bench.pool._route._arena._tier):
         assert not any(tier[adapter_id].pin_count for adapter_id in tier.ids)

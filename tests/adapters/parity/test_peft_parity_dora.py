@@ -65,7 +65,7 @@ def test_dora_is_evicted_with_its_gains(base):
     slot = pool.slot_of(llama.verify(directory).adapter_id)
     assert slot in pool.tensors.sides
 
-    pool._evict(llama.verify(directory).adapter_id)
+    pool._residents.evict(llama.verify(directory).adapter_id)
 
     assert slot not in pool.tensors.sides
     assert torch.equal(llama.ours(directory), first)

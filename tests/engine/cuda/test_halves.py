@@ -48,14 +48,16 @@ class Early:
 
     def __init__(self, pool):
         self.count = 0
-        self._pool, self._copies, self._inner = pool, pool._copies, pool._copies.join
-        pool._copies.join = self.join
+        self._pool, self._copies, self._inner = pool, pool._route._copies, pool._route._copies.join
+        pool._route._copies.join = self.join
 
     def join(self, adapter_id):
         copy = self._copies._copies.get(adapter_id)
         is_sent_now = copy is not None and copy.step == self._copies._step and copy.arrival.early_share is not None
         follows = (
-            is_sent_now and self._pool._running_count > 1 and self._pool._tier[adapter_id].fence == self._pool._store.mark() - 1
+            is_sent_now
+            and self._pool._demand.running_count > 1
+            and self._pool._residents.place_of(adapter_id).fence == self._pool._store.mark() - 1
         )
         self.count += follows
         self._inner(adapter_id)
