@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +12,17 @@ from node.adapters.pinned import pinned_beside
 from node.adapters.pool import AdapterPool
 from node.config import AdapterSettings, EngineSettings, ModelSettings
 from node.engine.blocks import BlockPool
-from node.engine.device import choose_device, compiled_beside, device_memory, device_name, open_kernels, open_runner
-from node.engine.grammar import Vocabulary
+from node.engine.device import choose_device, compiled_beside, device_memory, open_kernels, open_runner
 from node.engine.grammar_masks import GrammarMasks
-from node.engine.limits import SchedulerLimits
 from node.engine.memory import open_memory
 from node.engine.messages import Ready, SequenceEvent, Stats, Submit
+from node.engine.opening import describe_engine, open_grammars, read_source, scheduler_limits
 from node.engine.runner import LogitsWatcher
 from node.engine.scheduler import Scheduler
-from node.engine.sizing import fill_threads, memory_sizes, step_sizes
+from node.engine.sizing import memory_sizes, step_sizes
 from node.engine.step_plan import StepPlan, Work, WorkResult
-from node.models.base_identity import HASH_CACHE, BegunBase, begin_base
-from node.models.load import DTYPES, ModelSource, loading, open_source
+from node.models.base_identity import BegunBase
+from node.models.load import DTYPES, ModelSource, loading
 from node.request import AdapterTerm
 from node.start_notes import Note, no_notes
 
@@ -321,8 +318,7 @@ def open_engine(
     sizes = step_sizes(settings, adapter_settings, "cpu" if device.type == "cpu" else "cuda")
     dtype = DTYPES[model_settings.dtype]
     if source is None:
-        base = base or begin_base(model_settings.path, model_settings.revision, state_dir / HASH_CACHE)
-        source = open_source(base.files, model_settings.max_model_len, begun_hash=base.wait_for_hash)
+        source = read_source(model_settings, state_dir, base)
     spec = source.spec
     kernels = open_kernels(device, settings, sizes, spec, dtype)
     note("kernels opened")
@@ -334,38 +330,13 @@ def open_engine(
         memory = memory_sizes(settings, adapter_settings, *device_memory(device, spec, sizes, dtype))
         held = open_memory(loaded, settings, adapter_settings, memory, sizes.kv_block_size, device, wake, allocate_host)
         note("memory opened")
-        kv, blocks, adapters = held.kv, held.blocks, held.adapters
-        # A sequence can never be longer than the whole cache.
-        max_model_len = min(spec.max_model_len, blocks.block_limit * kv.block_size)
+        longest = held.longest(spec.max_model_len)
         tokenizer_dir = source.write_tokenizer(state_dir / "tokenizer")
-        read_vocabulary = functools.partial(Vocabulary, tokenizer_dir / "tokenizer.json", spec.vocab_size, spec.eos_token_ids)
-        grammars = GrammarMasks(read_vocabulary, wake, fill_threads(device.type, os.cpu_count() or 1))
-        runner = open_runner(loaded, kernels, kv, adapters, grammars, sizes, max_model_len, watch_logits, wait_for_sampler)
+        grammars = open_grammars(tokenizer_dir, spec, device, wake)
+        runner = open_runner(loaded, kernels, held.kv, held.adapters, grammars, sizes, longest, watch_logits, wait_for_sampler)
         note("steps prepared")
     note("weights there")
-    limits = SchedulerLimits(
-        sizes.max_sequences,
-        sizes.max_batch_tokens,
-        settings.queue_limit,
-        max_model_len,
-        spec.vocab_size,
-        spread_sizes=sizes.spread_sizes,
-    )
-    ready = Ready(
-        model_id=source.model_id,
-        base_id=loaded.base_id,
-        architecture=spec.architecture,
-        dtype=model_settings.dtype,
-        device=device_name(device),
-        kernels=kernels.name,
-        vocab_size=spec.vocab_size,
-        max_model_len=max_model_len,
-        eos_token_ids=spec.eos_token_ids,
-        tokenizer_dir=str(tokenizer_dir),
-        linears=spec.linear_kinds,
-        kv_block_count=blocks.block_limit,
-        kv_block_size=kv.block_size,
-        max_rank=adapter_settings.max_rank,
-    )
-    scheduler = Scheduler(blocks, limits, adapters, loaded.base_id)
-    return Engine(scheduler, runner, adapters, blocks, grammars, ready)
+    limits = scheduler_limits(sizes, settings.queue_limit, longest, spec.vocab_size)
+    ready = describe_engine(model_settings, adapter_settings, source, loaded, held, device, kernels.name, tokenizer_dir, longest)
+    scheduler = Scheduler(held.blocks, limits, held.adapters, loaded.base_id)
+    return Engine(scheduler, runner, held.adapters, held.blocks, grammars, ready)

@@ -33,6 +33,10 @@ class EngineMemory:
     blocks: BlockPool
     adapters: AdapterPool
 
+    def longest(self, max_model_len: int) -> int:
+        """Tokens of a sequence: as many as the model takes, and never more than the whole cache."""
+        return min(max_model_len, self.blocks.block_limit * self.kv.block_size)
+
 
 def open_memory(
     loaded: LoadedModel,
