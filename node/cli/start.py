@@ -1,17 +1,21 @@
-"""`openlora-node start`: open the rooms, say where everything is, serve until SIGTERM, drain."""
+"""`openlora-node start`: open the rooms, say where everything is, serve until SIGTERM, drain. A start can be stopped as well."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
 import sys
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from node.cli.options import ConfigOption, DataDirOption, settings_from
 from node.config import Settings
+
+if TYPE_CHECKING:
+    from node.app import Node
 
 _SWITCH_INTERVAL_S = 0.0005
 
@@ -56,14 +60,38 @@ async def _serve(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stop_once, stop, loop)
-    async with open_node(settings) as node:
+    async with AsyncExitStack() as stack:
+        node = await _opened(stack, open_node(settings), stop)
+        if node is None:
+            typer.echo("stopped before it served")
+            return
         typer.echo(node.banner())
         await stop.wait()
         typer.echo("draining: new requests are refused, running ones finish")
 
 
+async def _opened(stack: AsyncExitStack, opening: AbstractAsyncContextManager[Node], stop: asyncio.Event) -> Node | None:
+    """The node, to be closed by the stack; None where `stop` came first: a large model takes minutes, for nobody then."""
+    patience = asyncio.timeout(None)
+    watch = asyncio.create_task(_give_up(stop, patience), name="start-watch")
+    try:
+        async with patience:
+            return await stack.enter_async_context(opening)
+    except TimeoutError:
+        if not patience.expired():
+            raise
+        return None
+    finally:
+        watch.cancel()
+
+
+async def _give_up(stop: asyncio.Event, patience: asyncio.Timeout) -> None:
+    await stop.wait()
+    patience.reschedule(0)
+
+
 def _stop_once(stop: asyncio.Event, loop: asyncio.AbstractEventLoop) -> None:
-    """Drain on the first signal; a second one finds the default action and ends the process at once."""
+    """Drain, or give up the start, on the first signal; a second one finds the default action and ends the process at once."""
     stop.set()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)
