@@ -103,7 +103,7 @@ class LedgerClient:
             NodeError: What the ledger says of itself, or ConfigError where the process cannot be started.
         """
         try:
-            opened = await self._launch(lost=None)
+            opened = await self._launch(is_first=True)
         except NodeError:
             await self._discard()
             raise
@@ -174,9 +174,11 @@ class LedgerClient:
 
     # ---- the child
 
-    async def _launch(self, lost: list[str] | None) -> Opened:
+    async def _launch(self, *, is_first: bool) -> Opened:
         process, self._started = self._started or await begin(), None
         self._process = process
+        # Who ends while a process is begun is lost, too; who ends after this line tells the process itself.
+        lost = None if is_first else sorted(self._lost)
         config = LedgerConfig(
             url=self._url,
             keys_dir=str(self._keys_dir),
@@ -198,6 +200,7 @@ class LedgerClient:
         if event.operator != self._operator:
             raise LedgerError(f"the ledger process signs for {event.operator} and the node for {self._operator}; start it again")
         self.payers, self.is_healthy = event.payers, True
+        self._lost.difference_update(lost or ())
         return event
 
     async def _supervise(self) -> None:
@@ -216,14 +219,11 @@ class LedgerClient:
         while self._process is None and not self._is_closing:
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, MAX_RESTART_DELAY_S)
-            lost = sorted(self._lost)
             try:
-                await self._launch(lost)
+                await self._launch(is_first=False)
             except NodeError as error:
                 logger.error("the ledger process did not start again: %s", error.message)
                 await self._discard()
-            else:
-                self._lost.difference_update(lost)
 
     async def _listen(self, process: ChildProcess) -> None:
         """Until the child's output ends."""

@@ -16,6 +16,7 @@ from attribution import receipt
 from attribution.fees import Contribution, Payees, Price, SplitPolicy
 from attribution.record import RecipeTerm
 from node.errors import LedgerError, OverloadedError, RequestError
+from node.settlement import ledger_client
 from node.settlement.admission import Admission, Outcome, SignedVoucher
 from node.settlement.keys import KeyDirectory
 from node.settlement.ledger import Ledger
@@ -165,6 +166,26 @@ async def test_loss_of_the_process_fails_who_waits_and_keeps_who_runs(ledger):
     found = {item.record["request_id"]: item.record["status"] for item in await ledger.records()}
     assert found == {"before": "ok", "ends-now": "failed", "runs-on": "ok", "after": "ok"}
     assert await ledger.verify_chain() == 4
+
+
+async def test_request_that_ends_while_another_process_is_begun_is_closed_by_that_one(ledger, monkeypatch):
+    begins, goes_on, begin = asyncio.Event(), asyncio.Event(), ledger_client.begin
+
+    async def begin_slowly():
+        begins.set()
+        await goes_on.wait()
+        return await begin()
+
+    monkeypatch.setattr(ledger_client, "begin", begin_slowly)
+    await ledger.admit(admission(ledger, "ends-between"))
+    os.kill(ledger._client.pid, signal.SIGKILL)
+    await begins.wait()
+    with pytest.raises(LedgerError):
+        await ledger.close(ok("ends-between"))
+    goes_on.set()
+    await until_healthy(ledger)
+
+    assert [(item.record["request_id"], item.record["status"]) for item in await ledger.records()] == [("ends-between", "failed")]
 
 
 async def test_shutdown_commits_what_it_was_told(make):
