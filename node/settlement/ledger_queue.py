@@ -25,6 +25,11 @@ class WorkQueue(Generic[_Item]):
         self._is_closed = False
 
     @property
+    def is_closed(self) -> bool:
+        """Whether nothing more is taken."""
+        return self._is_closed
+
+    @property
     def is_ended(self) -> bool:
         """Whether it is closed and nothing is left."""
         with self._changed:
@@ -36,16 +41,16 @@ class WorkQueue(Generic[_Item]):
         return len(self._items)
 
     def put(self, items: Sequence[_Item]) -> bool:
-        """Hand over all of them, or none where they do not all find room; says which. Never blocks."""
+        """Hand over all of them, or none where they do not all find room or nothing more is taken; says which. Never blocks."""
         with self._changed:
-            if len(self._items) + len(items) > self.limit:
+            if self._is_closed or len(self._items) + len(items) > self.limit:
                 return False
             self._items.extend(items)
             self._changed.notify()
             return True
 
     def close(self) -> None:
-        """Nothing more comes; nobody is waited for any longer."""
+        """Nothing more is taken; nobody is waited for any longer."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()

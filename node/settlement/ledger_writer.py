@@ -162,6 +162,8 @@ class LedgerWriter:
         if not self._thread.is_alive():
             raise LedgerError("the ledger is closed; start the node again")
         if not self._queue.put(items):
+            if self._queue.is_closed:
+                raise LedgerError("the ledger is closed; start the node again")
             raise OverloadedError(f"{self._queue.limit} pieces of ledger work wait already; try again later", retry_after_s=1.0)
 
     @property
@@ -178,9 +180,11 @@ class LedgerWriter:
             try:
                 self._serve(items)
             except BaseException:
-                # A defect must not leave callers waiting for ever: answer what waits, then let the thread die loudly.
+                # A defect must not leave callers waiting for ever, nor those left behind for the next group: answer what waits,
+                # then let the thread die loudly.
                 self.is_healthy = False
-                self._refuse(items)
+                self._queue.close()
+                self._refuse(items + self._queue.take(self._queue.limit))
                 raise
             finally:
                 self._settled()

@@ -50,3 +50,11 @@ def test_is_ended_when_closed_and_empty():
     assert not work.is_ended
     work.take(1)
     assert work.is_ended
+
+
+def test_put_into_a_closed_queue_takes_nothing():
+    work = WorkQueue(8)
+    work.close()
+
+    assert not work.put([1])
+    assert work.is_ended

@@ -128,6 +128,23 @@ def test_put_after_the_end_is_refused(make, seen):
         store.writer.put(*admits(seen, "a"))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_defect_of_the_writer_leaves_nobody_waiting(make, seen, monkeypatch):
+    def fail(group, request):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(ledger_writer.Group, "admit", fail)
+    store, problems = make(), []
+    crowd = [Admit(item.request, lambda result, error: problems.append(error)) for item in admits(seen, *map(str, range(100)))]
+    store.writer.put(*crowd)
+    seen.wait_for_groups(1)
+
+    assert len(problems) == 100
+    assert all(isinstance(problem, LedgerError) for problem in problems)
+    with pytest.raises(LedgerError, match="closed"):
+        store.writer.put(*admits(seen, "late"))
+
+
 def test_put_a_crowd_is_answered_half_by_half(make, seen, monkeypatch):
     monkeypatch.setattr(ledger_writer, "least_group", lambda *measured: LEAST_GROUP)
     store = make(group_commit_ms=HOUR_MS)
