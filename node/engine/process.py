@@ -9,9 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import logging
-import os
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -25,10 +23,10 @@ from node.engine.loop import EngineLoop
 from node.engine.messages import StartFailed
 from node.errors import NodeError
 from node.models.base_identity import HASH_CACHE, begin_base
+from node.parent_watch import watch_parent
 from node.start_notes import Note, StartNotes
 
 EXIT_START_FAILED = 3
-EXIT_ORPHANED = 4
 _SWITCH_INTERVAL_S = 0.0005
 
 
@@ -40,7 +38,7 @@ def main() -> int:
     # Threads that read weights, or an adapter's headers, wait for the interpreter lock at most so long; the step loop for them.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=LaunchConfig)
-    threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
+    watch_parent()
     channel = EngineChannel(Path(config.runtime_dir), config.high_water_mark)
     try:
         return _serve(config, channel, note)
@@ -85,13 +83,6 @@ def _serve(config: LaunchConfig, channel: EngineChannel, note: Note) -> int:
     finally:
         engine.close()
     return 0
-
-
-def _exit_with_parent() -> None:
-    """Wait for the end of standard input. No clean-up: nobody is left to hear of it, and nothing here is durable."""
-    while os.read(sys.stdin.fileno(), 4096):
-        pass
-    os._exit(EXIT_ORPHANED)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
 from pathlib import Path
 
 from attribution import identity
 from attribution.errors import IdentityError
+from node.parent_watch import watch_parent
 
 EXIT_UNREADABLE = 3
-EXIT_ORPHANED = 4
 NICENESS = 5  # the process that starts meanwhile comes first
 MOST_THREADS = 16
 
@@ -25,7 +24,7 @@ MOST_THREADS = 16
 def main() -> int:
     """Answer once; returns the exit status."""
     named = {name: Path(path) for name, path in json.loads(sys.stdin.buffer.readline()).items()}
-    threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
+    watch_parent()
     os.nice(NICENESS)
     try:
         found = identity.base_id(named, threads=min(os.cpu_count() or 1, MOST_THREADS))
@@ -33,12 +32,6 @@ def main() -> int:
         return EXIT_UNREADABLE
     sys.stdout.write(found)
     return 0
-
-
-def _exit_with_parent() -> None:
-    while os.read(sys.stdin.fileno(), 4096):
-        pass
-    os._exit(EXIT_ORPHANED)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import pytest
 
 from attribution import identity
 from node.errors import ModelLoadError
-from node.models import base_identity, hash_process
+from node.models import base_identity
 from node.models.base_identity import base_id, begin_base
 from node.models.source import resolve
+from node.parent_watch import EXIT_ORPHANED
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_hashing_process_ends_with_its_parent(tmp_path):
     process.stdin.write(json.dumps({"model.safetensors": str(pipe)}).encode() + b"\n")
     process.stdin.close()
 
-    assert process.wait(30) == hash_process.EXIT_ORPHANED
+    assert process.wait(30) == EXIT_ORPHANED
     assert process.stdout.read() == b""
     process.stdout.close()
 
