@@ -20,6 +20,7 @@ from node.engine.sizing import DeviceSizes, StepSizes, step_bytes
 from node.errors import ConfigError
 from node.kernels.attention.paged import AttentionShape
 from node.kernels.attention.registry import open_attention
+from node.kernels.build import library_path
 from node.kernels.build_cuda import cuda_library_path
 from node.kernels.ops import Kernels
 from node.kernels.torch_kernels import TorchKernels
@@ -79,6 +80,11 @@ def open_kernels(
         return kernels
     torch.set_num_threads(min(threads, GPU_HOST_THREADS))
     torch.cuda.set_device(device)
+    if library_path() is None:
+        logger.warning(
+            "the C++ kernels are not built: numpy reads adapters and prepares their steps, several times slower; "
+            "install g++ and run `python -m node.kernels.build`"
+        )
     if settings.kernels == "reference":
         return TorchKernels(is_deterministic=settings.deterministic, device=device)
     if cuda_library_path() is None:

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from node.config import EngineSettings
 from node.engine import device as subject
 from node.engine.device import compiled_beside
 
@@ -62,3 +63,13 @@ def test_model_that_fails_says_so_and_leaves_no_thread(compiling):
     with pytest.raises(LookupError), compiled_beside(CUDA, 100):
         raise LookupError("model")
     assert not any(thread.name.startswith("compile-sampler") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("is_built", [True, False])
+def test_gpu_without_the_compiled_kernels_of_its_host_says_what_is_slower(monkeypatch, caplog, tmp_path, is_built):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(subject, "library_path", lambda: tmp_path if is_built else None)
+    kernels = subject.open_kernels(CUDA, EngineSettings(kernels="reference"), None, None, torch.bfloat16)
+    assert kernels.device == CUDA
+    assert ("numpy reads adapters" in caplog.text) is not is_built
