@@ -61,7 +61,7 @@ class TileBlock {
     std::copy(std::begin(header), std::end(header), data);
     write_tiles(data + tiles_at, data + items_at, data + tile_of_at);
     std::copy(places_.begin(), places_.end(), data + rows_at);
-    memcpy(data + entries_at, entries_.data(), entries_.size() * sizeof(Entry));
+    if (!entries_.empty()) memcpy(data + entries_at, entries_.data(), entries_.size() * sizeof(Entry));
     deal_stream(data + tiles_at, data + kHeaderInts);
     deal_norm(data + tiles_at, data + kHeaderInts + work_.processors * kStreamInts);
     return size;

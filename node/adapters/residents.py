@@ -16,7 +16,6 @@ from node.adapters.page_store import DevicePages, HostPages
 from node.adapters.slot_ranks import SlotRanks
 from node.adapters.tier import Place, Tier
 from node.kernels.layout import PageLayout
-from node.kernels.lora import LoraPool
 
 
 class Residents:
@@ -47,11 +46,6 @@ class Residents:
     def ids(self) -> tuple[str, ...]:
         """Those a batch may name, least recently used first."""
         return tuple(adapter_id for adapter_id in self._tier.ids if adapter_id in self._files)
-
-    @property
-    def tensors(self) -> LoraPool:
-        """What kernels read."""
-        return self._store.tensors
 
     @property
     def page_count(self) -> int:
