@@ -54,7 +54,11 @@ class EmbeddedChainProcess:
         for address in self._fund:
             command += ["--fund", address]
         self._process = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=child_environment()
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=child_environment(),
+            start_new_session=True,  # Ctrl-C goes to the parent alone, whose last transactions still need the chain
         )
         try:
             ready = self._ready(self._first_line(self._process))

@@ -323,6 +323,11 @@ def test_process_ends_with_its_parent_however_that_dies(tmp_path):
     assert not is_running(child)
 
 
+def test_process_is_not_in_the_group_that_ctrl_c_reaches(started):
+    process, _ = started
+    assert os.getpgid(process.process_id) != os.getpgrp()
+
+
 def is_running(process_id):
     try:
         with open(f"/proc/{process_id}/stat") as file:
