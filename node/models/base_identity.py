@@ -21,7 +21,8 @@ from pathlib import Path
 from attribution import canonical, identity
 from attribution.errors import IdentityError
 from node.child_process import child_environment
-from node.errors import ModelLoadError
+from node.errors import EngineError, ModelLoadError
+from node.models.hash_process import EXIT_UNREADABLE
 from node.models.source import ModelFiles, resolve
 
 HASH_CACHE = "model_hashes.json"  # in the engine's state directory
@@ -71,6 +72,7 @@ def base_id(files: ModelFiles, cache_file: Path | None) -> str:
 
     Raises:
         ModelLoadError: model_corrupt. A file cannot be read or changes while it is read.
+        EngineError: engine_failed. The process that hashes a large model cannot be started, or was ended by somebody else.
     """
     named = _named_files(files)
     try:
@@ -84,33 +86,50 @@ def base_id(files: ModelFiles, cache_file: Path | None) -> str:
         logger.info("the base model was hashed in %.2f s", time.monotonic() - begun_s)
         if _key(named) != key:
             raise ModelLoadError(f"the files of {files.model_id} changed while they were read; start again", code="model_corrupt")
-        if cache_file is not None:
-            _write_cache(cache_file, {**known, key: value})
-        return value
     except (OSError, IdentityError) as error:
         raise ModelLoadError(
-            f"the files of {files.model_id} in {files.directory} cannot be read", code="model_corrupt"
+            f"the files of {files.model_id} in {files.directory} cannot be read; check that they exist and their permissions",
+            code="model_corrupt",
         ) from error
+    _remember(cache_file, {**known, key: value})
+    return value
 
 
 def _hash_apart(named: Mapping[str, Path]) -> str:
     """`identity.base_id` in a process of its own.
 
     Raises:
-        OSError: It cannot be started. IdentityError: It could not read the files.
+        IdentityError: It could not read the files. EngineError: See `base_id`.
     """
     command = [sys.executable, "-P", "-m", "node.models.hash_process"]
-    with subprocess.Popen(  # noqa: S603 - our own module
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=child_environment()
-    ) as process:
-        if process.stdin is None or process.stdout is None:
-            raise IdentityError("the process that hashes the base model was started without pipes")
-        process.stdin.write(json.dumps({name: str(path.absolute()) for name, path in named.items()}).encode() + b"\n")
-        process.stdin.flush()  # and stays open: its end would be this process's
-        value = process.stdout.read().decode()
+    question = json.dumps({name: str(path.absolute()) for name, path in named.items()}).encode() + b"\n"
+    try:
+        with subprocess.Popen(  # noqa: S603 - our own module
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=child_environment()
+        ) as process:
+            value = _answer(process, question)
+    except OSError as error:
+        raise _lost(f"cannot be started or asked (errno {error.errno})") from error
+    if process.returncode == EXIT_UNREADABLE:
+        raise IdentityError("the process that hashes the base model cannot read its files")
     if process.returncode != 0:
-        raise IdentityError(f"the process that hashes the base model ended with status {process.returncode}")
+        raise _lost(f"ended with status {process.returncode}")
     return value
+
+
+def _answer(process: subprocess.Popen[bytes], question: bytes) -> str:
+    if process.stdin is None or process.stdout is None:
+        raise _lost("was started without pipes")
+    process.stdin.write(question)
+    process.stdin.flush()  # and stays open: its end would be this process's
+    return process.stdout.read().decode()
+
+
+def _lost(what: str) -> EngineError:
+    return EngineError(
+        f"the process that hashes the base model {what}; check the machine's memory and limits, then start again",
+        code="engine_failed",
+    )
 
 
 def _named_files(files: ModelFiles) -> dict[str, Path]:
@@ -135,10 +154,26 @@ def _read_cache(cache_file: Path | None) -> dict[str, str]:
     return known if isinstance(known, dict) else {}
 
 
+def _remember(cache_file: Path | None, known: dict[str, str]) -> None:
+    """A cache that cannot be written only costs time, too: the next start hashes again."""
+    if cache_file is None:
+        return
+    try:
+        _write_cache(cache_file, known)
+    except OSError as error:
+        logger.warning("%s cannot be written (errno %s): the next start hashes the base model again", cache_file, error.errno)
+
+
 def _write_cache(cache_file: Path, known: dict[str, str]) -> None:
     """Replace the file in one step, so that a reader never sees half of it. The oldest entries go first."""
     cache_file.parent.mkdir(parents=True, exist_ok=True)
     kept = dict(list(known.items())[-_ENTRY_LIMIT:])
     with tempfile.NamedTemporaryFile("w", dir=cache_file.parent, prefix=".hashes-", delete=False) as file:
-        json.dump(kept, file)
-    os.replace(file.name, cache_file)
+        temporary = Path(file.name)
+        try:
+            json.dump(kept, file)
+            file.flush()
+            os.replace(temporary, cache_file)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import pytest
 
 from attribution import identity
-from node.errors import ModelLoadError
+from node.errors import EngineError, ModelLoadError
 from node.models import base_identity
 from node.models.base_identity import base_id, begin_base
 from node.models.source import resolve
@@ -108,6 +109,49 @@ def test_file_that_the_other_process_cannot_read_is_refused(directory, monkeypat
 
     with pytest.raises(ModelLoadError, match="cannot be read"):
         base_id(files, None)
+
+
+@pytest.mark.parametrize("script", ["import os; os.kill(os.getpid(), 9)", "import sys; sys.stdin.close(); sys.exit(1)"])
+def test_hashing_process_that_is_killed_is_no_fault_of_the_files(script, directory, tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{script}'\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(base_identity, "APART_BYTES", 1)
+    monkeypatch.setattr(base_identity.sys, "executable", str(program))
+
+    with pytest.raises(EngineError, match="start again"):
+        base_id(resolve(str(directory)), tmp_path / "hashes.json")
+    assert not (tmp_path / "hashes.json").exists()
+
+
+def test_hashing_process_that_cannot_be_started_is_no_fault_of_the_files(directory, tmp_path, monkeypatch):
+    monkeypatch.setattr(base_identity, "APART_BYTES", 1)
+    monkeypatch.setattr(base_identity.sys, "executable", str(tmp_path / "none"))
+
+    with pytest.raises(EngineError, match="cannot be started"):
+        base_id(resolve(str(directory)), None)
+
+
+def test_cache_that_cannot_be_written_only_costs_time(directory, tmp_path, hash_count, caplog):
+    cache = tmp_path / "file" / "hashes.json"
+    cache.parent.write_text("no directory")
+    expected = identity.base_id({name: directory / name for name in ("config.json", "tokenizer.json", "model.safetensors")})
+
+    assert base_id(resolve(str(directory)), cache) == expected
+    assert "hashes the base model again" in caplog.text
+
+
+def test_disk_that_is_full_leaves_no_half_of_a_cache(directory, tmp_path, monkeypatch):
+    cache = tmp_path / "cache" / "hashes.json"
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(base_identity.json, "dump", full)
+
+    base_id(resolve(str(directory)), cache)
+
+    assert list(cache.parent.iterdir()) == []
 
 
 def test_hashing_process_ends_with_its_parent(tmp_path):
