@@ -1,6 +1,7 @@
 """The engine one step ahead of a device on which parts of steps fail: everybody gets the answer of a quiet day."""
 
-import zlib
+import importlib.util
+from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,34 +15,11 @@ from node.engine.scheduler import Scheduler
 from node.engine.step_plan import WorkResult
 from node.request import AdapterTerm, DrawnToken, Sampling
 
+_spec = importlib.util.spec_from_file_location("quiet_day", Path(__file__).with_name("quiet_day.py"))
+quiet_day = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(quiet_day)
+STOP, expected, next_token = quiet_day.STOP, quiet_day.expected, quiet_day.next_token
 BLOCK_SIZE = 4
-STOP = 7
-
-
-def next_token(tokens, terms):
-    """A hash of all tokens before it and of the adapters."""
-    return zlib.crc32(repr((list(tokens), [term.adapter_id for term in terms])).encode()) % 30
-
-
-class Grammars:
-    """Nobody has one."""
-
-    waiting_count = 0
-
-    def admit(self, submit):
-        return True
-
-    def forget(self, sequence_id):
-        return False
-
-    def waiting_ids(self):
-        return []
-
-    def take_failed(self):
-        return []
-
-    def observe(self, events):
-        pass
 
 
 class Adapters:
@@ -142,7 +120,7 @@ class Bench:
         limits = SchedulerLimits(max_sequences, 16, 100, max_model_len=500, vocab_size=1000)
         scheduler = self.scheduler = Scheduler(self.blocks, limits, self.adapters, base_id="base")
         device = self.device = Device(block_count, self.adapters, set(faults))
-        self.engine = Engine(scheduler, device, self.adapters, self.blocks, Grammars(), None)
+        self.engine = Engine(scheduler, device, self.adapters, self.blocks, quiet_day.Grammars(), None)
         compute_alone = self.engine._compute_alone
 
         def repeat(work):
@@ -154,8 +132,7 @@ class Bench:
         self.engine._compute_alone = repeat
         self.tokens, self.ends = {}, {}
 
-    def add(self, name, tenant, prompt, count, adapters):
-        terms = tuple(AdapterTerm(adapter, f"/{adapter}", 1.0) for adapter in adapters)
+    def add(self, name, tenant, prompt, count, terms):
         sampling = Sampling(max_new_tokens=count, stop_token_ids=(STOP,))
         submit = Submit(sequence_id=name, tenant=tenant, prompt_ids=tuple(prompt), terms=terms, sampling=sampling)
         self.record(self.engine.add(submit))
@@ -178,15 +155,6 @@ class Bench:
         raise AssertionError("the engine did not finish")
 
 
-def expected(prompt, count, adapters):
-    tokens, terms = list(prompt), [AdapterTerm(adapter, "", 1.0) for adapter in adapters]
-    for _ in range(count):
-        tokens.append(next_token(tokens, terms))
-        if tokens[-1] == STOP:
-            break
-    return tokens[len(prompt) :]
-
-
 ASK = st.tuples(
     st.sampled_from("st"), st.integers(1, 24), st.integers(1, 9), st.lists(st.sampled_from("abcd"), max_size=2, unique=True)
 )
@@ -205,9 +173,9 @@ def test_faults_of_a_device_cost_time_and_nothing_else(asks, block_count, place_
     bench = Bench(block_count, place_count, max_sequences, faults)
     wanted = {}
     for number, ((tenant, length, count, adapters), steps) in enumerate(asks):
-        prompt = [number] * length
-        wanted[str(number)] = expected(prompt, count, adapters)
-        bench.add(str(number), tenant, prompt, count, adapters)
+        prompt, terms = [number] * length, tuple(AdapterTerm(adapter, f"/{adapter}", 1.0) for adapter in adapters)
+        wanted[str(number)] = expected(prompt, count, terms)
+        bench.add(str(number), tenant, prompt, count, terms)
         for _ in range(steps):
             bench.step()
     cancelled = {str(number) for number in cancels if str(number) in wanted}

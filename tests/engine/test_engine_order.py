@@ -5,7 +5,6 @@ accesses to the same bytes go without an order (`tests/adapters/test_device_orde
 """
 
 import importlib.util
-import zlib
 from pathlib import Path
 from unittest.mock import patch
 
@@ -28,35 +27,20 @@ from node.errors import AdapterChangedError
 from node.kernels.lora import SideTensors
 from node.request import DrawnToken, Sampling
 
-_spec = importlib.util.spec_from_file_location("device_order", Path(__file__).parents[1] / "adapters" / "test_device_order.py")
-order = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(order)
+
+def _load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+order = _load(Path(__file__).parents[1] / "adapters" / "test_device_order.py")
+quiet_day = _load(Path(__file__).with_name("quiet_day.py"))
+STOP, expected, next_token = quiet_day.STOP, quiet_day.expected, quiet_day.next_token
 LAYOUT, RANKS, TERMS, places_of = order.LAYOUT, order.RANKS, order.TERMS, order.places_of
-UNIT_BLOCKS, BLOCK_SIZE, STOP = 2, 4, 7
+UNIT_BLOCKS, BLOCK_SIZE = 2, 4
 BLOCK_ELEMENTS = -(-LAYOUT.page_elements // UNIT_BLOCKS)
-
-
-def next_token(tokens, terms):
-    """A hash of all tokens before it and of the adapters."""
-    return zlib.crc32(repr((list(tokens), [term.adapter_id for term in terms])).encode()) % 30
-
-
-class Grammars:
-    """Nobody has one."""
-
-    waiting_count = 0
-
-    def admit(self, submit):
-        return True
-
-    def forget(self, sequence_id):
-        return False
-
-    def take_failed(self):
-        return []
-
-    def observe(self, events):
-        pass
 
 
 class Loader(order.Loader):
@@ -177,7 +161,7 @@ class Bench:
         self.pool.borrow_from(border.lend_pages)
         limits = SchedulerLimits(max_sequences, 16, 100, self.blocks.block_limit * BLOCK_SIZE, 1000)
         scheduler, runner = Scheduler(self.blocks, limits, self.pool, "base"), Runner(self, faults)
-        self.engine = Engine(scheduler, runner, self.pool, self.blocks, Grammars(), None)
+        self.engine = Engine(scheduler, runner, self.pool, self.blocks, quiet_day.Grammars(), None)
         self.engine._compute_alone = self.quietly(runner, self.engine._compute_alone)
 
     def quietly(self, runner, repeat):
@@ -227,15 +211,6 @@ class Bench:
         assert not self.engine.has_work, "somebody was never served"
         for _ in range(25):  # what nobody waits for any more comes to an end
             self.step([(stream, 500) for stream in range(6)])
-
-
-def expected(prompt, count, terms):
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(next_token(tokens, terms))
-        if tokens[-1] == STOP:
-            break
-    return tokens[len(prompt) :]
 
 
 MOVES = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9)), max_size=4)
