@@ -66,6 +66,27 @@ def test_adapter_that_nobody_waits_for_is_told_of_once(room):
     assert [type(outcome) for outcome in found] == [Filled]
 
 
+def test_loader_that_is_closed_while_it_hashes_ends_the_hash_before_its_reader(room, monkeypatch):
+    reader, order, may_hash = room.loader._reader, [], threading.Event()
+    hash_placed, close_reader = reader._hash, reader.close
+
+    def hash_late(*arguments):
+        assert may_hash.wait(10.0)
+        fault = hash_placed(*arguments)
+        order.append("hashed")
+        return fault
+
+    monkeypatch.setattr(reader, "_hash", hash_late)
+    monkeypatch.setattr(reader, "close", lambda: (order.append("closed"), close_reader()))
+    room.loader.fill(room.inspect(), [room.page], is_urgent=True)
+    assert [type(outcome) for outcome in room.loader.outcomes(10.0)] == [Placed]
+    closing = threading.Thread(target=room.loader.close)
+    closing.start()
+    may_hash.set()
+    closing.join(10.0)
+    assert order == ["hashed", "closed"]
+
+
 @pytest.mark.parametrize("is_urgent", [False, True])
 def test_changed_bytes_end_as_failed_however_they_were_read(room, is_urgent):
     weights = room.directory / "adapter_model.safetensors"
