@@ -213,6 +213,8 @@ class LedgerClient:
             await self._discard()
             logger.error("the ledger process is lost; starting another: %s", tail)
             await self._restart()
+            if self._is_closing and self._process is not None:
+                self._process.input.close()  # `close` came while there was none
 
     async def _restart(self) -> None:
         delay_s = RESTART_DELAY_S

@@ -168,7 +168,9 @@ async def test_loss_of_the_process_fails_who_waits_and_keeps_who_runs(ledger):
     assert await ledger.verify_chain() == 4
 
 
-async def test_request_that_ends_while_another_process_is_begun_is_closed_by_that_one(ledger, monkeypatch):
+@pytest.fixture
+def slow_begin(monkeypatch):
+    """Each process from here on is begun once it may be; the first event says that one is asked for."""
     begins, goes_on, begin = asyncio.Event(), asyncio.Event(), ledger_client.begin
 
     async def begin_slowly():
@@ -177,6 +179,11 @@ async def test_request_that_ends_while_another_process_is_begun_is_closed_by_tha
         return await begin()
 
     monkeypatch.setattr(ledger_client, "begin", begin_slowly)
+    return begins, goes_on
+
+
+async def test_request_that_ends_while_another_process_is_begun_is_closed_by_that_one(ledger, slow_begin):
+    begins, goes_on = slow_begin
     await ledger.admit(admission(ledger, "ends-between"))
     os.kill(ledger._client.pid, signal.SIGKILL)
     await begins.wait()
@@ -186,6 +193,20 @@ async def test_request_that_ends_while_another_process_is_begun_is_closed_by_tha
     await until_healthy(ledger)
 
     assert [(item.record["request_id"], item.record["status"]) for item in await ledger.records()] == [("ends-between", "failed")]
+
+
+async def test_shutdown_while_another_process_is_begun_ends_that_one(ledger, slow_begin, monkeypatch):
+    monkeypatch.setattr(ledger_client, "STOP_TIMEOUT_S", None)  # as long as it takes
+    begins, goes_on = slow_begin
+    os.kill(ledger._client.pid, signal.SIGKILL)
+    await begins.wait()
+    ending = asyncio.create_task(ledger.shutdown())
+    await asyncio.sleep(0)
+    goes_on.set()
+    async with asyncio.timeout(60):
+        await ending
+
+    assert ledger._client.pid is None
 
 
 async def test_shutdown_commits_what_it_was_told(make):
