@@ -119,7 +119,12 @@ class ChildProcess:
                 return
             text = line.decode(errors="replace").rstrip()
             self._tail.append(text)
-            self._logger.info("%s", text)
+            self._logger.log(_level_of(text), "%s", text)
+
+
+def _level_of(line: str) -> int:
+    """What begins with a level's name has that level; the lines of a traceback have none."""
+    return logging.getLevelNamesMapping().get(line.partition(" ")[0], logging.INFO)
 
 
 def child_environment() -> dict[str, str]:

@@ -10,6 +10,7 @@ import asyncio
 import secrets
 import tempfile
 import time
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +44,13 @@ def demo(config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
 
 async def _run(settings: Settings) -> None:
     from node.opening import open_node
+    from node.telemetry.logs import make_logger, passing_on
 
     quiet = settings.model_copy(update={"telemetry": settings.telemetry.model_copy(update={"log_level": "warning"})})
     started_s = time.monotonic()
-    async with open_node(quiet) as node:
+    async with AsyncExitStack() as stack:
+        stack.enter_context(passing_on(make_logger(quiet.telemetry.log_level, quiet.telemetry.log_format)))
+        node = await stack.enter_async_context(open_node(quiet))
         print(node.banner())
         print(f"  ready      in {time.monotonic() - started_s:.1f} s\n")
         payer = await _funded_payer(node)

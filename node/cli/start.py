@@ -55,12 +55,14 @@ def start(
 
 async def _serve(settings: Settings) -> None:
     from node.opening import open_node
+    from node.telemetry.logs import make_logger, passing_on
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stop_once, stop, loop)
     async with AsyncExitStack() as stack:
+        stack.enter_context(passing_on(make_logger(settings.telemetry.log_level, settings.telemetry.log_format)))
         node = await _opened(stack, open_node(settings), stop)
         if node is None:
             typer.echo("stopped before it served")

@@ -5,8 +5,10 @@ No prompt, no answer, no key and no voucher is ever an argument of a log call; `
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any, Literal, TextIO
 
 import structlog
@@ -45,6 +47,37 @@ def make_logger(
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
     )
     return logger
+
+
+class _Passing(logging.Handler):
+    """Hands on what comes through Python's own logging."""
+
+    def __init__(self, logger: structlog.typing.FilteringBoundLogger) -> None:
+        super().__init__()
+        self._logger = logger
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._logger.log(record.levelno, record.getMessage(), source=record.name, exc_info=record.exc_info)
+        except (OSError, ValueError):  # a stderr that nobody reads any more must not end whoever wrote the line
+            self.handleError(record)
+
+
+@contextmanager
+def passing_on(logger: structlog.typing.FilteringBoundLogger) -> Iterator[None]:
+    """Let the block hear what the node's modules say through Python's own logging, the lines of its child processes among it.
+
+    That logging is process-wide, so this is for the program and not for a room.
+    """
+    modules, handler = logging.getLogger("node"), _Passing(logger)
+    level = modules.level
+    modules.addHandler(handler)
+    modules.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        modules.setLevel(level)
+        modules.removeHandler(handler)
 
 
 def redact(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -45,6 +45,15 @@ async def test_last_words_of_a_child_that_fails_are_kept_and_logged(caplog):
     assert "Expecting property name" in caplog.text
 
 
+async def test_line_of_a_child_is_logged_at_the_level_that_it_begins_with(module, caplog):
+    name, environment = module("import sys\nsys.stderr.write('WARNING kernels: not built\\nTraceback\\nINFO all: well\\n')\n")
+    with caplog.at_level(logging.INFO, name):
+        child = await ChildProcess.start(name, environment=environment)
+        await child.wait()
+    levels = [record.levelno for record in caplog.records if record.name == name]
+    assert levels == [logging.WARNING, logging.INFO, logging.INFO]
+
+
 async def test_child_that_ends_with_its_input_is_not_signalled(module):
     name, environment = module("import sys\nsys.stdin.read()\nsys.stderr.write('all done')\n")
     child = await ChildProcess.start(name, environment=environment)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 
-from node.telemetry.logs import make_logger
+from node.telemetry.logs import make_logger, passing_on
 
 
 def test_json_lines_carry_time_level_event_and_fields():
@@ -39,3 +40,28 @@ def test_console_form_is_no_json():
     make_logger("info", "console", stream).info("started", port=8080)
     assert "port" in stream.getvalue()
     assert not stream.getvalue().startswith("{")
+
+
+def test_what_modules_say_is_passed_on_at_its_level_while_the_block_runs():
+    stream = io.StringIO()
+    source = logging.getLogger("node.engine.process")
+    with passing_on(make_logger("info", "json", stream)):
+        source.info("start: %s", "memory opened")
+        source.warning("the kernels are not built")
+        logging.getLogger("somebody.else").warning("not ours")
+    source.warning("after")
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [(line["level"], line["event"]) for line in lines] == [
+        ("info", "start: memory opened"),
+        ("warning", "the kernels are not built"),
+    ]
+    assert {line["source"] for line in lines} == {"node.engine.process"}
+    assert not logging.getLogger("node").handlers
+
+
+def test_stderr_that_is_closed_does_not_end_whoever_says_something(monkeypatch):
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    stream = io.StringIO()
+    with passing_on(make_logger("info", "json", stream)):
+        stream.close()
+        logging.getLogger("node.engine.process").warning("nobody hears it")
