@@ -236,8 +236,12 @@ class LedgerClient:
     def _settle(self, event: Settled) -> None:
         self.is_healthy = event.is_healthy
         self.payers.update(event.payers)
+        if event.is_healthy:
+            self._lost.clear()  # a process that commits has closed whom it could not answer before
         for answer in event.answers:
-            _, waiting = self._calls.pop(answer.call_id, ("", None))
+            request_id, waiting = self._calls.pop(answer.call_id, ("", None))
+            if answer.error is not None and not event.is_healthy:
+                self._lost.add(request_id)  # the process knows it, too, but may be lost before it commits again
             if waiting is None or waiting.done():
                 continue  # answered before, by a writer that failed half-way; or nobody waits any more
             if answer.error is None:

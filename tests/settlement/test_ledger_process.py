@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -193,6 +194,19 @@ async def test_request_that_ends_while_another_process_is_begun_is_closed_by_tha
     await until_healthy(ledger)
 
     assert [(item.record["request_id"], item.record["status"]) for item in await ledger.records()] == [("ends-between", "failed")]
+
+
+async def test_request_that_a_full_disk_refused_is_closed_by_the_next_process(ledger):
+    await ledger.admit(admission(ledger, "refused"))
+    _, most = resource.prlimit(ledger._client.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(ledger._client.pid, resource.RLIMIT_FSIZE, (1, most))
+    with pytest.raises(LedgerError):
+        await ledger.close(ok("refused"))
+    assert not ledger.is_healthy
+    os.kill(ledger._client.pid, signal.SIGKILL)
+    await until_healthy(ledger)
+
+    assert [(item.record["request_id"], item.record["status"]) for item in await ledger.records()] == [("refused", "failed")]
 
 
 async def test_shutdown_while_another_process_is_begun_ends_that_one(ledger, slow_begin, monkeypatch):
