@@ -50,6 +50,8 @@ async def open_node(settings: Settings) -> AsyncIterator[Node]:
         starting = asyncio.create_task(engine.start(), name="engine-start")
         stack.push_async_callback(_given_up, starting)
         await _import_rooms()
+        if starting.done():
+            starting.result()  # it failed: no keys and no chain are made for a mistyped model
         from node.app import open_rooms
 
         note("rooms imported")

@@ -61,3 +61,12 @@ async def test_engine_is_closed_when_a_room_cannot_be_imported(settings, engines
         async with open_node(settings):
             pass
     assert [engine.is_closed for engine in engines] == [True]
+
+
+async def test_engine_that_fails_at_once_is_heard_before_keys_are_made(settings, engines, monkeypatch):
+    monkeypatch.setattr(opening.importlib, "import_module", lambda _: None)
+    with pytest.raises(LedgerError, match="not heard of"):
+        async with open_node(settings):
+            pass
+    assert [engine.is_closed for engine in engines] == [True]
+    assert not (settings.data_dir / "keys").exists()
