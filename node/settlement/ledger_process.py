@@ -112,6 +112,7 @@ class LedgerDesk:
 def main() -> int:
     """Serve until the input ends; returns the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # four lines of every start say nothing to an operator
     outlet: Outlet[Event] = Outlet.of_stdout(packed)
     content = read_message(sys.stdin.buffer, MAX_MESSAGE_BYTES)
     if content is None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import resource
 import signal
@@ -105,6 +106,14 @@ async def test_payers_are_known_as_soon_as_they_are_committed(ledger):
     assert ledger.used_wei(PAYER) == 0
     await ledger.close(ok("paid"))
     assert ledger.used_wei(PAYER) == 240
+
+
+async def test_opening_says_nothing_to_an_operator(make, caplog):
+    with caplog.at_level(logging.INFO, "node"):
+        ledger = make()
+        await ledger.open()
+        await ledger.shutdown()
+    assert [record.getMessage() for record in caplog.records if record.name == "node.settlement.ledger_process"] == []
 
 
 async def test_refusals_are_those_of_a_writer_here(ledger):
