@@ -7,7 +7,7 @@ Flat means: address, uint8..uint256, bytes32, string, bool and bytes32[]; a stru
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -56,7 +56,10 @@ class StructType:
         if len(message) != len(self.fields) or not self._names.issuperset(message):
             expected = ", ".join(name for name, _ in self.fields)
             raise SignatureError(f"{self.name} has the fields {', '.join(message)}; it must have {expected}")
-        words = [encode(message[name], where) for name, where, encode in self._encoders]
+        return self.hash_of_words([encode(message[name], where) for name, where, encode in self._encoders])
+
+    def hash_of_words(self, words: Iterable[bytes]) -> bytes:
+        """The same, of fields that are words already, in order; nothing is checked."""
         return keccak(self.type_hash + b"".join(words))
 
 
@@ -85,7 +88,12 @@ class Domain:
 
 def digest(domain: Domain, struct: StructType, message: Mapping[str, Any]) -> bytes:
     """keccak(0x1901 | domain separator | struct hash): the 32 bytes that are signed."""
-    return keccak(b"\x19\x01" + domain.separator + struct.struct_hash(message))
+    return digest_of_hash(domain, struct.struct_hash(message))
+
+
+def digest_of_hash(domain: Domain, struct_hash: bytes) -> bytes:
+    """The same, of a struct that is hashed already."""
+    return keccak(b"\x19\x01" + domain.separator + struct_hash)
 
 
 def full_message(domain: Domain, struct: StructType, message: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from eth_hash.auto import keccak
 
 from attribution import record as records
 from attribution.digests import SALT_BYTES, token_digest
-from attribution.eip712 import Domain, StructType, digest, hashed
+from attribution.eip712 import Domain, StructType, digest, digest_of_hash, hashed
 from attribution.errors import RecordError, SignatureError, Unauthenticated
 from attribution.manifest import Manifest
 from attribution.record import Record
@@ -116,7 +115,7 @@ def digest_of(record: Record, record_hash: str, domain: Domain) -> bytes:
         )
     except OverflowError:
         return digest(domain, RECEIPT, message_of(record, record_hash))  # says which
-    return keccak(b"\x19\x01" + domain.separator + keccak(RECEIPT.type_hash + b"".join(words)))
+    return digest_of_hash(domain, RECEIPT.hash_of_words(words))
 
 
 def bundle(record: Record, record_hash: str, chain_id: int, signer: str, signature: bytes, salts: Salts) -> dict[str, Any]:
