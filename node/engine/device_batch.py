@@ -142,10 +142,9 @@ def write_rows(
     sources[:] = np.arange(own, own + rows)
     sources[ends[list(pending)] - 1] = list(pending.values())
     host[layout.positions : layout.positions + rows] = positions
-    host[layout.kv_slots : layout.kv_slots + rows] = _row_blocks(work, first, positions, block_size) * block_size + (
-        positions % block_size
-    )
-    _write_tokens(host[layout.tokens : layout.tokens + rows], work, first, pending)
+    tokens, blocks = _tokens_and_blocks(work, first, positions, block_size, pending)
+    host[layout.tokens : layout.tokens + rows] = tokens
+    host[layout.kv_slots : layout.kv_slots + rows] = blocks * block_size + positions % block_size
     host[layout.query_start] = 0
     host[layout.query_start + 1 : layout.query_start + 1 + len(work)] = ends
     host[layout.context_lens : layout.context_lens + len(work)] = starts + counts
@@ -158,27 +157,22 @@ def write_rows(
     _write_tables(host, layout, work)
 
 
-def _write_tokens(tokens: Ints, work: Sequence[Work], first: Ints, pending: Mapping[int, int]) -> None:
-    """[T]. A token that is still being drawn is 0: nobody reads it."""
+def _tokens_and_blocks(
+    work: Sequence[Work], first: Ints, positions: Ints, block_size: int, pending: Mapping[int, int]
+) -> tuple[Ints, Ints]:
+    """[T] each: every row's token, 0 while it is still being drawn, which nobody reads, and its KV block."""
+    tokens, found = np.zeros(len(positions), dtype=np.int32), np.empty(len(positions), dtype=np.int32)
     single = [index for index, item in enumerate(work) if item.count == 1]
-    values = [0 if index in pending else work[index].sequence.tokens[work[index].start] for index in single]
-    tokens[first[single]] = values
+    rows = first[single]
+    tokens[rows] = [0 if index in pending else work[index].sequence.tokens[work[index].start] for index in single]
+    found[rows] = [work[index].sequence.blocks[work[index].start // block_size] for index in single]
     for item, row in zip(work, first.tolist(), strict=True):
         if item.count > 1:
             known = np.frombuffer(item.sequence.tokens, dtype=np.int64)[item.start : item.start + item.count]
             tokens[row : row + len(known)] = known
-
-
-def _row_blocks(work: Sequence[Work], first: Ints, positions: Ints, block_size: int) -> Ints:
-    """[T]: the KV block of every row."""
-    found = np.empty(len(positions), dtype=np.int32)
-    single = [index for index, item in enumerate(work) if item.count == 1]
-    found[first[single]] = [work[index].sequence.blocks[work[index].start // block_size] for index in single]
-    for item, row in zip(work, first.tolist(), strict=True):
-        if item.count > 1:
             blocks = np.frombuffer(item.sequence.blocks, dtype=np.int32)
             found[row : row + item.count] = blocks[positions[row : row + item.count] // block_size]
-    return found
+    return tokens, found
 
 
 def pad_rows(host: Ints, layout: BlockLayout, rows: int, sequences: int, own: int) -> None:
